@@ -1,0 +1,465 @@
+"""Who attends to whom: built once, immutable, shared by every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+_INT32_MAX = 2**31 - 1
+
+
+class ColumnWalk(NamedTuple):
+    """The same edges grouped by column (CSC): what the gradient of keys and values walks.
+
+    Attributes:
+        ptr: ``[N_cols + 1]``; column j owns the slots ``ptr[j]:ptr[j + 1]``.
+        row: ``[E]`` the row of each slot.
+        slot: ``[E]`` the same edge's slot in the row walk.
+        edge: ``[E]`` the same edge's number in the caller's order.
+    """
+
+    ptr: Tensor
+    row: Tensor
+    slot: Tensor
+    edge: Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Graph:
+    """A multiset of (row, column) pairs: row i, the query, attends to column j, the key.
+
+    Six nodes in two graphs: 0-3 (node 3 is isolated) and 4-5. The caller lists five edges,
+    PyG style, source (key) above target (query); the edge 1 -> 0 is there twice::
+
+        edge      0  1  2  3  4
+        source    1  2  1  5  0          rows:   0 attends to 1, 1
+        target    0  1  0  4  2                  1 attends to 2
+                                                 2 attends to 0
+                                                 4 attends to 5
+
+        row_ptr     [0, 2, 3, 4, 4, 5, 5]   row i owns the slots row_ptr[i]:row_ptr[i + 1]
+        col         [1, 1, 2, 0, 5]         the column of each slot
+        edge        [0, 2, 1, 4, 3]         the caller's number of the edge in each slot
+        graph_ptr   [0, 4, 6]               graph g owns the rows graph_ptr[g]:graph_ptr[g + 1]
+
+        columns.ptr   [0, 1, 3, 4, 4, 4, 5]   column j owns the slots ptr[j]:ptr[j + 1]
+        columns.row   [2, 0, 0, 1, 4]         the row of each slot
+        columns.slot  [3, 0, 1, 2, 4]         where the same edge stands in the row walk
+        columns.edge  [4, 0, 2, 1, 3]         the caller's number of the same edge
+
+    Edge tensors are always given and returned in the caller's order; ``edge`` is how the
+    kernels get there. Duplicates and self loops are kept and count as given; none is added.
+    Isolated rows, no edges and no nodes are all valid. Indices are int32 while they fit.
+
+    Build one with :meth:`from_edge_index`, :meth:`from_csr`, :meth:`from_dense`,
+    :meth:`from_scipy`, :meth:`from_pyg` or :meth:`batch`; the fields are for reading.
+
+    Attributes:
+        num_rows, num_cols: Queries and keys; equal unless the graph is bipartite.
+        row_ptr, col, edge: The row walk (CSR), above.
+        graph_ptr, col_graph_ptr: ``[G + 1]`` boundaries of the graphs of a batch, in rows and
+            in columns (one tensor where the graph is square).
+
+    Example:
+        >>> import torch
+        >>> from fastgt import Graph
+        >>> edge_index = torch.tensor([[1, 2, 1, 5, 0], [0, 1, 0, 4, 2]])
+        >>> Graph.from_edge_index(edge_index, 6).col.tolist()
+        [1, 1, 2, 0, 5]
+    """
+
+    num_rows: int
+    num_cols: int
+    row_ptr: Tensor  # [N_rows + 1]
+    col: Tensor  # [E]
+    edge: Tensor  # [E]
+    graph_ptr: Tensor  # [G + 1]
+    col_graph_ptr: Tensor  # [G + 1]
+    _cache: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_edge_index(
+        cls,
+        edge_index: Tensor,
+        num_nodes: int | tuple[int, int] | None = None,
+        *,
+        graph_ptr: Tensor | None = None,
+    ) -> Graph:
+        """From PyG's ``[2, E]`` index: ``edge_index[0]`` is the source (key), ``[1]`` the target.
+
+        Args:
+            edge_index: Integers, ``[2, E]``.
+            num_nodes: Nodes, or ``(rows, columns)`` = (targets, sources) for a bipartite graph.
+                Default: the largest index plus one.
+            graph_ptr: ``[G + 1]`` node boundaries of a batch of graphs (PyG's ``Batch.ptr``).
+
+        Raises:
+            TypeError: ``edge_index`` is not an integer tensor.
+            ValueError: A wrong shape, an index out of range, boundaries that do not fit, or an
+                edge from one graph of the batch to another.
+        """
+        _check_index(edge_index, "edge_index")
+        if edge_index.ndim != 2 or edge_index.shape[0] != 2:
+            raise ValueError(f"edge_index must be [2, E], got {list(edge_index.shape)}")
+        if num_nodes is None:
+            num_nodes = int(edge_index.max()) + 1 if edge_index.numel() else 0
+        rows, cols = num_nodes if isinstance(num_nodes, tuple) else (num_nodes, num_nodes)
+        _check_size(rows, "num_nodes")
+        _check_size(cols, "num_nodes")
+        if rows == cols:
+            _check_range(edge_index, cols, "edge_index", "nodes")
+        else:
+            _check_range(edge_index[0], cols, "edge_index[0] (source)", "columns")
+            _check_range(edge_index[1], rows, "edge_index[1] (target)", "rows")
+        graph = _build(edge_index[1], edge_index[0], rows, cols)
+        return graph if graph_ptr is None else _with_boundaries(graph, graph_ptr)
+
+    @classmethod
+    def from_csr(cls, row_ptr: Tensor, col: Tensor, num_cols: int | None = None) -> Graph:
+        """From compressed rows: row i attends to ``col[row_ptr[i]:row_ptr[i + 1]]``.
+
+        The caller's edge order is the order of ``col``. ``num_cols`` defaults to the number of
+        rows.
+        """
+        _check_index(row_ptr, "row_ptr")
+        _check_index(col, "col")
+        if row_ptr.device != col.device:
+            raise ValueError(f"row_ptr is on {row_ptr.device} but col is on {col.device}")
+        if row_ptr.ndim != 1 or row_ptr.shape[0] == 0:
+            raise ValueError(f"row_ptr must be [N + 1], got {list(row_ptr.shape)}")
+        if col.ndim != 1:
+            raise ValueError(f"col must be [E], got {list(col.shape)}")
+        rows = row_ptr.shape[0] - 1
+        cols = rows if num_cols is None else num_cols
+        _check_size(cols, "num_cols")
+        _check_boundaries(row_ptr, "row_ptr", col.shape[0], "edges")
+        _check_range(col, cols, "col", "columns")
+        dtype = _index_dtype(rows, cols, col.shape[0])
+        # a private copy: the graph must not change when the caller's tensors do
+        edge = torch.arange(col.shape[0], dtype=dtype, device=col.device)
+        row_ptr = row_ptr.to(dtype, copy=True)
+        return _single(rows, cols, row_ptr, col.to(dtype, copy=True), edge)
+
+    @classmethod
+    def from_dense(cls, mask: Tensor) -> Graph:
+        """From a boolean ``[rows, columns]`` mask: True where row i attends to column j.
+
+        Edges are numbered in row-major order of the mask.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a boolean tensor, got {kind}")
+        if mask.ndim != 2:
+            raise ValueError(f"mask must be [rows, columns], got {list(mask.shape)}")
+        row, col = mask.nonzero(as_tuple=True)
+        return _build(row, col, *mask.shape)
+
+    @classmethod
+    def from_scipy(cls, matrix: scipy.sparse.sparray | scipy.sparse.spmatrix) -> Graph:
+        """From the stored entries of a scipy sparse matrix: row i attends to column j.
+
+        Values are ignored, explicit zeros and duplicates are edges; edges are numbered in the
+        order of ``matrix.tocoo()``.
+        """
+        if not hasattr(matrix, "tocoo"):
+            raise TypeError(f"matrix must be a scipy sparse matrix, got {type(matrix).__name__}")
+        coo = matrix.tocoo()
+        row, col = torch.as_tensor(coo.row.copy()), torch.as_tensor(coo.col.copy())
+        return _build(row, col, *coo.shape)
+
+    @classmethod
+    def from_pyg(cls, data: Any) -> Graph:
+        """From a ``torch_geometric.data.Data`` or ``Batch`` (boundaries are kept)."""
+        if getattr(data, "edge_index", None) is None:
+            raise TypeError(f"data must have an edge_index, got {type(data).__name__} without one")
+        ptr = getattr(data, "ptr", None)
+        return cls.from_edge_index(data.edge_index, data.num_nodes, graph_ptr=ptr)
+
+    @classmethod
+    def batch(cls, graphs: Sequence[Graph]) -> Graph:
+        """Block-diagonal union. Nodes and edges are numbered graph after graph."""
+        graphs = list(graphs)
+        for i, g in enumerate(graphs):
+            if not isinstance(g, Graph):
+                raise TypeError(f"graphs[{i}] must be a Graph, got {type(g).__name__}")
+            if g.device != graphs[0].device:
+                raise ValueError(f"graphs[0] is on {graphs[0].device}, graphs[{i}] on {g.device}")
+        if not graphs:
+            zero = torch.zeros(1, dtype=torch.int32)
+            none = zero[:0]
+            return cls(0, 0, zero, none, none, zero, zero)
+        device = graphs[0].device
+        edges = [g.num_edges for g in graphs]
+        rows, cols = sum(g.num_rows for g in graphs), sum(g.num_cols for g in graphs)
+        dtype = _index_dtype(rows, cols, sum(edges))
+
+        def join(parts: list[Tensor], sizes: list[int], lengths: list[int]) -> Tensor:
+            shift = torch.tensor([0, *sizes[:-1]]).cumsum(0).to(device)
+            shift = shift.repeat_interleave(torch.tensor(lengths, device=device))
+            return (torch.cat(parts).long() + shift).to(dtype)
+
+        def join_ptr(parts: list[Tensor], sizes: list[int]) -> Tensor:
+            body = join([p[1:] for p in parts], sizes, [p.shape[0] - 1 for p in parts])
+            return torch.cat([body.new_zeros(1), body])
+
+        square = all(g.graph_ptr is g.col_graph_ptr for g in graphs)
+        graph_ptr = join_ptr([g.graph_ptr for g in graphs], [g.num_rows for g in graphs])
+        return cls(
+            rows,
+            cols,
+            join_ptr([g.row_ptr for g in graphs], edges),
+            join([g.col for g in graphs], [g.num_cols for g in graphs], edges),
+            join([g.edge for g in graphs], edges, edges),
+            graph_ptr,
+            graph_ptr
+            if square
+            else join_ptr([g.col_graph_ptr for g in graphs], [g.num_cols for g in graphs]),
+        )
+
+    @property
+    def num_edges(self) -> int:
+        return self.col.shape[0]
+
+    @property
+    def num_graphs(self) -> int:
+        return self.graph_ptr.shape[0] - 1
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of a square graph; a bipartite one has ``num_rows`` and ``num_cols``."""
+        self._check_square("num_nodes")
+        return self.num_rows
+
+    @property
+    def device(self) -> torch.device:
+        return self.col.device
+
+    @property
+    def row_degree(self) -> Tensor:
+        """Edges of each row, ``[N_rows]``."""
+        return self.row_ptr.diff()
+
+    @property
+    def col_degree(self) -> Tensor:
+        """Edges of each column, ``[N_cols]``."""
+        return self.columns.ptr.diff()
+
+    @property
+    def columns(self) -> ColumnWalk:
+        """The column walk, sorted on first use and kept."""
+        walk = self._cache.get("columns")
+        if walk is None:
+            row, slot, ptr = _group(self.col, self.row, self.num_cols)
+            walk = ColumnWalk(ptr, row, slot, self.edge.index_select(0, slot))
+            self._cache["columns"] = walk
+        return walk
+
+    @property
+    def row(self) -> Tensor:
+        """The row of each slot of the row walk, ``[E]``."""
+        row = torch.arange(self.num_rows, dtype=self.col.dtype, device=self.device)
+        return row.repeat_interleave(self.row_degree, output_size=self.num_edges)
+
+    @property
+    def edge_index(self) -> Tensor:
+        """``[2, E]`` in the caller's order: the source (key) above the target (query)."""
+        ends = torch.stack([self.col, self.row])
+        return torch.empty_like(ends).index_copy_(1, self.edge.long(), ends)
+
+    def to(self, device: torch.device | str) -> Graph:
+        """The same graph on another device, with what was cached (itself if already there)."""
+        device = torch.device(device)
+        if self.device == device:
+            return self
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device)
+
+        graph_ptr = move(self.graph_ptr)
+        square = self.graph_ptr is self.col_graph_ptr
+        return replace(
+            self,
+            row_ptr=move(self.row_ptr),
+            col=move(self.col),
+            edge=move(self.edge),
+            graph_ptr=graph_ptr,
+            col_graph_ptr=graph_ptr if square else move(self.col_graph_ptr),
+            _cache={key: type(walk)(*map(move, walk)) for key, walk in self._cache.items()},
+        )
+
+    def transpose(self) -> Graph:
+        """Every edge the other way round; edges keep their numbers."""
+        walk = self.columns
+        # where each slot of this graph's row walk stands in its column walk
+        place = torch.empty_like(walk.slot)
+        place[walk.slot.long()] = torch.arange(
+            self.num_edges, dtype=place.dtype, device=place.device
+        )
+        back = ColumnWalk(self.row_ptr, self.col, place, self.edge)
+        return Graph(
+            self.num_cols,
+            self.num_rows,
+            walk.ptr,
+            walk.row,
+            walk.edge,
+            self.col_graph_ptr,
+            self.graph_ptr,
+            {"columns": back},
+        )
+
+    def with_self_loops(self) -> Graph:
+        """One more edge from every node to itself, numbered E, E + 1, ... after the others.
+
+        A node that has a self loop already gets a second one.
+        """
+        self._check_square("with_self_loops()")
+        loop = torch.arange(self.num_rows, device=self.device)
+        source, target = self.edge_index.long()
+        graph = _build(
+            torch.cat([target, loop]), torch.cat([source, loop]), self.num_rows, self.num_cols
+        )
+        return replace(graph, graph_ptr=self.graph_ptr, col_graph_ptr=self.graph_ptr)
+
+    def reordered(self, order: Tensor) -> Graph:
+        """Nodes renumbered: node i of the result is node ``order[i]`` of this graph.
+
+        Node tensors follow as ``x[order]``; edges keep their numbers, so edge tensors stay as
+        they are. In a batch every graph must keep its own range of nodes.
+        """
+        self._check_square("reordered()")
+        _check_index(order, "order")
+        n = self.num_rows
+        if order.shape != (n,):
+            raise ValueError(f"order must be [{n}], one entry a node, got {list(order.shape)}")
+        if order.device != self.device:
+            raise ValueError(f"order is on {order.device} but the graph is on {self.device}")
+        _check_range(order, n, "order", "nodes")
+        order = order.long()
+        place = torch.full_like(order, -1)
+        place[order] = torch.arange(n, device=self.device)
+        if bool((place < 0).any()):
+            missing = int((place < 0).nonzero()[0])
+            raise ValueError(f"order is not a permutation: node {missing} of {n} is missing")
+        if self.num_graphs > 1:
+            graph_of = torch.searchsorted(self.graph_ptr.long(), order, right=True)
+            if bool((graph_of.diff() < 0).any()):
+                raise ValueError("order moves a node from one graph of the batch to another")
+        source, target = self.edge_index.long()
+        graph = _build(place[target], place[source], n, n)
+        return replace(graph, graph_ptr=self.graph_ptr, col_graph_ptr=self.graph_ptr)
+
+    def __repr__(self) -> str:
+        square = self.num_rows == self.num_cols
+        size = f"N={self.num_rows}" if square else f"N={self.num_rows}x{self.num_cols}"
+        kept = [x for walk in self._cache.values() for x in walk]
+        tensors = [self.row_ptr, self.col, self.edge, self.graph_ptr, self.col_graph_ptr, *kept]
+        # two walks may share a tensor: count each storage once
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        parts = [size, f"E={self.num_edges}"]
+        if self.num_graphs != 1:
+            parts.append(f"G={self.num_graphs}")
+        if self.num_rows:
+            degree = self.row_degree
+            parts.append(
+                f"degree mean {self.num_edges / self.num_rows:.1f} max {int(degree.max())}"
+            )
+            parts.append(f"{int((degree == 0).sum())} isolated rows")
+        index = str(self.col.dtype).removeprefix("torch.")
+        parts += [index, f"{sum(held.values()) / 1e6:.1f} MB", str(self.device)]
+        return f"Graph({', '.join(parts)})"
+
+    def _check_square(self, what: str) -> None:
+        if self.num_rows != self.num_cols:
+            raise ValueError(
+                f"{what} needs a square graph, got {self.num_rows} rows and {self.num_cols} columns"
+            )
+
+
+def _build(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> Graph:
+    dtype = _index_dtype(num_rows, num_cols, row.shape[0])
+    col, edge, row_ptr = _group(row.to(dtype), col.to(dtype), num_rows)
+    return _single(num_rows, num_cols, row_ptr, col, edge)
+
+
+def _group(key: Tensor, other: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stable sort by ``key``: the other ends, the order and the boundaries, in key's dtype."""
+    ordered, order = torch.sort(key, stable=True)
+    ptr = torch.searchsorted(
+        ordered, torch.arange(size + 1, dtype=key.dtype, device=key.device), out_int32=True
+    )
+    return other.index_select(0, order), order.to(key.dtype), ptr.to(key.dtype)
+
+
+def _single(num_rows: int, num_cols: int, row_ptr: Tensor, col: Tensor, edge: Tensor) -> Graph:
+    graph_ptr = torch.tensor([0, num_rows], dtype=row_ptr.dtype, device=row_ptr.device)
+    col_graph_ptr = graph_ptr
+    if num_cols != num_rows:
+        col_graph_ptr = torch.tensor([0, num_cols], dtype=row_ptr.dtype, device=row_ptr.device)
+    return Graph(num_rows, num_cols, row_ptr, col, edge, graph_ptr, col_graph_ptr)
+
+
+def _with_boundaries(graph: Graph, graph_ptr: Tensor) -> Graph:
+    graph._check_square("graph_ptr")
+    _check_index(graph_ptr, "graph_ptr")
+    if graph_ptr.ndim != 1 or graph_ptr.shape[0] == 0:
+        raise ValueError(f"graph_ptr must be [G + 1], got {list(graph_ptr.shape)}")
+    if graph_ptr.device != graph.device:
+        raise ValueError(f"graph_ptr is on {graph_ptr.device}, edge_index on {graph.device}")
+    _check_boundaries(graph_ptr, "graph_ptr", graph.num_rows, "nodes")
+    ptr = graph_ptr.to(graph.col.dtype, copy=True)
+    # a column must lie within its row's graph: compare with that graph's two ends
+    first = torch.searchsorted(ptr, graph.row, right=True)
+    outside = (graph.col < ptr[first - 1]) | (graph.col >= ptr[first])
+    if bool(outside.any()):
+        slot = int(outside.nonzero()[0])
+        raise ValueError(
+            f"edge_index: edge {int(graph.edge[slot])} joins node {int(graph.col[slot])} to node "
+            f"{int(graph.row[slot])} of another graph of the batch"
+        )
+    return replace(graph, graph_ptr=ptr, col_graph_ptr=ptr)
+
+
+def _index_dtype(num_rows: int, num_cols: int, num_edges: int) -> torch.dtype:
+    return torch.int32 if max(num_rows, num_cols, num_edges) <= _INT32_MAX else torch.int64
+
+
+def _check_index(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers, got {type(x).__name__}")
+    if x.dtype == torch.bool or x.is_floating_point() or x.is_complex():
+        raise TypeError(f"{name} must hold integers, got {x.dtype}")
+
+
+def _check_size(n: int, name: str) -> None:
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"{name} must be an int, got {type(n).__name__}")
+    if n < 0:
+        raise ValueError(f"{name} must not be negative, got {n}")
+
+
+def _check_range(index: Tensor, size: int, name: str, of: str) -> None:
+    if not index.numel():
+        return
+    low, high = (int(x) for x in torch.aminmax(index))
+    if low < 0:
+        raise ValueError(f"{name} has index {low}; indices must not be negative")
+    if high >= size:
+        raise ValueError(f"{name} has index {high} but the graph has {size} {of}")
+
+
+def _check_boundaries(ptr: Tensor, name: str, total: int, of: str) -> None:
+    first, last, step = int(ptr[0]), int(ptr[-1]), ptr.diff()
+    if first != 0:
+        raise ValueError(f"{name} must start at 0, got {first}")
+    if step.numel() and int(step.min()) < 0:
+        i = int((step < 0).nonzero()[0])
+        raise ValueError(f"{name} decreases from {int(ptr[i])} to {int(ptr[i + 1])} at {i + 1}")
+    if last != total:
+        raise ValueError(f"{name} ends at {last} but there are {total} {of}")

@@ -1,0 +1,60 @@
+"""Which implementation runs. A named one is obeyed or refused, never replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+from torch import Tensor
+
+Impl = Literal["triton", "torch", "reference"]
+
+_forced: Impl | None = None
+
+
+@contextmanager
+def implementation(impl: Impl | None) -> Iterator[None]:
+    """Run every operator without an ``impl`` of its own by this one (None: by device).
+
+    Example:
+        >>> import fastgt
+        >>> with fastgt.implementation("reference"):
+        ...     pass
+    """
+    global _forced
+    _check(impl)
+    before, _forced = _forced, impl
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(impl: Impl | None, x: Tensor) -> Impl:
+    """``impl``, else the surrounding :func:`implementation`, else what suits ``x``'s device."""
+    _check(impl)
+    impl = impl or _forced
+    if impl is None:
+        return "torch" if x.device.type == "cpu" else "triton"
+    if impl == "torch" and x.device.type != "cpu":
+        raise RuntimeError(f"impl='torch' runs on CPU tensors, got {x.device}")
+    return impl
+
+
+def _check(impl: Impl | None) -> None:
+    if impl is not None and impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {list(get_args(Impl))} or None, got {impl!r}")
+
+
+def require_triton(x: Tensor) -> None:
+    """Refuse clearly where a Triton kernel cannot run on ``x``."""
+    try:
+        import triton
+    except ImportError as error:
+        raise RuntimeError("impl='triton' needs the package triton, which is missing") from error
+    if x.device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "impl='triton' needs tensors on a GPU, got cpu (or Triton's interpreter: set "
+            "TRITON_INTERPRET=1 before starting Python)"
+        )

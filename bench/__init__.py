@@ -1,1 +1,1 @@
-"""Benchmarks."""
+"""Benchmarks, installed as ``fastgt.bench``: verify, then time."""

@@ -109,9 +109,9 @@ def _attention_fwd_kernel(
                 q, k.to(ACC), live, edge, head, bias_ptr, bias_stride, low, high, H, CLAMP, HAS_BIAS
             )
             p = tl.exp(s - lse[:, None, :]) * kept[:, None, :]
-            at = edge.to(tl.int64)[:, :, None] * H + head[None, None, :]
-            mask = live[:, :, None] & (head < H)[None, None, :]
-            tl.store(weights_ptr + at, p.to(weights_ptr.dtype.element_ty), mask=mask)
+            edge_at = edge.to(tl.int64)[:, :, None] * H + head[None, None, :]
+            edge_mask = live[:, :, None] & (head < H)[None, None, :]
+            tl.store(weights_ptr + edge_at, p.to(weights_ptr.dtype.element_ty), mask=edge_mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -243,8 +243,8 @@ def _attention_bwd_dkv_kernel(
                 if NEED_K:
                     dk += tl.where(through, ds, 0.0)[:, :, :, None] * q
                 if NEED_BIAS:
-                    at = edge.to(tl.int64)[:, :, None] * H + head[None, None, :]
-                    tl.store(dbias_ptr + at, ds.to(dbias_ptr.dtype.element_ty), mask=mask)
+                    edge_at = edge.to(tl.int64)[:, :, None] * H + head[None, None, :]
+                    tl.store(dbias_ptr + edge_at, ds.to(dbias_ptr.dtype.element_ty), mask=mask)
 
     if NEED_K:
         out = (tl.sum(dk, 1) * scale)[:, None, :, :]
@@ -279,7 +279,7 @@ def attention_fwd(
     o = q.new_empty(n, heads, v.shape[2])
     lse = q.new_empty(n, heads, dtype=_accumulator(q))
     weights = q.new_empty(col.shape[0] if return_weights else 0, heads)
-    meta, grid = _plan(q, k, v, (q, k, v), col.shape[0], n, heads, backward=False)
+    meta, grid = _plan(q, k, v, (q, k, v), col.shape[0], n, heads)
     if n and heads:
         _attention_fwd_kernel[grid](
             q, k, v, edge_bias, o, lse, weights, row_ptr, col, edge,
@@ -308,13 +308,13 @@ def attention_bwd(
     strides = q.stride(), k.stride(), v.stride(), _bias_stride(edge_bias), do.stride()
     floats = scale, low, high, _log(eps)
     if n and heads and (need_q or need_k or need_bias):
-        meta, grid = _plan(q, k, v, (q, k, v, do), num_edges, n, heads, backward=True)
+        meta, grid = _plan(q, k, v, (q, k, v, do), num_edges, n, heads)
         _attention_bwd_dq_kernel[grid](
             q, k, v, edge_bias, do, dlse, lse, dq, gamma, row_ptr, col, edge,
             *strides, dlse.stride(), _stride(dq), n, *floats, NEED_Q=need_q, **shared, **meta,
         )  # fmt: skip
     if m and kv_heads and (need_k or need_v or need_bias):
-        meta, grid = _plan(q, k, v, (q, k, v, do), num_edges, m, kv_heads, backward=True)
+        meta, grid = _plan(q, k, v, (q, k, v, do), num_edges, m, kv_heads)
         _attention_bwd_dkv_kernel[grid](
             q, k, v, edge_bias, do, lse, gamma, dk, dv, dbias, col_ptr, col_row, col_edge,
             *strides, _stride(dk), _stride(dv), m, *floats,
@@ -323,12 +323,9 @@ def attention_bwd(
     return dq, dk, dv, dbias
 
 
-def _plan(q, k, v, aligned, num_edges, num_rows, heads, *, backward):
+def _plan(q, k, v, aligned, num_edges, num_rows, heads):
     block_d, block_dv = (triton.next_power_of_2(x.shape[2]) for x in (q, v))
-    words = 2 if q.dtype == torch.float64 else 1
-    tile = attention_tile(
-        heads, max(block_d, block_dv), words, num_edges, num_rows, backward=backward
-    )
+    tile = attention_tile(heads, max(block_d, block_dv), q.element_size(), num_edges, num_rows)
     # channels that every row and head start at a multiple of, up to 16 bytes
     align = 16 // q.element_size()
     for x in aligned:

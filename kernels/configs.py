@@ -1,16 +1,18 @@
 """Tile shapes, chosen from buckets: never from raw N or E, so that no batch recompiles a kernel.
 
-The tables follow from counting registers (16 to 32 accumulators a thread) and have not been
-tuned on a device.
+The sizes follow from counting: two 16-byte loads of k and of v in flight for each thread of a
+32-lane warp (one on a 64-lane warp), and no register spilled. They have not been tuned on a
+device.
 """
 
 from typing import NamedTuple
 
 import triton
 
-# channels (heads x padded width) of one program, as fp32 words -> (edges in flight, warps)
-_FORWARD = {32: (16, 1), 64: (16, 2), 128: (16, 4), 256: (8, 4), 512: (8, 8), 1024: (8, 8)}
-_BACKWARD = {32: (16, 1), 64: (16, 2), 128: (16, 4), 256: (8, 4), 512: (8, 8), 1024: (8, 16)}
+# channels (heads x padded width) of one program -> edges in flight
+_SLOTS = {8: 64, 16: 32, 128: 16, 256: 8, 1024: 4}
+_BYTES_PER_WARP = 32 * 32
+_MAX_WARPS = 16
 
 
 class Tile(NamedTuple):
@@ -22,19 +24,17 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def attention_tile(
-    heads: int, width: int, words: int, edges: int, rows: int, *, backward: bool
-) -> Tile:
-    """Tile of one pass over ``edges`` edges of ``rows`` rows.
+def attention_tile(heads: int, width: int, itemsize: int, edges: int, rows: int) -> Tile:
+    """Tile of a pass over ``edges`` edges of ``rows`` rows; ``width`` is the padded head width.
 
-    ``width`` is the padded head width, ``words`` the accumulator's size in 4-byte words. Rows of
-    few edges share a program; heads are split over programs beyond 1,024 words.
+    Rows of few edges share a program; heads are split over programs beyond 1,024 channels (512
+    in float64).
     """
-    table = _BACKWARD if backward else _FORWARD
-    widest = max(table)
-    block_h = min(triton.next_power_of_2(heads), max(1, widest // (width * words)))
-    channels = block_h * width * words
-    slots, num_warps = table[min(bucket for bucket in table if bucket >= channels)]
+    widest = max(_SLOTS) // (2 if itemsize == 8 else 1)
+    block_h = min(triton.next_power_of_2(heads), max(1, widest // width))
+    channels = block_h * width
+    slots = _SLOTS[min(bucket for bucket in _SLOTS if bucket >= channels)]
     mean_degree = -(-edges // max(rows, 1))
     block_e = min(slots, max(4, triton.next_power_of_2(mean_degree)))
+    num_warps = min(_MAX_WARPS, max(1, slots * channels * itemsize // _BYTES_PER_WARP))
     return Tile(slots // block_e, block_e, block_h, num_warps)

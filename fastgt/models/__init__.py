@@ -1,1 +1,5 @@
-"""placeholder"""
+"""Reference models, one file each."""
+
+from fastgt.models.graph_transformer import GraphTransformer, GraphTransformerConfig
+
+__all__ = ["GraphTransformer", "GraphTransformerConfig"]

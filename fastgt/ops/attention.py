@@ -187,9 +187,9 @@ def _check(
         raise ValueError(
             f"edge_bias must be [E, H] = [{graph.num_edges}, {heads}], got {list(edge_bias.shape)}"
         )
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not abs(scale) < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"denominator_eps must be finite and not negative, got {eps}")
 
 

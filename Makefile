@@ -1,0 +1,47 @@
+# Everything a fresh machine needs: each target sets up its own environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: setup test-setup demo test bench budget lint clean
+
+setup: $(VENV)/demo.stamp
+
+test-setup: $(VENV)/test.stamp
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/fastgt demo
+
+test: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fastgt
+	$(BIN)/pytest
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m fastgt.bench.attention --json bench/results/attention-cpu.json
+
+budget: $(VENV)/test.stamp
+	$(BIN)/python -m fastgt.kernels.ahead > tests/kernel_budget.json
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip setuptools wheel
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo]'
+	touch $@
+
+# torch-scatter compiles against the torch installed before it; without a compiler its tests say so
+$(VENV)/test.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation torch-scatter \
+	  || { [ "$$CI" != true ] && echo "torch-scatter could not be built: its tests will be skipped"; }
+	touch $@ $(VENV)/demo.stamp

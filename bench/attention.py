@@ -1,0 +1,154 @@
+"""Neighbourhood attention against what users would otherwise run.
+
+``python -m fastgt.bench.attention`` verifies every provider against the float64 definition, then
+times forward and forward+backward, in turns, and measures the peak memory of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgt import Graph, neighborhood_attention, reference
+from fastgt.bench import harness, peers
+from fastgt.testing import PROBLEMS, assert_as_accurate
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def run(
+    problem: str,
+    *,
+    heads: int = 8,
+    width: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    repeats: int = 9,
+) -> list[dict[str, Any]]:
+    """-> one row a provider: seconds, ratios to it, peak extra bytes, and whether it is right."""
+    device = torch.device(device)
+    graph = PROBLEMS[problem].load().to(device)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, do = (
+        torch.randn(n, heads, width, generator=generator).to(device, dtype)
+        for n in (graph.num_rows, graph.num_cols, graph.num_cols, graph.num_rows)
+    )
+    edge_index = graph.edge_index.long()
+    attentions = {"fastgt": lambda q, k, v: neighborhood_attention(q, k, v, graph)}
+    absent = []
+    for name in peers.ATTENTION:
+        try:
+            peer = peers.attention(name)
+        except ImportError:
+            absent.append(name)
+            continue
+        attentions[name] = lambda q, k, v, peer=peer: peer(q, k, v, edge_index)
+
+    oracle = reference.neighborhood_attention(q.double(), k.double(), v.double(), graph)
+    eager = reference.neighborhood_attention(q, k, v, graph)
+    forward, both, rows, wrong = {}, {}, [], []
+    for name, attention in attentions.items():
+        try:
+            assert_as_accurate(attention(q, k, v), eager, oracle, name)
+        except AssertionError as error:
+            wrong.append({"provider": name, "match": False, "error": str(error)})
+            continue
+        forward[name] = lambda attention=attention: attention(q, k, v)
+        both[name] = _with_backward(attention, q, k, v, do)
+    graph.columns  # noqa: B018  built once for a graph, not at every call
+    forward_s = harness.measure(forward, device, repeats=repeats)
+    both_s = harness.measure(both, device, repeats=repeats)
+    for name in forward:
+        rows.append(
+            {
+                "provider": name,
+                "match": True,
+                "forward_s": statistics.median(forward_s[name]),
+                "both_s": statistics.median(both_s[name]),
+                "forward_peak_bytes": harness.peak_extra_memory(forward[name], device),
+                "both_peak_bytes": harness.peak_extra_memory(both[name], device),
+            }
+        )
+        if "fastgt" in forward:
+            rows[-1]["forward_x"] = harness.ratio(forward_s[name], forward_s["fastgt"])
+            rows[-1]["both_x"] = harness.ratio(both_s[name], both_s["fastgt"])
+    shape = _shape(problem, graph, heads, width, dtype)
+    missing = [{"provider": name, "match": None, "error": "not installed"} for name in absent]
+    return [shape | row | harness.environment(device) for row in rows + wrong + missing]
+
+
+def _with_backward(attention, q: Tensor, k: Tensor, v: Tensor, do: Tensor):  # type: ignore[no-untyped-def]
+    def fn() -> tuple[Tensor, ...]:
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(attention(*inputs), inputs, do)
+
+    return fn
+
+
+def _shape(
+    problem: str, graph: Graph, heads: int, width: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    return {
+        "problem": problem,
+        "rows": graph.num_rows,
+        "edges": graph.num_edges,
+        "heads": heads,
+        "width": width,
+        "dtype": str(dtype).removeprefix("torch."),
+        "node_order": "as loaded",
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table for a terminal."""
+    head = f"{'provider':16} {'match':5} {'forward':>20} {'fwd+bwd':>20} {'peak memory':>22}"
+    lines = [head]
+    for row in rows:
+        if not row["match"]:
+            lines.append(f"{row['provider']:16} {row['match']!s:5} {row['error'].splitlines()[0]}")
+            continue
+        lines.append(
+            f"{row['provider']:16} {'yes':5} "
+            f"{row['forward_s'] * 1e3:9.1f} ms {row.get('forward_x', 1):6.2f}x "
+            f"{row['both_s'] * 1e3:9.1f} ms {row.get('both_x', 1):6.2f}x "
+            f"{row['forward_peak_bytes'] / 1e6:8.1f} {row['both_peak_bytes'] / 1e6:8.1f} MB"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--problem", choices=PROBLEMS, action="append")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    args = parser.parse_args()
+    found = []
+    for problem in args.problem or [next(iter(PROBLEMS))]:
+        rows = run(
+            problem,
+            heads=args.heads,
+            width=args.width,
+            dtype=DTYPES[args.dtype],
+            device=args.device,
+            repeats=args.repeats,
+        )
+        print(f"\n{problem}: {rows[0]['rows']} rows, {rows[0]['edges']} edges, {args.dtype}")
+        print(show(rows))
+        found += rows
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

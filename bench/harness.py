@@ -1,0 +1,118 @@
+"""Verify, then time: the parts that every benchmark shares."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Provider = Callable[[], Any]
+
+
+def measure(
+    providers: dict[str, Provider], device: torch.device, *, repeats: int = 9
+) -> dict[str, list[float]]:
+    """-> seconds of every call. Providers take turns, in both orders, so that a slow moment of
+    the machine hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    for fn in providers.values():
+        fn()
+    for i in range(repeats):
+        for name in reversed(providers) if i % 2 else providers:
+            times[name].append(_seconds(providers[name], device))
+    return times
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """Median of the ratios of calls made next to each other."""
+    return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
+
+
+def peak_extra_memory(fn: Provider, device: torch.device) -> int:
+    """Bytes that PyTorch held at most during ``fn()``, beyond those it held before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        kept = fn()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+        del kept
+        return peak
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        kept = fn()
+    del kept
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda c: c[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What every row of results carries."""
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        where = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return {
+        "date": date.today().isoformat(),
+        "device": where,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "torch_geometric": _version("torch_geometric"),
+        "torch_scatter": _version("torch_scatter"),
+    }
+
+
+def _seconds(fn: Provider, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    fn()
+    return time.perf_counter() - begin
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return run.stdout.strip() or "unknown"
+
+
+def _version(name: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"

@@ -1,0 +1,64 @@
+"""Node classification from words and typed edges: the model that ``fastgt demo`` trains.
+
+Graph Transformer layers (see ``graph_transformer.py``) over bags of words, with one learned logit
+bias per edge kind, head and layer:
+
+    h_i^0 = dropout(norm(sum_{w in words(i)} e_w / sqrt(|words(i)|)))
+    s_ij  = clamp(q_i . k_j / sqrt(d_h), -5, 5) + b_kind(ij)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastgt.graph import Graph
+from fastgt.models.graph_transformer import GraphTransformerLayer
+
+
+@dataclass
+class PackageClassifierConfig:
+    vocabulary: int
+    edge_kinds: int
+    classes: int
+    dim: int = 64
+    heads: int = 4
+    layers: int = 2
+    dropout: float = 0.3
+    word_dropout: float = 0.3
+
+
+class PackageClassifier(nn.Module):
+    def __init__(self, config: PackageClassifierConfig):
+        super().__init__()
+        c = self.config = config
+        self.words = nn.EmbeddingBag(c.vocabulary, c.dim, mode="sum", include_last_offset=True)
+        nn.init.normal_(self.words.weight, std=0.1)
+        self.norm = nn.LayerNorm(c.dim)
+        self.layers = nn.ModuleList(
+            GraphTransformerLayer(c.dim, c.heads, dropout=c.dropout) for _ in range(c.layers)
+        )
+        self.edge_bias = nn.ModuleList(
+            nn.Embedding(c.edge_kinds, c.heads) for _ in range(c.layers)
+        )
+        for bias in self.edge_bias:
+            nn.init.zeros_(bias.weight)
+        self.dropout = nn.Dropout(c.dropout)
+        self.out = nn.Linear(c.dim, c.classes)
+
+    def forward(self, word_ptr: Tensor, word: Tensor, graph: Graph, edge_kind: Tensor) -> Tensor:
+        """word_ptr ``[N + 1]``, word ``[W]``, edge_kind ``[E]`` -> logits ``[N, classes]``.
+
+        Node i owns the words ``word[word_ptr[i]:word_ptr[i + 1]]``. In training whole words are
+        dropped at random.
+        """
+        count = word_ptr.diff()
+        weight = count.clamp(min=1).rsqrt().repeat_interleave(count, output_size=len(word))
+        weight = nn.functional.dropout(weight, self.config.word_dropout, self.training)
+        x = self.words(word, word_ptr, per_sample_weights=weight)
+        x = self.dropout(self.norm(x))
+        for layer, bias in zip(self.layers, self.edge_bias):
+            x = layer(x, graph, edge_bias=bias(edge_kind))
+        return self.out(self.dropout(x))

@@ -1,0 +1,154 @@
+"""Compile every kernel configuration for GPUs that need not be here, and count what it uses.
+
+The launchers run as they do in production, on small CPU tensors, with a stand-in for the driver
+that names the target: signatures, strides and divisibility hints are those of a real call, only
+the launch is left out. ``python -m fastgt.kernels.ahead sm_90`` prints one target's figures as JSON,
+without an argument those of all: the form of the budget that the tests hold them to.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from .attention import attention_bwd, attention_fwd
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One configuration: every row of the tile tables, dtype and optional path has one."""
+
+    heads: int
+    width: int
+    dtype: torch.dtype
+    kv_heads: int = 0  # 0: as many as heads
+    v_width: int = 0  # 0: as wide as q
+    degree: int = 16
+    bias: bool = False
+    clamp: bool = False
+    weights: bool = False
+
+
+ATTENTION_CASES = {
+    "one_head_d8_fp16": AttentionCase(1, 8, torch.float16),
+    "low_degree_d8_bf16": AttentionCase(8, 8, torch.bfloat16, degree=3, bias=True, clamp=True),
+    "gt_zinc_d8_fp32": AttentionCase(8, 8, torch.float32, degree=3, clamp=True),
+    "gt_sbm_d10_bf16": AttentionCase(8, 10, torch.bfloat16, clamp=True),
+    "h8_d16_bf16": AttentionCase(8, 16, torch.bfloat16),
+    "h8_d16_fp32": AttentionCase(8, 16, torch.float32, bias=True, weights=True),
+    "h4_d64_fp16": AttentionCase(4, 64, torch.float16),
+    "gqa_h8_d64_bf16": AttentionCase(8, 64, torch.bfloat16, kv_heads=2),
+    "h8_d128_bf16": AttentionCase(8, 128, torch.bfloat16, bias=True, clamp=True),
+    "h16_d128_bf16": AttentionCase(16, 128, torch.bfloat16),
+    "h2_d256_fp32": AttentionCase(2, 256, torch.float32),
+    "uneven_d24_v40_fp16": AttentionCase(4, 24, torch.float16, v_width=40),
+    "h4_d32_fp64": AttentionCase(4, 32, torch.float64, bias=True, clamp=True),
+}
+
+
+def compile_ahead(target: str) -> dict[str, dict]:
+    """-> {case/kernel: registers, stack (spilled bytes), shared, warps, 16-byte loads}."""
+    compiled = []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    run, JITFunction.run = JITFunction.run, compile_only
+    before, driver._active = driver._active, _Driver(TARGETS[target])
+    try:
+        found = {}
+        for name, case in ATTENTION_CASES.items():
+            compiled.clear()
+            _launch_attention(case)
+            found |= {f"{name}/{k.metadata.name.strip('_')}": _resources(k) for k in compiled}
+        return found
+    finally:
+        JITFunction.run = run
+        driver._active = before
+
+
+def _launch_attention(case: AttentionCase) -> None:
+    n, m = 8, 8 * case.degree
+    index = torch.arange(m, dtype=torch.int32) % n
+    ptr = torch.arange(0, m + 1, case.degree, dtype=torch.int32)
+    kv_heads = case.kv_heads or case.heads
+    v_width = case.v_width or case.width
+    q = torch.zeros(n, case.heads, case.width, dtype=case.dtype)
+    k = torch.zeros(n, kv_heads, case.width, dtype=case.dtype)
+    v = torch.zeros(n, kv_heads, v_width, dtype=case.dtype)
+    bias = torch.zeros(m, case.heads, dtype=case.dtype) if case.bias else None
+    low, high = (-5.0, 5.0) if case.clamp else (-torch.inf, torch.inf)
+    o, lse, _ = attention_fwd(q, k, v, bias, ptr, index, index, 1.0, low, high, 0.0, case.weights)
+    walks = (ptr, index, index, ptr, index, index, index)
+    needs = (True, True, True, case.bias)
+    attention_bwd(o, lse, q, k, v, bias, lse, *walks, 1.0, low, high, 0.0, *needs)
+
+
+class _Driver:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target.arch)  # the key of Triton's kernel cache: one a target
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def _resources(kernel) -> dict[str, int]:
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+    if "amdgcn" in kernel.asm:
+        asm = kernel.asm["amdgcn"]
+        # vector registers of a wave; gfx942 spills to scratch ("private segment")
+        registers = int(re.search(r"\.vgpr_count: *(\d+)", asm)[1])
+        stack = int(re.search(r"\.private_segment_fixed_size: *(\d+)", asm)[1])
+        wide = len(re.findall(r"(?:global|buffer|flat)_load_dwordx4", asm))
+    else:
+        usage = _cuobjdump(kernel.asm["cubin"])
+        registers = int(re.search(r"REG:(\d+)", usage)[1])
+        stack = int(re.search(r"STACK:(\d+)", usage)[1])
+        wide = len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", kernel.asm["ptx"]))
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared": shared,
+        "warps": warps,
+        "wide_loads": wide,
+    }
+
+
+def _cuobjdump(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(cubin)
+        return subprocess.run(
+            [tool, "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout
+
+
+if __name__ == "__main__":
+    report = {target: compile_ahead(target) for target in sys.argv[1:] or TARGETS}
+    print(json.dumps(report, indent=1))

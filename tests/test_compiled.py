@@ -1,0 +1,53 @@
+"""Every kernel configuration compiles ahead of time for every target, within its budget.
+
+The budget is ``kernel_budget.json``, written by ``python -m fastgt.kernels.ahead``.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+BUDGET = json.loads((Path(__file__).parent / "kernel_budget.json").read_text())
+# other versions of Triton and ptxas allocate a little differently
+REGISTER_SLACK = 24
+SHARED_LIMIT = 64 * 1024  # gfx942's, the smallest
+
+
+@pytest.fixture(scope="module", params=BUDGET)
+def report(request):
+    """-> (what this tree's kernels use, what they may use), for one target."""
+    # a process of its own: here, Triton may be set to interpret
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "fastgt.kernels.ahead", request.param],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)[request.param], BUDGET[request.param]
+
+
+def test_kernels_stay_within_their_budget(report):
+    found, budget = report
+    assert found.keys() == budget.keys()
+    for name, used in found.items():
+        assert used["stack"] == 0, f"{name} spills {used['stack']} bytes"
+        assert used["registers"] <= budget[name]["registers"] + REGISTER_SLACK, name
+        assert used["shared"] <= min(budget[name]["shared"], SHARED_LIMIT), name
+
+
+def test_rows_are_loaded_16_bytes_at_a_time(report):
+    found, budget = report
+    for name, used in found.items():
+        assert used["wide_loads"] >= budget[name]["wide_loads"], name
+        # 10 channels of 16 bits are 4-byte aligned; beside wider values, keys of 24 channels are
+        # fewer than the program's threads take at 16 bytes each
+        if "_d10_" not in name and "uneven" not in name:
+            assert used["wide_loads"] >= 2, f"{name}: k and v are not loaded 16 bytes at a time"

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastgt.bench import harness, peers
 from torch import Tensor
 
 from fastgt import Graph, neighborhood_attention, reference
-from fastgt.bench import harness, peers
 from fastgt.testing import PROBLEMS, assert_as_accurate
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,7 +39,7 @@ def run(
         torch.randn(n, heads, width, generator=generator).to(device, dtype)
         for n in (graph.num_rows, graph.num_cols, graph.num_cols, graph.num_rows)
     )
-    edge_index = graph.edge_index.long()
+    edge_index = graph.edge_index
     attentions = {"fastgt": lambda q, k, v: neighborhood_attention(q, k, v, graph)}
     absent = []
     for name in peers.ATTENTION:

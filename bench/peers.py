@@ -86,7 +86,7 @@ def _logits(
 def attention(name: str):  # type: ignore[no-untyped-def]
     """The peer of that name; ImportError where its package is absent."""
     if name == "torch-scatter":
-        import torch_scatter as _  # noqa: F401
+        import torch_scatter as _
     elif name == "pyg":
         import torch_geometric as _  # noqa: F401
     return ATTENTION[name]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-EPOCHS = 60
+EPOCHS = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 import zipfile
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -20,7 +19,7 @@ from fastgt.models.package_classifier import PackageClassifier, PackageClassifie
 from fastgt.nn import NeighborhoodAttention
 from fastgt.ops._impl import Impl, implementation
 
-LEARNING_RATE = 0.02
+LEARNING_RATE = 0.01
 WEIGHT_DECAY = 1e-4
 
 
@@ -165,7 +164,7 @@ def compare(model: PackageClassifier, data: Packages, repeats: int = 3) -> list[
         ) -> Tensor:
             return gather_scatter(q, k, v, edge_index, edge_bias=edge_bias, logit_clamp=5.0)
 
-    edge_index = data.graph.edge_index.long()
+    edge_index = data.graph.edge_index
     usual = copy.deepcopy(model)
     for layer in usual.layers:
         layer.attention.__class__ = GatherScatter  # type: ignore[assignment]
@@ -173,14 +172,11 @@ def compare(model: PackageClassifier, data: Packages, repeats: int = 3) -> list[
     device = data.graph.device
     print("comparing with gather-softmax-scatter in the same model ...")
     scores = {name: accuracy(m, data, 2) for name, m in models.items()}
-    steps = {
-        name: _Step(copy.deepcopy(m), data, 2 * repeats + 2) for name, m in models.items()
-    }
+    steps = {name: _Step(copy.deepcopy(m), data, 2 * repeats + 2) for name, m in models.items()}
     seconds = harness.measure(steps, device, repeats=repeats)
     peaks = {name: harness.peak_extra_memory(step, device) for name, step in steps.items()}
     return [
-        Result(name, scores[name], statistics.median(seconds[name]), peaks[name])
-        for name in models
+        Result(name, scores[name], statistics.median(seconds[name]), peaks[name]) for name in models
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import scipy.sparse
 
 _INT32_MAX = 2**31 - 1
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class ColumnWalk(NamedTuple):
@@ -97,7 +99,7 @@ class Graph:
         Args:
             edge_index: Integers, ``[2, E]``.
             num_nodes: Nodes, or ``(rows, columns)`` = (targets, sources) for a bipartite graph.
-                Default: the largest index plus one.
+                Default: where ``graph_ptr`` ends, else the largest index plus one.
             graph_ptr: ``[G + 1]`` node boundaries of a batch of graphs (PyG's ``Batch.ptr``).
 
         Raises:
@@ -105,14 +107,21 @@ class Graph:
             ValueError: A wrong shape, an index out of range, boundaries that do not fit, or an
                 edge from one graph of the batch to another.
         """
+        if hasattr(edge_index, "as_tensor"):  # PyG's EdgeIndex would leave its own types here
+            edge_index = edge_index.as_tensor()
         _check_index(edge_index, "edge_index")
         if edge_index.ndim != 2 or edge_index.shape[0] != 2:
             raise ValueError(f"edge_index must be [2, E], got {list(edge_index.shape)}")
-        if num_nodes is None:
-            num_nodes = int(edge_index.max()) + 1 if edge_index.numel() else 0
-        rows, cols = num_nodes if isinstance(num_nodes, tuple) else (num_nodes, num_nodes)
-        _check_size(rows, "num_nodes")
-        _check_size(cols, "num_nodes")
+        if graph_ptr is not None:
+            _check_ptr(graph_ptr, "graph_ptr", "G + 1")
+        if num_nodes is None and graph_ptr is not None:
+            num_nodes = int(graph_ptr[-1])
+        elif num_nodes is None:
+            num_nodes = max(int(edge_index.max()) + 1, 0) if edge_index.numel() else 0
+        sizes = num_nodes if isinstance(num_nodes, (tuple, list)) else (num_nodes, num_nodes)
+        if len(sizes) != 2:
+            raise ValueError(f"num_nodes must be an int or (rows, columns), got {len(sizes)} sizes")
+        rows, cols = (_size(n, "num_nodes") for n in sizes)
         if rows == cols:
             _check_range(edge_index, cols, "edge_index", "nodes")
         else:
@@ -128,17 +137,14 @@ class Graph:
         The caller's edge order is the order of ``col``. ``num_cols`` defaults to the number of
         rows.
         """
-        _check_index(row_ptr, "row_ptr")
+        _check_ptr(row_ptr, "row_ptr", "N + 1")
         _check_index(col, "col")
         if row_ptr.device != col.device:
             raise ValueError(f"row_ptr is on {row_ptr.device} but col is on {col.device}")
-        if row_ptr.ndim != 1 or row_ptr.shape[0] == 0:
-            raise ValueError(f"row_ptr must be [N + 1], got {list(row_ptr.shape)}")
         if col.ndim != 1:
             raise ValueError(f"col must be [E], got {list(col.shape)}")
         rows = row_ptr.shape[0] - 1
-        cols = rows if num_cols is None else num_cols
-        _check_size(cols, "num_cols")
+        cols = rows if num_cols is None else _size(num_cols, "num_cols")
         _check_boundaries(row_ptr, "row_ptr", col.shape[0], "edges")
         _check_range(col, cols, "col", "columns")
         dtype = _index_dtype(rows, cols, col.shape[0])
@@ -158,8 +164,11 @@ class Graph:
             raise TypeError(f"mask must be a boolean tensor, got {kind}")
         if mask.ndim != 2:
             raise ValueError(f"mask must be [rows, columns], got {list(mask.shape)}")
-        row, col = mask.nonzero(as_tuple=True)
-        return _build(row, col, *mask.shape)
+        rows, cols = mask.shape
+        row, col = mask.nonzero(as_tuple=True)  # in row order already
+        dtype = _index_dtype(rows, cols, col.shape[0])
+        edge = torch.arange(col.shape[0], dtype=dtype, device=col.device)
+        return _single(rows, cols, _boundaries(row.to(dtype), rows), col.to(dtype), edge)
 
     @classmethod
     def from_scipy(cls, matrix: scipy.sparse.sparray | scipy.sparse.spmatrix) -> Graph:
@@ -170,9 +179,14 @@ class Graph:
         """
         if not hasattr(matrix, "tocoo"):
             raise TypeError(f"matrix must be a scipy sparse matrix, got {type(matrix).__name__}")
+        if len(matrix.shape) != 2:
+            raise ValueError(f"matrix must be [rows, columns], got {list(matrix.shape)}")
         coo = matrix.tocoo()
         row, col = torch.as_tensor(coo.row.copy()), torch.as_tensor(coo.col.copy())
-        return _build(row, col, *coo.shape)
+        rows, cols = map(int, coo.shape)
+        _check_range(row, rows, "matrix", "rows")
+        _check_range(col, cols, "matrix", "columns")
+        return _build(row, col, rows, cols)
 
     @classmethod
     def from_pyg(cls, data: Any) -> Graph:
@@ -202,7 +216,9 @@ class Graph:
 
         def join(parts: list[Tensor], sizes: list[int], lengths: list[int]) -> Tensor:
             shift = torch.tensor([0, *sizes[:-1]]).cumsum(0).to(device)
-            shift = shift.repeat_interleave(torch.tensor(lengths, device=device))
+            shift = shift.repeat_interleave(
+                torch.tensor(lengths, device=device), output_size=sum(lengths)
+            )
             return (torch.cat(parts).long() + shift).to(dtype)
 
         def join_ptr(parts: list[Tensor], sizes: list[int]) -> Tensor:
@@ -258,7 +274,9 @@ class Graph:
         if walk is None:
             row, slot, ptr = _group(self.col, self.row, self.num_cols)
             walk = ColumnWalk(ptr, row, slot, self.edge.index_select(0, slot))
-            self._cache["columns"] = walk
+            # torch.export traces with fake tensors: they must not outlive the trace
+            if type(slot) is type(self.col):
+                self._cache["columns"] = walk
         return walk
 
     @property
@@ -269,13 +287,13 @@ class Graph:
 
     @property
     def edge_index(self) -> Tensor:
-        """``[2, E]`` in the caller's order: the source (key) above the target (query)."""
-        ends = torch.stack([self.col, self.row])
+        """``[2, E]`` int64, in the caller's order: the source (key) above the target (query)."""
+        ends = torch.stack([self.col, self.row]).long()
         return torch.empty_like(ends).index_copy_(1, self.edge.long(), ends)
 
     def to(self, device: torch.device | str) -> Graph:
         """The same graph on another device, with what was cached (itself if already there)."""
-        device = torch.device(device)
+        device = self.col.new_empty(0).to(device).device  # "cuda" means "cuda:0"
         if self.device == device:
             return self
 
@@ -321,11 +339,12 @@ class Graph:
         """
         self._check_square("with_self_loops()")
         loop = torch.arange(self.num_rows, device=self.device)
-        source, target = self.edge_index.long()
+        source, target = self.edge_index
         graph = _build(
             torch.cat([target, loop]), torch.cat([source, loop]), self.num_rows, self.num_cols
         )
-        return replace(graph, graph_ptr=self.graph_ptr, col_graph_ptr=self.graph_ptr)
+        ptr = self.graph_ptr.to(graph.col.dtype)  # the loops may be more than int32 counts
+        return replace(graph, graph_ptr=ptr, col_graph_ptr=ptr)
 
     def reordered(self, order: Tensor) -> Graph:
         """Nodes renumbered: node i of the result is node ``order[i]`` of this graph.
@@ -341,23 +360,30 @@ class Graph:
         if order.device != self.device:
             raise ValueError(f"order is on {order.device} but the graph is on {self.device}")
         _check_range(order, n, "order", "nodes")
-        order = order.long()
+        order = order.long().contiguous()
         place = torch.full_like(order, -1)
         place[order] = torch.arange(n, device=self.device)
         if bool((place < 0).any()):
             missing = int((place < 0).nonzero()[0])
             raise ValueError(f"order is not a permutation: node {missing} of {n} is missing")
         if self.num_graphs > 1:
-            graph_of = torch.searchsorted(self.graph_ptr.long(), order, right=True)
-            if bool((graph_of.diff() < 0).any()):
-                raise ValueError("order moves a node from one graph of the batch to another")
-        source, target = self.edge_index.long()
+            graph_of = self._graph_of()
+            astray = graph_of[order] != graph_of
+            if bool(astray.any()):
+                i = int(astray.nonzero()[0])
+                raise ValueError(
+                    f"order puts node {int(order[i])} of graph {int(graph_of[order[i]])} at {i}, "
+                    f"in graph {int(graph_of[i])} of the batch"
+                )
+        source, target = self.edge_index
         graph = _build(place[target], place[source], n, n)
         return replace(graph, graph_ptr=self.graph_ptr, col_graph_ptr=self.graph_ptr)
 
     def __repr__(self) -> str:
         square = self.num_rows == self.num_cols
         size = f"N={self.num_rows}" if square else f"N={self.num_rows}x{self.num_cols}"
+        if self.device.type == "meta":  # no values to describe
+            return f"Graph({size}, E={self.num_edges}, meta)"
         kept = [x for walk in self._cache.values() for x in walk]
         tensors = [self.row_ptr, self.col, self.edge, self.graph_ptr, self.col_graph_ptr, *kept]
         # two walks may share a tensor: count each storage once
@@ -375,11 +401,18 @@ class Graph:
         parts += [index, f"{sum(held.values()) / 1e6:.1f} MB", str(self.device)]
         return f"Graph({', '.join(parts)})"
 
+    def _graph_of(self) -> Tensor:
+        """The number of each row's graph, ``[N_rows]``."""
+        rows = torch.arange(self.num_rows, dtype=self.graph_ptr.dtype, device=self.device)
+        return torch.searchsorted(self.graph_ptr, rows, right=True) - 1
+
     def _check_square(self, what: str) -> None:
         if self.num_rows != self.num_cols:
             raise ValueError(
                 f"{what} needs a square graph, got {self.num_rows} rows and {self.num_cols} columns"
             )
+        if self.graph_ptr is not self.col_graph_ptr:
+            raise ValueError(f"{what} needs square graphs, got a batch of bipartite ones")
 
 
 def _build(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> Graph:
@@ -391,10 +424,13 @@ def _build(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> Graph:
 def _group(key: Tensor, other: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Stable sort by ``key``: the other ends, the order and the boundaries, in key's dtype."""
     ordered, order = torch.sort(key, stable=True)
-    ptr = torch.searchsorted(
-        ordered, torch.arange(size + 1, dtype=key.dtype, device=key.device), out_int32=True
-    )
-    return other.index_select(0, order), order.to(key.dtype), ptr.to(key.dtype)
+    return other.index_select(0, order), order.to(key.dtype), _boundaries(ordered, size)
+
+
+def _boundaries(ordered: Tensor, size: int) -> Tensor:
+    """Where each of the keys 0 .. size - 1 begins in ``ordered``, and the end, in its dtype."""
+    keys = torch.arange(size + 1, dtype=ordered.dtype, device=ordered.device)
+    return torch.searchsorted(ordered, keys, out_int32=ordered.dtype == torch.int32)
 
 
 def _single(num_rows: int, num_cols: int, row_ptr: Tensor, col: Tensor, edge: Tensor) -> Graph:
@@ -407,23 +443,21 @@ def _single(num_rows: int, num_cols: int, row_ptr: Tensor, col: Tensor, edge: Te
 
 def _with_boundaries(graph: Graph, graph_ptr: Tensor) -> Graph:
     graph._check_square("graph_ptr")
-    _check_index(graph_ptr, "graph_ptr")
-    if graph_ptr.ndim != 1 or graph_ptr.shape[0] == 0:
-        raise ValueError(f"graph_ptr must be [G + 1], got {list(graph_ptr.shape)}")
     if graph_ptr.device != graph.device:
         raise ValueError(f"graph_ptr is on {graph_ptr.device}, edge_index on {graph.device}")
     _check_boundaries(graph_ptr, "graph_ptr", graph.num_rows, "nodes")
     ptr = graph_ptr.to(graph.col.dtype, copy=True)
-    # a column must lie within its row's graph: compare with that graph's two ends
-    first = torch.searchsorted(ptr, graph.row, right=True)
-    outside = (graph.col < ptr[first - 1]) | (graph.col >= ptr[first])
+    graph = replace(graph, graph_ptr=ptr, col_graph_ptr=ptr)
+    graph_of = graph._graph_of()
+    row_graph = graph_of.repeat_interleave(graph.row_degree, output_size=graph.num_edges)
+    outside = graph_of.index_select(0, graph.col) != row_graph
     if bool(outside.any()):
         slot = int(outside.nonzero()[0])
         raise ValueError(
             f"edge_index: edge {int(graph.edge[slot])} joins node {int(graph.col[slot])} to node "
             f"{int(graph.row[slot])} of another graph of the batch"
         )
-    return replace(graph, graph_ptr=ptr, col_graph_ptr=ptr)
+    return graph
 
 
 def _index_dtype(num_rows: int, num_cols: int, num_edges: int) -> torch.dtype:
@@ -433,15 +467,29 @@ def _index_dtype(num_rows: int, num_cols: int, num_edges: int) -> torch.dtype:
 def _check_index(x: Tensor, name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of integers, got {type(x).__name__}")
-    if x.dtype == torch.bool or x.is_floating_point() or x.is_complex():
-        raise TypeError(f"{name} must hold integers, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}")
+    if x.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must hold integers (uint8 or int8 to int64), got {x.dtype}")
 
 
-def _check_size(n: int, name: str) -> None:
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"{name} must be an int, got {type(n).__name__}")
-    if n < 0:
-        raise ValueError(f"{name} must not be negative, got {n}")
+def _check_ptr(x: Tensor, name: str, size: str) -> None:
+    _check_index(x, name)
+    if x.ndim != 1 or x.shape[0] == 0:
+        raise ValueError(f"{name} must be [{size}], got {list(x.shape)}")
+
+
+def _size(n: Any, name: str) -> int:
+    """A size as a Python int; NumPy's integers are taken too."""
+    try:
+        if isinstance(n, bool):
+            raise TypeError
+        size = operator.index(n)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(n).__name__}") from None
+    if size < 0:
+        raise ValueError(f"{name} must not be negative, got {size}")
+    return size
 
 
 def _check_range(index: Tensor, size: int, name: str, of: str) -> None:
@@ -455,11 +503,11 @@ def _check_range(index: Tensor, size: int, name: str, of: str) -> None:
 
 
 def _check_boundaries(ptr: Tensor, name: str, total: int, of: str) -> None:
-    first, last, step = int(ptr[0]), int(ptr[-1]), ptr.diff()
+    first, last, down = int(ptr[0]), int(ptr[-1]), ptr[1:] < ptr[:-1]  # a difference may wrap
     if first != 0:
         raise ValueError(f"{name} must start at 0, got {first}")
-    if step.numel() and int(step.min()) < 0:
-        i = int((step < 0).nonzero()[0])
+    if bool(down.any()):
+        i = int(down.nonzero()[0])
         raise ValueError(f"{name} decreases from {int(ptr[i])} to {int(ptr[i + 1])} at {i + 1}")
     if last != total:
         raise ValueError(f"{name} ends at {last} but there are {total} {of}")

@@ -27,7 +27,7 @@ def neighborhood_attention(
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """See :func:`fastgt.neighborhood_attention`."""
-    key, query = graph.edge_index.long()  # [E], in the caller's order
+    key, query = graph.edge_index  # [E], in the caller's order
     rows, heads, group = q.shape[0], q.shape[1], q.shape[1] // max(k.shape[1], 1)
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))  # [N_cols, H, .]
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale

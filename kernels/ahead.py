@@ -2,8 +2,8 @@
 
 The launchers run as they do in production, on small CPU tensors, with a stand-in for the driver
 that names the target: signatures, strides and divisibility hints are those of a real call, only
-the launch is left out. ``python -m fastgt.kernels.ahead sm_90`` prints one target's figures as JSON,
-without an argument those of all: the form of the budget that the tests hold them to.
+the launch is left out. ``python -m fastgt.kernels.ahead sm_90`` prints one target's figures as
+JSON, without an argument those of all: the form of the budget that the tests hold them to.
 """
 
 import json

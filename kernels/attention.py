@@ -304,7 +304,7 @@ def attention_bwd(
     dv = torch.empty_like(v, memory_format=torch.contiguous_format) if need_v else q.new_empty(0)
     dbias = q.new_empty(num_edges, heads) if need_bias else q.new_empty(0)
     gamma = torch.empty_like(lse)
-    shared = dict(CLAMP=_clamps(low, high), HAS_BIAS=edge_bias is not None)
+    shared = {"CLAMP": _clamps(low, high), "HAS_BIAS": edge_bias is not None}
     strides = q.stride(), k.stride(), v.stride(), _bias_stride(edge_bias), do.stride()
     floats = scale, low, high, _log(eps)
     if n and heads and (need_q or need_k or need_bias):
@@ -330,11 +330,19 @@ def _plan(q, k, v, aligned, num_edges, num_rows, heads):
     align = 16 // q.element_size()
     for x in aligned:
         align = math.gcd(align, x.stride(0), x.stride(1)) if x.stride(2) == 1 else 1
-    meta = dict(
-        H=q.shape[1], GROUP=q.shape[1] // max(k.shape[1], 1), D=q.shape[2], DV=v.shape[2],
-        BLOCK_R=tile.block_r, BLOCK_E=tile.block_e, BLOCK_H=tile.block_h,
-        BLOCK_D=block_d, BLOCK_DV=block_dv, ALIGN=align, num_warps=tile.num_warps,
-    )  # fmt: skip
+    meta = {
+        "H": q.shape[1],
+        "GROUP": q.shape[1] // max(k.shape[1], 1),
+        "D": q.shape[2],
+        "DV": v.shape[2],
+        "BLOCK_R": tile.block_r,
+        "BLOCK_E": tile.block_e,
+        "BLOCK_H": tile.block_h,
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
+        "ALIGN": align,
+        "num_warps": tile.num_warps,
+    }
     return meta, (triton.cdiv(num_rows, tile.block_r), triton.cdiv(heads, tile.block_h))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
@@ -26,8 +25,8 @@ class PackageClassifierConfig:
     dim: int = 64
     heads: int = 4
     layers: int = 2
-    dropout: float = 0.3
-    word_dropout: float = 0.3
+    dropout: float = 0.2
+    word_dropout: float = 0.2
 
 
 class PackageClassifier(nn.Module):
@@ -40,9 +39,7 @@ class PackageClassifier(nn.Module):
         self.layers = nn.ModuleList(
             GraphTransformerLayer(c.dim, c.heads, dropout=c.dropout) for _ in range(c.layers)
         )
-        self.edge_bias = nn.ModuleList(
-            nn.Embedding(c.edge_kinds, c.heads) for _ in range(c.layers)
-        )
+        self.edge_bias = nn.ModuleList(nn.Embedding(c.edge_kinds, c.heads) for _ in range(c.layers))
         for bias in self.edge_bias:
             nn.init.zeros_(bias.weight)
         self.dropout = nn.Dropout(c.dropout)
@@ -59,6 +56,6 @@ class PackageClassifier(nn.Module):
         weight = nn.functional.dropout(weight, self.config.word_dropout, self.training)
         x = self.words(word, word_ptr, per_sample_weights=weight)
         x = self.dropout(self.norm(x))
-        for layer, bias in zip(self.layers, self.edge_bias):
+        for layer, bias in zip(self.layers, self.edge_bias, strict=True):
             x = layer(x, graph, edge_bias=bias(edge_kind))
         return self.out(self.dropout(x))

@@ -97,6 +97,9 @@ def neighborhood_attention(
             return_lse=return_lse,
             return_weights=return_weights,
         )
+    if torch.compiler.is_compiling():
+        # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
+        k, v = k.view_as(k), v.view_as(v)
     settings = (scale, low, high, float(denominator_eps))
     tensors = [x for x in (q, k, v, edge_bias) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -228,7 +231,9 @@ class _Attention(torch.autograd.Function):
                 dlse = lse.new_zeros(()).expand(lse.shape)
             walks = (*_rows(ctx.graph), *ctx.columns)
             args = (do, dlse, q, k, v, edge_bias, lse, *walks, *ctx.settings, *needs)
-            grads = [x if need else None for x, need in zip(_bwd(ctx.impl, *args), needs)]
+            grads = [
+                x if need else None for x, need in zip(_bwd(ctx.impl, *args), needs, strict=True)
+            ]
         return (*grads, None, None, None, None, None)
 
 
@@ -256,8 +261,8 @@ def _reference_grads(
         return_lse=True,
     )
     pairs = [(y, dy) for y, dy in ((o, do), (lse, dlse)) if dy is not None]
-    outputs, upstream = zip(*pairs)
-    inputs = [x for x, need in zip((q, k, v, edge_bias), needs) if need]
+    outputs, upstream = zip(*pairs, strict=True)
+    inputs = [x for x, need in zip((q, k, v, edge_bias), needs, strict=True) if need]
     found = iter(
         torch.autograd.grad(outputs, inputs, upstream, create_graph=True, materialize_grads=True)
     )

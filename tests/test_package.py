@@ -1,0 +1,179 @@
+"""The package as a whole: who imports whom, what importing costs, what its documents say."""
+
+import ast
+import doctest
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastgt
+
+ROOT = Path(__file__).parent.parent
+
+# layer -> the layers it may import; "triton" and "torch" only where listed or unrestricted
+LAYERS = {
+    "graph": set(),
+    "encodings": {"graph"},
+    "reference": {"graph"},
+    "cpu": set(),
+    "kernels": set(),
+    "ops": {"graph", "reference", "cpu", "kernels"},
+    "nn": {"graph", "ops"},
+    "models": {"graph", "encodings", "nn", "ops"},
+    "testing": {"graph"},
+    "bench": {"graph", "reference", "ops", "nn", "models", "testing", "__init__"},
+    "demo": {"graph", "ops", "nn", "models", "bench"},
+    "cli": {"demo"},
+    "data": set(),
+    "__init__": {"graph", "ops", "encodings"},
+}
+MODULES = [
+    *(ROOT / "fastgt").rglob("*.py"),
+    *(ROOT / "kernels").glob("*.py"),
+    *(ROOT / "bench").glob("*.py"),
+]
+
+
+def layer_of(module: Path) -> str:
+    parts = module.relative_to(ROOT).parts
+    return parts[0] if parts[0] in ("kernels", "bench") else parts[1].removesuffix(".py")
+
+
+def imported(tree: ast.AST):
+    """-> (layer or package imported, whether inside a function)."""
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+            if node.module == "fastgt":
+                # `from fastgt import reference` names a layer, `import Graph` a public name
+                names = [
+                    f"fastgt.{a.name}" if a.name in LAYERS else "fastgt.__init__"
+                    for a in node.names
+                ]
+        else:
+            continue
+        for name in names:
+            yield name, id(node) in inside
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: str(m.relative_to(ROOT)))
+def test_layers(module):
+    layer = layer_of(module)
+    for name, inside in imported(ast.parse(module.read_text())):
+        package, _, rest = name.partition(".")
+        if package == "triton":
+            assert layer == "kernels" or inside, f"{name} at import time"
+        if package != "fastgt":
+            continue
+        target = rest.partition(".")[0] or "__init__"
+        assert target == layer or target in LAYERS[layer], f"{layer} imports {target}"
+        if target == "kernels":
+            assert inside, "kernels are imported inside functions only"
+
+
+def test_every_module_is_in_a_layer():
+    assert {layer_of(m) for m in MODULES} == set(LAYERS)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT.anchor,
+        env=os.environ | environment,
+    )
+
+
+def test_import_is_light():
+    heavy = ["triton", "matplotlib", "torch_geometric", "torch_scatter"]
+    run = run_python(f"import sys, fastgt; print([m for m in {heavy} if m in sys.modules])")
+    assert run.stdout == "[]\n", run.stdout + run.stderr
+
+
+def test_works_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from fastgt import Graph, neighborhood_attention as na\n"
+        "g = Graph.from_edge_index(torch.tensor([[0, 1], [1, 0]]))\n"
+        "x = torch.randn(2, 1, 4)\n"
+        "na(x, x, x, g)\n"
+        "try: na(x, x, x, g, impl='triton')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    run = run_python(code)
+    assert "needs the package triton" in run.stdout, run.stdout + run.stderr
+
+
+def test_triton_on_cpu_tensors_is_refused_without_the_interpreter():
+    code = (
+        "import torch; from fastgt import Graph, neighborhood_attention as na\n"
+        "g = Graph.from_edge_index(torch.tensor([[0, 1], [1, 0]]))\n"
+        "x = torch.randn(2, 1, 4)\n"
+        "try: na(x, x, x, g, impl='triton')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    run = run_python(code, TRITON_INTERPRET="0")
+    assert "needs tensors on a GPU, got cpu" in run.stdout, run.stdout + run.stderr
+
+
+def test_kernels_refuse_their_folder_name():
+    run = subprocess.run(
+        [sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "fastgt.kernels" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "fastgt.graph",
+        "fastgt.encodings",
+        "fastgt.ops._impl",
+        "fastgt.ops.attention",
+        "fastgt.nn.attention",
+        "fastgt.models.graph_transformer",
+        "fastgt.testing",
+    ],
+)
+def test_docstring_examples(module):
+    found = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
+    assert found.attempted, f"{module} has no example"
+    assert not found.failed
+
+
+def test_readme_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_readme_figures_are_those_of_the_result_files():
+    from fastgt.bench import render
+
+    readme = (ROOT / "README.md").read_text()
+    assert render.rendered(readme) == readme, "run `python -m fastgt.bench.render`"
+
+
+def test_public_names_have_docstrings():
+    for name in fastgt.__all__:
+        assert getattr(fastgt, name).__doc__, name
+
+
+def test_version_is_the_projects():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{fastgt.__version__}"' in text

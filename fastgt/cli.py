@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-EPOCHS = 100
+EPOCHS = 80
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ and dependencies, beside the same model with the usual gather-softmax-scatter at
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import zipfile
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from fastgt.ops._impl import Impl, implementation
 
 LEARNING_RATE = 0.01
 WEIGHT_DECAY = 1e-4
+WARMUP = 6  # epochs
 
 
 @dataclass
@@ -135,8 +137,11 @@ class _Step:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY
         )
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, LEARNING_RATE, total_steps=epochs + 1, pct_start=0.2
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda epoch: (
+                min((epoch + 1) / WARMUP, 1) * (1 + math.cos(math.pi * min(epoch / epochs, 1))) / 2
+            ),
         )
 
     def __call__(self) -> float:
@@ -172,7 +177,7 @@ def compare(model: PackageClassifier, data: Packages, repeats: int = 3) -> list[
     device = data.graph.device
     print("comparing with gather-softmax-scatter in the same model ...")
     scores = {name: accuracy(m, data, 2) for name, m in models.items()}
-    steps = {name: _Step(copy.deepcopy(m), data, 2 * repeats + 2) for name, m in models.items()}
+    steps = {name: _Step(copy.deepcopy(m), data, repeats + 2) for name, m in models.items()}
     seconds = harness.measure(steps, device, repeats=repeats)
     peaks = {name: harness.peak_extra_memory(step, device) for name, step in steps.items()}
     return [

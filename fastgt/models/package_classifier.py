@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
@@ -39,9 +40,10 @@ class PackageClassifier(nn.Module):
         self.layers = nn.ModuleList(
             GraphTransformerLayer(c.dim, c.heads, dropout=c.dropout) for _ in range(c.layers)
         )
-        self.edge_bias = nn.ModuleList(nn.Embedding(c.edge_kinds, c.heads) for _ in range(c.layers))
-        for bias in self.edge_bias:
-            nn.init.zeros_(bias.weight)
+        self.edge_bias = nn.ModuleList(
+            nn.Embedding.from_pretrained(torch.zeros(c.edge_kinds, c.heads), freeze=False)
+            for _ in range(c.layers)
+        )
         self.dropout = nn.Dropout(c.dropout)
         self.out = nn.Linear(c.dim, c.classes)
 

@@ -79,7 +79,10 @@ def neighborhood_attention(
         >>> neighborhood_attention(q, k, v, graph).shape
         torch.Size([3, 4, 16])
     """
-    q, k, v, edge_bias = _autocast(q, k, v, edge_bias)
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (_autocast(x, dtype) for x in (q, k, v))
+        edge_bias = None if edge_bias is None else _autocast(edge_bias, dtype)
     low, high = _clamp_bounds(logit_clamp)
     _check(q, k, v, graph, edge_bias, scale, denominator_eps)
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
@@ -112,15 +115,8 @@ def neighborhood_attention(
     return (o, *extras) if extras else o
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        x.to(dtype) if isinstance(x, Tensor) and x.dtype in (*_HALF, torch.float32) else x
-        for x in tensors
-    ]
+def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if isinstance(x, Tensor) and x.dtype in (*_HALF, torch.float32) else x
 
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -262,7 +258,8 @@ def _reference_grads(
     )
     pairs = [(y, dy) for y, dy in ((o, do), (lse, dlse)) if dy is not None]
     outputs, upstream = zip(*pairs, strict=True)
-    inputs = [x for x, need in zip((q, k, v, edge_bias), needs, strict=True) if need]
+    wanted = zip((q, k, v, edge_bias), needs, strict=True)
+    inputs = [x for x, need in wanted if need and x is not None]
     found = iter(
         torch.autograd.grad(outputs, inputs, upstream, create_graph=True, materialize_grads=True)
     )

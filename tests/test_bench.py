@@ -1,0 +1,146 @@
+"""The benchmark's own honesty: peers compute the same thing, wrong ones are not timed."""
+
+import json
+
+import pytest
+import torch
+from fastgt.bench import attention, harness, peers, render
+
+from fastgt import Graph
+from fastgt.testing import Problem, assert_as_accurate, random_graph
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def problem(monkeypatch):
+    tiny = Problem("tiny", lambda: random_graph(0, 50, 300, isolated=3))
+    monkeypatch.setitem(attention.PROBLEMS, "tiny", tiny)
+    return "tiny"
+
+
+def require(name):
+    package = {"pyg": "torch_geometric", "torch-scatter": "torch_scatter"}.get(name)
+    if package:
+        pytest.importorskip(package)
+
+
+@pytest.mark.parametrize("name", peers.ATTENTION)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("clamp", [None, 0.5])
+def test_peers_compute_the_same_attention(name, bias, clamp):
+    require(name)
+    from fastgt import reference
+
+    graph = random_graph(1, 30, 120, cols=20)
+    q, k, v = (torch.randn(n, 3, 8) for n in (30, 20, 20))
+    edge_bias = torch.randn(120, 3) if bias else None
+    out = peers.attention(name)(q, k, v, graph.edge_index, edge_bias=edge_bias, logit_clamp=clamp)
+
+    def definition(dtype):
+        return reference.neighborhood_attention(
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            graph,
+            edge_bias=edge_bias if edge_bias is None else edge_bias.to(dtype),
+            logit_clamp=clamp,
+        )
+
+    assert_as_accurate(out, definition(torch.float32), definition(torch.float64), name)
+
+
+def test_pyg_peer_is_transformer_conv():
+    conv_module = pytest.importorskip("torch_geometric.nn")
+    torch.manual_seed(0)
+    graph = random_graph(2, 25, 90)
+    conv = conv_module.TransformerConv(12, 4, heads=3, root_weight=False)
+    x = torch.randn(25, 12)
+    q, k, v = (f(x).view(25, 3, 4) for f in (conv.lin_query, conv.lin_key, conv.lin_value))
+    expected = conv(x, graph.edge_index)
+    torch.testing.assert_close(peers.pyg(q, k, v, graph.edge_index).flatten(1), expected)
+
+
+def test_rows_are_complete_and_written(problem, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "new" / "rows.json"
+    monkeypatch.setattr(
+        "sys.argv", ["bench", "--problem", problem, "--repeats", "1", "--json", str(path)]
+    )
+    attention.main()
+    rows = json.loads(path.read_text())
+    assert rows[0]["provider"] == "fastgt"
+    assert {row["provider"] for row in rows} == {"fastgt", *peers.ATTENTION}
+    for row in rows:
+        if row["match"]:
+            assert row["both_s"] > 0
+            assert row["both_peak_bytes"] >= row["forward_peak_bytes"] > 0
+        assert {"commit", "device", "torch", "triton", "date", "node_order"} <= row.keys()
+    assert "fastgt" in capsys.readouterr().out
+
+
+def test_a_provider_that_disagrees_is_reported_and_not_timed(problem, monkeypatch):
+    def wrong(q, k, v, edge_index):
+        return peers.gather_scatter(q, k, v, edge_index) * 1.001
+
+    monkeypatch.setitem(peers.ATTENTION, "gather-scatter", wrong)
+    rows = {row["provider"]: row for row in attention.run(problem, repeats=1)}
+    assert rows["gather-scatter"]["match"] is False
+    assert "forward_s" not in rows["gather-scatter"]
+    assert "False" in attention.show(list(rows.values()))
+
+
+def test_absent_peers_are_listed(problem, monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(peers, "attention", missing)
+    rows = attention.run(problem, repeats=1)
+    assert [row["error"] for row in rows if row["match"] is None] == ["not installed"] * 3
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    def fn():
+        x = torch.ones(1_000_000)  # 4 MB
+        del x
+        y = torch.ones(2_000_000)  # 8 MB
+        return y, torch.ones(500_000)  # 2 MB
+
+    assert harness.peak_extra_memory(fn, CPU) == pytest.approx(10e6, rel=0.01)
+
+
+def test_providers_take_turns_in_both_orders():
+    order = []
+    providers = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    times = harness.measure(providers, CPU, repeats=2)
+    assert order == ["a", "b", "a", "b", "b", "a"]  # once to warm up
+    assert [len(t) for t in times.values()] == [2, 2]
+    assert harness.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
+
+
+def test_attention_makes_no_tensor_of_edges_by_width():
+    """The operator's peak stays far below one [E, H, D] tensor, forward and backward."""
+    from fastgt import neighborhood_attention
+
+    nodes, edges, heads, width = 200, 40_000, 4, 32
+    graph = Graph.from_edge_index(torch.randint(nodes, (2, edges)), nodes)
+    graph.columns  # noqa: B018
+    inputs = [torch.randn(nodes, heads, width, requires_grad=True) for _ in range(3)]
+
+    def both():
+        return torch.autograd.grad(neighborhood_attention(*inputs, graph).sum(), inputs)
+
+    both()
+    peak = harness.peak_extra_memory(both, CPU)
+    assert peak < 4 * edges * heads * width / 4
+
+
+def test_tables_are_made_from_result_files(tmp_path, monkeypatch, problem):
+    rows = attention.run(problem, repeats=1)
+    (tmp_path / "tiny.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    readme = "before\n<!-- table tiny -->\nold\n<!-- end -->\nafter"
+    text = render.rendered(readme)
+    assert text.startswith("before\n<!-- table tiny -->\n`tiny`: 50 nodes, 300 edges")
+    assert "| fastgt | yes |" in text
+    assert "old" not in text
+    assert render.rendered(text) == text

@@ -1,0 +1,117 @@
+"""The command line: exit codes, and the demo on a small version of itself."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from fastgt import cli, demo
+from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The demo's data cut down to 2,000 packages."""
+    data = demo.load(torch.device("cpu"))
+    keep = 2000
+    source, target = data.graph.edge_index
+    inside = (source < keep) & (target < keep)
+    data.graph = demo.Graph.from_edge_index(torch.stack([source, target])[:, inside], keep)
+    data.edge_kind = data.edge_kind[inside]
+    data.word_ptr = data.word_ptr[: keep + 1]
+    data.word = data.word[: int(data.word_ptr[-1])]
+    data.section, data.split = data.section[:keep], data.split[:keep]
+    monkeypatch.setattr(demo, "load", lambda device: data)
+    return data
+
+
+def test_demo_runs_and_reports(small, tmp_path, capsys):
+    output = tmp_path / "demo.png"
+    assert cli.main(["demo", "--epochs", "3", "--device", "cpu", "--output", str(output)]) == 0
+    text = capsys.readouterr().out
+    rows = re.findall(r"^(fastgt|gather-softmax-scatter) +(0\.\d+) +(\S+) +(\S+) MB$", text, re.M)
+    assert [name for name, *_ in rows] == ["fastgt", "gather-softmax-scatter"]
+    # one set of weights, two ways to compute the same attention
+    assert float(rows[0][1]) == pytest.approx(float(rows[1][1]), abs=0.01)
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_is_the_same_for_the_same_seed(small):
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        config = PackageClassifierConfig(small.vocabulary, small.edge_kinds, small.sections)
+        losses.append(demo.train(PackageClassifier(config), small, 2))
+    assert losses[0] == losses[1]
+
+
+def test_demo_data_is_whole():
+    data = demo.load(torch.device("cpu"))
+    assert (data.graph.num_rows, data.graph.num_edges) == (63_436, 2 * 345_795)
+    assert data.split.bincount().tolist() == [31_725, 15_878, 15_833]
+    assert int(data.edge_kind.max()) < data.edge_kinds
+    assert int(data.word.max()) < data.vocabulary
+    assert data.word_ptr[-1] == len(data.word)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing array", "not an archive"])
+def test_damaged_data_is_said(damage, monkeypatch, tmp_path, capsys):
+    (tmp_path / "debian.npz").write_bytes(b"no archive at all")
+    original = demo.files("fastgt.data") / "debian.npz"
+    if damage == "truncated":
+        (tmp_path / "debian.npz").write_bytes(original.read_bytes()[:100_000])
+    elif damage == "missing array":
+        np.savez(tmp_path / "debian.npz", y=np.zeros(3))
+    monkeypatch.setattr(demo, "files", lambda package: tmp_path)
+    assert cli.main(["demo", "--output", str(tmp_path / "demo.png")]) == 1
+    assert "debian.npz is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["demo", "--epochs", "0"], 2, "positive integer, got '0'"),
+        (["demo", "--impl", "cuda"], 2, "invalid choice"),
+        (["demo", "--device", "nowhere"], 1, "nowhere"),
+        (["demo", "--output", "/no/such/folder/x.png"], 1, "no such folder"),
+        ([], 2, "command"),
+    ],
+)
+def test_usage_errors(arguments, status, message, capsys):
+    try:
+        found = cli.main(arguments)
+    except SystemExit as error:
+        found = error.code
+    assert found == status
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_absent_cuda_is_said(capsys):
+    assert cli.main(["demo", "--device", "cuda"]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_interrupt_leaves_a_clean_terminal(tmp_path):
+    run = subprocess.Popen(
+        [sys.executable, "-m", "fastgt.cli", "demo", "--output", str(tmp_path / "demo.png")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "0"},
+    )
+    assert run.stdout.readline().startswith("Graph(")  # the data is read, training begins
+    time.sleep(2)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 130
+    assert "Traceback" not in err
+    assert err.endswith("\nfastgt: interrupted\n")
+    assert not (tmp_path / "demo.png").exists()

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastgt.bench import harness, peers
 from torch import Tensor
 
 from fastgt import Graph, neighborhood_attention, reference
+from fastgt.bench import harness, peers
 from fastgt.testing import PROBLEMS, assert_as_accurate
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

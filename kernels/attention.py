@@ -3,11 +3,12 @@
     s_ij = clamp(scale q_i . k_j) + bias_ij
     o_i  = sum_j a_ij v_j,   a_ij = exp(s_ij) / (Z_i + eps),   Z_i = sum_j exp(s_ij) = exp(lse_i)
 
-With p = exp(s - lse), r = Z / (Z + eps), dp_ij = do_i . v_j and the gradient g of the lse:
+With p = exp(s - lse), r = Z / (Z + eps), dp_ij = do_i . v_j, the gradient g of the lse, and
+t_i = sum_j p_ij, which is 1 but for the rounding of the stored lse (that of the largest logit):
 
-    delta_i = r_i sum_j p_ij dp_ij,   gamma_i = r_i delta_i - g_i
-    ds_ij = p_ij (r_i dp_ij - gamma_i),   dq_i = scale sum_j ds_ij k_j
-    dk_j = scale sum_i ds_ij q_i,   dv_j = sum_i r_i p_ij do_i,   dbias_ij = ds_ij
+    a_ij = w_i p_ij,   w_i = r_i / t_i,   gamma_i = (r_i w_i sum_j p_ij dp_ij - g_i) / t_i
+    ds_ij = p_ij (w_i dp_ij - gamma_i),   dq_i = scale sum_j ds_ij k_j
+    dk_j = scale sum_i ds_ij q_i,   dv_j = sum_i a_ij do_i,   dbias_ij = ds_ij
 
 A program owns BLOCK_R rows and BLOCK_H heads (all of them up to 1,024 channels) and takes
 BLOCK_E edges of each row at a time:
@@ -20,7 +21,7 @@ Each of the BLOCK_E lanes keeps its own running maximum, sum and accumulator, so
 reduction but the dot product; lanes meet once, after the last step. The forward and the dq kernel
 walk the rows, the dkv kernel walks the same edges by columns, where it also writes dbias: every
 output element has one writer, in a fixed order, hence no atomics and the same bits every time.
-delta comes from p and dp in the accumulator's precision, never from a rounded output.
+w and gamma come from p and dp in the accumulator's precision, never from a rounded output.
 """
 
 import math
@@ -54,10 +55,10 @@ def _attention_fwd_kernel(
     start = tl.load(row_ptr + row, mask=mine, other=0).to(tl.int64)
     end = tl.load(row_ptr + row + 1, mask=mine, other=0).to(tl.int64)
     longest = tl.max(end - start)
-    low, high = scalar(low, ACC), scalar(high, ACC)
+    low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
 
     q = load_heads(q_ptr, q_stride, row[:, None], mine[:, None], head, H, D, BLOCK_D, ALIGN)
-    q = q.to(ACC) * scalar(scale, ACC)  # [R, 1, H, D]
+    q = q.to(ACC)  # [R, 1, H, D]
 
     lane_max = tl.full([BLOCK_R, BLOCK_E, BLOCK_H], float("-inf"), ACC)
     lane_sum = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H], ACC)
@@ -69,8 +70,9 @@ def _attention_fwd_kernel(
         edge = tl.load(edge_ptr + slot, mask=live, other=0) if HAS_BIAS else slot
         k = load_heads(k_ptr, k_stride, col, live, head // GROUP, H // GROUP, D, BLOCK_D, ALIGN)
         v = load_heads(v_ptr, v_stride, col, live, head // GROUP, H // GROUP, DV, BLOCK_DV, ALIGN)
+        k = k.to(ACC)
         s, _ = logits(
-            q, k.to(ACC), live, edge, head, bias_ptr, bias_stride, low, high, H, CLAMP, HAS_BIAS
+            q, k, live, edge, head, bias_ptr, bias_stride, scale, low, high, H, CLAMP, HAS_BIAS
         )
         new_max = tl.maximum(lane_max, s)
         # a lane without a finite logit so far keeps -inf; a finite pivot avoids inf - inf
@@ -89,7 +91,8 @@ def _attention_fwd_kernel(
     lse = pivot + tl.log(tl.where(empty, 1.0, total))
     kept = _kept(lse, log_eps, ACC)
     o = tl.sum(acc * decay[:, :, :, None], 1)
-    o = tl.where(empty[:, :, None], 0.0, o * (kept / tl.where(empty, 1.0, total))[:, :, None])
+    norm = kept / tl.where(empty, 1.0, total)
+    o = tl.where(empty[:, :, None], 0.0, o * norm[:, :, None])
     store_heads(
         o_ptr, o_stride, row[:, None], mine[:, None], head, H, DV, BLOCK_DV, 1, o[:, None, :, :]
     )
@@ -98,17 +101,19 @@ def _attention_fwd_kernel(
     tl.store(lse_ptr + at, tl.where(empty, float("-inf"), lse), mask=mask)
 
     if WEIGHTS:
-        lse = tl.where(empty, float("inf"), lse)  # exp(s - inf) = 0
+        # not through the lse, which is rounded as the largest logit is
+        pivot = tl.where(empty, float("inf"), pivot)  # exp(s - inf) = 0
         for step in range(0, longest, BLOCK_E):
             slot = start[:, None] + step + lane[None, :]
             live = slot < end[:, None]
             col = tl.load(col_ptr + slot, mask=live, other=0)
             edge = tl.load(edge_ptr + slot, mask=live, other=0)
             k = load_heads(k_ptr, k_stride, col, live, head // GROUP, H // GROUP, D, BLOCK_D, ALIGN)
+            k = k.to(ACC)
             s, _ = logits(
-                q, k.to(ACC), live, edge, head, bias_ptr, bias_stride, low, high, H, CLAMP, HAS_BIAS
+                q, k, live, edge, head, bias_ptr, bias_stride, scale, low, high, H, CLAMP, HAS_BIAS
             )
-            p = tl.exp(s - lse[:, None, :]) * kept[:, None, :]
+            p = tl.exp(s - pivot[:, None, :]) * norm[:, None, :]
             edge_at = edge.to(tl.int64)[:, :, None] * H + head[None, None, :]
             edge_mask = live[:, :, None] & (head < H)[None, None, :]
             tl.store(weights_ptr + edge_at, p.to(weights_ptr.dtype.element_ty), mask=edge_mask)
@@ -117,7 +122,7 @@ def _attention_fwd_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, dlse_ptr, lse_ptr,
-    dq_ptr, gamma_ptr,  # [N, H, D], [N, H]
+    dq_ptr, wgamma_ptr,  # [N, H, D], [N, H, 2]: w and gamma
     row_ptr, col_ptr, edge_ptr,
     q_stride, k_stride, v_stride, bias_stride, do_stride, dlse_stride, dq_stride,
     num_rows, scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
@@ -126,9 +131,9 @@ def _attention_bwd_dq_kernel(
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row groups, head blocks): dq and gamma of BLOCK_R rows of BLOCK_H heads.
+    """Grid (row groups, head blocks): dq, w and gamma of BLOCK_R rows of BLOCK_H heads.
 
-    One walk gives both: dq = scale (r sum_j p dp k - gamma sum_j p k).
+    One walk gives all: dq = scale (w sum_j p dp k - gamma sum_j p k).
     """
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -137,16 +142,15 @@ def _attention_bwd_dq_kernel(
     mine = row < num_rows
     start = tl.load(row_ptr + row, mask=mine, other=0).to(tl.int64)
     end = tl.load(row_ptr + row + 1, mask=mine, other=0).to(tl.int64)
-    low, high = scalar(low, ACC), scalar(high, ACC)
+    low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
 
     q = load_heads(q_ptr, q_stride, row[:, None], mine[:, None], head, H, D, BLOCK_D, ALIGN)
-    q = q.to(ACC) * scalar(scale, ACC)  # [R, 1, H, D]
+    q = q.to(ACC)  # [R, 1, H, D]
     do = load_heads(do_ptr, do_stride, row[:, None], mine[:, None], head, H, DV, BLOCK_DV, ALIGN)
     do = do.to(ACC)  # [R, 1, H, DV]
     at = row.to(tl.int64)[:, None] * H + head[None, :]
     mask = mine[:, None] & (head < H)[None, :]
     lse = _load_lse(lse_ptr + at, mask)  # [R, H]
-    kept = _kept(lse, log_eps, ACC)
 
     sum_p = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H], ACC)
     sum_pdp = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H], ACC)
@@ -161,7 +165,7 @@ def _attention_bwd_dq_kernel(
         v = load_heads(v_ptr, v_stride, col, live, head // GROUP, H // GROUP, DV, BLOCK_DV, ALIGN)
         k = k.to(ACC)
         s, through = logits(
-            q, k, live, edge, head, bias_ptr, bias_stride, low, high, H, CLAMP, HAS_BIAS
+            q, k, live, edge, head, bias_ptr, bias_stride, scale, low, high, H, CLAMP, HAS_BIAS
         )
         p = tl.exp(s - lse[:, None, :])
         pdp = p * tl.sum(do * v.to(ACC), 3)
@@ -171,25 +175,28 @@ def _attention_bwd_dq_kernel(
             pk += tl.where(through, p, 0.0)[:, :, :, None] * k
             pdpk += tl.where(through, pdp, 0.0)[:, :, :, None] * k
 
-    # dividing by the p of this walk: p is off by the rounding of large logits, its mean is not
     total = tl.sum(sum_p, 1)
-    delta = kept * tl.sum(sum_pdp, 1) / tl.where(total == 0.0, 1.0, total)
+    total = tl.where(total == 0.0, 1.0, total)
+    kept = _kept(lse, log_eps, ACC)
+    w = kept / total
     dlse_at = row.to(tl.int64)[:, None] * dlse_stride[0] + head[None, :] * dlse_stride[1]
-    gamma = kept * delta - tl.load(dlse_ptr + dlse_at, mask=mask, other=0.0).to(ACC)
-    tl.store(gamma_ptr + at, gamma, mask=mask)
+    dlse = tl.load(dlse_ptr + dlse_at, mask=mask, other=0.0).to(ACC)
+    gamma = (kept * w * tl.sum(sum_pdp, 1) - dlse) / total
+    tl.store(wgamma_ptr + 2 * at, w, mask=mask)
+    tl.store(wgamma_ptr + 2 * at + 1, gamma, mask=mask)
     if NEED_Q:
-        dq = kept[:, :, None] * tl.sum(pdpk, 1) - gamma[:, :, None] * tl.sum(pk, 1)
-        dq = dq[:, None, :, :] * scalar(scale, ACC)
+        dq = w[:, :, None] * tl.sum(pdpk, 1) - gamma[:, :, None] * tl.sum(pk, 1)
+        dq = dq[:, None, :, :] * scale
         store_heads(dq_ptr, dq_stride, row[:, None], mine[:, None], head, H, D, BLOCK_D, 1, dq)
 
 
 @triton.jit(do_not_specialize=["num_cols"])
 def _attention_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, gamma_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, wgamma_ptr,
     dk_ptr, dv_ptr, dbias_ptr,  # [M, H_kv, D], [M, H_kv, DV], [E, H]
     col_ptr, row_ptr, edge_ptr,  # [M + 1], [E], [E]
     q_stride, k_stride, v_stride, bias_stride, do_stride, dk_stride, dv_stride,
-    num_cols, scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
+    num_cols, scale: tl.float64, low: tl.float64, high: tl.float64,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEED_BIAS: tl.constexpr,
@@ -211,7 +218,7 @@ def _attention_bwd_dkv_kernel(
     H_KV: tl.constexpr = H // GROUP
 
     k = load_heads(k_ptr, k_stride, col[:, None], mine[:, None], kv_head, H_KV, D, BLOCK_D, ALIGN)
-    k = k.to(ACC) * scale  # [R, 1, H, D]
+    k = k.to(ACC)  # [R, 1, H, D]
     v = load_heads(v_ptr, v_stride, col[:, None], mine[:, None], kv_head, H_KV, DV, BLOCK_DV, ALIGN)
     v = v.to(ACC)  # [R, 1, H, DV]
 
@@ -230,16 +237,16 @@ def _attention_bwd_dkv_kernel(
             at = row.to(tl.int64)[:, :, None] * H + head[None, None, :]
             mask = live[:, :, None] & (head < H)[None, None, :]
             lse = _load_lse(lse_ptr + at, mask)  # [R, E, H]
-            kept = _kept(lse, log_eps, ACC)
+            w = tl.load(wgamma_ptr + 2 * at, mask=mask, other=0.0)
             s, through = logits(
-                q, k, live, edge, head, bias_ptr, bias_stride, low, high, H, CLAMP, HAS_BIAS
+                q, k, live, edge, head, bias_ptr, bias_stride, scale, low, high, H, CLAMP, HAS_BIAS
             )
             p = tl.exp(s - lse)
             if NEED_V:
-                dv += (kept * p)[:, :, :, None] * do
+                dv += (w * p)[:, :, :, None] * do
             if NEED_K or NEED_BIAS:
-                gamma = tl.load(gamma_ptr + at, mask=mask, other=0.0)
-                ds = p * (kept * tl.sum(do * v, 3) - gamma)
+                gamma = tl.load(wgamma_ptr + 2 * at + 1, mask=mask, other=0.0)
+                ds = p * (w * tl.sum(do * v, 3) - gamma)
                 if NEED_K:
                     dk += tl.where(through, ds, 0.0)[:, :, :, None] * q
                 if NEED_BIAS:
@@ -303,20 +310,21 @@ def attention_bwd(
     dk = torch.empty_like(k, memory_format=torch.contiguous_format) if need_k else q.new_empty(0)
     dv = torch.empty_like(v, memory_format=torch.contiguous_format) if need_v else q.new_empty(0)
     dbias = q.new_empty(num_edges, heads) if need_bias else q.new_empty(0)
-    gamma = torch.empty_like(lse)
+    wgamma = lse.new_empty(n, heads, 2)
     shared = {"CLAMP": _clamps(low, high), "HAS_BIAS": edge_bias is not None}
     strides = q.stride(), k.stride(), v.stride(), _bias_stride(edge_bias), do.stride()
-    floats = scale, low, high, _log(eps)
-    if n and heads and (need_q or need_k or need_bias):
+    floats = scale, low, high
+    if n and heads:
         meta, grid = _plan(q, k, v, (q, k, v, do), num_edges, n, heads)
         _attention_bwd_dq_kernel[grid](
-            q, k, v, edge_bias, do, dlse, lse, dq, gamma, row_ptr, col, edge,
-            *strides, dlse.stride(), _stride(dq), n, *floats, NEED_Q=need_q, **shared, **meta,
+            q, k, v, edge_bias, do, dlse, lse, dq, wgamma, row_ptr, col, edge,
+            *strides, dlse.stride(), _stride(dq), n, *floats, _log(eps),
+            NEED_Q=need_q, **shared, **meta,
         )  # fmt: skip
     if m and kv_heads and (need_k or need_v or need_bias):
         meta, grid = _plan(q, k, v, (q, k, v, do), num_edges, m, kv_heads)
         _attention_bwd_dkv_kernel[grid](
-            q, k, v, edge_bias, do, lse, gamma, dk, dv, dbias, col_ptr, col_row, col_edge,
+            q, k, v, edge_bias, do, lse, wgamma, dk, dv, dbias, col_ptr, col_row, col_edge,
             *strides, _stride(dk), _stride(dv), m, *floats,
             NEED_K=need_k, NEED_V=need_v, NEED_BIAS=need_bias, **shared, **meta,
         )  # fmt: skip

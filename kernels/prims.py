@@ -49,14 +49,14 @@ def scalar(x, like):
 
 @triton.jit
 def logits(
-    q, k, live, edge, head, bias_ptr, bias_stride, low, high, H,
+    q, k, live, edge, head, bias_ptr, bias_stride, scale, low, high, H,
     CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """clamp(q . k, low, high) + bias for scaled q [R, E, H, D] (E may be 1) and k likewise.
+    """clamp(scale q . k, low, high) + bias for q [R, E, H, D] (E may be 1) and k likewise.
 
     -> logit [R, E, H], -inf where not ``live``; and whether the clamp let it through.
     """
-    s = tl.sum(q * k, 3)
+    s = tl.sum(q * k, 3) * scale
     through = live[:, :, None]
     if CLAMP:
         # comparisons, not minimum and maximum: NaN must stay NaN

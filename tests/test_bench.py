@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from fastgt.bench import attention, harness, peers, render
 
 from fastgt import Graph
+from fastgt.bench import attention, harness, peers, render
 from fastgt.testing import Problem, assert_as_accurate, random_graph
 
 CPU = torch.device("cpu")

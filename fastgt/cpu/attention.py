@@ -107,19 +107,18 @@ def attention_bwd(
             top = lse[:, h].masked_fill(lse[:, h] == -torch.inf, torch.inf)
             kept = 1 / (1 + (log_eps - top).exp())  # r, [N]
             p = s.sub_(_per_edge(top, degree, s)).exp_()  # [E]
+            # 1 but for the rounding of the stored LSE, which is that of the largest logit
+            total = torch.segment_reduce(p, "sum", offsets=row_ptr, unsafe=True)
+            norm = 1 / total.masked_fill_(total == 0, 1.0)
+            # factors of a row are applied to its vectors: dp and ds come out with them
+            doh = doh * (kept * norm)[:, None]
             if need_v:
-                a = p * _per_edge(kept, degree, p)
-                dvh += _spmm(col_ptr, col_row, a.index_select(0, col_slot), doh)
+                dvh += _spmm(col_ptr, col_row, p.index_select(0, col_slot), doh)
             if not (need_q or need_k or need_bias):
                 continue
             dp = _sddmm(doh, vh, row_ptr, col, 1.0)  # [E]
-            total = torch.segment_reduce(p, "sum", offsets=row_ptr, unsafe=True)
             delta = torch.segment_reduce(p * dp, "sum", offsets=row_ptr, unsafe=True)
-            # dividing by the p of this pass: p is off by the rounding of large logits
-            delta *= kept / total.masked_fill_(total == 0, 1.0)
-            gamma = kept * delta - dlse[:, h]
-            if eps:
-                dp *= _per_edge(kept, degree, dp)
+            gamma = norm * (kept * delta - dlse[:, h])
             ds = dp.sub_(_per_edge(gamma, degree, dp)).mul_(p)
             if need_bias:
                 dbias[edge.long(), h] = ds.to(q.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def neighborhood_attention(
         >>> neighborhood_attention(q, k, v, graph).shape
         torch.Size([3, 4, 16])
     """
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and _autocasts(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (_autocast(x, dtype) for x in (q, k, v))
         edge_bias = None if edge_bias is None else _autocast(edge_bias, dtype)
@@ -113,6 +114,11 @@ def neighborhood_attention(
         o, lse, weights = _fwd(impl, q, k, v, edge_bias, *_rows(graph), *settings, return_weights)
     extras = [x for x, asked in ((lse, return_lse), (weights, return_weights)) if asked]
     return (o, *extras) if extras else o
+
+
+def _autocasts(device: str) -> bool:
+    # meta and other devices without autocast are refused by is_autocast_enabled
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -256,13 +262,21 @@ def _reference_grads(
         denominator_eps=eps,
         return_lse=True,
     )
-    pairs = [(y, dy) for y, dy in ((o, do), (lse, dlse)) if dy is not None]
-    outputs, upstream = zip(*pairs, strict=True)
     wanted = zip((q, k, v, edge_bias), needs, strict=True)
     inputs = [x for x, need in wanted if need and x is not None]
-    found = iter(
-        torch.autograd.grad(outputs, inputs, upstream, create_graph=True, materialize_grads=True)
-    )
+    # the LSE does not depend on v: it may have no gradient at all
+    both = ((o, do), (lse, dlse))
+    pairs = [(y, dy) for y, dy in both if dy is not None and y.requires_grad]
+    found: Iterator[Tensor]
+    if pairs:
+        outputs, upstream = zip(*pairs, strict=True)
+        found = iter(
+            torch.autograd.grad(
+                outputs, inputs, upstream, create_graph=True, materialize_grads=True
+            )
+        )
+    else:
+        found = map(torch.zeros_like, inputs)
     return [next(found) if need else None for need in needs]
 
 

@@ -1,0 +1,260 @@
+"""Random graphs, named problems and the accuracy gate: what tests and benchmarks have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgt.graph import Graph
+
+Kind = Literal["uniform", "power_law", "hub"]
+
+
+def random_edge_index(
+    seed: int,
+    rows: int,
+    edges: int,
+    *,
+    cols: int | None = None,
+    kind: Kind = "uniform",
+    isolated: int = 0,
+) -> Tensor:
+    """Random edges, always the same ones for the same arguments.
+
+    Self loops and duplicates occur, as they do in a multigraph.
+
+    Args:
+        seed: Of the generator.
+        rows: Targets.
+        edges: Number of edges; none are made where there is no row or no column left.
+        cols: Sources; default ``rows``.
+        kind: ``"uniform"``: both ends uniform. ``"power_law"``: the n-th most popular target is
+            drawn with probability proportional to n^-0.75. ``"hub"``: half of the edges share
+            one target, and half of all edges one source.
+        isolated: So many rows, chosen at random, receive no edge.
+
+    Returns:
+        ``[2, E]`` int64 on the CPU, source above target.
+
+    Example:
+        >>> from fastgt.testing import random_edge_index
+        >>> random_edge_index(0, 5, 9).shape
+        torch.Size([2, 9])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    cols = rows if cols is None else cols
+    targets = torch.randperm(rows, generator=generator)[max(isolated, 0) :]
+    if not len(targets) or not cols or not edges:
+        return torch.zeros(2, 0, dtype=torch.int64)
+    source = torch.randint(cols, (edges,), generator=generator)
+    if kind == "power_law":
+        # through the inverse of the distribution: multinomial is limited to 2^24 categories
+        share = torch.arange(1, len(targets) + 1, dtype=torch.float64).pow(-0.75).cumsum(0)
+        point = torch.rand(edges, generator=generator, dtype=torch.float64) * share[-1]
+        place = torch.searchsorted(share, point).clamp(max=len(targets) - 1)
+    else:
+        place = torch.randint(len(targets), (edges,), generator=generator)
+    if kind == "hub":
+        half = torch.rand(2, edges, generator=generator) < 0.5
+        place[half[0]] = 0
+        source[half[1]] = source[0].item()
+    return torch.stack([source, targets[place]])
+
+
+def random_graph(
+    seed: int,
+    rows: int,
+    edges: int,
+    *,
+    cols: int | None = None,
+    kind: Kind = "uniform",
+    isolated: int = 0,
+    device: torch.device | str = "cpu",
+) -> Graph:
+    """The graph of :func:`random_edge_index`; bipartite where ``cols`` is given.
+
+    Example:
+        >>> from fastgt.testing import random_graph
+        >>> random_graph(0, 5, 9, kind="hub").num_edges
+        9
+    """
+    edge_index = random_edge_index(seed, rows, edges, cols=cols, kind=kind, isolated=isolated)
+    size = rows if cols is None else (rows, cols)
+    return Graph.from_edge_index(edge_index.to(device), size)
+
+
+def random_batch(
+    seed: int, sizes: Sequence[tuple[int, int]], *, device: torch.device | str = "cpu"
+) -> Graph:
+    """A batch of uniform random graphs; ``sizes`` are their (nodes, edges), zeros welcome.
+
+    Example:
+        >>> from fastgt.testing import random_batch
+        >>> random_batch(0, [(4, 9), (0, 0), (3, 5)]).num_graphs
+        3
+    """
+    return Graph.batch(
+        [random_graph(seed + i, n, e, device=device) for i, (n, e) in enumerate(sizes)]
+    )
+
+
+def with_index_dtype(graph: Graph, dtype: torch.dtype) -> Graph:
+    """The same graph with its indices in ``dtype``: int64 as for a graph beyond 2^31."""
+    graph_ptr = graph.graph_ptr.to(dtype)
+    square = graph.graph_ptr is graph.col_graph_ptr
+    return replace(
+        graph,
+        row_ptr=graph.row_ptr.to(dtype),
+        col=graph.col.to(dtype),
+        edge=graph.edge.to(dtype),
+        graph_ptr=graph_ptr,
+        col_graph_ptr=graph_ptr if square else graph.col_graph_ptr.to(dtype),
+        _cache={},
+    )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A graph with a name, loaded when asked for.
+
+    Attributes:
+        name: Its key in :data:`PROBLEMS`.
+        load: Gives the :class:`fastgt.Graph`, on the CPU. Raises FileNotFoundError where the
+            data is absent.
+    """
+
+    name: str
+    load: Callable[[], Graph]
+
+
+def _power_law() -> Graph:
+    return random_graph(0, 20_000, 300_000, kind="power_law")
+
+
+def _cora() -> Graph:
+    with _open("cora") as data:
+        return _symmetric(data["edge_index"], len(data["y"]))
+
+
+def _tolokers() -> Graph:
+    with _open("tolokers") as data:
+        return _symmetric(data["edges"].T, len(data["node_labels"]))
+
+
+def _amazon_computers() -> Graph:
+    with _open("amazon_computers") as data:
+        return _symmetric(data["edge_index"], len(data["y"]))
+
+
+def _debian() -> Graph:
+    with _open("debian") as data:
+        return _symmetric(data["edge_index"], len(data["y"]))
+
+
+def _moby() -> Graph:
+    with _open("moby") as data:
+        return _symmetric(data["edge_index"], int(data["num_nodes"]))
+
+
+def _zinc() -> Graph:
+    molecules = 128
+    with _open("zinc12k") as data:
+        node_ptr = torch.from_numpy(data["train_node_ptr"][: molecules + 1].astype(np.int64))
+        edge_ptr = torch.from_numpy(data["train_edge_ptr"][: molecules + 1].astype(np.int64))
+        local = data["train_edge_local"][:, : int(edge_ptr[-1])].astype(np.int64)
+    shift = node_ptr[:-1].repeat_interleave(edge_ptr.diff())
+    edge_index = torch.from_numpy(local) + shift
+    return Graph.from_edge_index(edge_index, int(node_ptr[-1]), graph_ptr=node_ptr)
+
+
+PROBLEMS: dict[str, Problem] = {
+    problem.name: problem
+    for problem in (
+        Problem("power_law", _power_law),  # 20,000 nodes, 300,000 edges: the target on a CPU
+        Problem("cora", _cora),
+        Problem("tolokers", _tolokers),
+        Problem("amazon_computers", _amazon_computers),
+        Problem("debian", _debian),
+        Problem("moby", _moby),
+        Problem("zinc", _zinc),  # a batch of 128 molecules
+    )
+}
+"""Named graphs, synthetic and real; the real ones with every edge in both directions, once.
+
+Real data is read from the folder in the environment variable ``FASTGT_DATA``, by default
+``../shared/data`` beside the checkout; ``debian`` also ships in the package.
+"""
+
+
+def assert_as_accurate(
+    actual: Tensor, eager: Tensor, oracle: Tensor, name: str, factor: float = 2.0
+) -> None:
+    """Fail unless ``actual`` errs at most ``factor`` times as much as plain PyTorch does.
+
+    The bound on max |actual - oracle| is::
+
+        factor * max |eager - oracle| + 16 eps(dtype) max(1, max |oracle|)
+
+    so the tolerance comes from the arithmetic and from nothing else. NaN must stand where the
+    oracle has NaN and nowhere else, infinities likewise and with their sign.
+
+    Args:
+        actual: What is judged.
+        eager: The same quantity by the plain definition in the same dtype.
+        oracle: The same quantity in float64.
+        name: Of the quantity, for the message.
+        factor: 2 for outputs, 3 for gradients.
+
+    Raises:
+        AssertionError: With the worst coordinate and what stands there in all three.
+    """
+    assert actual.dtype == eager.dtype, f"{name}: {actual.dtype}, eager {eager.dtype}"
+    assert actual.shape == eager.shape == oracle.shape, (
+        f"{name}: {list(actual.shape)}, eager {list(eager.shape)}, oracle {list(oracle.shape)}"
+    )
+    if not actual.numel():
+        return
+    found, plain, truth = (x.detach().cpu().double() for x in (actual, eager, oracle))
+    finite = truth.isfinite()
+    zero = torch.zeros(())
+    error = torch.where(finite, (found - truth).abs(), zero)
+    # NaN and infinities are compared as they are
+    alike = (found == truth) | (found.isnan() & truth.isnan())
+    error = torch.where(finite | alike, error, torch.inf).nan_to_num(nan=torch.inf)
+    # where eager itself overflows it sets no standard
+    eager_error = torch.where(finite & plain.isfinite(), (plain - truth).abs(), zero).max()
+    largest = torch.where(finite, truth.abs(), zero).max().clamp(min=1.0)
+    bound = factor * eager_error + 16 * torch.finfo(actual.dtype).eps * largest
+    worst = int(error.argmax())
+    place = [int(i) for i in np.unravel_index(worst, tuple(actual.shape))]
+    assert error.max() <= bound, (
+        f"{name} is off by {error.max():.3e}, allowed {bound:.3e} (eager {eager_error:.3e}), at "
+        f"{place}: {found.flatten()[worst]} instead of {truth.flatten()[worst]}, eager "
+        f"{plain.flatten()[worst]}"
+    )
+
+
+def _open(name: str) -> np.lib.npyio.NpzFile:
+    packaged = files("fastgt.data") / f"{name}.npz"
+    if packaged.is_file():
+        return np.load(str(packaged))
+    folder = os.environ.get("FASTGT_DATA")
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = (Path(folder) if folder else beside) / f"{name}.npz"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is absent: set FASTGT_DATA to the folder that holds it")
+    return np.load(path)
+
+
+def _symmetric(edge_index: np.ndarray, nodes: int) -> Graph:
+    source, target = torch.from_numpy(np.ascontiguousarray(edge_index)).long()
+    both = torch.cat([target * nodes + source, source * nodes + target]).unique()
+    return Graph.from_edge_index(torch.stack([both % nodes, both // nodes]), nodes)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -46,10 +49,15 @@ def peak_extra_memory(fn: Provider, device: torch.device) -> int:
         peak = torch.cuda.max_memory_allocated(device) - before
         del kept
         return peak
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    profile = torch.profiler.profile(activities=activities, profile_memory=True)
+    with _silence():
+        profile.start()
+    try:
         kept = fn()
+    finally:
+        with _silence():
+            profile.stop()
     del kept
     events = profile.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
@@ -75,6 +83,20 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch_geometric": _version("torch_geometric"),
         "torch_scatter": _version("torch_scatter"),
     }
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """PyTorch's profiler announces itself on stderr, past Python, at any log level."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _seconds(fn: Provider, device: torch.device) -> float:

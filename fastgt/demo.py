@@ -179,6 +179,8 @@ def compare(model: PackageClassifier, data: Packages, repeats: int = 3) -> list[
     scores = {name: accuracy(m, data, 2) for name, m in models.items()}
     steps = {name: _Step(copy.deepcopy(m), data, repeats + 2) for name, m in models.items()}
     seconds = harness.measure(steps, device, repeats=repeats)
+    for step in steps.values():
+        step.optimizer.zero_grad()  # gradients count as the epoch's own memory
     peaks = {name: harness.peak_extra_memory(step, device) for name, step in steps.items()}
     return [
         Result(name, scores[name], statistics.median(seconds[name]), peaks[name]) for name in models
@@ -205,20 +207,22 @@ def draw(curve: list[tuple[float, float]], results: list[Result], output: Path) 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     learning, seconds, memory = figure.subplots(1, 3, width_ratios=[2, 1, 1])
     epochs = range(1, len(curve) + 1)
-    learning.plot(epochs, [loss for loss, _ in curve], color="tab:gray", label="training loss")
-    learning.set(xlabel="epoch", ylabel="training loss", title="Sections of Debian packages")
+    learning.plot(epochs, [loss for loss, _ in curve], color="tab:gray")
+    learning.set_xlabel("epoch")
+    learning.set_ylabel("training loss", color="tab:gray")
+    learning.set_title(f"sections of Debian packages: test accuracy {results[0].accuracy:.3f}")
     right = learning.twinx()
-    right.plot(epochs, [acc for _, acc in curve], color="tab:blue", label="validation accuracy")
+    right.plot(epochs, [acc for _, acc in curve], color="tab:blue")
     right.set_ylabel("validation accuracy", color="tab:blue")
     names = [r.name.replace("-softmax-", "-\nsoftmax-\n") for r in results]
-    colors = ["tab:blue", "tab:orange"]
-    for axes, values, title in (
-        (seconds, [r.seconds_per_epoch for r in results], "seconds per epoch"),
-        (memory, [r.peak_bytes / 1e6 for r in results], "peak memory of an epoch, MB"),
+    for axes, values, title, form in (
+        (seconds, [r.seconds_per_epoch for r in results], "seconds per epoch", "{:.2f}"),
+        (memory, [r.peak_bytes / 1e6 for r in results], "peak memory, MB", "{:,.0f}"),
     ):
-        axes.bar_label(axes.bar(names, values, color=colors), fmt="%.3g")
+        axes.bar_label(axes.bar(names, values, color=["tab:blue", "tab:orange"]), fmt=form)
         axes.set_title(title)
         axes.margins(y=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(output, dpi=150)
 
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgt
 from fastgt import Graph, neighborhood_attention, reference
+from fastgt.bench.harness import peak_extra_memory
 from fastgt.testing import (
     PROBLEMS,
     assert_as_accurate,
@@ -1062,26 +1063,6 @@ def test_threads_do_not_change_a_bit():
     same_bits(*found)
 
 
-def peak_memory(f):
-    """Bytes allocated at the same time during f()."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        f()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        f()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter's memory is not the kernel's")
 def test_memory_of_the_kernels():
     check_memory("triton")
@@ -1100,8 +1081,9 @@ def check_memory(impl):
     # o, three gradients and their float32 copies; logits, weights, dbias and a few [E] vectors
     allowed = word * (10 * n * h * d + 6 * edges * h)
     assert allowed < wide / 4
-    assert peak_memory(lambda: evaluate(x, impl)) <= allowed
-    assert peak_memory(lambda: evaluate(x, "reference")) > wide
+    device = torch.device(DEVICE)
+    assert peak_extra_memory(lambda: evaluate(x, impl), device) <= allowed
+    assert peak_extra_memory(lambda: evaluate(x, "reference"), device) > wide
 
 
 def test_addresses_beyond_two_to_the_31(tmp_path):

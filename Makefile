@@ -19,7 +19,9 @@ test: $(VENV)/test.stamp
 	$(BIN)/pytest
 
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m fastgt.bench.attention --json bench/results/attention-cpu.json
+	$(BIN)/python -m fastgt.bench.attention --problem power_law --problem debian --problem zinc \
+	  --json bench/results/attention-cpu.json
+	$(BIN)/python -m fastgt.bench.render
 
 budget: $(VENV)/test.stamp
 	$(BIN)/python -m fastgt.kernels.ahead > tests/kernel_budget.json

@@ -1074,7 +1074,8 @@ def test_memory_of_the_cpu_path():
 
 
 def check_memory(impl):
-    n, edges, h, d = 200, 20_000, 4, 64
+    """Of large graphs; small ones may take up to 2^17 edges and nodes, heads counted, at once."""
+    n, edges, h, d = 500, 140_000, 4, 64
     x = case(0, n, edges, heads=h, d=d, dv=d, dtype=FP32)
     evaluate(x, impl)  # the column walk and other first-time costs
     word, wide = 4, edges * h * d * 4
@@ -1084,6 +1085,15 @@ def check_memory(impl):
     device = torch.device(DEVICE)
     assert peak_extra_memory(lambda: evaluate(x, impl), device) <= allowed
     assert peak_extra_memory(lambda: evaluate(x, "reference"), device) > wide
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
+def test_heads_together_or_one_by_one_give_the_same_bits(monkeypatch):
+    x = case(5, 30, 200, heads=5, group=2, dtype=FP32, clamped=True, eps=1e-6, isolated=2)
+    together = evaluate(x, "torch")
+    for limit in (0, 600):  # one by one; two and a rest
+        monkeypatch.setattr("fastgt.cpu.attention._TOGETHER", limit)
+        same_bits(evaluate(x, "torch"), together)
 
 
 def test_addresses_beyond_two_to_the_31(tmp_path):

@@ -1,9 +1,11 @@
-"""Neighbourhood attention on a CPU, one head at a time.
+"""Neighbourhood attention on a CPU, a few heads at a time.
 
 A head's logits are a sampled dense-dense product (SDDMM) over the graph's CSR pattern and its
-output a sparse-dense product, so nothing larger than one [E] vector a head exists beside the
-result: the working memory is O(N D + E). Every output row is summed by one thread in edge order:
-the result does not depend on the number of threads. The backward recomputes the logits; the
+output a sparse-dense product. On a large graph heads come one by one, so that nothing larger than
+one [E] vector exists beside the result: the working memory is O(N D + E). On a small one, where
+the calls would cost more than the work, several heads are put side by side as one graph of
+several components. Every output row is summed by one thread in edge order: the result depends
+neither on the number of threads nor on that choice. The backward recomputes the logits; the
 symbols are those of ``kernels/attention.py``.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,6 +23,8 @@ with warnings.catch_warnings():
     # PyTorch says "sparse CSR support is in beta state" at the first such tensor of a process
     warnings.simplefilter("ignore", UserWarning)
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
+
+_TOGETHER = 2**17  # edges and nodes, heads counted, up to which heads share their calls
 
 
 def attention_fwd(
@@ -39,27 +44,28 @@ def attention_fwd(
     """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order."""
     n, heads, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = heads // max(k.shape[1], 1)
-    degree = row_ptr.diff()
     o = q.new_empty(n, heads, v.shape[2])
     lse = q.new_empty(n, heads, dtype=wide)
     weights = q.new_empty(col.shape[0] if return_weights else 0, heads)
-    for h in range(heads):
-        kh, vh = (_head(x, h // group, wide) for x in (k, v))
-        s, _ = _logits(
-            _head(q, h, wide), kh, _bias(edge_bias, edge, h), row_ptr, col, scale, low, high
-        )
-        pivot = torch.segment_reduce(s, "max", offsets=row_ptr, unsafe=True)  # [N]
-        pivot.masked_fill_(pivot == -torch.inf, 0.0)
-        p = s.sub_(_per_edge(pivot, degree, s)).exp_()  # [E]
-        total = torch.segment_reduce(p, "sum", offsets=row_ptr, unsafe=True)
-        empty = total == 0
-        total.masked_fill_(empty, 1.0)
-        lse[:, h] = (pivot + total.log()).masked_fill_(empty, -torch.inf)
-        divisor = total + eps * pivot.neg().exp() if eps else total
-        o[:, h] = _spmm(row_ptr, col, p, vh).div_(divisor[:, None])
-        if return_weights:
-            weights[edge.long(), h] = p.div_(_per_edge(divisor, degree, s)).to(q.dtype)
+    for kv, members in _blocks(q, k, col):
+        kh, vh = (_stack(x, kv, wide) for x in (k, v))
+        ptr, index = _diagonal(row_ptr, col, k.shape[0], kv)
+        degree = ptr.diff()
+        for h in members:
+            bias = _bias(edge_bias, edge, h)
+            s, _ = _logits(_stack(q, h, wide), kh, bias, ptr, index, scale, low, high)
+            pivot = torch.segment_reduce(s, "max", offsets=ptr, unsafe=True)
+            pivot.masked_fill_(pivot == -torch.inf, 0.0)
+            p = s.sub_(_per_edge(pivot, degree, s)).exp_()
+            total = torch.segment_reduce(p, "sum", offsets=ptr, unsafe=True)
+            empty = total == 0
+            total.masked_fill_(empty, 1.0)
+            lse[:, h] = _unstack((pivot + total.log()).masked_fill_(empty, -torch.inf), n)
+            divisor = total + eps * pivot.neg().exp() if eps else total
+            o[:, h] = _unstack(_spmm(ptr, index, p, vh).div_(divisor[:, None]), n)
+            if return_weights:
+                p.div_(_per_edge(divisor, degree, s))
+                weights[edge.long(), h] = _unstack(p, col.shape[0]).to(q.dtype)
     return o, lse, weights
 
 
@@ -88,65 +94,104 @@ def attention_bwd(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dq [N, H, D], dk [M, H_kv, D], dv [M, H_kv, DV], dbias [E, H]; empty where not needed."""
-    heads, kv_heads = q.shape[1], k.shape[1]
-    group = heads // max(kv_heads, 1)
+    n, m, num_edges = q.shape[0], k.shape[0], col.shape[0]
     wide = lse.dtype
     log_eps = math.log(eps) if eps else -math.inf
-    degree = row_ptr.diff()
     dq = q.new_empty(q.shape if need_q else (0,))
-    dk = q.new_empty(k.shape if need_k else (0,))
-    dv = q.new_empty(v.shape if need_v else (0,))
-    dbias = q.new_empty((col.shape[0], heads) if need_bias else (0,))
-    for kv in range(kv_heads):
-        kh, vh = _head(k, kv, wide), _head(v, kv, wide)
+    dk = k.new_empty(k.shape if need_k else (0,))
+    dv = v.new_empty(v.shape if need_v else (0,))
+    dbias = q.new_empty((num_edges, q.shape[1]) if need_bias else (0,))
+    for kv, members in _blocks(q, k, col):
+        kh, vh = _stack(k, kv, wide), _stack(v, kv, wide)
         dkh, dvh = torch.zeros_like(kh), torch.zeros_like(vh)
-        for h in range(kv * group, (kv + 1) * group):
-            qh, doh = _head(q, h, wide), _head(do, h, wide)
-            s, through = _logits(qh, kh, _bias(edge_bias, edge, h), row_ptr, col, scale, low, high)
+        ptr, index = _diagonal(row_ptr, col, m, kv)
+        col_walk = _diagonal(col_ptr, col_row, n, kv)
+        slot = _diagonal(col_ptr, col_slot, num_edges, kv)[1]
+        degree = ptr.diff()
+        for h in members:
+            qh, doh = _stack(q, h, wide), _stack(do, h, wide)
+            bias = _bias(edge_bias, edge, h)
+            s, through = _logits(qh, kh, bias, ptr, index, scale, low, high)
             # rows without a finite logit: exp(s - inf) = 0
-            top = lse[:, h].masked_fill(lse[:, h] == -torch.inf, torch.inf)
-            kept = 1 / (1 + (log_eps - top).exp())  # r, [N]
-            p = s.sub_(_per_edge(top, degree, s)).exp_()  # [E]
+            top = _stack(lse, h, wide)
+            top.masked_fill_(top == -torch.inf, torch.inf)
+            kept = 1 / (1 + (log_eps - top).exp())  # r
+            p = s.sub_(_per_edge(top, degree, s)).exp_()
             # 1 but for the rounding of the stored LSE, which is that of the largest logit
-            total = torch.segment_reduce(p, "sum", offsets=row_ptr, unsafe=True)
+            total = torch.segment_reduce(p, "sum", offsets=ptr, unsafe=True)
             norm = 1 / total.masked_fill_(total == 0, 1.0)
             # factors of a row are applied to its vectors: dp and ds come out with them
-            doh = doh * (kept * norm)[:, None]
+            doh *= (kept * norm)[:, None]
             if need_v:
-                dvh += _spmm(col_ptr, col_row, p.index_select(0, col_slot), doh)
+                dvh += _spmm(*col_walk, p.index_select(0, slot), doh)
             if not (need_q or need_k or need_bias):
                 continue
-            dp = _sddmm(doh, vh, row_ptr, col, 1.0)  # [E]
-            delta = torch.segment_reduce(p * dp, "sum", offsets=row_ptr, unsafe=True)
-            gamma = norm * (kept * delta - dlse[:, h])
+            dp = _sddmm(doh, vh, ptr, index, 1.0)
+            delta = torch.segment_reduce(p * dp, "sum", offsets=ptr, unsafe=True)
+            gamma = norm * (kept * delta - _stack(dlse, h, wide))
             ds = dp.sub_(_per_edge(gamma, degree, dp)).mul_(p)
             if need_bias:
-                dbias[edge.long(), h] = ds.to(q.dtype)
+                dbias[edge.long(), h] = _unstack(ds, num_edges).to(q.dtype)
             if through is not None:
                 ds.masked_fill_(~through, 0.0)
             if need_q:
-                dq[:, h] = _spmm(row_ptr, col, ds, kh).mul_(scale)
+                dq[:, h] = _unstack(_spmm(ptr, index, ds, kh).mul_(scale), n)
             if need_k:
-                dkh += _spmm(col_ptr, col_row, ds.index_select(0, col_slot), qh).mul_(scale)
+                dkh += _spmm(*col_walk, ds.index_select(0, slot), qh).mul_(scale)
         if need_k:
-            dk[:, kv] = dkh
+            dk[:, kv] = _unstack(dkh, m)
         if need_v:
-            dv[:, kv] = dvh
+            dv[:, kv] = _unstack(dvh, m)
     return dq, dk, dv, dbias
+
+
+def _blocks(q: Tensor, k: Tensor, col: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Key heads that go together, and for each member of a group the query heads on them."""
+    kv_heads = k.shape[1]
+    group = q.shape[1] // max(kv_heads, 1)
+    size = max(1, _TOGETHER // max(1, q.shape[0] + k.shape[0] + col.shape[0]))
+    for start in range(0, kv_heads, size):
+        stop = min(start + size, kv_heads)
+        members = [slice(start * group + i, stop * group, group) for i in range(group)]
+        yield slice(start, stop), members
+
+
+def _diagonal(ptr: Tensor, index: Tensor, size: int, heads: slice) -> tuple[Tensor, Tensor]:
+    """The pattern once for each head along the diagonal; ``size`` is what index runs over."""
+    count = heads.stop - heads.start
+    if count == 1:
+        return ptr, index
+    head = torch.arange(count, dtype=ptr.dtype)[:, None]
+    starts = (ptr[:-1] + head * index.shape[0]).flatten()
+    return torch.cat([starts, ptr[-1:] * count]), (index + head * size).flatten()
+
+
+def _stack(x: Tensor, heads: slice, dtype: torch.dtype) -> Tensor:
+    """``x [N, H, ...]`` of some heads, one below the other: a copy, [heads * N, ...]."""
+    x = x[:, heads].transpose(0, 1)
+    return x.to(dtype, memory_format=torch.contiguous_format, copy=True).flatten(0, 1)
+
+
+def _unstack(x: Tensor, n: int) -> Tensor:
+    return x.unflatten(0, (-1, n)).transpose(0, 1) if n else x[:0].unsqueeze(1)
+
+
+def _bias(edge_bias: Tensor | None, edge: Tensor, heads: slice) -> Tensor | None:
+    return None if edge_bias is None else edge_bias[:, heads].index_select(0, edge).t().flatten()
 
 
 def _logits(
     qh: Tensor,
     kh: Tensor,
     bias: Tensor | None,
-    row_ptr: Tensor,
-    col: Tensor,
+    ptr: Tensor,
+    index: Tensor,
     scale: float,
     low: float,
     high: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """clamp(scale q_i . k_j) + bias_ij of one head, [E], and which ones the clamp let through."""
-    s, through = _sddmm(qh, kh, row_ptr, col, scale), None
+    """clamp(scale q_i . k_j) + bias_ij of every edge, and which ones the clamp let through."""
+    s, through = _sddmm(qh, kh, ptr, index, scale), None
     if low > -math.inf or high < math.inf:
         through = (s >= low) & (s <= high)
         s.clamp_(low, high)
@@ -155,15 +200,15 @@ def _logits(
     return s, through
 
 
-def _sddmm(x: Tensor, y: Tensor, row_ptr: Tensor, col: Tensor, scale: float) -> Tensor:
-    """scale * x_i . y_j for every edge, [E] in row order."""
-    s = x.new_zeros(col.shape[0])
+def _sddmm(x: Tensor, y: Tensor, ptr: Tensor, index: Tensor, scale: float) -> Tensor:
+    """scale * x_i . y_j for every edge, in row order."""
+    s = x.new_zeros(index.shape[0])
     if not s.shape[0]:
         return s
     # PyTorch takes at most rows * columns entries: a denser multigraph gets empty columns
     width = max(y.shape[0], -(-s.shape[0] // x.shape[0]))
     y = pad(y, (0, 0, 0, width - y.shape[0]))
-    product = torch.sparse_csr_tensor(row_ptr, col, s, (x.shape[0], width), check_invariants=False)
+    product = torch.sparse_csr_tensor(ptr, index, s, (x.shape[0], width), check_invariants=False)
     # with itself as out, its indices are not copied
     torch.sparse.sampled_addmm(product, x, y.t(), beta=0.0, alpha=scale, out=product)
     return product.values()
@@ -177,14 +222,6 @@ def _spmm(ptr: Tensor, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     return embedding_bag(
         index, x, ptr, mode="sum", per_sample_weights=weight, include_last_offset=True
     )
-
-
-def _head(x: Tensor, h: int, dtype: torch.dtype) -> Tensor:
-    return x[:, h].to(dtype).contiguous()
-
-
-def _bias(edge_bias: Tensor | None, edge: Tensor, h: int) -> Tensor | None:
-    return None if edge_bias is None else edge_bias[:, h].index_select(0, edge)
 
 
 def _per_edge(x: Tensor, degree: Tensor, like: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first `import triton`
 
-# the import mode "importlib" leaves this folder off the path; tests/oracle.py is imported from it
+# the import mode "importlib" leaves this folder off the path; helper modules are imported from it
 sys.path.append(os.path.dirname(__file__))
+pytest.register_assert_rewrite("attention_cases", "graph_cases")
 
 hypothesis.settings.register_profile(
     "fastgt",

@@ -1,0 +1,266 @@
+"""Random problems for neighborhood_attention and how they are evaluated and compared.
+
+Hypothesis draws shapes, dtype, layout and a seed; arrays come from the seed. Identities between two
+runs are judged in float64, where a wrong formula cannot hide; the arithmetic of the other dtypes is
+judged against that of plain PyTorch.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastgt import Graph, neighborhood_attention
+from fastgt.testing import random_edge_index, with_index_dtype
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FAST = ["torch", "triton"] if DEVICE == "cpu" else ["triton"]
+IMPLS = ["reference", *FAST]
+FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+NAMES = ("o", "lse", "weights", "dq", "dk", "dv", "dbias")
+LAYOUTS = ("contiguous", "transposed", "reversed", "sliced", "expanded")
+
+
+@dataclass(repr=False)
+class Case:
+    """One problem: inputs, upstream gradients and options."""
+
+    seed: int
+    edge_index: torch.Tensor
+    graph: Graph
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    bias: torch.Tensor | None
+    do: torch.Tensor
+    dlse: torch.Tensor
+    options: dict
+    made_by: str = ""
+
+    def __repr__(self):
+        return self.made_by
+
+    @property
+    def generator(self):
+        return torch.Generator().manual_seed(self.seed + 1)
+
+    @property
+    def source(self):
+        return self.edge_index[0]
+
+    @property
+    def target(self):
+        return self.edge_index[1]
+
+    def isolated(self):
+        """[N_rows], which rows have no edge."""
+        return torch.bincount(self.target, minlength=self.graph.num_rows) == 0
+
+    def onto(self, edge_index, **changes):
+        """The same rows and columns joined by other edges."""
+        size = self.graph.num_rows, self.graph.num_cols
+        graph = Graph.from_edge_index(edge_index, size)
+        return replace(self, edge_index=edge_index, graph=graph, **changes)
+
+
+def case(
+    seed=0,
+    rows=12,
+    edges=40,
+    *,
+    cols=None,
+    heads=2,
+    group=1,
+    d=8,
+    dv=8,
+    dtype=FP64,
+    index=torch.int32,
+    kind="uniform",
+    isolated=0,
+    layout="contiguous",
+    biased=True,
+    clamped=False,
+    eps=0.0,
+    scale=None,
+):
+    """A random case; ``heads`` counts key heads, ``group`` the query heads of each."""
+    made_by = f"case({', '.join(f'{name}={value!r}' for name, value in locals().items())})"
+    m, h = rows if cols is None else cols, heads * group
+    edge_index = random_edge_index(seed, rows, edges, cols=m, kind=kind, isolated=isolated)
+    edge_index = edge_index.to(DEVICE)
+    graph = with_index_dtype(Graph.from_edge_index(edge_index, (rows, m)), index)
+    generator = torch.Generator().manual_seed(seed)
+    layouts = itertools.cycle((layout, "contiguous", layout))
+
+    def tensor(*shape, dtype=dtype):
+        x = torch.randn(shape, generator=generator, dtype=FP64)
+        return arrange(x.to(DEVICE, dtype), next(layouts))
+
+    q, k, v = tensor(rows, h, d), tensor(m, heads, d), tensor(m, heads, dv)
+    bias = tensor(edge_index.shape[1], h) if biased else None
+    do = tensor(rows, h, dv)
+    dlse = tensor(rows, h, dtype=FP64 if dtype == FP64 else FP32)
+    options = {"scale": scale, "denominator_eps": eps}
+    if clamped:
+        s = 1 / math.sqrt(d) if scale is None else scale
+        key = k.double().repeat_interleave(group, 1)[edge_index[0]]
+        options["logit_clamp"] = gap(s * (q.double()[edge_index[1]] * key).sum(-1))
+    return Case(seed, edge_index, graph, q, k, v, bias, do, dlse, options, made_by)
+
+
+def gap(logit):
+    """Clamp bounds far from every logit: rounding must not decide what the clamp lets through."""
+    s = logit.flatten().sort().values
+    if not len(s):
+        return -0.5, 0.5
+    wide = s.diff() > 1e-3 * s.abs().max().clamp(min=1.0)
+    between = ((s[1:] + s[:-1]) / 2)[wide]
+    low, high = s[0] - 1, s[-1] + 1
+    if len(between):
+        low, high = (between[(between - s.quantile(part)).abs().argmin()] for part in (0.2, 0.8))
+    return float(low), float(high)
+
+
+def arrange(x, layout):
+    """x in other strides, amid NaN where memory is left over; "expanded" repeats its first row."""
+    if layout == "transposed":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "reversed":
+        order = tuple(range(x.ndim))[::-1]
+        return x.permute(order).contiguous().permute(order)
+    if layout == "sliced":
+        room = x.new_full([n + 2 for n in x.shape], torch.nan)
+        inner = room[tuple(slice(1, -1) for _ in x.shape)]
+        return inner.copy_(x)
+    if layout == "expanded" and len(x):
+        return x[:1].expand_as(x)
+    return x
+
+
+@st.composite
+def cases(draw, impl, **fixed):
+    """Small where the interpreter runs it: about 8 ms a program."""
+    small = impl == "triton" and DEVICE == "cpu"
+    choices = {
+        "seed": st.integers(0, 2**31),
+        "rows": st.integers(0, 12 if small else 64),
+        "edges": st.integers(0, 50 if small else 300),
+        "heads": st.sampled_from([1, 2, 3] if small else [1, 2, 3, 8]),
+        "group": st.sampled_from([1, 1, 2, 3]),
+        "d": st.sampled_from([1, 5, 8, 10, 16, 17, 32]),
+        "dv": st.sampled_from([1, 5, 8, 10, 16, 17, 32]),
+        "dtype": st.sampled_from([FP64, FP32, BF16, FP16]),
+        "index": st.sampled_from([torch.int32, torch.int64]),
+        "kind": st.sampled_from(["uniform", "power_law", "hub"]),
+        "isolated": st.integers(0, 3),
+        "layout": st.sampled_from(LAYOUTS),
+        "biased": st.booleans(),
+        "clamped": st.booleans(),
+        "eps": st.sampled_from([0.0, 1e-6, 0.5]),
+        "scale": st.sampled_from([None, 0.3, -1.0]),
+    }
+    drawn = {name: draw(s) for name, s in choices.items() if name not in fixed}
+    if "cols" not in fixed and draw(st.booleans()):
+        drawn["cols"] = draw(st.integers(0, 12 if small else 64))
+    return case(**drawn, **fixed)
+
+
+def examples(count, impls=IMPLS, **fixed):
+    """Run ``check(impl, case)`` on drawn cases: fewer of them where the interpreter runs it."""
+
+    def wrap(check):
+        def test(impl):
+            few = impl == "triton" and DEVICE == "cpu"
+
+            @settings(
+                max_examples=max(3, count // 6) if few else count,
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+            )
+            @given(case=cases(impl, **fixed))
+            def run(case):
+                check(impl, case)
+
+            run()
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return pytest.mark.parametrize("impl", impls)(test)
+
+    return wrap
+
+
+def attend(case, impl, **changes):
+    """The public function on a case, with its options and all extras: o, lse, weights."""
+    inputs = {"q": case.q, "k": case.k, "v": case.v, "edge_bias": case.bias}
+    options = dict(case.options, return_lse=True, return_weights=True, impl=impl)
+    return neighborhood_attention(graph=case.graph, **inputs, **options | changes)
+
+
+def evaluate(case, impl, dtype=None):
+    """Outputs and gradients by name; ``dtype`` casts the inputs first."""
+
+    def cast(x):
+        return x if dtype is None or x is None else x.to(dtype)
+
+    wide = FP64 if dtype == FP64 else case.dlse.dtype
+    leaves = {
+        name: cast(getattr(case, name)).detach().requires_grad_()
+        for name in ("q", "k", "v", "bias")
+        if getattr(case, name) is not None
+    }
+    o, lse, weights = attend(replace(case, **leaves), impl)
+    grads = torch.autograd.grad(
+        (o, lse), list(leaves.values()), (cast(case.do), case.dlse.to(wide)), materialize_grads=True
+    )
+    found = dict(zip(NAMES, (o, lse, weights), strict=False))
+    found |= {f"d{name}": x for name, x in zip(leaves, grads, strict=True)}
+    return {name: x.detach() for name, x in found.items()}
+
+
+def close(actual, expected, name="", tolerance=1e-9):
+    torch.testing.assert_close(
+        actual,
+        expected,
+        rtol=tolerance,
+        atol=tolerance,
+        equal_nan=True,
+        msg=lambda m: f"{name}: {m}",
+    )
+
+
+def all_close(actual, expected, tolerance=1e-9):
+    assert actual.keys() == expected.keys()
+    for name, x in actual.items():
+        close(x, expected[name], name, tolerance)
+
+
+def same_bits(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, x in actual.items():
+        assert torch.equal(x, expected[name]), name
+
+
+def loops(case):
+    """The third implementation, on the caller's edge list."""
+    low, high = case.options.get("logit_clamp") or (-math.inf, math.inf)
+    d, scale = case.q.shape[2], case.options["scale"]
+    arrays = (case.q, case.k, case.v, case.bias, case.do, case.dlse)
+    found = oracle.neighborhood_attention(
+        case.edge_index.tolist(),
+        *(None if x is None else x.double().cpu().numpy() for x in arrays),
+        scale=1 / math.sqrt(d) if scale is None else scale,
+        low=low,
+        high=high,
+        eps=case.options["denominator_eps"],
+    )
+    found = {
+        n: torch.from_numpy(np.asarray(x)).to(DEVICE) for n, x in zip(NAMES, found, strict=True)
+    }
+    if case.bias is None:
+        del found["dbias"]
+    return found

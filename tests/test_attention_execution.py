@@ -1,0 +1,368 @@
+"""neighborhood_attention: nothing but time depends on tiles, layouts, compilation or threads."""
+
+import copy
+import io
+import math
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import (
+    BF16,
+    DEVICE,
+    FAST,
+    FP16,
+    FP32,
+    FP64,
+    IMPLS,
+    LAYOUTS,
+    all_close,
+    arrange,
+    attend,
+    case,
+    evaluate,
+    loops,
+    same_bits,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import fastgt
+from fastgt import Graph, neighborhood_attention
+from fastgt.bench.harness import peak_extra_memory
+from fastgt.testing import assert_as_accurate, random_graph, with_index_dtype
+
+
+@pytest.fixture(
+    params=[(1, 2, 1), (4, 4, 1), (2, 16, 4), (16, 1, 2), (8, 2, 8)],
+    ids=lambda t: f"R{t[0]}-E{t[1]}-H{t[2]}",
+)
+def tile(request, monkeypatch):
+    """Every launch with the same tile, whatever the shape."""
+    pytest.importorskip("triton")
+    import fastgt.kernels.attention as kernels
+    from fastgt.kernels.configs import Tile
+
+    chosen = Tile(*request.param, num_warps=4)
+    monkeypatch.setattr(kernels, "attention_tile", lambda *args, **kwargs: chosen)
+    return chosen
+
+
+def degrees_case(degrees, cols, **options):
+    """Row i has degrees[i] edges, shuffled; columns are random."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.arange(len(degrees)).repeat_interleave(torch.tensor(degrees))
+    source = torch.randint(cols, target.shape, generator=generator)
+    order = torch.randperm(len(target), generator=generator)
+    index = torch.stack([source, target])[:, order].to(DEVICE)
+    x = case(0, len(degrees), len(target), cols=cols, **options)
+    return x.onto(index)
+
+
+def test_any_tile_gives_the_same(tile):
+    """Degrees at and around every block size, and rows beyond a block of rows."""
+    x = degrees_case([0, 1, 3, 4, 5, 0, 17], 5, heads=2, d=5, dv=3, clamped=True)
+    all_close(evaluate(x, "triton"), loops(x))
+    turned = replace(x, q=x.k, k=x.q, v=x.do[:, :, :3], do=x.v, dlse=x.k[:, :, 0].clone())
+    turned = replace(turned, edge_index=x.edge_index.flip(0), graph=x.graph.transpose())
+    all_close(evaluate(turned, "triton"), loops(turned))
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["row", "column"])
+@pytest.mark.parametrize("impl", FAST)
+def test_a_hub_is_like_any_other_node(impl, turned):
+    hub = 120 if impl == "triton" and DEVICE == "cpu" else 5000
+    x = degrees_case([2, hub, 0, 1, 3], 7, dtype=FP32, eps=1e-6)
+    if turned:
+        y = case(1, 7, x.graph.num_edges, cols=5, dtype=FP32, eps=1e-6)
+        x = y.onto(x.edge_index.flip(0))
+    truth, eager = evaluate(x, "reference", FP64), evaluate(x, "reference")
+    for name, found in evaluate(x, impl).items():
+        assert_as_accurate(found, eager[name], truth[name], name, 3.0)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_index_width_does_not_change_a_bit(impl):
+    x = case(3, 12, 40, kind="hub", dtype=FP32)
+    wide = replace(x, graph=with_index_dtype(x.graph, torch.int64))
+    assert wide.graph.columns.slot.dtype == torch.int64
+    same_bits(evaluate(wide, impl), evaluate(x, impl))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("impl", FAST)
+def test_strides_do_not_change_a_bit(impl, dtype, layout):
+    x = case(4, 9, 30, heads=2, group=2, d=16, dv=8, dtype=dtype)
+    names = ("q", "k", "v", "bias", "do", "dlse")
+    laid = {name: arrange(getattr(x, name), layout) for name in names}
+    plain = {name: t.contiguous() for name, t in laid.items()}
+    same_bits(evaluate(replace(x, **laid), impl), evaluate(replace(x, **plain), impl))
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_slices_of_one_projection(impl):
+    """The usual [N, 3, H, D] projection, and one whose slices start off any alignment."""
+    generator = torch.Generator().manual_seed(0)
+    for pad in (0, 1):
+        packed = torch.randn(8, 3 * 2 * 8 + pad, generator=generator, dtype=BF16).to(DEVICE)
+        q, k, v = packed[:, pad:].unflatten(1, (3, 2, 8)).unbind(1)
+        graph = random_graph(0, 8, 25, device=DEVICE)
+        found = neighborhood_attention(q, k, v, graph, impl=impl)
+        plain = (t.contiguous() for t in (q, k, v))
+        assert torch.equal(found, neighborhood_attention(*plain, graph, impl=impl))
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_inputs_are_left_alone_and_outputs_alias_nothing(impl, dtype):
+    x = case(5, 8, 30, dtype=dtype, heads=1, d=4, dv=4, clamped=True, eps=1e-6)
+    walks = [x.graph.row_ptr, x.graph.col, x.graph.edge, *x.graph.columns]
+    inputs = [x.q, x.k, x.v, x.bias, x.do, x.dlse, *walks]
+    before = [t.clone() for t in inputs]
+    found = evaluate(x, impl)
+    for a, b in zip(inputs, before, strict=True):
+        assert torch.equal(a, b)
+    places = [t.untyped_storage().data_ptr() for t in (*inputs, *found.values())]
+    assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("impl", FAST)
+def test_bitwise_repeatable(impl, dtype):
+    interpreted = impl == "triton" and DEVICE == "cpu"
+    x = (
+        case(1, 16, 60, dtype=dtype)
+        if interpreted
+        else case(1, 100, 2000, kind="hub", dtype=dtype, heads=1)
+    )
+    first = evaluate(x, impl)
+    for _ in range(2 if interpreted else 100):
+        same_bits(evaluate(x, impl), first)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="threads are the CPU's")
+def test_threads_do_not_change_a_bit():
+    x = case(1, 3000, 40_000, kind="power_law", dtype=FP32, d=16, dv=16)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append(evaluate(x, "torch"))
+    finally:
+        torch.set_num_threads(threads)
+    same_bits(*found)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter's memory is not the kernel's")
+def test_memory_of_the_kernels():
+    check_memory("triton")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="runs on CPU tensors")
+def test_memory_of_the_cpu_path():
+    check_memory("torch")
+
+
+def check_memory(impl):
+    """Of large graphs; small ones may take up to 2^17 edges and nodes, heads counted, at once."""
+    n, edges, h, d = 500, 140_000, 4, 64
+    x = case(0, n, edges, heads=h, d=d, dv=d, dtype=FP32)
+    evaluate(x, impl)  # the column walk and other first-time costs
+    word, wide = 4, edges * h * d * 4
+    # o, three gradients and their float32 copies; logits, weights, dbias and a few [E] vectors
+    allowed = word * (10 * n * h * d + 6 * edges * h)
+    assert allowed < wide / 4
+    device = torch.device(DEVICE)
+    assert peak_extra_memory(lambda: evaluate(x, impl), device) <= allowed
+    assert peak_extra_memory(lambda: evaluate(x, "reference"), device) > wide
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
+def test_heads_together_or_one_by_one_give_the_same_bits(monkeypatch):
+    x = case(5, 30, 200, heads=5, group=2, dtype=FP32, clamped=True, eps=1e-6, isolated=2)
+    together = evaluate(x, "torch")
+    for limit in (0, 600):  # one by one; two and a rest
+        monkeypatch.setattr("fastgt.cpu.attention._TOGETHER", limit)
+        same_bits(evaluate(x, "torch"), together)
+
+
+def test_addresses_beyond_two_to_the_31(tmp_path):
+    """Strides reach past 2^31 elements; the memory is a sparse file, so nothing of it is paid.
+
+    Every base lies 2^31 elements into the file: a wrapped offset would read zeros, not crash.
+    """
+    size = 2**33
+    if DEVICE == "cuda":
+        room = torch.zeros(size, dtype=FP16, device=DEVICE)
+    else:
+        room = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=FP16)
+    x = case(2, 5, 14, heads=2, group=2, d=4, dv=4, dtype=FP16)
+    # odd, or the kernel multiplies by an even factor of it at the very end, in 64 bits
+    far, place, laid = 3 * 2**28 + 1, 2**31, {}
+    for name in ("q", "k", "v", "do", "bias"):
+        tensor = getattr(x, name)
+        stride = (2**28 + 1, far) if name == "bias" else (far, *tensor.stride()[1:])
+        laid[name] = room.as_strided(tensor.shape, stride, place).copy_(tensor)
+        place += 128
+    for impl in FAST:
+        same_bits(evaluate(replace(x, **laid), impl), evaluate(x, impl))
+
+
+def huge_graph(rows, edges):
+    """A graph beyond any memory: meta tensors only."""
+
+    def index(n):
+        return torch.empty(n, dtype=torch.int64, device="meta")
+
+    ptr = index(rows + 1)
+    walk = fastgt.graph.ColumnWalk(ptr, *(index(edges) for _ in range(3)))
+    bounds = index(2)
+    return Graph(rows, rows, ptr, index(edges), index(edges), bounds, bounds, {"columns": walk})
+
+
+def test_shapes_beyond_two_to_the_31_on_meta_tensors():
+    n, e, h, d = 3 * 2**30, 5 * 2**30, 8, 32
+    graph = huge_graph(n, e)
+    q, k, v = (torch.empty(n, h, d, device="meta", requires_grad=True) for _ in range(3))
+    bias = torch.empty(e, h, device="meta", requires_grad=True)
+    o, lse, weights = neighborhood_attention(
+        q, k, v, graph, edge_bias=bias, return_lse=True, return_weights=True, impl="triton"
+    )
+    assert [t.shape for t in (o, lse, weights)] == [(n, h, d), (n, h), (e, h)]
+    grads = torch.autograd.grad((o, lse), (q, k, v, bias), (o, lse))
+    assert [g.shape for g in grads] == [(n, h, d)] * 3 + [(e, h)]
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP64], ids=str)
+@pytest.mark.parametrize(("heads", "d"), [(1, 1), (8, 16), (64, 256), (1024, 256)])
+def test_grids_stay_within_the_limits(heads, d, dtype, monkeypatch):
+    """Rows are the first axis, 2^31 - 1 long; the second one ends at 65,535."""
+    pytest.importorskip("triton")
+    import fastgt.kernels.attention as kernels
+
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in list(vars(kernels)):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(kernels, name, Recorder())
+    n = 2**31 - 1
+    q = torch.empty(n, heads, d, dtype=dtype, device="meta")
+    lse = torch.empty(n, heads, device="meta")
+    ptr = torch.empty(n + 1, dtype=torch.int64, device="meta")
+    settings = (1.0, -math.inf, math.inf, 0.0)
+    for edges in (0, n, 40 * n):
+        e = torch.empty(edges, dtype=torch.int64, device="meta")
+        kernels.attention_fwd(q, q, q, None, ptr, e, e, *settings, False)
+        walks = (ptr, e, e, ptr, e, e, e)
+        kernels.attention_bwd(q, lse, q, q, q, None, lse, *walks, *settings, *(True,) * 3, False)
+    assert len(grids) >= 9
+    for grid in grids:
+        assert 0 < grid[0] < 2**31
+        assert 0 < grid[1] <= 65535
+
+
+@pytest.mark.parametrize(
+    ("edges", "layout", "dtype"),
+    [(9, "contiguous", FP32), (9, "reversed", BF16), (0, "contiguous", FP32)],
+    ids=["plain", "strided", "empty"],
+)
+@pytest.mark.parametrize("impl", FAST)
+def test_opcheck(impl, edges, layout, dtype):
+    x = case(0, 4, edges, cols=3, heads=1, group=2, d=4, dv=2, dtype=dtype, layout=layout)
+    walk = (x.graph.row_ptr, x.graph.col, x.graph.edge)
+    settings = (0.5, -1.0, 1.0, 1e-6)
+    forward = (impl, x.q, x.k, x.v, x.bias, *walk, *settings)
+    lse = attend(x, impl)[1]
+    backward = (impl, x.do, x.dlse, x.q, x.k, x.v, x.bias, lse, *walk, *x.graph.columns, *settings)
+    torch.library.opcheck(torch.ops.fastgt.attention_fwd.default, (*forward, edges == 9))
+    needs = (True,) * 4 if layout == "contiguous" else (False, True, False, True)
+    torch.library.opcheck(torch.ops.fastgt.attention_bwd.default, (*backward, *needs))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"logit_clamp": 5.0, "denominator_eps": 1e-6, "scale": 0.3, "return_weights": True}],
+    ids=["plain", "options"],
+)
+@pytest.mark.parametrize("impl", FAST)
+def test_compiles_whole_and_once(impl, options):
+    """One compilation serves graphs of every size, forward and backward."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(neighborhood_attention, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    # no two sizes are equal, nor N + 1 and another: the compiler would take them for one number
+    for seed, (n, e) in enumerate([(11, 20), (9, 31), (13, 15)]):
+        x = case(seed, n, e, heads=2, d=8, dtype=FP32)
+        leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.bias)]
+        found = []
+        for f in (compiled, neighborhood_attention):
+            y = f(*leaves[:3], x.graph, edge_bias=leaves[3], return_lse=True, impl=impl, **options)
+            found.append([*y, *torch.autograd.grad(y[:2], leaves, (x.do, x.dlse))])
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+        counts.append(counter.frame_count)
+    assert counts[0] > 0
+    assert counts == counts[:1] * 3
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_casts_the_inputs(impl):
+    x = case(3, 8, 30, dtype=FP32)
+    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.bias)]
+    with torch.autocast(DEVICE, BF16):
+        o = neighborhood_attention(*leaves[:3], x.graph, edge_bias=leaves[3], impl=impl)
+    cast = [t.detach().to(BF16).requires_grad_() for t in leaves]
+    plain = neighborhood_attention(*cast[:3], x.graph, edge_bias=cast[3], impl=impl)
+    assert o.dtype == BF16
+    assert torch.equal(o, plain)
+    grads = torch.autograd.grad(o, leaves, x.do.to(BF16))
+    expected = torch.autograd.grad(plain, cast, x.do.to(BF16))
+    for a, b in zip(grads, expected, strict=True):
+        assert a.dtype == FP32
+        assert torch.equal(a, b.float())
+    with torch.autocast(DEVICE, BF16):
+        double = [t.detach().double() for t in leaves]
+        assert neighborhood_attention(*double[:3], x.graph, impl=impl).dtype == FP64
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("impl", FAST)
+def test_a_copied_graph_gives_the_same(impl, how):
+    x = case(3, 8, 30, dtype=FP32)
+    first = evaluate(x, impl)  # the column walk is cached from here on
+    if how == "deepcopy":
+        graph = copy.deepcopy(x.graph)
+    elif how == "pickle":
+        graph = pickle.loads(pickle.dumps(x.graph))
+    else:
+        file = io.BytesIO()
+        torch.save(x.graph, file)
+        file.seek(0)
+        graph = torch.load(file, weights_only=False)
+    assert graph.col is not x.graph.col
+    assert graph.col.data_ptr() != x.graph.col.data_ptr()
+    same_bits(evaluate(replace(x, graph=graph), impl), first)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("impl", FAST)
+def test_checkpointing(impl, reentrant):
+    x = case(3, 8, 30, dtype=FP32)
+    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.bias)]
+
+    def f(q, k, v, bias):
+        return neighborhood_attention(q.tanh(), k, v, x.graph, edge_bias=bias, impl=impl)
+
+    kept = checkpoint(f, *leaves, use_reentrant=reentrant)
+    kept.backward(x.do)
+    plain = torch.autograd.grad(f(*leaves), leaves, x.do)
+    for leaf, b in zip(leaves, plain, strict=True):
+        assert torch.equal(leaf.grad, b)

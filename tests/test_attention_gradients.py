@@ -1,0 +1,130 @@
+"""neighborhood_attention: first and second gradients, in every combination."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import (
+    DEVICE,
+    FAST,
+    FP64,
+    IMPLS,
+    LAYOUTS,
+    all_close,
+    arrange,
+    attend,
+    case,
+    close,
+    evaluate,
+    loops,
+)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradcheck(impl):
+    x = case(3, 4, 9, heads=1, group=2, cols=5, d=3, dv=2, clamped=True, eps=0.1)
+    # every row needs an edge: the finite difference of an LSE of -inf is NaN
+    x = x.onto(torch.cat([x.edge_index, torch.arange(4, device=DEVICE).repeat(2, 1)], 1))
+    generator = x.generator
+    x.bias = torch.randn(x.graph.num_edges, 2, generator=generator, dtype=FP64).to(DEVICE)
+    inputs = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.bias)]
+
+    def f(q, k, v, bias):
+        return attend(replace(x, q=q, k=k, v=v, bias=bias), impl)[:2]
+
+    fast = impl == "triton" and DEVICE == "cpu"
+    assert torch.autograd.gradcheck(f, inputs, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(f, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "create_graph"])
+@pytest.mark.parametrize("upstream", ["o", "lse", "both"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_subset_of_gradients(impl, upstream, twice):
+    """Asked for alone or together, through the output, the LSE or both: always the same."""
+    x = case(9, 5, 14, heads=1, group=2, cols=4, d=4, dv=3, clamped=True, eps=0.2, isolated=1)
+    zero = {"o": {"dlse": x.dlse * 0}, "lse": {"do": x.do * 0}, "both": {}}[upstream]
+    expected = loops(replace(x, **zero))
+    for wanted in itertools.product([False, True], repeat=4):
+        few = impl == "triton" and DEVICE == "cpu" and sum(wanted) in (2, 3)
+        if not any(wanted) or few:
+            continue
+        leaves = dict(zip(("q", "k", "v", "bias"), wanted, strict=True))
+        leaves = {
+            name: getattr(x, name).detach().clone().requires_grad_(need)
+            for name, need in leaves.items()
+        }
+        o, lse, _ = attend(replace(x, **leaves), impl)
+        pairs = {"o": [(o, x.do)], "lse": [(lse, x.dlse)], "both": [(o, x.do), (lse, x.dlse)]}[
+            upstream
+        ]
+        inputs = {name: t for name, t in leaves.items() if t.requires_grad}
+        if impl == "reference":  # in plain autograd the LSE has no connection to v
+            pairs = [(y, dy) for y, dy in pairs if y.requires_grad]
+            if not pairs:
+                continue
+        outputs, upstreams = zip(*pairs, strict=True)
+        found = torch.autograd.grad(
+            outputs,
+            list(inputs.values()),
+            upstreams,
+            create_graph=twice,
+            materialize_grads=impl == "reference",
+        )
+        for name, grad in zip(inputs, found, strict=True):
+            close(grad, expected[f"d{name}"], f"d{name} of {list(inputs)}")
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_nothing_is_computed_for_gradients_not_asked_for(impl):
+    x = case(0, 5, 12)
+    walk = (x.graph.row_ptr, x.graph.col, x.graph.edge)
+    lse = attend(x, impl)[1]
+    settings = (0.3, -math.inf, math.inf, 0.0)
+    for needs in itertools.product([False, True], repeat=4):
+        grads = torch.ops.fastgt.attention_bwd(
+            impl,
+            x.do,
+            x.dlse,
+            x.q,
+            x.k,
+            x.v,
+            x.bias,
+            lse,
+            *walk,
+            *x.graph.columns,
+            *settings,
+            *needs,
+        )
+        for need, grad in zip(needs, grads, strict=True):
+            assert bool(grad.numel()) == need
+            assert not grad.isnan().any()
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_double_backward_equals_the_reference(impl):
+    def second(impl):
+        x = case(2, 8, 24, cols=9, heads=2, group=2, d=5, dv=3, clamped=True, eps=0.3, isolated=1)
+        leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.bias, x.do)]
+        o, lse, _ = attend(replace(x, q=leaves[0], k=leaves[1], v=leaves[2], bias=leaves[3]), impl)
+        loss = (o * leaves[4]).sum() + lse[~x.isolated()].square().sum()
+        first = torch.autograd.grad(loss, leaves[:4], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    for a, b in zip(second(impl), second("reference"), strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "scalar"])
+@pytest.mark.parametrize("impl", FAST)
+def test_strides_of_upstream_gradients(impl, layout):
+    x = case(6, 7, 30, heads=3, d=5, dv=6)
+    if layout == "scalar":
+        one = torch.ones((), dtype=FP64, device=DEVICE)
+        do, dlse = one.expand(x.do.shape), one.expand(x.dlse.shape)
+    else:
+        do, dlse = arrange(x.do, layout), arrange(x.dlse, layout)
+    x = replace(x, do=do, dlse=dlse)
+    all_close(evaluate(x, impl), loops(x))

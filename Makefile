@@ -19,7 +19,7 @@ test: $(VENV)/test.stamp
 	$(BIN)/pytest
 
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m fastgt.bench.attention --problem power_law --problem debian --problem zinc \
+	$(BIN)/python -m fastgt.bench.attention --problem power_law --problem debian --problem molecules \
 	  --json bench/results/attention-cpu.json
 	$(BIN)/python -m fastgt.bench.render
 

@@ -124,7 +124,13 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--problem", choices=PROBLEMS, action="append")
+    parser.add_argument(
+        "--problem",
+        choices=PROBLEMS,
+        action="append",
+        help="may be given more than once; graphs other than power_law, molecules and debian are "
+        "files in the folder that FASTGT_DATA names",
+    )
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -132,22 +138,26 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     found = []
     for problem in args.problem or [next(iter(PROBLEMS))]:
-        rows = run(
-            problem,
-            heads=args.heads,
-            width=args.width,
-            dtype=DTYPES[args.dtype],
-            device=args.device,
-            repeats=args.repeats,
-        )
+        try:
+            rows = run(
+                problem,
+                heads=args.heads,
+                width=args.width,
+                dtype=DTYPES[args.dtype],
+                device=args.device,
+                repeats=args.repeats,
+            )
+        except FileNotFoundError as error:
+            parser.error(f"--problem {problem}: {error}")
         print(f"\n{problem}: {rows[0]['rows']} rows, {rows[0]['edges']} edges, {args.dtype}")
         print(show(rows))
         found += rows
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

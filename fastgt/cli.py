@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastgt import __version__
+
 EPOCHS = 80
 
 
@@ -25,12 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastgt", description="Attention for graph transformers.")
+    parser.add_argument("--version", action="version", version=f"fastgt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser(
         "demo",
         help="train a graph transformer on the dependency graph of Debian",
         description="Train a graph transformer on the dependency graph of Debian 12 (63,436 "
-        "packages) and compare it with the same model on gather-softmax-scatter attention.",
+        "packages) and compare it with the same model on gather-softmax-scatter attention. "
+        "Time means something on a quiet machine only.",
     )
     demo.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     demo.add_argument("--epochs", type=_positive, default=EPOCHS, help="default: %(default)s")
@@ -51,8 +55,12 @@ def _demo(args: argparse.Namespace) -> int:
     from fastgt import demo
 
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {name}")
     if not args.output.resolve().parent.is_dir():
         raise ValueError(f"--output {args.output}: no such folder")
+    if args.output.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--output must end in .png, .pdf or .svg, got {args.output}")
     demo.run(
         device=torch.device(name),
         epochs=args.epochs,
@@ -64,7 +72,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
 

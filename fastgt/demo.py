@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastgt.graph import Graph
 from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
 from fastgt.nn import NeighborhoodAttention
-from fastgt.ops._impl import Impl, implementation
+from fastgt.ops._impl import Impl, choose, implementation, require_triton
 
 LEARNING_RATE = 0.01
 WEIGHT_DECAY = 1e-4
@@ -65,6 +65,9 @@ def run(
 
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"--device {device}: this PyTorch sees no CUDA device")
+    with implementation(impl):
+        if choose(None, torch.empty(0, device=device)) == "triton":
+            require_triton(torch.empty(0, device=device))
     data = load(device)
     print(data.graph)
     torch.manual_seed(seed)
@@ -75,7 +78,7 @@ def run(
         curve = train(model, data, epochs)
         results = compare(model, data)
     print("\n" + table(results))
-    draw(curve, results, output)
+    draw(curve, results, device, output)
     print(f"\nLearning curve and bars: {output}")
 
 
@@ -200,11 +203,20 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def draw(curve: list[tuple[float, float]], results: list[Result], output: Path) -> None:
+def draw(
+    curve: list[tuple[float, float]], results: list[Result], device: torch.device, output: Path
+) -> None:
     """The learning curve and, for time and memory, two bars."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    from fastgt.bench.harness import environment
+
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    where = environment(device)
+    machine = (
+        f"{where['device']}, torch {where['torch']}, {where['date']}, commit {where['commit']}"
+    )
+    figure.supxlabel(machine, fontsize="small", color="gray")
     learning, seconds, memory = figure.subplots(1, 3, width_ratios=[2, 1, 1])
     epochs = range(1, len(curve) + 1)
     learning.plot(epochs, [loss for loss, _ in curve], color="tab:gray")

@@ -116,6 +116,8 @@ def flip_signs(pe: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def _adjacency(graph: Graph, symmetrize: bool) -> sp.csr_array:
+    if not isinstance(graph, Graph):
+        raise TypeError(f"graph must be a fastgt.Graph, got {type(graph).__name__}")
     n = graph.num_rows
     if n != graph.num_cols:
         raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")

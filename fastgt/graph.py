@@ -192,7 +192,11 @@ class Graph:
     def from_pyg(cls, data: Any) -> Graph:
         """From a ``torch_geometric.data.Data`` or ``Batch`` (boundaries are kept)."""
         if getattr(data, "edge_index", None) is None:
-            raise TypeError(f"data must have an edge_index, got {type(data).__name__} without one")
+            raise TypeError(
+                f"data must have an edge_index, got {type(data).__name__} without one: use "
+                "from_edge_index (one relation of a HeteroData: size (targets, sources)) or "
+                "from_csr"
+            )
         ptr = getattr(data, "ptr", None)
         return cls.from_edge_index(data.edge_index, data.num_nodes, graph_ptr=ptr)
 
@@ -293,6 +297,8 @@ class Graph:
 
     def to(self, device: torch.device | str) -> Graph:
         """The same graph on another device, with what was cached (itself if already there)."""
+        if not isinstance(device, (torch.device, str, int)):
+            raise TypeError(f"device must be a torch.device or its name, got {device!r}")
         device = self.col.new_empty(0).to(device).device  # "cuda" means "cuda:0"
         if self.device == device:
             return self

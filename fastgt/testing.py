@@ -139,6 +139,10 @@ def _power_law() -> Graph:
     return random_graph(0, 20_000, 300_000, kind="power_law")
 
 
+def _molecules() -> Graph:
+    return random_batch(0, [(23, 50)] * 128)
+
+
 def _cora() -> Graph:
     with _open("cora") as data:
         return _symmetric(data["edge_index"], len(data["y"]))
@@ -179,6 +183,7 @@ PROBLEMS: dict[str, Problem] = {
     problem.name: problem
     for problem in (
         Problem("power_law", _power_law),  # 20,000 nodes, 300,000 edges: the target on a CPU
+        Problem("molecules", _molecules),  # as many and as large as a batch of ZINC
         Problem("cora", _cora),
         Problem("tolokers", _tolokers),
         Problem("amazon_computers", _amazon_computers),

@@ -165,7 +165,16 @@ REFUSALS = {
         ValueError,
         r"logit_clamp must have low <= high, got \(3.0, -2.0\)",
     ),
-    "clamp negative": ({"logit_clamp": -2.0}, ValueError, r"logit_clamp .* got \(2.0, -2.0\)"),
+    "clamp negative": ({"logit_clamp": -2.0}, ValueError, "logit_clamp .* got -2.0"),
+    "clamp tensor": ({"logit_clamp": zeros()}, TypeError, "logit_clamp must be a number, got T"),
+    "clamp words": ({"logit_clamp": ("a", 1)}, TypeError, "logit_clamp must be a number, got str"),
+    "learnt scale": (
+        {"scale": zeros().requires_grad_()},
+        TypeError,
+        "scale must be a number, got Tensor: multiply q by it",
+    ),
+    "scale in words": ({"scale": "big"}, TypeError, "scale must be a number, got str"),
+    "eps none": ({"denominator_eps": None}, TypeError, "denominator_eps must .* got NoneType"),
     "clamp nan": ({"logit_clamp": math.nan}, ValueError, "logit_clamp .* got .*nan"),
     "clamp of three": ({"logit_clamp": (0, 1, 2)}, ValueError, "logit_clamp .* got 3 numbers"),
 }

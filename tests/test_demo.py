@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastgt
 from fastgt import cli, demo
 from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
 
@@ -78,7 +79,11 @@ def test_damaged_data_is_said(damage, monkeypatch, tmp_path, capsys):
     [
         (["demo", "--epochs", "0"], 2, "positive integer, got '0'"),
         (["demo", "--impl", "cuda"], 2, "invalid choice"),
-        (["demo", "--device", "nowhere"], 1, "nowhere"),
+        (["demo", "--epochs", "²"], 2, "positive integer, got '²'"),
+        (["demo", "--device", "nowhere"], 1, "--device must be cpu or cuda, got nowhere"),
+        (["demo", "--device", "meta"], 1, "--device must be cpu or cuda, got meta"),
+        (["demo", "--output", "x.foo"], 1, "must end in .png, .pdf or .svg, got x.foo"),
+        (["demo", "--output", "."], 1, "must end in .png"),
         (["demo", "--output", "/no/such/folder/x.png"], 1, "no such folder"),
         ([], 2, "command"),
     ],
@@ -90,6 +95,24 @@ def test_usage_errors(arguments, status, message, capsys):
         found = error.code
     assert found == status
     assert message in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"fastgt {fastgt.__version__}\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_impl_that_cannot_run_is_said_before_the_data_is_read(monkeypatch, capsys):
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert cli.main(["demo", "--impl", "triton", "--device", "cpu"]) == 1
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert "impl='triton' needs tensors on a GPU, got cpu" in found.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -296,6 +296,11 @@ def test_bad_k(k, error, message):
         laplacian_pe(both_ways([(0, 1)], 2), k)
 
 
+def test_an_edge_index_is_not_a_graph():
+    with pytest.raises(TypeError, match=r"graph must be a fastgt\.Graph, got Tensor"):
+        laplacian_pe(torch.tensor([[0, 1], [1, 0]]), 1)
+
+
 def test_bipartite_is_refused():
     with pytest.raises(ValueError, match="graph must be square, got 2 rows and 3 columns"):
         laplacian_pe(Graph.from_dense(torch.ones(2, 3, dtype=torch.bool)), 1)

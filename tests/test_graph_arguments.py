@@ -153,6 +153,8 @@ REFUSALS = {
         ValueError,
         r"matrix.*\b2\b",
     ),
+    "to a dtype": (lambda: _GRAPH.to(torch.float16), TypeError, r"device.*torch.float16"),
+    "to none": (lambda: _GRAPH.to(None), TypeError, r"device.*None"),
     "pyg none": (lambda: Graph.from_pyg(None), TypeError, r"data.*edge_index.*NoneType"),
     "batch of None": (lambda: Graph.batch([_GRAPH, None]), TypeError, r"graphs\[1\].*NoneType"),
     "batch devices": (

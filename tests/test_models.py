@@ -136,8 +136,38 @@ def test_module_takes_bipartite_graphs_grouped_heads_and_bias():
 
 
 @pytest.mark.parametrize(
+    ("types", "pe", "message"),
+    [
+        (torch.zeros(4, 1, dtype=torch.long), torch.zeros(4, 3), r"node_type .* \[4\] .* \[4, 1\]"),
+        (torch.zeros(4), torch.zeros(4, 3), "node_type .* integers, got .*float32"),
+        (torch.zeros(5, dtype=torch.long), torch.zeros(4, 3), r"node_type .* got \[5\]"),
+        (torch.zeros(4, dtype=torch.long), torch.zeros(4, 2), r"pe .* \[4, 3\], got \[4, 2\]"),
+    ],
+)
+def test_inputs_of_other_shapes_are_refused(types, pe, message):
+    with pytest.raises(ValueError, match=message):
+        small()(types, random_graph(0, 4, 6), pe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 0}, "layers must be positive, got 0"),
+        ({"out_dim": -1}, "out_dim must be positive, got -1"),
+        ({"pe_dim": -1}, "pe_dim must not be negative, got -1"),
+        ({"dim": 10, "heads": 3}, "dim=10 and heads=3"),
+        ({"norm": "group"}, "norm must be 'batch' or 'layer', got 'group'"),
+    ],
+)
+def test_configurations_that_make_no_model(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GraphTransformer(GraphTransformerConfig(**{"node_types": 4, "out_dim": 3} | changes))
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"dim": 12, "heads": 4, "impl": "cuda"}, "impl must be one of .* got 'cuda'"),
         ({"dim": 10, "heads": 3}, "dim=10 and heads=3"),
         ({"dim": 12, "heads": 4, "kv_heads": 3}, "got 3 and 4"),
     ],

@@ -28,7 +28,8 @@ LAYERS = {
     "testing": {"graph"},
     "bench": {"graph", "reference", "ops", "nn", "models", "testing", "__init__"},
     "demo": {"graph", "ops", "nn", "models", "bench"},
-    "cli": {"demo"},
+    "cli": {"demo", "__init__"},
+    "__main__": {"cli"},
     "data": set(),
     "__init__": {"graph", "ops", "encodings"},
 }

@@ -22,17 +22,36 @@ from fastgt.nn import NeighborhoodAttention
 
 @dataclass
 class GraphTransformerConfig:
-    """Defaults are the authors' for PATTERN and CLUSTER."""
+    """Settings of :class:`GraphTransformer`; defaults are the authors' for PATTERN and CLUSTER.
+
+    Attributes:
+        node_types: How many kinds of nodes there are.
+        out_dim: Classes.
+        dim: Width of a node's features; a multiple of ``heads``.
+        heads: Of every attention.
+        layers: Attention and feed-forward, so many times.
+        pe_dim: Laplacian eigenvectors of a node; 0 for a model without encodings.
+        norm: ``"batch"`` or ``"layer"``, after every residual.
+        in_dropout: Of the embedded nodes.
+        dropout: Inside the layers.
+    """
 
     node_types: int
     out_dim: int
     dim: int = 80
     heads: int = 8
     layers: int = 10
-    pe_dim: int = 0  # Laplacian eigenvectors; 0: no encodings
+    pe_dim: int = 0
     norm: Literal["batch", "layer"] = "batch"
     in_dropout: float = 0.0
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("node_types", "out_dim", "dim", "heads", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.pe_dim < 0:
+            raise ValueError(f"pe_dim must not be negative, got {self.pe_dim}")
 
 
 class GraphTransformerLayer(nn.Module):
@@ -110,8 +129,12 @@ class GraphTransformer(nn.Module):
 
         In training every eigenvector gets one random sign for the whole batch.
         """
-        if (pe is None) != (self.embed_pe is None):
-            wanted = f"[N, {self.config.pe_dim}]" if self.embed_pe else "None (pe_dim is 0)"
+        n, pe_dim = graph.num_rows, self.config.pe_dim
+        if node_type.shape != (n,) or node_type.is_floating_point():
+            found = f"{list(node_type.shape)} {node_type.dtype}"
+            raise ValueError(f"node_type must be [N] = [{n}] integers, got {found}")
+        if (None if pe is None else tuple(pe.shape)) != ((n, pe_dim) if pe_dim else None):
+            wanted = f"[N, pe_dim] = [{n}, {pe_dim}]" if pe_dim else "None (pe_dim is 0)"
             raise ValueError(f"pe must be {wanted}, got {None if pe is None else list(pe.shape)}")
         x = self.embed(node_type)
         if pe is not None and self.embed_pe is not None:

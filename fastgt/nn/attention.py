@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
-from fastgt.ops._impl import Impl
+from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.attention import neighborhood_attention
 
 
@@ -51,6 +51,7 @@ class NeighborhoodAttention(nn.Module):
             raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"kv_heads must divide heads, got {kv_heads} and {heads}")
+        check_impl(impl)
         self.heads, self.kv_heads = heads, kv_heads
         self.logit_clamp, self.denominator_eps, self.impl = logit_clamp, denominator_eps, impl
         kv_dim = dim // heads * kv_heads

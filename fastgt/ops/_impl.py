@@ -23,7 +23,7 @@ def implementation(impl: Impl | None) -> Iterator[None]:
         ...     pass
     """
     global _forced
-    _check(impl)
+    check_impl(impl)
     before, _forced = _forced, impl
     try:
         yield
@@ -33,7 +33,7 @@ def implementation(impl: Impl | None) -> Iterator[None]:
 
 def choose(impl: Impl | None, x: Tensor) -> Impl:
     """``impl``, else the surrounding :func:`implementation`, else what suits ``x``'s device."""
-    _check(impl)
+    check_impl(impl)
     impl = impl or _forced
     if impl is None:
         return "torch" if x.device.type == "cpu" else "triton"
@@ -42,7 +42,8 @@ def choose(impl: Impl | None, x: Tensor) -> Impl:
     return impl
 
 
-def _check(impl: Impl | None) -> None:
+def check_impl(impl: Impl | None) -> None:
+    """Refuse a name that is not one of an implementation."""
     if impl is not None and impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {list(get_args(Impl))} or None, got {impl!r}")
 

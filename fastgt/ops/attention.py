@@ -47,7 +47,7 @@ def neighborhood_attention(
         k: ``[N_cols, H_kv, D]``; H_kv divides H, query head h reads key head h // (H / H_kv).
         v: ``[N_cols, H_kv, Dv]``. D and Dv from 1 to 256.
         graph: Who attends to whom.
-        scale: Default ``1 / sqrt(D)``.
+        scale: Default ``1 / sqrt(D)``. A number; to learn it, multiply q by it.
         edge_bias: ``[E, H]`` in the caller's edge order, in q's dtype; receives a gradient.
         logit_clamp: ``(low, high)``, or c for ``(-c, c)``. Outside it the gradient is 0.
         denominator_eps: eps above, relative to logits as they are (no maximum subtracted).
@@ -62,7 +62,9 @@ def neighborhood_attention(
         ``[N_rows, H, Dv]`` in q's dtype, followed by lse and weights where asked for.
         Sums are kept in float32 (float64 for float64). Memory is O(N + E H). Under
         ``torch.autocast`` the inputs are cast first, as for
-        ``torch.nn.functional.scaled_dot_product_attention``.
+        ``torch.nn.functional.scaled_dot_product_attention``. Second derivatives go through the
+        plain definition, with its memory; like every ``autograd.Function`` without a vmap rule
+        it takes no part in ``torch.func`` transforms.
 
     Raises:
         TypeError, ValueError: An argument does not fit; its name and both numbers are given.
@@ -85,8 +87,10 @@ def neighborhood_attention(
         q, k, v = (_autocast(x, dtype) for x in (q, k, v))
         edge_bias = None if edge_bias is None else _autocast(edge_bias, dtype)
     low, high = _clamp_bounds(logit_clamp)
+    scale = None if scale is None else _number("scale", scale)
+    denominator_eps = _number("denominator_eps", denominator_eps)
     _check(q, k, v, graph, edge_bias, scale, denominator_eps)
-    scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     impl = choose(impl, q)
     if impl == "reference":
         return reference.neighborhood_attention(
@@ -104,7 +108,7 @@ def neighborhood_attention(
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
         k, v = k.view_as(k), v.view_as(v)
-    settings = (scale, low, high, float(denominator_eps))
+    settings = (scale, low, high, denominator_eps)
     tensors = [x for x in (q, k, v, edge_bias) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         o, lse, weights = _Attention.apply(
@@ -135,12 +139,20 @@ def _clamp_bounds(logit_clamp: float | tuple[float, float] | None) -> tuple[floa
     if isinstance(logit_clamp, (tuple, list)):
         if len(logit_clamp) != 2:
             raise ValueError(f"logit_clamp must be (low, high), got {len(logit_clamp)} numbers")
-        low, high = (float(x) for x in logit_clamp)
+        low, high = (_number("logit_clamp", x) for x in logit_clamp)
     else:
-        low, high = -float(logit_clamp), float(logit_clamp)
+        high = _number("logit_clamp", logit_clamp)
+        low = -high
     if not low <= high:
-        raise ValueError(f"logit_clamp must have low <= high, got ({low}, {high})")
+        raise ValueError(f"logit_clamp must have low <= high, got {logit_clamp}")
     return low, high
+
+
+def _number(name: str, x: object) -> float:
+    if isinstance(x, Tensor) or not hasattr(x, "__float__"):
+        hint = ": multiply q by it" if name == "scale" and isinstance(x, Tensor) else ""
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}{hint}")
+    return float(x)
 
 
 def _check(

@@ -7,6 +7,7 @@ import copy
 import math
 import statistics
 import zipfile
+import zlib
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -90,8 +91,16 @@ def load(device: torch.device) -> Packages:
                 raw = {name: torch.from_numpy(archive[name].astype(np.int64)) for name in _ARRAYS}
                 sections, kinds = len(archive["classes"]), len(archive["edge_types"])
                 vocabulary = len(archive["vocab"])
-        except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
+        except _DAMAGE as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+        for name, limit in (
+            ("y", sections),
+            ("edge_type", kinds),
+            ("x_indices", vocabulary),
+            ("split", 3),
+        ):
+            if not 0 <= int(raw[name].min()) <= int(raw[name].max()) < limit:
+                raise ValueError(f"{path} is damaged: {name} has values beyond 0 to {limit - 1}")
     nodes = len(raw["y"])
     forward, kind = raw["edge_index"], raw["edge_type"]
     return Packages(
@@ -107,6 +116,7 @@ def load(device: torch.device) -> Packages:
     )
 
 
+_DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, OSError, EOFError)
 _ARRAYS = ("edge_index", "edge_type", "x_indptr", "x_indices", "y", "split")
 
 

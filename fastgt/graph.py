@@ -210,7 +210,7 @@ class Graph:
             if g.device != graphs[0].device:
                 raise ValueError(f"graphs[0] is on {graphs[0].device}, graphs[{i}] on {g.device}")
         if not graphs:
-            zero = torch.zeros(1, dtype=torch.int32)
+            zero = torch.zeros(1, dtype=torch.int32, device="cpu")
             none = zero[:0]
             return cls(0, 0, zero, none, none, zero, zero)
         device = graphs[0].device
@@ -219,7 +219,7 @@ class Graph:
         dtype = _index_dtype(rows, cols, sum(edges))
 
         def join(parts: list[Tensor], sizes: list[int], lengths: list[int]) -> Tensor:
-            shift = torch.tensor([0, *sizes[:-1]]).cumsum(0).to(device)
+            shift = torch.tensor([0, *sizes[:-1]], device="cpu").cumsum(0).to(device)
             shift = shift.repeat_interleave(
                 torch.tensor(lengths, device=device), output_size=sum(lengths)
             )
@@ -495,6 +495,8 @@ def _size(n: Any, name: str) -> int:
         raise TypeError(f"{name} must be an int, got {type(n).__name__}") from None
     if size < 0:
         raise ValueError(f"{name} must not be negative, got {size}")
+    if size > torch.iinfo(torch.int64).max:
+        raise ValueError(f"{name} must fit in int64, got {size}")
     return size
 
 
@@ -517,3 +519,7 @@ def _check_boundaries(ptr: Tensor, name: str, total: int, of: str) -> None:
         raise ValueError(f"{name} decreases from {int(ptr[i])} to {int(ptr[i + 1])} at {i + 1}")
     if last != total:
         raise ValueError(f"{name} ends at {last} but there are {total} {of}")
+
+
+# torch.load of a saved graph works as it does for tensors
+torch.serialization.add_safe_globals([Graph, ColumnWalk])

@@ -48,9 +48,11 @@ def neighborhood_attention(
     total = p.new_zeros(rows, heads).index_add(0, query, p)  # [N_rows, H]
     empty = total == 0
     safe = total.masked_fill(empty, 1.0)
-    divisor = safe + denominator_eps * (-pivot).exp() if denominator_eps else safe
+    # through the logarithm: exp(-pivot) alone would overflow
+    divisor = safe + (math.log(denominator_eps) - pivot).exp() if denominator_eps else safe
     weights = p / divisor[query]
     out = v.new_zeros(rows, heads, v.shape[2]).index_add(0, query, weights[..., None] * v[key])
+    out = out.masked_fill(empty[..., None], 0.0)
 
     extras = []
     if return_lse:

@@ -48,7 +48,7 @@ def _attention_fwd_kernel(
 ):  # fmt: skip
     """Grid (row groups, head blocks): one program owns BLOCK_R rows of BLOCK_H heads."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     lane = tl.arange(0, BLOCK_E)
     mine = row < num_rows
@@ -96,13 +96,12 @@ def _attention_fwd_kernel(
     store_heads(
         o_ptr, o_stride, row[:, None], mine[:, None], head, H, DV, BLOCK_DV, 1, o[:, None, :, :]
     )
-    at = row.to(tl.int64)[:, None] * H + head[None, :]
+    at = row[:, None] * H + head[None, :]
     mask = mine[:, None] & (head < H)[None, :]
     tl.store(lse_ptr + at, tl.where(empty, float("-inf"), lse), mask=mask)
 
     if WEIGHTS:
         # not through the lse, which is rounded as the largest logit is
-        pivot = tl.where(empty, float("inf"), pivot)  # exp(s - inf) = 0
         for step in range(0, longest, BLOCK_E):
             slot = start[:, None] + step + lane[None, :]
             live = slot < end[:, None]
@@ -136,7 +135,7 @@ def _attention_bwd_dq_kernel(
     One walk gives all: dq = scale (w sum_j p dp k - gamma sum_j p k).
     """
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     lane = tl.arange(0, BLOCK_E)
     mine = row < num_rows
@@ -148,7 +147,7 @@ def _attention_bwd_dq_kernel(
     q = q.to(ACC)  # [R, 1, H, D]
     do = load_heads(do_ptr, do_stride, row[:, None], mine[:, None], head, H, DV, BLOCK_DV, ALIGN)
     do = do.to(ACC)  # [R, 1, H, DV]
-    at = row.to(tl.int64)[:, None] * H + head[None, :]
+    at = row[:, None] * H + head[None, :]
     mask = mine[:, None] & (head < H)[None, :]
     lse = _load_lse(lse_ptr + at, mask)  # [R, H]
 
@@ -179,14 +178,18 @@ def _attention_bwd_dq_kernel(
     total = tl.where(total == 0.0, 1.0, total)
     kept = _kept(lse, log_eps, ACC)
     w = kept / total
-    dlse_at = row.to(tl.int64)[:, None] * dlse_stride[0] + head[None, :] * dlse_stride[1]
+    dlse_at = row[:, None] * dlse_stride[0]
+    dlse_at += head.to(tl.int64)[None, :] * dlse_stride[1]
     dlse = tl.load(dlse_ptr + dlse_at, mask=mask, other=0.0).to(ACC)
     gamma = (kept * w * tl.sum(sum_pdp, 1) - dlse) / total
+    # where no edge counts, neither do the upstream gradients, finite or not
+    empty = lse == float("inf")
+    gamma = tl.where(empty, 0.0, gamma)
     tl.store(wgamma_ptr + 2 * at, w, mask=mask)
     tl.store(wgamma_ptr + 2 * at + 1, gamma, mask=mask)
     if NEED_Q:
         dq = w[:, :, None] * tl.sum(pdpk, 1) - gamma[:, :, None] * tl.sum(pk, 1)
-        dq = dq[:, None, :, :] * scale
+        dq = tl.where(empty[:, :, None], 0.0, dq)[:, None, :, :] * scale
         store_heads(dq_ptr, dq_stride, row[:, None], mine[:, None], head, H, D, BLOCK_D, 1, dq)
 
 
@@ -208,7 +211,7 @@ def _attention_bwd_dkv_kernel(
     The query heads that share a key head come one after another.
     """
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    col = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    col = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     kv_head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     lane = tl.arange(0, BLOCK_E)
     mine = col < num_cols
@@ -230,8 +233,7 @@ def _attention_bwd_dkv_kernel(
         row = tl.load(row_ptr + slot, mask=live, other=0)
         edge = tl.load(edge_ptr + slot, mask=live, other=0) if HAS_BIAS or NEED_BIAS else slot
         for member in range(GROUP):
-            # padded heads must not reach the next group's query heads
-            head = tl.where(kv_head < H_KV, kv_head * GROUP + member, H)
+            head = kv_head * GROUP + member  # H and beyond for the padded ones
             q = load_heads(q_ptr, q_stride, row, live, head, H, D, BLOCK_D, ALIGN).to(ACC)
             do = load_heads(do_ptr, do_stride, row, live, head, H, DV, BLOCK_DV, ALIGN).to(ACC)
             at = row.to(tl.int64)[:, :, None] * H + head[None, None, :]

@@ -26,7 +26,7 @@ from attention_cases import (
 )
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastgt import Graph, neighborhood_attention
+from fastgt import Graph, neighborhood_attention, reference
 from fastgt.testing import PROBLEMS, assert_as_accurate
 
 
@@ -570,3 +570,44 @@ def test_real_graphs(name):
     truth, eager = evaluate(x, "reference", FP64), evaluate(x, "reference")
     for found_name, found in evaluate(x, FAST[0]).items():
         assert_as_accurate(found, eager[found_name], truth[found_name], found_name, 3.0)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_eps_with_very_negative_logits(impl, dtype):
+    """exp(12) and exp(100) are within reach of neither float16 nor float32."""
+    one_row = Graph.from_csr(torch.tensor([0, 2], device=DEVICE), torch.arange(2, device=DEVICE), 2)
+    q = torch.ones(1, 1, 1, dtype=dtype, device=DEVICE)
+    v = torch.tensor([1.0, 3.0], dtype=dtype, device=DEVICE).reshape(2, 1, 1)
+    for logit, eps in ((-12.0, 1e-6), (-100.0, 1e-44)):
+        k = torch.full_like(v, logit)
+        options = {"scale": 1.0, "denominator_eps": eps, "impl": impl}
+        z = 2 * math.exp(logit)
+        found = neighborhood_attention(q, k, v, one_row, **options).item()
+        assert found == pytest.approx(2 * z / (z + eps), rel=1e-2 if dtype == FP16 else 1e-4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_that_attend_to_nothing_ignore_their_values(impl):
+    x = case(7, 8, 40, dtype=FP32)
+    row = x.target[0]
+    bias = x.bias.masked_fill((x.target == row)[:, None], -torch.inf)
+    v = torch.full_like(x.v, torch.nan)
+    found = evaluate(replace(x, bias=bias, v=v), impl)
+    assert (found["o"][row] == 0).all()
+    if impl != "reference":  # autograd multiplies 0 by NaN
+        assert (found["dq"][row] == 0).all()
+
+
+def test_the_reference_has_the_same_defaults():
+    x = case(6, 8, 30)
+    for options in ({}, {"logit_clamp": 0.3}, {"logit_clamp": (-0.1, 0.5)}, {"scale": 0.4}):
+        args = (x.q, x.k, x.v, x.graph)
+        direct = reference.neighborhood_attention(*args, **options)
+        close(direct, neighborhood_attention(*args, impl=FAST[0], **options))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_scale_of_zero_is_taken_at_its_word(impl):
+    x = case(6, 8, 30, scale=0.0)
+    all_close(evaluate(x, impl), loops(x))

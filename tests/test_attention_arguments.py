@@ -156,6 +156,12 @@ REFUSALS = {
     "no tensor bias": ({"edge_bias": 1.0}, TypeError, "edge_bias must be a tensor, got float"),
     "no graph": ({"graph": zeros(2, 6)}, TypeError, "graph must be a fastgt.Graph, got Tensor"),
     "scale nan": ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
+    "scale beyond float32": ({"scale": 1e300}, ValueError, "scale must be finite, got 1e"),
+    "sparse q": (
+        {"q": zeros(5, 4, 8).to_sparse()},
+        TypeError,
+        "q must be a strided tensor, got torch.sparse_coo",
+    ),
     "scale inf": ({"scale": -math.inf}, ValueError, "scale must be finite, got -inf"),
     "negative eps": ({"denominator_eps": -1.0}, ValueError, "denominator_eps .* got -1.0"),
     "eps nan": ({"denominator_eps": math.nan}, ValueError, "denominator_eps .* got nan"),

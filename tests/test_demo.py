@@ -61,12 +61,21 @@ def test_demo_data_is_whole():
     assert data.word_ptr[-1] == len(data.word)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing array", "not an archive"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "missing array", "not an archive", "flipped", "label"]
+)
 def test_damaged_data_is_said(damage, monkeypatch, tmp_path, capsys):
     (tmp_path / "debian.npz").write_bytes(b"no archive at all")
     original = demo.files("fastgt.data") / "debian.npz"
     if damage == "truncated":
         (tmp_path / "debian.npz").write_bytes(original.read_bytes()[:100_000])
+    elif damage == "flipped":
+        content = bytearray(original.read_bytes())
+        content[2000:2400] = bytes(400)
+        (tmp_path / "debian.npz").write_bytes(bytes(content))
+    elif damage == "label":
+        with np.load(original) as data:
+            np.savez(tmp_path / "debian.npz", **dict(data) | {"y": data["y"] + 1})
     elif damage == "missing array":
         np.savez(tmp_path / "debian.npz", y=np.zeros(3))
     monkeypatch.setattr(demo, "files", lambda package: tmp_path)

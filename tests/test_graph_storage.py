@@ -152,7 +152,7 @@ def test_copies(case: Case, walked: bool) -> None:
 def test_saved_and_loaded(tmp_path: Path) -> None:
     graph = Graph.from_edge_index(SIX, 6)
     torch.save(graph, tmp_path / "graph.pt")
-    assert_same(torch.load(tmp_path / "graph.pt", weights_only=False), graph)
+    assert_same(torch.load(tmp_path / "graph.pt"), graph)
 
 
 def test_graphs_are_freed_without_the_cycle_collector() -> None:

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import fastgt.nn.attention as nn_attention
 from fastgt import Graph, implementation
 from fastgt.models import GraphTransformer, GraphTransformerConfig
 from fastgt.models.graph_transformer import GraphTransformerLayer
@@ -169,6 +170,7 @@ def test_configurations_that_make_no_model(changes, message):
     [
         ({"dim": 12, "heads": 4, "impl": "cuda"}, "impl must be one of .* got 'cuda'"),
         ({"dim": 10, "heads": 3}, "dim=10 and heads=3"),
+        ({"dim": 12, "heads": 0}, "dim=12 and heads=0"),
         ({"dim": 12, "heads": 4, "kv_heads": 3}, "got 3 and 4"),
     ],
 )
@@ -184,3 +186,92 @@ def test_state_dict_round_trip():
     again.load_state_dict(model.state_dict())
     graph, types, pe = random_graph(0, 6, 20), torch.arange(6) % 4, torch.randn(6, 3)
     torch.testing.assert_close(again(types, graph, pe), model(types, graph, pe))
+
+
+def test_layer_is_the_papers_equation_with_all_parts_told_apart():
+    """Logits beyond the clamp, a bias, norms that differ, and the feed-forward written out."""
+    torch.manual_seed(0)
+    layer = GraphTransformerLayer(12, 3, norm="layer").double()
+    with torch.no_grad():
+        for p in (layer.norm1.weight, layer.norm1.bias, layer.norm2.weight, layer.norm2.bias):
+            p.normal_()
+    graph = random_graph(1, 9, 30)
+    x = 9 * torch.randn(9, 12, dtype=torch.float64)
+    bias = torch.randn(30, 3, dtype=torch.float64)
+    q, k, v = (
+        f(x).view(9, 3, 4) for f in (layer.attention.q, layer.attention.k, layer.attention.v)
+    )
+    source, target = graph.edge_index
+    logit = (q[target] * k[source]).sum(-1) / 4**0.5
+    assert (logit.abs() > 5).sum() > 10
+    w = (logit.clamp(-5, 5) + bias).exp()[..., None]
+    z = torch.zeros(9, 3, 1, dtype=torch.float64).index_add(0, target, w)
+    h = torch.zeros(9, 3, 4, dtype=torch.float64).index_add(0, target, w * v[source])
+    h = torch.where(z > 0, h / z, 0.0)
+    y = layer.norm1(x + layer.attention.out(h.flatten(1)))
+    first, last = layer.ffn[0], layer.ffn[-1]
+    y = layer.norm2(y + last(first(y).relu()))
+    torch.testing.assert_close(layer(x, graph, edge_bias=bias), y)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_model_is_its_layers(norm):
+    model = small(norm=norm).eval()
+    wanted = {"batch": torch.nn.BatchNorm1d, "layer": torch.nn.LayerNorm}[norm]
+    for layer in model.layers:
+        assert type(layer.norm1) is type(layer.norm2) is wanted
+    graph, types, pe = random_graph(0, 12, 40), torch.arange(12) % 4, torch.randn(12, 3)
+    x = model.embed(types) + model.embed_pe(pe)
+    for layer in model.layers:
+        x = layer(x, graph)
+    first, _, second, _, third = model.readout
+    expected = third(second(first(x).relu()).relu())
+    torch.testing.assert_close(model(types, graph, pe), expected)
+
+
+def test_dropout_stands_where_the_paper_has_it():
+    """On the input, between the heads and W_o, and between relu and W_2: nowhere else."""
+    torch.manual_seed(0)
+    config = GraphTransformerConfig(4, 3, dim=16, heads=2, layers=2, in_dropout=0.3, dropout=0.6)
+    model, graph, types = GraphTransformer(config), random_graph(0, 40, 200), torch.arange(40) % 4
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.3, 0.6}
+    dropped = {}
+
+    def watch(name):
+        def hook(module, args):
+            dropped[name] = (args[0] == 0).double().mean().item()
+
+        return hook
+
+    for i, layer in enumerate(model.layers):
+        for name, module in (("x", layer), ("out", layer.attention.out), ("ffn", layer.ffn[-1])):
+            module.register_forward_pre_hook(watch(f"{name}{i}"))
+    with torch.no_grad():
+        model(types, graph)
+        assert 0.2 < dropped["x0"] < 0.4
+        assert dropped["x1"] == 0
+        for i in range(2):
+            assert 0.5 < dropped[f"out{i}"] < 0.7
+            assert 0.7 < dropped[f"ffn{i}"] < 0.9  # half of them by the relu
+        model.eval()(types, graph)
+        assert dropped["x0"] == dropped["out0"] == 0
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_module_hands_its_options_to_the_operator(impl, monkeypatch):
+    seen = []
+    real = nn_attention.neighborhood_attention
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs["impl"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(nn_attention, "neighborhood_attention", spy)
+    graph, x, bias = random_graph(0, 6, 20), 9 * torch.randn(6, 16), torch.randn(20, 4)
+    module = NeighborhoodAttention(16, 4, logit_clamp=(-0.5, 1.0), denominator_eps=2.0, impl=impl)
+    found = module(x, graph, edge_bias=bias)
+    assert seen == [impl]
+    q, k, v = (f(x).unflatten(1, (4, 4)) for f in (module.q, module.k, module.v))
+    options = {"edge_bias": bias, "logit_clamp": (-0.5, 1.0), "denominator_eps": 2.0}
+    out = real(q, k, v, graph, impl="reference", **options)
+    torch.testing.assert_close(found, module.out(out.flatten(1)))

@@ -61,8 +61,9 @@ def attention_fwd(
             empty = total == 0
             total.masked_fill_(empty, 1.0)
             lse[:, h] = _unstack((pivot + total.log()).masked_fill_(empty, -torch.inf), n)
-            divisor = total + eps * pivot.neg().exp() if eps else total
-            o[:, h] = _unstack(_spmm(ptr, index, p, vh).div_(divisor[:, None]), n)
+            divisor = total + (math.log(eps) - pivot).exp() if eps else total
+            out = _spmm(ptr, index, p, vh).div_(divisor[:, None])
+            o[:, h] = _unstack(out.masked_fill_(empty[:, None], 0.0), n)
             if return_weights:
                 p.div_(_per_edge(divisor, degree, s))
                 weights[edge.long(), h] = _unstack(p, col.shape[0]).to(q.dtype)
@@ -114,7 +115,8 @@ def attention_bwd(
             s, through = _logits(qh, kh, bias, ptr, index, scale, low, high)
             # rows without a finite logit: exp(s - inf) = 0
             top = _stack(lse, h, wide)
-            top.masked_fill_(top == -torch.inf, torch.inf)
+            dead = top == -torch.inf
+            top.masked_fill_(dead, torch.inf)
             kept = 1 / (1 + (log_eps - top).exp())  # r
             p = s.sub_(_per_edge(top, degree, s)).exp_()
             # 1 but for the rounding of the stored LSE, which is that of the largest logit
@@ -129,13 +131,15 @@ def attention_bwd(
             dp = _sddmm(doh, vh, ptr, index, 1.0)
             delta = torch.segment_reduce(p * dp, "sum", offsets=ptr, unsafe=True)
             gamma = norm * (kept * delta - _stack(dlse, h, wide))
+            gamma.masked_fill_(dead, 0.0)  # no edge counts, whatever the LSE's gradient
             ds = dp.sub_(_per_edge(gamma, degree, dp)).mul_(p)
             if need_bias:
                 dbias[edge.long(), h] = _unstack(ds, num_edges).to(q.dtype)
             if through is not None:
                 ds.masked_fill_(~through, 0.0)
             if need_q:
-                dq[:, h] = _unstack(_spmm(ptr, index, ds, kh).mul_(scale), n)
+                out = _spmm(ptr, index, ds, kh).mul_(scale)
+                dq[:, h] = _unstack(out.masked_fill_(dead[:, None], 0.0), n)
             if need_k:
                 dkh += _spmm(*col_walk, ds.index_select(0, slot), qh).mul_(scale)
         if need_k:

@@ -55,9 +55,10 @@ class NeighborhoodAttention(nn.Module):
         self.heads, self.kv_heads = heads, kv_heads
         self.logit_clamp, self.denominator_eps, self.impl = logit_clamp, denominator_eps, impl
         kv_dim = dim // heads * kv_heads
+        context_dim = dim if context_dim is None else context_dim
         self.q = nn.Linear(dim, dim, bias=bias)
-        self.k = nn.Linear(context_dim or dim, kv_dim, bias=bias)
-        self.v = nn.Linear(context_dim or dim, kv_dim, bias=bias)
+        self.k = nn.Linear(context_dim, kv_dim, bias=bias)
+        self.v = nn.Linear(context_dim, kv_dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(dim, dim)
 

@@ -17,6 +17,9 @@ _forced: Impl | None = None
 def implementation(impl: Impl | None) -> Iterator[None]:
     """Run every operator without an ``impl`` of its own by this one (None: by device).
 
+    For the whole process, as PyTorch's backend flags are (a compiled function watches it): not to
+    be entered by several threads at once. The backward runs as the forward did.
+
     Example:
         >>> import fastgt
         >>> with fastgt.implementation("reference"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastgt import reference
 from fastgt.graph import ColumnWalk, Graph
@@ -63,8 +64,8 @@ def neighborhood_attention(
         Sums are kept in float32 (float64 for float64). Memory is O(N + E H). Under
         ``torch.autocast`` the inputs are cast first, as for
         ``torch.nn.functional.scaled_dot_product_attention``. Second derivatives go through the
-        plain definition, with its memory; like every ``autograd.Function`` without a vmap rule
-        it takes no part in ``torch.func`` transforms.
+        plain definition, with its memory. ``torch.func`` transforms and forward-mode derivatives
+        need ``impl="reference"``; a model exported by ``torch.export`` is for inference.
 
     Raises:
         TypeError, ValueError: An argument does not fit; its name and both numbers are given.
@@ -90,6 +91,7 @@ def neighborhood_attention(
     scale = None if scale is None else _number("scale", scale)
     denominator_eps = _number("denominator_eps", denominator_eps)
     _check(q, k, v, graph, edge_bias, scale, denominator_eps)
+    low, high = (math.inf * x if abs(x) > _largest(q) else x for x in (low, high))
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     impl = choose(impl, q)
     if impl == "reference":
@@ -105,11 +107,13 @@ def neighborhood_attention(
             return_lse=return_lse,
             return_weights=return_weights,
         )
+    tensors = [x for x in (q, k, v, edge_bias) if x is not None]
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
         k, v = k.view_as(k), v.view_as(v)
+    elif any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("forward-mode derivatives are taken by impl='reference' only")
     settings = (scale, low, high, denominator_eps)
-    tensors = [x for x in (q, k, v, edge_bias) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         o, lse, weights = _Attention.apply(
             q, k, v, edge_bias, graph, graph.columns, settings, return_weights, impl
@@ -149,7 +153,7 @@ def _clamp_bounds(logit_clamp: float | tuple[float, float] | None) -> tuple[floa
 
 
 def _number(name: str, x: object) -> float:
-    if isinstance(x, Tensor) or not hasattr(x, "__float__"):
+    if not isinstance(x, (int, float)) and (isinstance(x, Tensor) or not hasattr(x, "__float__")):
         hint = ": multiply q by it" if name == "scale" and isinstance(x, Tensor) else ""
         raise TypeError(f"{name} must be a number, got {type(x).__name__}{hint}")
     return float(x)
@@ -171,6 +175,8 @@ def _check(
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dtype not in _FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a strided tensor, got {x.layout}")
         if x.ndim != 3:
             raise ValueError(f"{name} must be [N, H, D], got {list(x.shape)}")
     others = [("k", k), ("v", v)] + ([] if edge_bias is None else [("edge_bias", edge_bias)])
@@ -204,10 +210,14 @@ def _check(
         raise ValueError(
             f"edge_bias must be [E, H] = [{graph.num_edges}, {heads}], got {list(edge_bias.shape)}"
         )
-    if scale is not None and not abs(scale) < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
+    if scale is not None and not abs(scale) <= _largest(q):
+        raise ValueError(f"scale must be finite, got {scale} for {q.dtype}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"denominator_eps must be finite and not negative, got {eps}")
+
+
+def _largest(q: Tensor) -> float:
+    return torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).max
 
 
 class _Attention(torch.autograd.Function):
@@ -263,21 +273,26 @@ def _reference_grads(
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     scale, low, high, eps = settings
+    # aliases: where k was made from q, the partial derivatives are asked for, not the total ones
+    aliases = [None if x is None else x.view_as(x) for x in (q, k, v, edge_bias)]
+    # the sums of the plain definition are in its inputs' precision
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    cast: list[Any] = [None if x is None else x.to(wide) for x in aliases]
+    q, k, v, bias = cast
     o, lse = reference.neighborhood_attention(
         q,
         k,
         v,
         graph,
         scale=scale,
-        edge_bias=edge_bias,
+        edge_bias=bias,
         logit_clamp=(low, high),
         denominator_eps=eps,
         return_lse=True,
     )
-    wanted = zip((q, k, v, edge_bias), needs, strict=True)
-    inputs = [x for x, need in wanted if need and x is not None]
+    inputs = [x for x, need in zip(aliases, needs, strict=True) if need and x is not None]
     # the LSE does not depend on v: it may have no gradient at all
-    both = ((o, do), (lse, dlse))
+    both = ((o, None if do is None else do.to(wide)), (lse, dlse))
     pairs = [(y, dy) for y, dy in both if dy is not None and y.requires_grad]
     found: Iterator[Tensor]
     if pairs:

@@ -556,8 +556,6 @@ def test_extras_follow_the_output(impl):
 @pytest.mark.parametrize("name", ["power_law", "cora", "zinc", "debian"])
 def test_real_graphs(name):
     """Hubs of thousands, isolated rows and a batch, as they come."""
-    if DEVICE == "cpu" and name == "debian":
-        pytest.skip("the loops of plain PyTorch take too long here: it runs on a GPU")
     try:
         graph = PROBLEMS[name].load().to(DEVICE)
     except FileNotFoundError as error:

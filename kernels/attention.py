@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import attention_tile
+from .configs import attention_tile, power_of_2
 from .prims import load_heads, logits, scalar, store_heads
 
 
@@ -39,7 +39,7 @@ def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr,  # [N, H, D], [M, H_kv, D], [M, H_kv, DV], [E, H]
     o_ptr, lse_ptr, weights_ptr,  # [N, H, DV], [N, H], [E, H]
     row_ptr, col_ptr, edge_ptr,  # [N + 1], [E], [E]
-    q_stride, k_stride, v_stride, bias_stride, o_stride,  # (node, head, channel)
+    q_stride, k_stride, v_stride, bias_stride,  # (node, head, channel); outputs are contiguous
     num_rows, scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTS: tl.constexpr,
@@ -93,9 +93,7 @@ def _attention_fwd_kernel(
     o = tl.sum(acc * decay[:, :, :, None], 1)
     norm = kept / tl.where(empty, 1.0, total)
     o = tl.where(empty[:, :, None], 0.0, o * norm[:, :, None])
-    store_heads(
-        o_ptr, o_stride, row[:, None], mine[:, None], head, H, DV, BLOCK_DV, 1, o[:, None, :, :]
-    )
+    store_heads(o_ptr, row[:, None], mine[:, None], head, H, DV, BLOCK_DV, o[:, None, :, :])
     at = row[:, None] * H + head[None, :]
     mask = mine[:, None] & (head < H)[None, :]
     tl.store(lse_ptr + at, tl.where(empty, float("-inf"), lse), mask=mask)
@@ -123,7 +121,7 @@ def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, dlse_ptr, lse_ptr,
     dq_ptr, wgamma_ptr,  # [N, H, D], [N, H, 2]: w and gamma
     row_ptr, col_ptr, edge_ptr,
-    q_stride, k_stride, v_stride, bias_stride, do_stride, dlse_stride, dq_stride,
+    q_stride, k_stride, v_stride, bias_stride, do_stride, dlse_stride,
     num_rows, scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, NEED_Q: tl.constexpr,
@@ -190,7 +188,7 @@ def _attention_bwd_dq_kernel(
     if NEED_Q:
         dq = w[:, :, None] * tl.sum(pdpk, 1) - gamma[:, :, None] * tl.sum(pk, 1)
         dq = tl.where(empty[:, :, None], 0.0, dq)[:, None, :, :] * scale
-        store_heads(dq_ptr, dq_stride, row[:, None], mine[:, None], head, H, D, BLOCK_D, 1, dq)
+        store_heads(dq_ptr, row[:, None], mine[:, None], head, H, D, BLOCK_D, dq)
 
 
 @triton.jit(do_not_specialize=["num_cols"])
@@ -198,7 +196,7 @@ def _attention_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, wgamma_ptr,
     dk_ptr, dv_ptr, dbias_ptr,  # [M, H_kv, D], [M, H_kv, DV], [E, H]
     col_ptr, row_ptr, edge_ptr,  # [M + 1], [E], [E]
-    q_stride, k_stride, v_stride, bias_stride, do_stride, dk_stride, dv_stride,
+    q_stride, k_stride, v_stride, bias_stride, do_stride,
     num_cols, scale: tl.float64, low: tl.float64, high: tl.float64,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -257,14 +255,10 @@ def _attention_bwd_dkv_kernel(
 
     if NEED_K:
         out = (tl.sum(dk, 1) * scale)[:, None, :, :]
-        store_heads(
-            dk_ptr, dk_stride, col[:, None], mine[:, None], kv_head, H_KV, D, BLOCK_D, 1, out
-        )
+        store_heads(dk_ptr, col[:, None], mine[:, None], kv_head, H_KV, D, BLOCK_D, out)
     if NEED_V:
         out = tl.sum(dv, 1)[:, None, :, :]
-        store_heads(
-            dv_ptr, dv_stride, col[:, None], mine[:, None], kv_head, H_KV, DV, BLOCK_DV, 1, out
-        )
+        store_heads(dv_ptr, col[:, None], mine[:, None], kv_head, H_KV, DV, BLOCK_DV, out)
 
 
 @triton.jit
@@ -292,7 +286,7 @@ def attention_fwd(
     if n and heads:
         _attention_fwd_kernel[grid](
             q, k, v, edge_bias, o, lse, weights, row_ptr, col, edge,
-            q.stride(), k.stride(), v.stride(), _bias_stride(edge_bias), o.stride(),
+            q.stride(), k.stride(), v.stride(), _bias_stride(edge_bias),
             n, scale, low, high, _log(eps),
             CLAMP=_clamps(low, high), HAS_BIAS=edge_bias is not None, WEIGHTS=return_weights,
             **meta,
@@ -320,26 +314,27 @@ def attention_bwd(
         meta, grid = _plan(q, k, v, (q, k, v, do), num_edges, n, heads)
         _attention_bwd_dq_kernel[grid](
             q, k, v, edge_bias, do, dlse, lse, dq, wgamma, row_ptr, col, edge,
-            *strides, dlse.stride(), _stride(dq), n, *floats, _log(eps),
+            *strides, dlse.stride(), n, *floats, _log(eps),
             NEED_Q=need_q, **shared, **meta,
         )  # fmt: skip
     if m and kv_heads and (need_k or need_v or need_bias):
         meta, grid = _plan(q, k, v, (q, k, v, do), num_edges, m, kv_heads)
         _attention_bwd_dkv_kernel[grid](
             q, k, v, edge_bias, do, lse, wgamma, dk, dv, dbias, col_ptr, col_row, col_edge,
-            *strides, _stride(dk), _stride(dv), m, *floats,
+            *strides, m, *floats,
             NEED_K=need_k, NEED_V=need_v, NEED_BIAS=need_bias, **shared, **meta,
         )  # fmt: skip
     return dq, dk, dv, dbias
 
 
 def _plan(q, k, v, aligned, num_edges, num_rows, heads):
-    block_d, block_dv = (triton.next_power_of_2(x.shape[2]) for x in (q, v))
+    block_d, block_dv = power_of_2(q.shape[2]), power_of_2(v.shape[2])
     tile = attention_tile(heads, max(block_d, block_dv), q.element_size(), num_edges, num_rows)
     # channels that every row and head start at a multiple of, up to 16 bytes
     align = 16 // q.element_size()
     for x in aligned:
-        align = math.gcd(align, x.stride(0), x.stride(1)) if x.stride(2) == 1 else 1
+        node, head, channel = x.stride()
+        align = math.gcd(align, node, head) if channel == 1 else 1
     meta = {
         "H": q.shape[1],
         "GROUP": q.shape[1] // max(k.shape[1], 1),
@@ -353,7 +348,7 @@ def _plan(q, k, v, aligned, num_edges, num_rows, heads):
         "ALIGN": align,
         "num_warps": tile.num_warps,
     }
-    return meta, (triton.cdiv(num_rows, tile.block_r), triton.cdiv(heads, tile.block_h))
+    return meta, (-(-num_rows // tile.block_r), -(-heads // tile.block_h))
 
 
 def _accumulator(x):
@@ -366,10 +361,6 @@ def _clamps(low, high):
 
 def _log(eps):
     return math.log(eps) if eps else -math.inf
-
-
-def _stride(x):
-    return x.stride() if x.ndim == 3 else (0, 0, 0)
 
 
 def _bias_stride(edge_bias):

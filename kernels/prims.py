@@ -17,11 +17,9 @@ def load_heads(
 
 
 @triton.jit
-def store_heads(
-    ptr, stride, row, live, head, H, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, x
-):
-    """Inverse of ``load_heads``; casts [R, E, H, D] to the pointee's dtype."""
-    offset, mask = _address(stride, row, live, head, H, D, BLOCK_D, ALIGN)
+def store_heads(ptr, row, live, head, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, x):
+    """Inverse of ``load_heads`` for a contiguous tensor; casts [R, E, H, D] to its dtype."""
+    offset, mask = _address((H * D, D, 1), row, live, head, H, D, BLOCK_D, 1)
     tl.store(ptr + offset, x.to(ptr.dtype.element_ty), mask=mask)
 
 

@@ -397,16 +397,16 @@ def test_outputs_beyond_two_to_the_31(tmp_path):
     strides = x.q.stride(), x.k.stride(), x.v.stride(), (0, 0)
     kernels._attention_fwd_kernel[1, 1](
         x.q, x.k, x.v, None, o, lse, weights, graph.row_ptr, graph.col, graph.edge,
-        *strides, o.stride(), 4, *floats, -math.inf, WEIGHTS=True, **meta,
+        *strides, 4, *floats, -math.inf, WEIGHTS=True, **meta,
     )  # fmt: skip
     kernels._attention_bwd_dq_kernel[1, 1](
         x.q, x.k, x.v, None, x.do, x.dlse, lse, dq, wgamma, graph.row_ptr, graph.col, graph.edge,
-        *strides, x.do.stride(), x.dlse.stride(), dq.stride(), 4, *floats, -math.inf,
+        *strides, x.do.stride(), x.dlse.stride(), 4, *floats, -math.inf,
         NEED_Q=True, **meta,
     )  # fmt: skip
     kernels._attention_bwd_dkv_kernel[1, 1](
         x.q, x.k, x.v, None, x.do, lse, wgamma, dk, dv, dbias, walk.ptr, walk.row, walk.edge,
-        *strides, x.do.stride(), dk.stride(), dv.stride(), 4, *floats,
+        *strides, x.do.stride(), 4, *floats,
         NEED_K=True, NEED_V=True, NEED_BIAS=True, **meta,
     )  # fmt: skip
     found = {"o": o, "dq": dq, "dk": dk, "dv": dv}

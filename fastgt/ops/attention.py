@@ -111,7 +111,9 @@ def neighborhood_attention(
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
         k, v = k.view_as(k), v.view_as(v)
-    elif any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    elif forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
         raise NotImplementedError("forward-mode derivatives are taken by impl='reference' only")
     settings = (scale, low, high, denominator_eps)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):

@@ -98,7 +98,8 @@ def _launch_attention(case: AttentionCase) -> None:
     o, lse, _ = attention_fwd(q, k, v, bias, ptr, index, index, 1.0, low, high, 0.0, case.weights)
     walks = (ptr, index, index, ptr, index, index, index)
     needs = (True, True, True, case.bias)
-    attention_bwd(o, lse, q, k, v, bias, lse, *walks, 1.0, low, high, 0.0, *needs)
+    dlse = lse if case.bias else None
+    attention_bwd(o, dlse, q, k, v, bias, lse, *walks, 1.0, low, high, 0.0, *needs)
 
 
 class _Driver:

@@ -124,7 +124,7 @@ def _attention_bwd_dq_kernel(
     q_stride, k_stride, v_stride, bias_stride, do_stride, dlse_stride,
     num_rows, scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, NEED_Q: tl.constexpr,
+    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_Q: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -176,10 +176,12 @@ def _attention_bwd_dq_kernel(
     total = tl.where(total == 0.0, 1.0, total)
     kept = _kept(lse, log_eps, ACC)
     w = kept / total
-    dlse_at = row[:, None] * dlse_stride[0]
-    dlse_at += head.to(tl.int64)[None, :] * dlse_stride[1]
-    dlse = tl.load(dlse_ptr + dlse_at, mask=mask, other=0.0).to(ACC)
-    gamma = (kept * w * tl.sum(sum_pdp, 1) - dlse) / total
+    gamma = kept * w * tl.sum(sum_pdp, 1)
+    if HAS_DLSE:
+        dlse_at = row[:, None] * dlse_stride[0]
+        dlse_at += head.to(tl.int64)[None, :] * dlse_stride[1]
+        gamma -= tl.load(dlse_ptr + dlse_at, mask=mask, other=0.0).to(ACC)
+    gamma /= total
     # where no edge counts, neither do the upstream gradients, finite or not
     empty = lse == float("inf")
     gamma = tl.where(empty, 0.0, gamma)
@@ -286,7 +288,7 @@ def attention_fwd(
     if n and heads:
         _attention_fwd_kernel[grid](
             q, k, v, edge_bias, o, lse, weights, row_ptr, col, edge,
-            q.stride(), k.stride(), v.stride(), _bias_stride(edge_bias),
+            q.stride(), k.stride(), v.stride(), _stride(edge_bias),
             n, scale, low, high, _log(eps),
             CLAMP=_clamps(low, high), HAS_BIAS=edge_bias is not None, WEIGHTS=return_weights,
             **meta,
@@ -308,14 +310,14 @@ def attention_bwd(
     dbias = q.new_empty(num_edges, heads) if need_bias else q.new_empty(0)
     wgamma = lse.new_empty(n, heads, 2)
     shared = {"CLAMP": _clamps(low, high), "HAS_BIAS": edge_bias is not None}
-    strides = q.stride(), k.stride(), v.stride(), _bias_stride(edge_bias), do.stride()
+    strides = q.stride(), k.stride(), v.stride(), _stride(edge_bias), do.stride()
     floats = scale, low, high
     if n and heads:
         meta, grid = _plan(q, k, v, (q, k, v, do), num_edges, n, heads)
         _attention_bwd_dq_kernel[grid](
             q, k, v, edge_bias, do, dlse, lse, dq, wgamma, row_ptr, col, edge,
-            *strides, dlse.stride(), n, *floats, _log(eps),
-            NEED_Q=need_q, **shared, **meta,
+            *strides, _stride(dlse), n, *floats, _log(eps),
+            HAS_DLSE=dlse is not None, NEED_Q=need_q, **shared, **meta,
         )  # fmt: skip
     if m and kv_heads and (need_k or need_v or need_bias):
         meta, grid = _plan(q, k, v, (q, k, v, do), num_edges, m, kv_heads)
@@ -363,5 +365,5 @@ def _log(eps):
     return math.log(eps) if eps else -math.inf
 
 
-def _bias_stride(edge_bias):
-    return (0, 0) if edge_bias is None else edge_bias.stride()
+def _stride(x):
+    return (0, 0) if x is None else x.stride()

@@ -1,6 +1,10 @@
 """The benchmark's own honesty: peers compute the same thing, wrong ones are not timed."""
 
+import ast
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -144,3 +148,14 @@ def test_tables_are_made_from_result_files(tmp_path, monkeypatch, problem):
     assert "| fastgt | yes |" in text
     assert "old" not in text
     assert render.rendered(text) == text
+
+
+def test_host_cost_is_measured_without_a_gpu():
+    pytest.importorskip("triton")
+    code = "from fastgt.bench import launch; print(launch.run(repeats=1, rounds=1))"
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    costs = ast.literal_eval(run.stdout)
+    assert list(costs) == ["forward, no_grad", "forward", "forward and backward"]
+    assert all(cost > 0 for cost in costs.values())

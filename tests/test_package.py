@@ -26,7 +26,7 @@ LAYERS = {
     "nn": {"graph", "ops"},
     "models": {"graph", "encodings", "nn", "ops"},
     "testing": {"graph"},
-    "bench": {"graph", "reference", "ops", "nn", "models", "testing", "__init__"},
+    "bench": {"graph", "reference", "ops", "kernels", "nn", "models", "testing", "__init__"},
     "demo": {"graph", "ops", "nn", "models", "bench"},
     "cli": {"demo", "__init__"},
     "__main__": {"cli"},

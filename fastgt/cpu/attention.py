@@ -72,7 +72,7 @@ def attention_fwd(
 
 def attention_bwd(
     do: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -130,7 +130,10 @@ def attention_bwd(
                 continue
             dp = _sddmm(doh, vh, ptr, index, 1.0)
             delta = torch.segment_reduce(p * dp, "sum", offsets=ptr, unsafe=True)
-            gamma = norm * (kept * delta - _stack(dlse, h, wide))
+            gamma = kept * delta
+            if dlse is not None:
+                gamma -= _stack(dlse, h, wide)
+            gamma *= norm
             gamma.masked_fill_(dead, 0.0)  # no edge counts, whatever the LSE's gradient
             ds = dp.sub_(_per_edge(gamma, degree, dp)).mul_(p)
             if need_bias:

@@ -253,8 +253,6 @@ class _Attention(torch.autograd.Function):
         else:
             if do is None:
                 do = q.new_zeros(()).expand(*q.shape[:2], v.shape[2])
-            if dlse is None:
-                dlse = lse.new_zeros(()).expand(lse.shape)
             walks = (*_rows(ctx.graph), *ctx.columns)
             args = (do, dlse, q, k, v, edge_bias, lse, *walks, *ctx.settings, *needs)
             grads = [
@@ -321,7 +319,7 @@ torch.library.define(
 )
 torch.library.define(
     "fastgt::attention_bwd",
-    "(str impl, Tensor do, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor? edge_bias,"
+    "(str impl, Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? edge_bias,"
     " Tensor lse, Tensor row_ptr, Tensor col, Tensor edge, Tensor col_ptr, Tensor col_row,"
     f" Tensor col_slot, Tensor col_edge, {_SETTINGS}, bool need_q, bool need_k, bool need_v,"
     " bool need_bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",

@@ -179,7 +179,7 @@ def examples(count, impls=IMPLS, **fixed):
             few = impl == "triton" and DEVICE == "cpu"
 
             @settings(
-                max_examples=max(3, count // 6) if few else count,
+                max_examples=max(6, count // 2) if few else 2 * count,
                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
             )
             @given(case=cases(impl, **fixed))

@@ -66,9 +66,9 @@ def run(
 
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"--device {device}: this PyTorch sees no CUDA device")
-    with implementation(impl):
-        if choose(None, torch.empty(0, device=device)) == "triton":
-            require_triton(torch.empty(0, device=device))
+    probe = torch.empty(0, device=device)
+    if choose(impl, probe) == "triton":
+        require_triton(probe)
     data = load(device)
     print(data.graph)
     torch.manual_seed(seed)

@@ -144,33 +144,33 @@ def _molecules() -> Graph:
 
 
 def _cora() -> Graph:
-    with _open("cora") as data:
+    with open_data("cora") as data:
         return _symmetric(data["edge_index"], len(data["y"]))
 
 
 def _tolokers() -> Graph:
-    with _open("tolokers") as data:
+    with open_data("tolokers") as data:
         return _symmetric(data["edges"].T, len(data["node_labels"]))
 
 
 def _amazon_computers() -> Graph:
-    with _open("amazon_computers") as data:
+    with open_data("amazon_computers") as data:
         return _symmetric(data["edge_index"], len(data["y"]))
 
 
 def _debian() -> Graph:
-    with _open("debian") as data:
+    with open_data("debian") as data:
         return _symmetric(data["edge_index"], len(data["y"]))
 
 
 def _moby() -> Graph:
-    with _open("moby") as data:
+    with open_data("moby") as data:
         return _symmetric(data["edge_index"], int(data["num_nodes"]))
 
 
 def _zinc() -> Graph:
     molecules = 128
-    with _open("zinc12k") as data:
+    with open_data("zinc12k") as data:
         node_ptr = torch.from_numpy(data["train_node_ptr"][: molecules + 1].astype(np.int64))
         edge_ptr = torch.from_numpy(data["train_edge_ptr"][: molecules + 1].astype(np.int64))
         local = data["train_edge_local"][:, : int(edge_ptr[-1])].astype(np.int64)
@@ -197,6 +197,23 @@ PROBLEMS: dict[str, Problem] = {
 Real data is read from the folder in the environment variable ``FASTGT_DATA``, by default
 ``../shared/data`` beside the checkout; ``debian`` also ships in the package.
 """
+
+
+def open_data(name: str) -> np.lib.npyio.NpzFile:
+    """The arrays of ``name.npz``: the package's own, or in the folder of real graphs.
+
+    Raises:
+        FileNotFoundError: It is in neither; says how to name the folder.
+    """
+    packaged = files("fastgt.data") / f"{name}.npz"
+    if packaged.is_file():
+        return np.load(str(packaged))
+    folder = os.environ.get("FASTGT_DATA")
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = (Path(folder) if folder else beside) / f"{name}.npz"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is absent: set FASTGT_DATA to the folder that holds it")
+    return np.load(path)
 
 
 def assert_as_accurate(
@@ -245,18 +262,6 @@ def assert_as_accurate(
         f"{place}: {found.flatten()[worst]} instead of {truth.flatten()[worst]}, eager "
         f"{plain.flatten()[worst]}"
     )
-
-
-def _open(name: str) -> np.lib.npyio.NpzFile:
-    packaged = files("fastgt.data") / f"{name}.npz"
-    if packaged.is_file():
-        return np.load(str(packaged))
-    folder = os.environ.get("FASTGT_DATA")
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    path = (Path(folder) if folder else beside) / f"{name}.npz"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is absent: set FASTGT_DATA to the folder that holds it")
-    return np.load(path)
 
 
 def _symmetric(edge_index: np.ndarray, nodes: int) -> Graph:

@@ -1,8 +1,6 @@
 """Laplacian encodings against dense algebra on a Laplacian written out with loops."""
 
-import os
 from itertools import pairwise
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -16,7 +14,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, splu
 
 from fastgt import Graph, encodings
 from fastgt.encodings import flip_signs, laplacian_pe
-from fastgt.testing import with_index_dtype
+from fastgt.testing import open_data, with_index_dtype
 
 examples = settings(deadline=None, max_examples=25)
 ROOT2 = 2**-0.5
@@ -356,12 +354,11 @@ def test_flip_signs_refusals(pe):
 
 
 def load(name: str) -> dict[str, np.ndarray]:
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    path = Path(os.environ.get("FASTGT_DATA", default)) / f"{name}.npz"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent: set FASTGT_DATA to the folder that holds it")
-    with np.load(path) as data:
-        return dict(data)
+    try:
+        with open_data(name) as data:
+            return dict(data)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def adjacency(graph: Graph) -> csr_array:

@@ -1,9 +1,7 @@
 """Graph: one multiset of edges, two walks and the caller's order, against loops over lists."""
 
 import doctest
-import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgt import Graph, neighborhood_attention
+from fastgt.testing import open_data
 
 
 def test_the_docstrings_six_nodes_field_by_field() -> None:
@@ -349,12 +348,11 @@ def test_attention_follows_the_order_of_nodes(case: Case, seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["debian", "moby"])
 def test_real_graphs(name: str) -> None:
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    path = Path(os.environ.get("FASTGT_DATA", default)) / f"{name}.npz"
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
-    with np.load(path) as data:
-        source, target = data["edge_index"].astype(np.int64)
+    try:
+        with open_data(name) as data:
+            source, target = data["edge_index"].astype(np.int64)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
     n = int(max(source.max(), target.max())) + 1
     graph = Graph.from_edge_index(torch.from_numpy(np.stack([source, target])), n)
     order = np.argsort(target, kind="stable")

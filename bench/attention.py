@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgt import Graph, neighborhood_attention, reference
-from fastgt.bench import harness, peers
+from fastgt.bench import harness, peers, traffic
 from fastgt.testing import PROBLEMS, assert_as_accurate
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -75,6 +75,10 @@ def run(
                 "both_peak_bytes": harness.peak_extra_memory(both[name], device),
             }
         )
+        if name == "fastgt" and device.type == "cuda":
+            rows[-1] |= traffic.predicted(
+                graph, torch.cuda.get_device_name(device), heads=heads, width=width, dtype=dtype
+            )
         if "fastgt" in forward:
             rows[-1]["forward_x"] = harness.ratio(forward_s[name], forward_s["fastgt"])
             rows[-1]["both_x"] = harness.ratio(both_s[name], both_s["fastgt"])
@@ -119,6 +123,9 @@ def show(rows: list[dict[str, Any]]) -> str:
             f"{row['both_s'] * 1e3:9.1f} ms {row.get('both_x', 1):6.2f}x "
             f"{row['forward_peak_bytes'] / 1e6:8.1f} {row['both_peak_bytes'] / 1e6:8.1f} MB"
         )
+        if "predicted_both_s" in row:
+            predicted = row["predicted_forward_s"] * 1e3, row["predicted_both_s"] * 1e3
+            lines.append(f"{'  at least':22} {predicted[0]:9.3f} ms {predicted[1]:18.3f} ms")
     return "\n".join(lines)
 
 
@@ -128,8 +135,8 @@ def main() -> None:
         "--problem",
         choices=PROBLEMS,
         action="append",
-        help="may be given more than once; graphs other than power_law, molecules and debian are "
-        "files in the folder that FASTGT_DATA names",
+        help="may be given more than once; real graphs other than debian are files in the folder "
+        "that FASTGT_DATA names",
     )
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--width", type=int, default=16)

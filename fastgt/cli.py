@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastgt import __version__
 
@@ -46,7 +47,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--output", type=Path, default=Path("demo.png"), help="default: %(default)s")
     demo.set_defaults(run=_demo)
+    report = commands.add_parser("report", help="what is known of the kernels without a GPU")
+    _add_reports(report.add_subparsers(required=True, metavar="kind"))
     return parser
+
+
+def _add_reports(kinds: Any) -> None:
+    from fastgt.bench import report, traffic
+
+    for name, module, help in (
+        ("kernels", report, "what every compiled configuration takes: loads, registers, ..."),
+        ("traffic", traffic, "bytes that attention moves through a graph, seconds that GPUs need"),
+    ):
+        kind = kinds.add_parser(
+            name,
+            help=help,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.arguments(kind)
+        kind.set_defaults(run=module.run)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from fastgt import tiles
+from fastgt.reordering import node_order
+from fastgt.tiles import Buckets, Path, Plan, Windows
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -68,6 +72,9 @@ class Graph:
         row_ptr, col, edge: The row walk (CSR), above.
         graph_ptr, col_graph_ptr: ``[G + 1]`` boundaries of the graphs of a batch, in rows and
             in columns (one tensor where the graph is square).
+        choice: How kernels go through it, if :meth:`plan` has settled that; else None.
+        order: ``[N]`` int64 where the graph was :meth:`reordered`: its node i is node
+            ``order[i]`` of the graph as first built; else None.
 
     Example:
         >>> import torch
@@ -84,7 +91,9 @@ class Graph:
     edge: Tensor  # [E]
     graph_ptr: Tensor  # [G + 1]
     col_graph_ptr: Tensor  # [G + 1]
-    _cache: dict[str, Any] = field(default_factory=dict)
+    _cache: dict[Any, Any] = field(default_factory=dict)
+    choice: Plan | None = None
+    order: Tensor | None = None  # [N]
 
     @classmethod
     def from_edge_index(
@@ -202,7 +211,10 @@ class Graph:
 
     @classmethod
     def batch(cls, graphs: Sequence[Graph]) -> Graph:
-        """Block-diagonal union. Nodes and edges are numbered graph after graph."""
+        """Block-diagonal union. Nodes and edges are numbered graph after graph.
+
+        Graphs may be :meth:`reordered`, each in its own way, if all of them are square.
+        """
         graphs = list(graphs)
         for i, g in enumerate(graphs):
             if not isinstance(g, Graph):
@@ -229,8 +241,21 @@ class Graph:
             body = join([p[1:] for p in parts], sizes, [p.shape[0] - 1 for p in parts])
             return torch.cat([body.new_zeros(1), body])
 
-        square = all(g.graph_ptr is g.col_graph_ptr for g in graphs)
-        graph_ptr = join_ptr([g.graph_ptr for g in graphs], [g.num_rows for g in graphs])
+        bipartite = [i for i, g in enumerate(graphs) if g.graph_ptr is not g.col_graph_ptr]
+        moved = [i for i, g in enumerate(graphs) if g.order is not None]
+        if moved and bipartite:
+            raise ValueError(
+                f"graphs[{moved[0]}] is reordered but graphs[{bipartite[0]}] is bipartite: they "
+                "have no order in common"
+            )
+        order, nodes = None, [g.num_rows for g in graphs]
+        if moved:
+            orders = [
+                torch.arange(g.num_rows, device=device) if g.order is None else g.order
+                for g in graphs
+            ]
+            order = join(orders, nodes, nodes).long()
+        graph_ptr = join_ptr([g.graph_ptr for g in graphs], nodes)
         return cls(
             rows,
             cols,
@@ -238,9 +263,10 @@ class Graph:
             join([g.col for g in graphs], [g.num_cols for g in graphs], edges),
             join([g.edge for g in graphs], edges, edges),
             graph_ptr,
-            graph_ptr
-            if square
-            else join_ptr([g.col_graph_ptr for g in graphs], [g.num_cols for g in graphs]),
+            join_ptr([g.col_graph_ptr for g in graphs], [g.num_cols for g in graphs])
+            if bipartite
+            else graph_ptr,
+            order=order,
         )
 
     @property
@@ -283,6 +309,132 @@ class Graph:
                 self._cache["columns"] = walk
         return walk
 
+    def plan(
+        self,
+        path: Path | Literal["auto"] = "auto",
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Graph:
+        """The same graph with the way that Triton kernels go through it settled and prepared.
+
+        ``"gather"`` loads a row of k and v for every edge. ``"windows"`` takes windows of
+        ``height`` rows whose columns are loaded once and multiplied on tensor cores; it pays
+        where rows share columns. ``"graphs"`` does so with whole graphs of a batch, of up to 128
+        nodes. Results agree to rounding, each is the same bit for bit every time. What is
+        prepared is kept and shared with this graph: 24 bytes an edge at most, each way.
+
+        Without a call of this, every attention chooses for itself from its head width and dtype,
+        from a sample of the graph and from a table; ``repr`` says what it chose and why. Call
+        it before compiling or capturing a CUDA graph, where nothing can be measured any more:
+        attention then takes what is prepared, else gathers rows as they stand.
+
+        Args:
+            path: ``"gather"``, ``"windows"``, ``"graphs"``; or ``"auto"``: the choice for
+                ``width`` and ``dtype``, or, without a width, each attention's own.
+            height: Rows of a window: 16, 32 or 64, the default.
+            width, dtype: Of the heads, for ``"auto"``.
+
+        Raises:
+            TypeError: ``height`` or ``width`` is no int.
+            ValueError: The path does not fit the graph; says why.
+            RuntimeError: Its tables would not fit in memory, or the graph holds no values.
+
+        Example:
+            >>> import torch
+            >>> from fastgt import Graph
+            >>> graph = Graph.from_dense(torch.ones(3, 3, dtype=torch.bool)).plan("windows")
+            >>> print(graph.choice)
+            windows of 64 rows (named)
+        """
+        if path not in ("auto", *get_args(Path)):
+            raise ValueError(f"path must be 'auto' or one of {list(get_args(Path))}, got {path!r}")
+        if height is not None and _size(height, "height") not in tiles.HEIGHTS:
+            raise ValueError(f"height must be one of {list(tiles.HEIGHTS)}, got {height!r}")
+        if height is not None and path not in ("windows", "graphs"):
+            raise ValueError(f"height is for windows and graphs, got path={path!r}")
+        if self.device.type == "meta":
+            raise RuntimeError("a graph on the meta device has no values to plan with")
+        if path != "auto":
+            choice = Plan(path, 0 if path == "gather" else height or 64, "named")
+        elif width is not None:
+            choice = replace(self, choice=None).choose(_size(width, "width"), dtype)
+        else:
+            return replace(self, choice=None)
+        graph = replace(self, choice=choice)
+        graph.row_walk(choice)
+        graph.column_walk(choice)
+        return graph
+
+    def choose(self, width: int, dtype: torch.dtype) -> Plan:
+        """How attention with heads of that width and dtype goes through the graph, and why."""
+        if self.choice is not None:
+            return self.choice
+        if self.num_edges <= tiles.LAUNCH_BOUND:
+            return tiles.SMALL
+        plan = self._cache.get((width, dtype))
+        if plan is None:
+            if torch.compiler.is_compiling() or self.device.type == "meta":
+                return tiles.UNPREPARED
+            ends = self.graph_ptr, self.col_graph_ptr
+            plan = tiles.choose(self.row_ptr, self.col, self.num_cols, *ends, width, dtype)
+            # a choice that is kept is prepared: it may be compiled from now on
+            if plan.height and self._windows(plan.path, plan.height) is None:
+                plan = Plan("gather", 0, "auto: an edge stands there twice")
+            self._cache[width, dtype] = plan
+        return plan
+
+    def row_walk(self, plan: Plan) -> tuple[Tensor, ...]:
+        """The flat tensors that the kernels of that plan walk by rows."""
+        walk = self.row_ptr, self.col, self.edge
+        if plan.path == "gather":
+            return *walk, *(self._buckets("row_buckets", self.row_ptr) or ())
+        return *walk, *self._tables(plan)[0][2:]
+
+    def column_walk(self, plan: Plan) -> tuple[Tensor, ...]:
+        """The flat tensors that the kernels of that plan walk by columns."""
+        if plan.path == "gather":
+            ptr, row, _, edge = self.columns
+            return ptr, row, edge, *(self._buckets("column_buckets", ptr) or ())
+        return tuple(self._tables(plan)[1][2:])
+
+    def _buckets(self, key: str, ptr: Tensor) -> Buckets | None:
+        if key not in self._cache:
+            small = self.num_edges <= tiles.SMALL_EDGES
+            if small or torch.compiler.is_compiling() or self.device.type == "meta":
+                return None
+            self._cache[key] = tiles.buckets(ptr)
+        return self._cache[key]
+
+    def _tables(self, plan: Plan) -> tuple[Windows, Windows]:
+        tables = self._windows(plan.path, plan.height)
+        if tables is None:
+            raise ValueError("path 'graphs' holds an edge once, but one stands there twice")
+        return tables
+
+    def _windows(self, path: str, height: int) -> tuple[Windows, Windows] | None:
+        """Windows of rows and of columns; None where dense ones cannot hold the edges."""
+        # by comparison: torch.compile(dynamic=True) has no text of the height, which is symbolic
+        key = f"{path} {'16' if height == 16 else '32' if height == 32 else '64'}"
+        if key in self._cache:
+            return self._cache[key]
+        ends = self.graph_ptr, self.col_graph_ptr
+        tiles.check_fits(path, height, self.num_edges, *ends, self.col.dtype)
+        ptr, row, _, edge = self.columns
+        rows: Windows | None
+        columns: Windows | None
+        if path == "graphs":
+            rows = tiles.dense_windows(self.row_ptr, self.col, self.edge, *ends, height)
+            columns = tiles.dense_windows(ptr, row, edge, *ends[::-1], height)
+        else:
+            rows = tiles.windows(self.row_ptr, self.col, self.edge, self.num_cols, height)
+            columns = tiles.windows(ptr, row, edge, self.num_rows, height)
+        if rows is None or columns is None:
+            return None
+        self._cache[key] = rows, tiles.shared(columns, rows)
+        return self._cache[key]
+
     @property
     def row(self) -> Tensor:
         """The row of each slot of the row walk, ``[E]``."""
@@ -303,19 +455,24 @@ class Graph:
         if self.device == device:
             return self
 
-        def move(x: Tensor) -> Tensor:
-            return x.to(device)
+        moved: dict[int, Tensor] = {}
 
-        graph_ptr = move(self.graph_ptr)
-        square = self.graph_ptr is self.col_graph_ptr
+        def move(x: Tensor) -> Tensor:
+            # one tensor in two places stays one
+            if id(x) not in moved:
+                moved[id(x)] = x.to(device)
+            return moved[id(x)]
+
         return replace(
             self,
             row_ptr=move(self.row_ptr),
             col=move(self.col),
             edge=move(self.edge),
-            graph_ptr=graph_ptr,
-            col_graph_ptr=graph_ptr if square else move(self.col_graph_ptr),
-            _cache={key: type(walk)(*map(move, walk)) for key, walk in self._cache.items()},
+            graph_ptr=move(self.graph_ptr),
+            col_graph_ptr=move(self.col_graph_ptr),
+            order=None if self.order is None else move(self.order),
+            # choices are made for a device
+            _cache={key: _each(move, x) for key, x in self._cache.items() if key.__class__ is str},
         )
 
     def transpose(self) -> Graph:
@@ -336,29 +493,55 @@ class Graph:
             self.col_graph_ptr,
             self.graph_ptr,
             {"columns": back},
+            order=self.order,
         )
 
     def with_self_loops(self) -> Graph:
         """One more edge from every node to itself, numbered E, E + 1, ... after the others.
 
-        A node that has a self loop already gets a second one.
+        A node that has a self loop already gets a second one. In a :meth:`reordered` graph too,
+        edge E + i is that of node i of the graph as first built.
         """
         self._check_square("with_self_loops()")
-        loop = torch.arange(self.num_rows, device=self.device)
+        loop = self.undo_order(torch.arange(self.num_rows, device=self.device))
         source, target = self.edge_index
         graph = _build(
             torch.cat([target, loop]), torch.cat([source, loop]), self.num_rows, self.num_cols
         )
         ptr = self.graph_ptr.to(graph.col.dtype)  # the loops may be more than int32 counts
-        return replace(graph, graph_ptr=ptr, col_graph_ptr=ptr)
+        return replace(graph, graph_ptr=ptr, col_graph_ptr=ptr, order=self.order)
 
-    def reordered(self, order: Tensor) -> Graph:
+    def reordered(self, order: Tensor | str) -> Graph:
         """Nodes renumbered: node i of the result is node ``order[i]`` of this graph.
 
-        Node tensors follow as ``x[order]``; edges keep their numbers, so edge tensors stay as
-        they are. In a batch every graph must keep its own range of nodes.
+        Attention may be faster where neighbours stand near each other, and gives the same values.
+        :meth:`apply_order` brings node tensors into the graph's order and :meth:`undo_order`
+        brings results back, from any number of reorderings at once; edges keep their numbers, so
+        edge tensors stay as they are. In a batch every graph must keep its own range of nodes.
+
+        Args:
+            order: ``[N]`` integers, a permutation; or how to find one: ``"degree"``, ``"rcm"``,
+                ``"metis"`` or ``"louvain"``, see :func:`fastgt.reordering.node_order`.
+
+        Raises:
+            TypeError, ValueError: ``order`` is no permutation of the nodes of each graph, nor the
+                name of a method; or the graph is not square.
+            ImportError: The method needs ``pip install "fastgt[reorder]"``.
+
+        Example:
+            >>> import torch
+            >>> from fastgt import Graph, neighborhood_attention
+            >>> graph = Graph.from_edge_index(torch.tensor([[2, 3, 0, 3, 1], [0, 1, 2, 2, 3]]))
+            >>> near = graph.reordered("rcm")
+            >>> x = torch.randn(4, 8, 16)
+            >>> moved = near.apply_order(x)
+            >>> out = near.undo_order(neighborhood_attention(moved, moved, moved, near))
+            >>> torch.allclose(out, neighborhood_attention(x, x, x, graph), atol=1e-6)
+            True
         """
         self._check_square("reordered()")
+        if isinstance(order, str):
+            order = node_order(order, self.row_ptr, self.col, self.graph_ptr)
         _check_index(order, "order")
         n = self.num_rows
         if order.shape != (n,):
@@ -366,7 +549,7 @@ class Graph:
         if order.device != self.device:
             raise ValueError(f"order is on {order.device} but the graph is on {self.device}")
         _check_range(order, n, "order", "nodes")
-        order = order.long().contiguous()
+        order = order.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
         place = torch.full_like(order, -1)
         place[order] = torch.arange(n, device=self.device)
         if bool((place < 0).any()):
@@ -383,15 +566,37 @@ class Graph:
                 )
         source, target = self.edge_index
         graph = _build(place[target], place[source], n, n)
-        return replace(graph, graph_ptr=self.graph_ptr, col_graph_ptr=self.graph_ptr)
+        if self.order is not None:
+            order = self.order[order]
+        ptr = self.graph_ptr
+        return replace(graph, graph_ptr=ptr, col_graph_ptr=ptr, order=order)
+
+    def apply_order(self, x: Tensor) -> Tensor:
+        """A node tensor ``[N, ...]`` of the graph as first built, in the order of this graph.
+
+        ``x`` itself where the graph was never :meth:`reordered`. Differentiable.
+        """
+        self._check_nodes(x, "x", "apply_order()")
+        return x if self.order is None else x.index_select(0, self.order)
+
+    def undo_order(self, y: Tensor) -> Tensor:
+        """A node tensor ``[N, ...]`` of this graph, in the order of the graph as first built.
+
+        ``y`` itself where the graph was never :meth:`reordered`. Differentiable.
+        """
+        self._check_nodes(y, "y", "undo_order()")
+        return y if self.order is None else torch.empty_like(y).index_copy_(0, self.order, y)
 
     def __repr__(self) -> str:
         square = self.num_rows == self.num_cols
         size = f"N={self.num_rows}" if square else f"N={self.num_rows}x{self.num_cols}"
         if self.device.type == "meta":  # no values to describe
             return f"Graph({size}, E={self.num_edges}, meta)"
-        kept = [x for walk in self._cache.values() for x in walk]
+        kept: list[Tensor] = []
+        _each(kept.append, tuple(self._cache.values()))
         tensors = [self.row_ptr, self.col, self.edge, self.graph_ptr, self.col_graph_ptr, *kept]
+        if self.order is not None:
+            tensors.append(self.order)
         # two walks may share a tensor: count each storage once
         held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
         parts = [size, f"E={self.num_edges}"]
@@ -403,14 +608,31 @@ class Graph:
                 f"degree mean {self.num_edges / self.num_rows:.1f} max {int(degree.max())}"
             )
             parts.append(f"{int((degree == 0).sum())} isolated rows")
+        if self.order is not None:
+            parts.append("reordered")
         index = str(self.col.dtype).removeprefix("torch.")
         parts += [index, f"{sum(held.values()) / 1e6:.1f} MB", str(self.device)]
+        if self.choice is not None:
+            parts.append(f"plan {self.choice}")
+        for key, plan in self._cache.items():
+            if isinstance(plan, Plan) and self.choice is None:
+                parts.append(f"plan for width {key[0]} {key[1]}: {plan}".replace("torch.", ""))
         return f"Graph({', '.join(parts)})"
 
     def _graph_of(self) -> Tensor:
         """The number of each row's graph, ``[N_rows]``."""
         rows = torch.arange(self.num_rows, dtype=self.graph_ptr.dtype, device=self.device)
         return torch.searchsorted(self.graph_ptr, rows, right=True) - 1
+
+    def _check_nodes(self, x: Tensor, name: str, what: str) -> None:
+        self._check_square(what)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.ndim == 0 or x.shape[0] != self.num_rows:
+            n = self.num_rows
+            raise ValueError(f"{name} must be [{n}, ...], one entry a node, got {list(x.shape)}")
+        if x.device != self.device:
+            raise ValueError(f"{name} is on {x.device} but the graph is on {self.device}")
 
     def _check_square(self, what: str) -> None:
         if self.num_rows != self.num_cols:
@@ -419,6 +641,16 @@ class Graph:
             )
         if self.graph_ptr is not self.col_graph_ptr:
             raise ValueError(f"{what} needs square graphs, got a batch of bipartite ones")
+
+
+def _each(f: Callable[[Tensor], Any], x: Any) -> Any:
+    """``f`` of every tensor in nested tuples, which keep their types."""
+    if isinstance(x, Tensor):
+        return f(x)
+    if not isinstance(x, tuple):
+        return x
+    parts = [_each(f, part) for part in x]
+    return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
 
 
 def _build(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> Graph:
@@ -522,4 +754,4 @@ def _check_boundaries(ptr: Tensor, name: str, total: int, of: str) -> None:
 
 
 # torch.load of a saved graph works as it does for tensors
-torch.serialization.add_safe_globals([Graph, ColumnWalk])
+torch.serialization.add_safe_globals([Graph, ColumnWalk, Buckets, Windows, Plan])

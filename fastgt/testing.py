@@ -143,29 +143,40 @@ def _molecules() -> Graph:
     return random_batch(0, [(23, 50)] * 128)
 
 
-def _cora() -> Graph:
-    with open_data("cora") as data:
-        return _symmetric(data["edge_index"], len(data["y"]))
+def _undirected(name: str, edges: str = "edge_index", nodes: str = "y") -> Callable[[], Graph]:
+    """The edges of ``name.npz``, listed in one direction or both; ``nodes`` has an entry each."""
+
+    def load() -> Graph:
+        with open_data(name) as data:
+            edge_index = data[edges] if edges == "edge_index" else data[edges].T
+            return _symmetric(edge_index, len(data[nodes]))
+
+    return load
 
 
-def _tolokers() -> Graph:
-    with open_data("tolokers") as data:
-        return _symmetric(data["edges"].T, len(data["node_labels"]))
-
-
-def _amazon_computers() -> Graph:
-    with open_data("amazon_computers") as data:
-        return _symmetric(data["edge_index"], len(data["y"]))
-
-
-def _debian() -> Graph:
-    with open_data("debian") as data:
-        return _symmetric(data["edge_index"], len(data["y"]))
+def _squirrel() -> Graph:
+    with open_data("squirrel_filtered") as data:
+        return Graph.from_edge_index(torch.from_numpy(data["edges"].T), len(data["node_labels"]))
 
 
 def _moby() -> Graph:
     with open_data("moby") as data:
         return _symmetric(data["edge_index"], int(data["num_nodes"]))
+
+
+def _flights() -> Graph:
+    with open_data("flights") as data:
+        edge_index = torch.from_numpy(np.stack([data["src"], data["dst"]]))
+        return Graph.from_edge_index(edge_index, len(data["airports"]))
+
+
+def _power_grid(name: str) -> Callable[[], Graph]:
+    def load() -> Graph:
+        with open_data(name) as data:
+            branch, buses = torch.from_numpy(data["edge_index"]), len(data["bus"])
+        return Graph.from_edge_index(torch.cat([branch, branch.flip(0)], 1), buses)
+
+    return load
 
 
 def _zinc() -> Graph:
@@ -179,23 +190,110 @@ def _zinc() -> Graph:
     return Graph.from_edge_index(edge_index, int(node_ptr[-1]), graph_ptr=node_ptr)
 
 
+def _dd() -> Graph:
+    with open_data("dd") as data:
+        node_ptr, edge_index = data["node_ptr"].tolist(), torch.from_numpy(data["edge_index"])
+    # edges stand protein by protein
+    edge_ptr = torch.searchsorted(edge_index[1].contiguous(), torch.tensor(node_ptr)).tolist()
+    proteins = torch.randperm(len(node_ptr) - 1, generator=torch.Generator().manual_seed(0))
+    return Graph.batch(
+        [
+            Graph.from_edge_index(
+                edge_index[:, edge_ptr[i] : edge_ptr[i + 1]] - node_ptr[i],
+                node_ptr[i + 1] - node_ptr[i],
+            )
+            for i in proteins[:64].tolist()
+        ]
+    )
+
+
+def _pattern() -> Graph:
+    """Dwivedi et al., arXiv 2003.00982, PATTERN: five communities and a pattern, shuffled."""
+    generator = torch.Generator().manual_seed(0)
+    graphs = []
+    for _ in range(32):
+        sizes = torch.randint(5, 35, (6,), generator=generator)
+        block = torch.arange(6).repeat_interleave(sizes)
+        block = block[torch.randperm(len(block), generator=generator)]
+        same, pattern = block[:, None] == block, block == 5
+        chance = torch.where(same | pattern | pattern[:, None], 0.5, 0.35)
+        drawn = torch.rand(chance.shape, generator=generator) < chance
+        upper = drawn.triu(1)
+        graphs.append(Graph.from_dense(upper | upper.T))
+    return Graph.batch(graphs)
+
+
+def _superpixels() -> Graph:
+    """Centres on a jittered grid, numbered row by row as a segmenter does; 8 nearest each."""
+    generator = torch.Generator().manual_seed(0)
+    graphs = []
+    for _ in range(32):
+        height = int(torch.randint(18, 24, (), generator=generator))
+        width = int(torch.randint(20, 28, (), generator=generator))
+        grid = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        centre = grid + torch.rand(grid.shape, generator=generator, dtype=torch.float64)
+        distance = (centre[:, None] - centre).square().sum(-1).fill_diagonal_(torch.inf)
+        nearest = distance.topk(8, largest=False).indices
+        target = torch.arange(len(grid)).repeat_interleave(8)
+        edge_index = torch.stack([nearest.flatten(), target])
+        graphs.append(Graph.from_edge_index(edge_index, len(grid)))
+    return Graph.batch(graphs)
+
+
+def _rmat() -> Graph:
+    """Chakrabarti et al., SDM 2004, with Graph500's probabilities .57, .19, .19, .05."""
+    levels = 15
+    generator = torch.Generator().manual_seed(0)
+    source = target = torch.zeros(16 << levels, dtype=torch.int64)
+    for _ in range(levels):
+        point = torch.rand(source.shape, generator=generator, dtype=torch.float64)
+        quadrant = torch.bucketize(point, point.new_tensor([0.57, 0.76, 0.95]))
+        source, target = 2 * source + quadrant // 2, 2 * target + quadrant % 2
+    both = (target << levels | source).unique()
+    edge_index = torch.stack([both & ((1 << levels) - 1), both >> levels])
+    return Graph.from_edge_index(edge_index, 1 << levels)
+
+
+def _mesh() -> Graph:
+    from scipy.spatial import Delaunay
+
+    points = torch.rand(2**14, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    corners = Delaunay(points.numpy()).simplices
+    return _symmetric(
+        np.concatenate([corners[:, pair] for pair in ([0, 1], [1, 2], [2, 0])]).T, 2**14
+    )
+
+
 PROBLEMS: dict[str, Problem] = {
     problem.name: problem
     for problem in (
         Problem("power_law", _power_law),  # 20,000 nodes, 300,000 edges: the target on a CPU
         Problem("molecules", _molecules),  # as many and as large as a batch of ZINC
-        Problem("cora", _cora),
-        Problem("tolokers", _tolokers),
-        Problem("amazon_computers", _amazon_computers),
-        Problem("debian", _debian),
+        Problem("pattern", _pattern),  # a batch of 32 stochastic block models
+        Problem("superpixels", _superpixels),  # a batch of 32 images
+        Problem("rmat", _rmat),  # directed, without duplicates, vertices as generated
+        Problem("mesh", _mesh),  # a Delaunay triangulation, nodes in random order
+        Problem("cora", _undirected("cora")),
+        Problem("citeseer", _undirected("citeseer")),
+        Problem("amazon_computers", _undirected("amazon_computers")),
+        Problem("debian", _undirected("debian")),
+        Problem("tolokers", _undirected("tolokers", "edges", "node_labels")),
+        Problem("minesweeper", _undirected("minesweeper", "edges", "node_labels")),
+        Problem("actor", _undirected("actor", "edges", "node_labels")),
+        Problem("squirrel", _squirrel),  # directed
         Problem("moby", _moby),
         Problem("zinc", _zinc),  # a batch of 128 molecules
+        Problem("dd", _dd),  # a batch of 64 proteins
+        Problem("power10k", _power_grid("power10k")),  # parallel branches are parallel edges
+        Problem("power70k", _power_grid("power70k")),
+        Problem("flights", _flights),  # directed: 600,000 flights between 229 airports
     )
 }
-"""Named graphs, synthetic and real; the real ones with every edge in both directions, once.
+"""Named graphs, synthetic and real; undirected ones have every edge in both directions, once.
 
 Real data is read from the folder in the environment variable ``FASTGT_DATA``, by default
-``../shared/data`` beside the checkout; ``debian`` also ships in the package.
+``../shared/data`` beside the checkout; ``debian`` also ships in the package. Every real graph of
+that folder is here but molhiv, whose SMILES only rdkit makes into graphs.
 """
 
 

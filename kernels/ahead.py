@@ -7,21 +7,17 @@ JSON, without an argument those of all: the form of the budget that the tests ho
 """
 
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from .attention import attention_bwd, attention_fwd
+from .attention import FILLERS, attention_bwd, attention_fwd
+from .attention_windows import windows_bwd, windows_fwd
+from .resources import resources
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,6 +40,9 @@ class AttentionCase:
     bias: bool = False
     clamp: bool = False
     weights: bool = False
+    buckets: bool = False
+    height: int = 0  # of windows, 0: gather
+    dense: bool = False
 
 
 ATTENTION_CASES = {
@@ -60,24 +59,48 @@ ATTENTION_CASES = {
     "h2_d256_fp32": AttentionCase(2, 256, torch.float32),
     "uneven_d24_v40_fp16": AttentionCase(4, 24, torch.float16, v_width=40),
     "h4_d32_fp64": AttentionCase(4, 32, torch.float64, bias=True, clamp=True),
+    "buckets_h8_d16_bf16": AttentionCase(8, 16, torch.bfloat16, buckets=True),
+    "buckets_h8_d16_fp32": AttentionCase(8, 16, torch.float32, buckets=True, bias=True),
+    "buckets_h8_d128_bf16": AttentionCase(8, 128, torch.bfloat16, buckets=True),
+    "windows_d16_bf16": AttentionCase(8, 16, torch.bfloat16, height=64),
+    "windows_d32_fp16": AttentionCase(8, 32, torch.float16, height=64, clamp=True),
+    "windows_d64_bf16": AttentionCase(8, 64, torch.bfloat16, height=64),
+    "windows_gqa_bias_d64_bf16": AttentionCase(
+        8, 64, torch.bfloat16, kv_heads=2, height=64, bias=True, clamp=True, weights=True
+    ),
+    "windows_d128_bf16": AttentionCase(8, 128, torch.bfloat16, height=64),
+    "windows_d256_fp16": AttentionCase(2, 256, torch.float16, height=64),
+    "windows_32_d64_bf16": AttentionCase(8, 64, torch.bfloat16, height=32),
+    "windows_16_d64_bf16": AttentionCase(8, 64, torch.bfloat16, height=16),
+    "windows_d64_fp32": AttentionCase(4, 64, torch.float32, height=64, bias=True),
+    "windows_32_d128_fp32": AttentionCase(2, 128, torch.float32, height=32),
+    "windows_16_d256_fp32": AttentionCase(2, 256, torch.float32, height=16),
+    "windows_d32_fp64": AttentionCase(2, 32, torch.float64, height=64),
+    "graphs_d10_bf16": AttentionCase(8, 10, torch.bfloat16, height=64, dense=True, clamp=True),
+    "graphs_d64_bf16": AttentionCase(8, 64, torch.bfloat16, height=64, dense=True),
 }
 
 
-def compile_ahead(target: str) -> dict[str, dict]:
-    """-> {case/kernel: registers, stack (spilled bytes), shared, warps, 16-byte loads}."""
+def compile_ahead(target: str, only: str = "", tell=lambda case: None) -> dict[str, dict]:
+    """-> {case/kernel: its resources}; ``tell`` hears of every case before it is compiled."""
     compiled = []
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        compiled.append((run(self, *args, grid=grid, warmup=True, **kwargs), kwargs))
 
     run, JITFunction.run = JITFunction.run, compile_only
     before, driver._active = driver._active, _Driver(TARGETS[target])
     try:
         found = {}
         for name, case in ATTENTION_CASES.items():
+            if only not in name:
+                continue
+            tell(name)
             compiled.clear()
             _launch_attention(case)
-            found |= {f"{name}/{k.metadata.name.strip('_')}": _resources(k) for k in compiled}
+            for kernel, meta in compiled:
+                key = f"{name}/{kernel.metadata.name.strip('_')}"
+                found[key] = resources(kernel, meta, target)
         return found
     finally:
         JITFunction.run = run
@@ -95,11 +118,23 @@ def _launch_attention(case: AttentionCase) -> None:
     v = torch.zeros(n, kv_heads, v_width, dtype=case.dtype)
     bias = torch.zeros(m, case.heads, dtype=case.dtype) if case.bias else None
     low, high = (-5.0, 5.0) if case.clamp else (-torch.inf, torch.inf)
-    o, lse, _ = attention_fwd(q, k, v, bias, ptr, index, index, 1.0, low, high, 0.0, case.weights)
-    walks = (ptr, index, index, ptr, index, index, index)
+    numbers = 1.0, low, high, 0.0
     needs = (True, True, True, case.bias)
-    dlse = lse if case.bias else None
-    attention_bwd(o, dlse, q, k, v, bias, lse, *walks, 1.0, low, high, 0.0, *needs)
+    walk = ptr, index, index
+    if case.height:
+        window = index.new_tensor([[0, n, 0, n, 0]] * 2)
+        tables = window, index, index.long(), index, index
+        how = case.height, case.dense
+        o, lse, _ = windows_fwd(q, k, v, bias, (*walk, *tables), *how, *numbers, case.weights)
+        inputs = o, lse if case.bias else None, q, k, v, bias, lse, o
+        windows_bwd(*inputs, (*walk, *tables), tables, *how, *numbers, *needs)
+        return
+    if case.buckets:
+        rows, parts = index[:FILLERS + 2], index.new_zeros(FILLERS + 2, 3)
+        walk = *walk, rows, rows, parts, parts
+    o, lse, _ = attention_fwd(q, k, v, bias, walk, *numbers, case.weights)
+    inputs = o, lse if case.bias else None, q, k, v, bias, lse
+    attention_bwd(*inputs, walk, walk, *numbers, *needs)
 
 
 class _Driver:
@@ -116,38 +151,6 @@ class _Driver:
 
     def get_current_stream(self, device: str) -> int:
         return 0
-
-
-def _resources(kernel) -> dict[str, int]:
-    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
-    if "amdgcn" in kernel.asm:
-        asm = kernel.asm["amdgcn"]
-        # vector registers of a wave; gfx942 spills to scratch ("private segment")
-        registers = int(re.search(r"\.vgpr_count: *(\d+)", asm)[1])
-        stack = int(re.search(r"\.private_segment_fixed_size: *(\d+)", asm)[1])
-        wide = len(re.findall(r"(?:global|buffer|flat)_load_dwordx4", asm))
-    else:
-        usage = _cuobjdump(kernel.asm["cubin"])
-        registers = int(re.search(r"REG:(\d+)", usage)[1])
-        stack = int(re.search(r"STACK:(\d+)", usage)[1])
-        wide = len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", kernel.asm["ptx"]))
-    return {
-        "registers": registers,
-        "stack": stack,
-        "shared": shared,
-        "warps": warps,
-        "wide_loads": wide,
-    }
-
-
-def _cuobjdump(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        Path(path).write_bytes(cubin)
-        return subprocess.run(
-            [tool, "-res-usage", path], capture_output=True, text=True, check=True
-        ).stdout
 
 
 if __name__ == "__main__":

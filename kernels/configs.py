@@ -8,10 +8,16 @@ device.
 from functools import cache
 from typing import NamedTuple
 
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import driver
+
 # channels (heads x padded width) of one program -> edges in flight
 _SLOTS = {8: 64, 16: 32, 128: 16, 256: 8, 1024: 4}
 _BYTES_PER_WARP = 32 * 32
 _MAX_WARPS = 16
+_BLOCK_E = 4
 
 
 class Tile(NamedTuple):
@@ -23,13 +29,51 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def attention_tile(heads: int, width: int, itemsize: int, edges: int, rows: int) -> Tile:
-    """Tile of a pass over ``edges`` edges of ``rows`` rows; ``width`` is the padded head width.
+@cache
+def attention_tile(heads: int, width: int, itemsize: int) -> Tile:
+    """Tile of a pass over the edges; ``width`` is the padded head width.
 
-    Rows of few edges share a program; heads are split over programs beyond 1,024 channels (512
-    in float64).
+    Rows of few edges share a program, four edges of each at a time; heads are split over programs
+    beyond 1,024 channels (512 in float64).
     """
-    return _tile(heads, width, itemsize, power_of_2(-(-edges // max(rows, 1))))
+    widest = max(_SLOTS) // (2 if itemsize == 8 else 1)
+    block_h = min(power_of_2(heads), max(1, widest // width))
+    channels = block_h * width
+    slots = _SLOTS[min(bucket for bucket in _SLOTS if bucket >= channels)]
+    if itemsize == 8:
+        slots = max(_BLOCK_E, slots // 2)
+    num_warps = min(_MAX_WARPS, max(1, slots * channels * itemsize // _BYTES_PER_WARP))
+    return Tile(slots // _BLOCK_E, _BLOCK_E, block_h, num_warps)
+
+
+class WindowTile(NamedTuple):
+    """Columns of one step, warps, and loads in flight ahead of it."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (bytes of a head's channels, pass) -> columns of a step, warps: what no target spills, but for
+# 256 channels of 16 bits and float32's 128 and more in the backward
+_WINDOW_TILES = {
+    (128, "fwd"): (64, 4),
+    (256, "fwd"): (32, 4),
+    (1024, "fwd"): (16, 8),
+    (128, "bwd"): (32, 4),
+    (256, "bwd"): (16, 8),
+    (1024, "bwd"): (16, 8),
+}
+
+
+@cache
+def window_tile(direction: str, width: int, itemsize: int) -> WindowTile:
+    """Tile of the "fwd" or "bwd" passes over windows, whatever their height."""
+    size = width * itemsize
+    key = min((k for k in _WINDOW_TILES if k[0] >= size and k[1] == direction), default=None)
+    block_n, num_warps = _WINDOW_TILES[key or (1024, direction)]
+    # beyond 256 bytes, loads ahead would take the shared memory of a whole processor
+    return WindowTile(block_n, num_warps, 2 if size <= 256 else 1)
 
 
 def power_of_2(n: int) -> int:
@@ -37,12 +81,30 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@cache
-def _tile(heads: int, width: int, itemsize: int, degree: int) -> Tile:
-    widest = max(_SLOTS) // (2 if itemsize == 8 else 1)
-    block_h = min(power_of_2(heads), max(1, widest // width))
-    channels = block_h * width
-    slots = _SLOTS[min(bucket for bucket in _SLOTS if bucket >= channels)]
-    block_e = min(slots, max(4, degree))
-    num_warps = min(_MAX_WARPS, max(1, slots * channels * itemsize // _BYTES_PER_WARP))
-    return Tile(slots // block_e, block_e, block_h, num_warps)
+def accumulator(x: torch.Tensor) -> torch.dtype:
+    """What sums over ``x`` are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+_DOT = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def dot_dtype(x: torch.Tensor) -> tl.dtype:
+    """What tiles of ``x`` are multiplied in: its own, but for bfloat16 in the interpreter, which
+    holds it as integers."""
+    if x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+        return tl.float32
+    return _DOT[x.dtype]
+
+
+def dot_precision(x: torch.Tensor) -> str:
+    """Products of float32: three of TF32's on NVIDIA's tensor cores, where plain ones would not
+    use them and spill registers; AMD's matrix cores take float32 as it is."""
+    if x.dtype != torch.float32 or triton.knobs.runtime.interpret:
+        return "ieee"
+    return "tf32x3" if driver.active.get_current_target().backend == "cuda" else "ieee"

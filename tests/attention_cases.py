@@ -16,13 +16,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgt import Graph, neighborhood_attention
+from fastgt import Graph, neighborhood_attention, tiles
 from fastgt.testing import random_edge_index, with_index_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = ["torch", "triton"] if DEVICE == "cpu" else ["triton"]
 IMPLS = ["reference", *FAST]
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+# every way through the kernels, where a test does not draw one
+WAYS = ["buckets", "windows 64"]
+FAST_WAYS = [*FAST, *WAYS]
 NAMES = ("o", "lse", "weights", "dq", "dk", "dv", "dbias")
 LAYOUTS = ("contiguous", "transposed", "reversed", "sliced", "expanded")
 
@@ -42,6 +45,7 @@ class Case:
     dlse: torch.Tensor
     options: dict
     made_by: str = ""
+    plan: str = "gather"
 
     def __repr__(self):
         return self.made_by
@@ -63,9 +67,9 @@ class Case:
         return torch.bincount(self.target, minlength=self.graph.num_rows) == 0
 
     def onto(self, edge_index, **changes):
-        """The same rows and columns joined by other edges."""
+        """The same rows and columns joined by other edges, planned likewise."""
         size = self.graph.num_rows, self.graph.num_cols
-        graph = Graph.from_edge_index(edge_index, size)
+        graph = planned(Graph.from_edge_index(edge_index, size), self.plan)
         return replace(self, edge_index=edge_index, graph=graph, **changes)
 
 
@@ -88,6 +92,7 @@ def case(
     clamped=False,
     eps=0.0,
     scale=None,
+    plan="gather",
 ):
     """A random case; ``heads`` counts key heads, ``group`` the query heads of each."""
     made_by = f"case({', '.join(f'{name}={value!r}' for name, value in locals().items())})"
@@ -95,6 +100,7 @@ def case(
     edge_index = random_edge_index(seed, rows, edges, cols=m, kind=kind, isolated=isolated)
     edge_index = edge_index.to(DEVICE)
     graph = with_index_dtype(Graph.from_edge_index(edge_index, (rows, m)), index)
+    graph = planned(graph, plan)
     generator = torch.Generator().manual_seed(seed)
     layouts = itertools.cycle((layout, "contiguous", layout))
 
@@ -111,7 +117,25 @@ def case(
         s = 1 / math.sqrt(d) if scale is None else scale
         key = k.double().repeat_interleave(group, 1)[edge_index[0]]
         options["logit_clamp"] = gap(s * (q.double()[edge_index[1]] * key).sum(-1))
-    return Case(seed, edge_index, graph, q, k, v, bias, do, dlse, options, made_by)
+    return Case(seed, edge_index, graph, q, k, v, bias, do, dlse, options, made_by, plan)
+
+
+PLANS = ("gather", "buckets", "windows 16", "windows 32", "windows 64", "graphs 64")
+
+
+def planned(graph, plan):
+    """The graph with one of PLANS; "buckets" gathers with segments of a few edges."""
+    path, _, height = plan.partition(" ")
+    if path == "buckets":
+        for key, ptr in (("row_buckets", graph.row_ptr), ("column_buckets", graph.columns.ptr)):
+            graph._cache[key] = tiles.buckets(ptr, few=4, segment=9)
+        return graph
+    if path == "gather":
+        return graph
+    try:
+        return graph.plan(path, height=int(height))
+    except ValueError:  # an edge stands there twice
+        return graph.plan("windows", height=int(height))
 
 
 def gap(logit):
@@ -165,6 +189,8 @@ def cases(draw, impl, **fixed):
         "eps": st.sampled_from([0.0, 1e-6, 0.5]),
         "scale": st.sampled_from([None, 0.3, -1.0]),
     }
+    if impl == "triton":
+        choices["plan"] = st.sampled_from(PLANS)
     drawn = {name: draw(s) for name, s in choices.items() if name not in fixed}
     if "cols" not in fixed and draw(st.booleans()):
         drawn["cols"] = draw(st.integers(0, 12 if small else 64))
@@ -195,7 +221,12 @@ def examples(count, impls=IMPLS, **fixed):
 
 
 def attend(case, impl, **changes):
-    """The public function on a case, with its options and all extras: o, lse, weights."""
+    """The public function on a case, with its options and all extras: o, lse, weights.
+
+    ``impl`` may be one of PLANS: Triton's kernels on the graph planned so.
+    """
+    if impl in PLANS:
+        case, impl = replace(case, graph=planned(case.graph, impl)), "triton"
     inputs = {"q": case.q, "k": case.k, "v": case.v, "edge_bias": case.bias}
     options = dict(case.options, return_lse=True, return_weights=True, impl=impl)
     return neighborhood_attention(graph=case.graph, **inputs, **options | changes)

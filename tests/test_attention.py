@@ -10,6 +10,7 @@ from attention_cases import (
     BF16,
     DEVICE,
     FAST,
+    FAST_WAYS,
     FP16,
     FP32,
     FP64,
@@ -36,7 +37,7 @@ def test_reference_is_the_equations(impl, case):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:4])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", *FAST_WAYS])
 def test_everything_at_once(impl, layout):
     """No two sizes equal, no power of two, every option in use."""
     shape = {"heads": 3, "group": 2, "d": 5, "dv": 10, "layout": layout}
@@ -66,9 +67,12 @@ def test_as_accurate_as_eager(impl, dtype):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("impl", [*FAST, "buckets"])
 def test_half_precision_only_rounds_the_result(impl, dtype):
-    """Sums are kept in float32: a hub row must not drown in bfloat16."""
+    """Sums are kept in float32: a hub row must not drown in bfloat16.
+
+    Windows round the weights too, before the tensor cores multiply them.
+    """
     edges = 3000 if impl == "torch" or DEVICE == "cuda" else 200
     x = case(3, 6, edges, kind="hub", dtype=dtype, eps=1e-3, d=16, dv=5)
     half, full = evaluate(x, impl), evaluate(x, impl, FP32)
@@ -91,7 +95,7 @@ def test_half_precision_only_rounds_the_result(impl, dtype):
         (129, 256),
     ],
 )
-@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("impl", [*FAST, "windows 16"])
 def test_every_width(impl, d, dv):
     x = case(d, 5, 13, cols=6, d=d, dv=dv, dtype=FP32, eps=1e-6)
     truth, eager = evaluate(x, "reference", FP64), evaluate(x, "reference")
@@ -133,7 +137,7 @@ def test_a_duplicate_edge_adds_log_2_to_its_logit(impl, case):
         close(single, found[name], name)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", *FAST_WAYS])
 def test_self_loops_and_multigraphs_denser_than_complete(impl):
     """More edges than there are pairs of nodes; a single node with nothing but self loops."""
     for rows, cols, edges in ((2, 3, 40), (1, 1, 9), (1, 4, 33), (5, 1, 20)):
@@ -159,7 +163,7 @@ def test_rows_without_edges_give_zero(impl, case):
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("rows", "cols"), [(4, 4), (0, 0), (0, 3), (3, 0)])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", *FAST_WAYS])
 def test_no_edges_and_no_nodes(impl, rows, cols, biased):
     found = evaluate(case(0, rows, 0, cols=cols, biased=biased, eps=1e-6, clamped=True), impl)
     assert (found.pop("lse") == -torch.inf).all()
@@ -289,7 +293,7 @@ def test_weights_sum_to_one_and_the_output_is_their_mean(impl, case):
 
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=str)
 @pytest.mark.parametrize("size", [1.0, 1e3])
-@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("impl", FAST_WAYS)
 def test_constant_values_give_no_gradient_to_logits(impl, size, dtype):
     """However large the logits, whose rounding makes the recomputed weights miss 1."""
     x = case(5, 10, 70, dtype=dtype, scale=size / 8.0, biased=True, d=8)
@@ -320,7 +324,7 @@ def test_linear_in_the_values(impl, case):
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", *FAST_WAYS])
 def test_a_single_edge_copies_its_value(impl, dtype):
     x = case(1, 9, 9, heads=2, group=2, dtype=dtype, dv=10)
     order = torch.randperm(9, generator=x.generator).to(DEVICE)
@@ -360,7 +364,7 @@ def test_partitions_of_the_edges_merge_through_the_lse(impl, case):
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
-@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("impl", FAST_WAYS)
 def test_huge_logits(impl, size, eps):
     x = case(2, 8, 40, dtype=FP32, eps=eps, isolated=1)
     x = replace(x, bias=(x.bias + size))
@@ -372,7 +376,7 @@ def test_huge_logits(impl, size, eps):
 
 
 @pytest.mark.parametrize("twins", [1, 2, 3])
-@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("impl", FAST_WAYS)
 def test_huge_logits_far_apart(impl, twins):
     """One edge of a row takes all; where it is there twice or thrice, they share exactly.
 
@@ -389,7 +393,7 @@ def test_huge_logits_far_apart(impl, twins):
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, FP16], ids=str)
 @pytest.mark.parametrize("eps", [0.0, 0.5])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", *FAST_WAYS])
 def test_edges_of_minus_infinity_do_not_exist(impl, eps, dtype):
     """Single edges, one head of a row, and whole rows, which are then as rows without edges."""
     x = case(7, 8, 60, dtype=dtype, eps=eps, biased=True)
@@ -446,7 +450,7 @@ def test_heads_are_independent(impl, case):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["q", "k", "v", "bias", "do", "dlse"])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", *FAST_WAYS])
 def test_nan_and_infinity_stay_with_the_rows_that_use_them(impl, where, value):
     x = case(4, 12, 30, cols=14, dtype=FP32, eps=1e-6, clamped=True, isolated=1)
     clean = evaluate(x, impl)
@@ -469,7 +473,11 @@ def test_nan_and_infinity_stay_with_the_rows_that_use_them(impl, where, value):
     hit = {"o": row_hit, "lse": row_hit, "dq": row_hit, "dk": col_hit, "dv": col_hit}
     hit |= {"weights": row_hit[target], "dbias": row_hit[target]}
     for name, y in found.items():
-        assert torch.equal(y[~hit[name]], clean[name][~hit[name]]), name
+        untouched, before = y[~hit[name]], clean[name][~hit[name]]
+        if impl == "windows 64":  # computed again, column by column: the sums' order is another
+            close(untouched, before, name, 1e-5)
+        else:
+            assert torch.equal(untouched, before), name
     if math.isnan(value) and where in ("q", "k", "v", "bias"):
         assert found["o"][row_hit].isnan().all()
     if math.isnan(value) and where in ("q", "k", "bias"):
@@ -514,7 +522,7 @@ def test_clamp_holds_at_exactly_five(impl, clamp):
 
 
 @pytest.mark.parametrize("clamp", [(-math.inf, 0.2), (-0.2, math.inf), (0.1, 0.1), 0.0])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", *FAST_WAYS])
 def test_one_sided_and_closed_clamps(impl, clamp):
     x = case(6, 8, 30, biased=True)
     wanted = clamp if isinstance(clamp, tuple) else (-clamp, clamp)
@@ -523,7 +531,7 @@ def test_one_sided_and_closed_clamps(impl, clamp):
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", *FAST_WAYS])
 def test_eps_is_added_to_the_sum_of_the_plain_exponentials(impl, eps):
     x = case(8, 7, 25, eps=eps, isolated=1)
     o, lse, weights = attend(x, impl)
@@ -585,7 +593,7 @@ def test_eps_with_very_negative_logits(impl, dtype):
         assert found == pytest.approx(2 * z / (z + eps), rel=1e-2 if dtype == FP16 else 1e-4)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", *FAST_WAYS])
 def test_rows_that_attend_to_nothing_ignore_their_values(impl):
     x = case(7, 8, 40, dtype=FP32)
     row = x.target[0]
@@ -605,7 +613,7 @@ def test_the_reference_has_the_same_defaults():
         close(direct, neighborhood_attention(*args, impl=FAST[0], **options))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", *FAST_WAYS])
 def test_a_scale_of_zero_is_taken_at_its_word(impl):
     x = case(6, 8, 30, scale=0.0)
     all_close(evaluate(x, impl), loops(x))

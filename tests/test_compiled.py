@@ -51,3 +51,32 @@ def test_rows_are_loaded_16_bytes_at_a_time(report):
         # fewer than the program's threads take at 16 bytes each
         if "_d10_" not in name and "uneven" not in name:
             assert used["wide_loads"] >= 2, f"{name}: k and v are not loaded 16 bytes at a time"
+
+
+def test_every_program_fits_on_a_processor(report):
+    found, _ = report
+    for name, used in found.items():
+        assert used["resident_warps"], f"{name} takes {used['shared']} bytes of shared memory"
+
+
+def test_a_step_loads_what_the_design_says(report):
+    found, budget = report
+    for name, used in found.items():
+        # for each query head, k and v are asked for by neighbouring lanes: one load serves them
+        if not ("gqa_h" in name and ("fwd" in name or "dq" in name)):
+            assert used["step_bytes"] <= 1.1 * used["step_bytes_design"], name
+        assert used["step_bytes"] <= budget[name]["step_bytes"], name
+        assert used["row_load"] >= budget[name]["row_load"], name
+
+
+def test_windows_are_multiplied_on_tensor_cores(report, request):
+    found, _ = report
+    target = request.node.callspec.params["report"]
+    for name, used in found.items():
+        if "/windows" not in name:
+            continue
+        # sm_100 has no tensor-core products of float64 that Triton knows
+        if not (target == "sm_100" and "fp64" in name):
+            assert used["tensor_core_products"], name
+        if target == "sm_90" and "_16_" not in name and "_32_" not in name and "fp64" not in name:
+            assert used["wgmma"] == used["tensor_core_products"], name

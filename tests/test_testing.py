@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention_cases import DEVICE
 
-from fastgt.testing import assert_as_accurate, random_batch
+from fastgt.testing import PROBLEMS, assert_as_accurate, random_batch
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,49 @@ def test_random_batches_have_their_graphs():
     graph = random_batch(0, [(4, 9), (0, 0), (3, 5)], device=DEVICE)
     assert graph.graph_ptr.tolist() == [0, 4, 4, 7]
     assert graph.num_edges == 14
+
+
+# rows, edges, graphs
+SIZES = {
+    "power_law": (20_000, 300_000, 1),
+    "molecules": (2_944, 6_400, 128),
+    "pattern": (3_813, 194_254, 32),
+    "superpixels": (14_807, 118_456, 32),
+    "rmat": (32_768, 468_117, 1),
+    "mesh": (16_384, 98_250, 1),
+    "cora": (2_708, 10_556, 1),
+    "citeseer": (3_327, 9_228, 1),
+    "amazon_computers": (13_752, 491_722, 1),
+    "debian": (63_436, 661_326, 1),
+    "tolokers": (11_758, 1_038_000, 1),
+    "minesweeper": (10_000, 78_804, 1),
+    "actor": (7_600, 53_318, 1),
+    "squirrel": (2_223, 46_998, 1),
+    "moby": (103_305, 3_566_702, 1),
+    "zinc": (2_865, 6_140, 128),
+    "dd": (18_811, 94_800, 64),
+    "power10k": (10_000, 2 * 12_706, 1),
+    "power70k": (70_000, 2 * 88_207, 1),
+    "flights": (229, 600_000, 1),
+}
+DIRECTED = {"power_law", "molecules", "superpixels", "rmat", "squirrel", "flights"}
+MULTIGRAPHS = {"power_law", "molecules", "power10k", "power70k", "flights"}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_problems_are_what_they_say(name):
+    try:
+        graph = PROBLEMS[name].load()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    assert (graph.num_rows, graph.num_edges, graph.num_graphs) == SIZES[name]
+    n = graph.num_rows
+    row, col = graph.row.long(), graph.col.long()
+    there, back = (row * n + col).sort().values, (col * n + row).sort().values
+    assert torch.equal(there, back) == (name not in DIRECTED)
+    assert bool((there.diff() > 0).all()) == (name not in MULTIGRAPHS)
+    if graph.num_graphs > 1:
+        assert (graph.graph_ptr.diff() > 1).all()
+    again = PROBLEMS[name].load()
+    assert torch.equal(again.row_ptr, graph.row_ptr)
+    assert torch.equal(again.col, graph.col)

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastgt import reference
-from fastgt.graph import ColumnWalk, Graph
+from fastgt.graph import Graph
 from fastgt.ops._impl import Impl, choose, require_triton
+from fastgt.tiles import HEIGHTS, Plan
 
 MAX_WIDTH = 256
 
@@ -69,7 +70,7 @@ def neighborhood_attention(
 
     Raises:
         TypeError, ValueError: An argument does not fit; its name and both numbers are given.
-        RuntimeError: ``impl`` cannot run here.
+        RuntimeError: ``impl``, or the graph's plan, cannot run here.
 
     Source:
         Vaswani et al., arXiv 1706.03762, eq. 1, over neighbourhoods; with ``logit_clamp=5``
@@ -115,13 +116,17 @@ def neighborhood_attention(
         forward_ad.unpack_dual(x).tangent is not None for x in tensors
     ):
         raise NotImplementedError("forward-mode derivatives are taken by impl='reference' only")
+    plan = _plan(impl, graph, q, v)
     settings = (scale, low, high, denominator_eps)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        rows, columns = _rows(graph, plan), _columns(graph, plan)
         o, lse, weights = _Attention.apply(
-            q, k, v, edge_bias, graph, graph.columns, settings, return_weights, impl
+            q, k, v, edge_bias, graph, plan, rows, columns, settings, return_weights
         )
     else:
-        o, lse, weights = _fwd(impl, q, k, v, edge_bias, *_rows(graph), *settings, return_weights)
+        path, height, _ = plan
+        rows = _rows(graph, plan)
+        o, lse, weights = _fwd(path, height, q, k, v, edge_bias, rows, *settings, return_weights)
     extras = [x for x, asked in ((lse, return_lse), (weights, return_weights)) if asked]
     return (o, *extras) if extras else o
 
@@ -231,21 +236,26 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         edge_bias: Tensor | None,
         graph: Graph,
-        columns: ColumnWalk,
+        plan: Plan,
+        rows: tuple[Tensor, ...],
+        columns: tuple[Tensor, ...],
         settings: tuple[float, float, float, float],
         return_weights: bool,
-        impl: Impl,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        o, lse, weights = _fwd(impl, q, k, v, edge_bias, *_rows(graph), *settings, return_weights)
-        ctx.save_for_backward(q, k, v, edge_bias, lse)
-        ctx.graph, ctx.columns, ctx.settings, ctx.impl = graph, columns, settings, impl
+        path, height, _ = plan
+        o, lse, weights = _fwd(path, height, q, k, v, edge_bias, rows, *settings, return_weights)
+        # only windows need the output: a first guess at the row's mean gradient
+        kept = o if height else None
+        ctx.save_for_backward(q, k, v, edge_bias, lse, kept)
+        ctx.graph, ctx.plan, ctx.rows, ctx.columns = graph, plan, rows, columns
+        ctx.settings = settings
         ctx.mark_non_differentiable(weights)
         ctx.set_materialize_grads(False)
         return o, lse, weights
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> tuple:
-        q, k, v, edge_bias, lse = ctx.saved_tensors
+        q, k, v, edge_bias, lse, o = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable
@@ -253,12 +263,11 @@ class _Attention(torch.autograd.Function):
         else:
             if do is None:
                 do = q.new_zeros(()).expand(*q.shape[:2], v.shape[2])
-            walks = (*_rows(ctx.graph), *ctx.columns)
-            args = (do, dlse, q, k, v, edge_bias, lse, *walks, *ctx.settings, *needs)
-            grads = [
-                x if need else None for x, need in zip(_bwd(ctx.impl, *args), needs, strict=True)
-            ]
-        return (*grads, None, None, None, None, None)
+            path, height, _ = ctx.plan
+            args = (do, dlse, q, k, v, edge_bias, lse, o, ctx.rows, ctx.columns)
+            found = _bwd(path, height, *args, *ctx.settings, *needs)
+            grads = [x if need else None for x, need in zip(found, needs, strict=True)]
+        return (*grads, None, None, None, None, None, None)
 
 
 def _reference_grads(
@@ -307,61 +316,108 @@ def _reference_grads(
     return [next(found) if need else None for need in needs]
 
 
-def _rows(graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
-    return graph.row_ptr, graph.col, graph.edge
+_CPU = Plan("torch", 0, "")
 
 
+def _plan(impl: Impl, graph: Graph, q: Tensor, v: Tensor) -> Plan:
+    if impl == "triton":
+        plan = graph.choose(q.shape[2], q.dtype)
+        size = max(q.shape[2], v.shape[2]) * q.element_size()
+        # what fits on every target: tensor memory, shared memory, registers
+        most = (2**15 if q.element_size() == 2 else 2**14) // size
+        if plan.height > most:
+            fitting = [str(h) for h in HEIGHTS if h <= most] or ["no height, but path='gather'"]
+            raise RuntimeError(
+                f"path {plan.path!r} with height {plan.height} does not fit on a processor with "
+                f"heads of {size} bytes: plan for {fitting[-1]}"
+            )
+        return plan
+    if graph.choice is not None and graph.choice.height:
+        raise RuntimeError(
+            f"the graph is planned for {graph.choice.path!r}, which impl='torch' does not have: "
+            "use graph.plan() or impl='triton'"
+        )
+    return _CPU
+
+
+def _rows(graph: Graph, plan: Plan) -> tuple[Tensor, ...]:
+    if plan.path == "torch":
+        return graph.row_ptr, graph.col, graph.edge
+    return graph.row_walk(plan)
+
+
+def _columns(graph: Graph, plan: Plan) -> tuple[Tensor, ...]:
+    return graph.columns if plan.path == "torch" else graph.column_walk(plan)
+
+
+# path is "torch" (on a CPU) or one of Triton's; rows and columns are what it walks
 _SETTINGS = "float scale, float low, float high, float eps"
 torch.library.define(
     "fastgt::attention_fwd",
-    "(str impl, Tensor q, Tensor k, Tensor v, Tensor? edge_bias, Tensor row_ptr, Tensor col,"
-    f" Tensor edge, {_SETTINGS}, bool return_weights) -> (Tensor o, Tensor lse, Tensor weights)",
+    "(str path, int height, Tensor q, Tensor k, Tensor v, Tensor? edge_bias, Tensor[] rows,"
+    f" {_SETTINGS}, bool return_weights) -> (Tensor o, Tensor lse, Tensor weights)",
 )
 torch.library.define(
     "fastgt::attention_bwd",
-    "(str impl, Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? edge_bias,"
-    " Tensor lse, Tensor row_ptr, Tensor col, Tensor edge, Tensor col_ptr, Tensor col_row,"
-    f" Tensor col_slot, Tensor col_edge, {_SETTINGS}, bool need_q, bool need_k, bool need_v,"
-    " bool need_bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    "(str path, int height, Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v,"
+    " Tensor? edge_bias, Tensor lse, Tensor? o, Tensor[] rows, Tensor[] columns,"
+    f" {_SETTINGS}, bool need_q, bool need_k, bool need_v, bool need_bias)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
 )
 
 
 @torch.library.register_fake("fastgt::attention_fwd")
-def _(impl, q, k, v, edge_bias, row_ptr, col, edge, scale, low, high, eps, return_weights):  # type: ignore[no-untyped-def]
+def _(path, height, q, k, v, edge_bias, rows, scale, low, high, eps, return_weights):  # type: ignore[no-untyped-def]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return (
         q.new_empty(q.shape[0], q.shape[1], v.shape[2]),
         q.new_empty(q.shape[0], q.shape[1], dtype=wide),
-        q.new_empty(col.shape[0] if return_weights else 0, q.shape[1]),
+        q.new_empty(rows[1].shape[0] if return_weights else 0, q.shape[1]),
     )
 
 
 @torch.library.register_fake("fastgt::attention_bwd")
-def _(impl, do, dlse, q, k, v, edge_bias, lse, row_ptr, col, *rest):  # type: ignore[no-untyped-def]
+def _(path, height, do, dlse, q, k, v, edge_bias, lse, o, rows, columns, *rest):  # type: ignore[no-untyped-def]
     need_q, need_k, need_v, need_bias = rest[-4:]
     return (
         q.new_empty(q.shape if need_q else (0,)),
         q.new_empty(k.shape if need_k else (0,)),
         q.new_empty(v.shape if need_v else (0,)),
-        q.new_empty((col.shape[0], q.shape[1]) if need_bias else (0,)),
+        q.new_empty((rows[1].shape[0], q.shape[1]) if need_bias else (0,)),
     )
 
 
-def _launch_fwd(impl: Impl, q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if impl == "triton":
-        require_triton(q)
-        from fastgt.kernels.attention import attention_fwd
-    else:
-        from fastgt.cpu.attention import attention_fwd
-    return attention_fwd(q, *args)
+def _launch_fwd(
+    path: str, height: int, q: Tensor, k: Any, v: Any, edge_bias: Any, rows: Any, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if path == "torch":
+        from fastgt.cpu import attention
+
+        return attention.attention_fwd(q, k, v, edge_bias, *rows, *settings)
+    require_triton(q)
+    if height:
+        from fastgt.kernels.attention_windows import windows_fwd
+
+        return windows_fwd(q, k, v, edge_bias, rows, height, path == "graphs", *settings)
+    from fastgt.kernels.attention import attention_fwd
+
+    return attention_fwd(q, k, v, edge_bias, rows, *settings)
 
 
-def _launch_bwd(impl: Impl, do: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if impl == "triton":
-        from fastgt.kernels.attention import attention_bwd
-    else:
-        from fastgt.cpu.attention import attention_bwd
-    return attention_bwd(do, *args)
+def _launch_bwd(path: str, height: int, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # do, dlse, q, k, v, edge_bias, lse; o, which only windows need; the walks; the settings
+    inputs, (o, rows, columns), settings = args[:7], args[7:10], args[10:]
+    if path == "torch":
+        from fastgt.cpu import attention
+
+        return attention.attention_bwd(*inputs, *rows, *columns, *settings)
+    if height:
+        from fastgt.kernels.attention_windows import windows_bwd
+
+        return windows_bwd(*inputs, o, rows, columns, height, path == "graphs", *settings)
+    from fastgt.kernels.attention import attention_bwd
+
+    return attention_bwd(*inputs, rows, columns, *settings)
 
 
 torch.library.impl("fastgt::attention_fwd", "CompositeExplicitAutograd", _launch_fwd)

@@ -1,0 +1,81 @@
+"""What every kernel configuration takes on GPUs that need not be here, from compiling it.
+
+``fastgt report kernels`` compiles ahead of time (``fastgt.kernels.ahead``), minutes for a target:
+bytes loaded for an edge (windows: for an entry of one head; combining: for a segment) against what
+the design loads, 16-byte loads, the bytes of a row that a thread of the loop takes at once, tensor-
+core instructions and those of them that are Hopper's wgmma, registers, spilled bytes, shared
+memory, and warps that one processor holds. Nothing is launched: it says what a kernel asks for,
+not how long it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", choices=TARGETS, nargs="+", default=["sm_90"])
+    parser.add_argument("--only", default="", help="configurations with this in their name")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
+    from fastgt.kernels.ahead import compile_ahead
+
+    found = {}
+    for target in args.target:
+
+        def tell(case: str, target: str = target) -> None:
+            print(f"compiling {case} for {target}", file=sys.stderr, flush=True)
+
+        found[target] = compile_ahead(target, args.only, tell)
+        if not found[target]:
+            raise ValueError(f"--only {args.only}: no configuration has that in its name")
+        print(show(target, found[target]), end="\n\n", flush=True)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def show(target: str, kernels: dict[str, dict[str, int]]) -> str:
+    """One target's figures as a table for a terminal."""
+    from fastgt.kernels.resources import PROCESSORS
+
+    most = 4 * PROCESSORS[target].warps
+    wide = max(map(len, kernels))
+    lines = [
+        f"{target:{wide}} {'bytes':>6} {'design':>6} {'ratio':>5} {'16 B':>4} {'row':>3} "
+        f"{'dots':>5} {'wgmma':>5} {'regs':>4} {'stack':>5} {'shared':>6} {'warps':>9}"
+    ]
+    for name, k in kernels.items():
+        ratio = k["step_bytes"] / k["step_bytes_design"]
+        lines.append(
+            f"{name:{wide}} {k['step_bytes']:6} {k['step_bytes_design']:6} {ratio:5.2f} "
+            f"{k['wide_loads']:4} {k['row_load']:3} {k['tensor_core_products']:5} {k['wgmma']:5} "
+            f"{k['registers']:4} {k['stack']:5} {k['shared']:6} {k['resident_warps']:3} of {most}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments(parser)
+    try:
+        run(parser.parse_args())
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

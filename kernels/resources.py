@@ -1,0 +1,205 @@
+"""What a compiled kernel takes, read from what Triton compiled it to: nothing is launched.
+
+Bytes a step are counted in Triton's own code, before any target: every load inside the loops over
+edges, at the shape of its tile, padding included. The rare loops that compute a window again are
+left out: they are the only ones under a branch.
+"""
+
+import math
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+
+class Processor(NamedTuple):
+    """What one of a GPU's processors (SM, CU) holds; it is made of four parts."""
+
+    warps: int  # of a part
+    registers: int  # of a part, for each lane of a warp; given out by eights
+    shared: int
+    shared_reserved: int  # for each program
+    programs: int
+
+
+# NVIDIA: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability";
+# AMD: CDNA 3 instruction set, vector registers of a SIMD, and LDS of a CU
+PROCESSORS = {
+    "sm_80": Processor(16, 512, 164 * 1024, 1024, 32),
+    "sm_90": Processor(16, 512, 228 * 1024, 1024, 32),
+    "sm_100": Processor(16, 512, 228 * 1024, 1024, 32),
+    "gfx942": Processor(8, 512, 64 * 1024, 0, 16),
+}
+_TENSOR_COLUMNS = 512  # of sm_100's tensor memory
+
+
+def resources(kernel, meta: dict, target: str) -> dict[str, int]:
+    """Figures of one compiled kernel, launched with the constants ``meta``.
+
+    - ``registers`` of a thread, ``stack``: bytes spilled, ``shared`` bytes and ``warps`` of a
+      program; ``resident_warps`` of a processor: 0 where no program fits, it cannot be launched.
+    - ``wide_loads``: instructions that load 16 bytes; ``row_load``: most bytes that a thread takes
+      at once of a row of channels, in the loops over edges.
+    - ``tensor_core_products`` and, of those, ``wgmma``: instructions.
+    - ``step_bytes``: loaded in the loop for an edge (all heads of the program), an entry of a
+      window (one head) or a segment; ``step_bytes_design``: what has to be.
+    """
+    name = kernel.metadata.name.strip("_")
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+    if "amdgcn" in kernel.asm:
+        asm = kernel.asm["amdgcn"]
+        # vector registers of a wave; gfx942 spills to scratch ("private segment")
+        registers = int(re.search(r"\.vgpr_count: *(\d+)", asm)[1])
+        stack = int(re.search(r"\.private_segment_fixed_size: *(\d+)", asm)[1])
+        wide = len(re.findall(r"(?:global|buffer|flat)_load_dwordx4", asm))
+        products, wgmma = len(re.findall(r"v_mfma_", asm)), 0
+    else:
+        usage = _cuobjdump(kernel.asm["cubin"])
+        registers = int(re.search(r"REG:(\d+)", usage)[1])
+        stack = int(re.search(r"STACK:(\d+)", usage)[1])
+        ptx = kernel.asm["ptx"]
+        # into registers, or straight into shared memory
+        wide = len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx))
+        wide += len(re.findall(r"cp\.async\.\S+ .*, 0x10,", ptx))
+        products = len(re.findall(r"\s(?:mma|wgmma|tcgen05)\.(?:sync|mma)\S*", ptx))
+        wgmma = len(re.findall(r"\swgmma\.mma_async", ptx))
+    ttir = kernel.asm["ttir"]
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared": shared,
+        "warps": warps,
+        "resident_warps": _resident_warps(
+            PROCESSORS[target], registers, shared, getattr(kernel.metadata, "tmem_size", 0), warps
+        ),
+        "wide_loads": wide,
+        "row_load": _row_load(kernel.asm["ttgir"]),
+        "tensor_core_products": products,
+        "wgmma": wgmma,
+        "step_bytes": _step_bytes(ttir, meta),
+        "step_bytes_design": _designed_bytes(name, meta, _pointers(ttir)),
+    }
+
+
+def _resident_warps(on: Processor, registers: int, shared: int, tensor: int, warps: int) -> int:
+    """0 where not even one program fits: it could not be launched."""
+    by_registers = min(on.warps, on.registers // (-(-registers // 8) * 8))
+    programs = min(on.programs, 4 * by_registers // warps)
+    programs = min(programs, on.shared // max(1, shared + on.shared_reserved))
+    return warps * min(programs, _TENSOR_COLUMNS // max(1, tensor))
+
+
+def _step_bytes(ttir: str, meta: dict) -> int:
+    """Bytes loaded by a step of the loop over edges that loads most, for each of its edges."""
+    steps = meta.get("BLOCK_R", 1) * meta.get("BLOCK_E", 1)
+    steps *= meta.get("BLOCK_N", 1) * meta.get("BLOCK_S", 1)
+    loads = re.compile(r"tt\.load .*: (?:tensor<([\dx]+)x)?!tt\.ptr<(\w+)>")
+    total: dict[int, int] = {}
+    for loop, times, line in _looped(ttir):
+        if found := loads.search(line):
+            size = math.prod(int(n) for n in (found[1] or "1").split("x")) * _size(found[2])
+            total[loop] = total.get(loop, 0) + times * size
+    return -(-max(total.values(), default=0) // steps)
+
+
+def _row_load(ttgir: str) -> int:
+    """Most bytes that a thread takes at once of a tile of rows, inside the loops over edges."""
+    # elements of the last dimension that a thread has next to each other
+    held = {
+        name: int(last)
+        for name, last in re.findall(r"^(#\w+) = .*sizePerThread = \[.*?(\d+)\]", ttgir, re.M)
+    }
+    tile = re.compile(
+        r"(?:tt|amdg|ttg)\.\w*(?:load|global_to_local)\w* .*"
+        r": tensor<(?:\d+x){2,4}(?:!tt\.ptr<)?(\w+)>?, (#\w+)>"
+    )
+    widest = 0
+    for _, _, line in _looped(ttgir):
+        if "local_load" in line or not (found := tile.search(line)):
+            continue
+        contiguity = re.search(r"contiguity = (\d+)", line)
+        count = int(contiguity[1]) if contiguity else held.get(found[2], 1)
+        widest = max(widest, min(16, count * _size(found[1])))
+    return widest
+
+
+def _looped(code: str):
+    """-> (loop over edges, how often a step of it comes here, line) for the lines in such loops.
+
+    Loops between constants, over the query heads of a key head, are part of a step if inside.
+    """
+    constants = dict(re.findall(r"^ *%(\S+) = arith\.constant (-?\d+) : i", code, re.M))
+    head = re.compile(r"scf\.for %\S+ = %(\S+) to %(\S+) step %(\S+)")
+    nest: list[tuple[int, int | None, int]] = []  # indentation, number of the loop, its trips
+    for number, line in enumerate(code.splitlines()):
+        indent = len(line) - len(line.lstrip())
+        while nest and indent <= nest[-1][0] and "} else {" not in line:
+            nest.pop()
+        if "scf.if" in line:
+            nest.append((indent, None, 0))
+        elif found := head.search(line):
+            bounds = [constants.get(name) for name in found.groups()]
+            if None in bounds:
+                nest.append((indent, number, 0))
+            else:
+                begin, end, step = map(int, bounds)
+                nest.append((indent, None, max(1, -(-(end - begin) // step))))
+        else:
+            branches = any(loop is None and not trips for _, loop, trips in nest)
+            edges = [i for i, (_, loop, _) in enumerate(nest) if loop is not None]
+            if edges and not branches:
+                inside = nest[edges[-1] + 1 :]
+                yield nest[edges[-1]][1], math.prod(trips for _, _, trips in inside), line
+
+
+def _designed_bytes(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
+    """What a step has to load for an edge, an entry of a window or a segment.
+
+    Rows of channels once for each key head, indices, per-row numbers of the column pass, bias.
+    """
+    heads, group = meta.get("BLOCK_H", 1), meta.get("GROUP", 1)
+    if kernel.startswith("combine"):
+        channels = {
+            "combine_outputs_kernel": meta.get("BLOCK_DV", 0) + 2,
+            "combine_rows_kernel": 2 * meta.get("BLOCK_D", 0) + 2,
+            "combine_columns_kernel": meta.get("BLOCK_D", 0),
+        }
+        return heads * channels[kernel] * pointers["part_ptr"]
+    index, item = pointers["edge_ptr"], pointers["k_ptr"]
+    row = (meta["BLOCK_D"] + meta.get("BLOCK_DV", 0)) * item
+    columns = kernel.endswith("dkv_kernel")
+    has_edges = meta["HAS_BIAS"] or meta.get("NEED_BIAS") or "weights" in kernel
+    if columns:
+        row += 3 * pointers["lse_ptr"]  # and w and gamma
+    if "BLOCK_N" in meta:
+        total = row + pointers["bits_ptr"] + (0 if meta["DENSE"] else index)
+        if has_edges:
+            # each bit's edge, the first one's number beside the bits
+            total += index + meta["BLOCK_M"] * (index + item * meta["HAS_BIAS"])
+        return total
+    query_heads = heads * (group if columns else 1)
+    key_heads = query_heads if columns else max(1, heads // group)
+    return key_heads * row + index * (2 if has_edges else 1) + query_heads * item * meta["HAS_BIAS"]
+
+
+def _pointers(ttir: str) -> dict[str, int]:
+    """Bytes of an element behind each pointer argument."""
+    return {name: _size(kind) for name, kind in re.findall(r"%(\w+): !tt\.ptr<(\w+)>", ttir)}
+
+
+def _size(kind: str) -> int:
+    return max(1, int(re.sub(r"\D", "", kind)) // 8)
+
+
+def _cuobjdump(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(cubin)
+        return subprocess.run(
+            [tool, "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout

@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+GRAPHS = zinc cora citeseer actor squirrel minesweeper power10k power70k amazon_computers tolokers \
+  dd flights debian moby
+ORDERED = cora mesh amazon_computers tolokers debian moby power_law
 
 .PHONY: setup test-setup demo test bench budget lint clean
 
@@ -21,6 +24,10 @@ test: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m fastgt.bench.attention --problem power_law --problem debian --problem molecules \
 	  --json bench/results/attention-cpu.json
+	$(BIN)/python -m fastgt.bench.attention $(GRAPHS:%=--problem %) --json bench/results/graphs-cpu.json
+	$(BIN)/python -m fastgt.bench.reordering $(ORDERED:%=--problem %) \
+	  --json bench/results/reordering-cpu.json
+	$(BIN)/python -m fastgt.bench.traffic --json bench/results/traffic.json
 	$(BIN)/python -m fastgt.bench.render
 
 budget: $(VENV)/test.stamp

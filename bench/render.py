@@ -26,6 +26,12 @@ def rendered(readme: str) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
+    if "ratio_to_design" in rows[0]:
+        return _traffic(rows)
+    if "reorder_s" in rows[0]:
+        return _reordering(rows)
+    if len({row["problem"] for row in rows}) > 5:
+        return _overview(rows)
     lines = []
     problem = None
     for row in rows:
@@ -55,6 +61,72 @@ def _line(row: dict[str, Any]) -> str:
     forward, both = row["forward_peak_bytes"] / 1e6, row["both_peak_bytes"] / 1e6
     cells.append(f"{forward:.0f} / {both:.0f} MB")
     return f"| {' | '.join(cells)} |"
+
+
+def _overview(rows: list[dict[str, Any]]) -> str:
+    """One line a problem: ours, and how many times longer PyG takes."""
+    first = rows[0]
+    lines = [
+        f"H={first['heads']}, D={first['width']}, {first['dtype']}; {first['device']}, "
+        f"torch {first['torch']}, {first['date']}, commit {first['commit']}.",
+        "",
+        "| graph | nodes | edges | forward | forward + backward | PyG: forward | both | memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ours = {row["problem"]: row for row in rows if row["provider"] == "fastgt"}
+    for row in rows:
+        if row["provider"] != "pyg":
+            continue
+        mine = ours[row["problem"]]
+        cells = [f"`{row['problem']}`", f"{row['rows']:,}", f"{row['edges']:,}"]
+        cells += [f"{mine[part] * 1e3:.1f} ms" for part in ("forward_s", "both_s")]
+        cells += [f"{row[part]:.1f}x" for part in ("forward_x", "both_x")]
+        cells.append(f"{row['both_peak_bytes'] / mine['both_peak_bytes']:.0f}x")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _traffic(rows: list[dict[str, Any]]) -> str:
+    """Predicted times of the two paths on one device, heads of 128 channels."""
+    lines = [
+        "| graph | edges | rho16 / rho64 | gather | windows or graphs |",
+        "|---|---|---|---|---|",
+    ]
+    shape = [row for row in rows if row["width"] == 128]
+    for name in dict.fromkeys(row["problem"] for row in shape):
+        found: dict[str, dict[str, Any]] = {}
+        for row in shape:
+            if row["problem"] == name:
+                tiled = row["plan"].startswith(("windows", "graphs"))
+                found["windows" if tiled else "gather"] = row
+        row = next(iter(found.values()))
+        cells = [f"`{name}`", f"{row['edges']:,}", f"{row['rho16']:.1f} / {row['rho64']:.1f}"]
+        for path in ("gather", "windows"):
+            ms = found[path]["predicted_ms"]["H200"] if path in found else None
+            cells.append(f"{ms['forward']:.3f} / {ms['backward']:.3f} ms" if ms else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _reordering(rows: list[dict[str, Any]]) -> str:
+    """rho64 in every order, and what finding the order costs."""
+    orders = list(dict.fromkeys(row["node_order"] for row in rows))
+    first = rows[0]
+    lines = [
+        f"{first['device']}, {first['date']}, commit {first['commit']}.",
+        "",
+        f"| graph | {' | '.join(orders)} |",
+        f"|---|{'---|' * len(orders)}",
+    ]
+    for name in dict.fromkeys(row["problem"] for row in rows):
+        found = {row["node_order"]: row for row in rows if row["problem"] == name}
+        cells = [f"`{name}`"]
+        for order in orders:
+            row = found.get(order)
+            cost = f" ({row['reorder_s']:.2f} s)" if row and row["reorder_s"] else ""
+            cells.append(f"{row['rho64']:.2f}{cost}" if row else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -377,11 +377,15 @@ class Graph:
         if plan is None:
             if torch.compiler.is_compiling() or self.device.type == "meta":
                 return tiles.UNPREPARED
-            ends = self.graph_ptr, self.col_graph_ptr
-            plan = tiles.choose(self.row_ptr, self.col, self.num_cols, *ends, width, dtype)
+            walk = self.row_ptr, self.col, self.num_cols
+            ends, whole = (self.graph_ptr, self.col_graph_ptr), [0, -1]
+            plan = tiles.choose(*walk, *ends, width, dtype)
+            if plan.path == "graphs" and self._windows(plan.path, plan.height) is None:
+                # an edge stands there twice, which windows across graphs can hold
+                plan = tiles.choose(*walk, ends[0][whole], ends[1][whole], width, dtype)
             # a choice that is kept is prepared: it may be compiled from now on
-            if plan.height and self._windows(plan.path, plan.height) is None:
-                plan = Plan("gather", 0, "auto: an edge stands there twice")
+            if plan.height:
+                self._tables(plan)
             self._cache[width, dtype] = plan
         return plan
 
@@ -471,7 +475,8 @@ class Graph:
             graph_ptr=move(self.graph_ptr),
             col_graph_ptr=move(self.col_graph_ptr),
             order=None if self.order is None else move(self.order),
-            # choices are made for a device
+            # choices are made for a device, unless the user named one
+            choice=self.choice if self.choice and self.choice.reason == "named" else None,
             _cache={key: _each(move, x) for key, x in self._cache.items() if key.__class__ is str},
         )
 

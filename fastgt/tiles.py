@@ -124,25 +124,35 @@ def choose(
     dtype and device. A table row that no device has measured follows a model of the tensor cores'
     rate against the bandwidth, and says so.
     """
-    least, source = _least_rho(width, dtype, _capability(ptr.device))
-    if least is None:
+    least, source = _least_rho(width, dtype, capability(ptr.device))
+    height = tallest(width, dtype.itemsize)
+    if least is None or not height:
         return Plan("gather", 0, f"auto: {source}")
     plan = None
     ends = torch.stack([graph_ptr.diff().max(), col_graph_ptr.diff().max()]).tolist()
     if graph_ptr.shape[0] > 2 and max(ends) <= DENSE_NODES:
-        rho = index.numel() / max(1, _dense_entries(graph_ptr, col_graph_ptr, 64))
+        rho = index.numel() / max(1, _dense_entries(graph_ptr, col_graph_ptr, height))
         if rho >= least:
-            plan = Plan("graphs", 64, f"auto: {rho:.1f} edges a column >= {least}, {source}")
+            plan = Plan("graphs", height, f"auto: {rho:.1f} edges a column >= {least}, {source}")
     if plan is None:
         rho = sampled_density(ptr, index, num_cols)
         if rho < least:
             return Plan("gather", 0, f"auto: rho64 {rho:.2f} < {least}, {source}")
-        plan = Plan("windows", 64, f"auto: rho64 {rho:.2f} >= {least}, {source}")
+        plan = Plan("windows", height, f"auto: rho64 {rho:.2f} >= {least}, {source}")
     try:
-        check_fits(plan.path, 64, index.numel(), graph_ptr, col_graph_ptr, index.dtype)
+        check_fits(plan.path, height, index.numel(), graph_ptr, col_graph_ptr, index.dtype)
     except RuntimeError as error:
         return Plan("gather", 0, f"auto: {error}")
     return plan
+
+
+def tallest(width: int, itemsize: int) -> int:
+    """Rows of the largest window that fits on a processor with such heads; 0 where none does.
+
+    What fits on every target that is compiled for: registers, shared and tensor memory.
+    """
+    most = (2**15 if itemsize == 2 else 2**14) // (width * itemsize)
+    return 64 if most >= 64 else 32 if most >= 32 else 16 if most >= 16 else 0
 
 
 def check_fits(
@@ -215,7 +225,8 @@ def _table() -> list[dict]:
     return json.loads((files("fastgt.data") / "plans.json").read_text())
 
 
-def _capability(device: torch.device) -> str:
+def capability(device: torch.device) -> str:
+    """The architecture that rows of the plan table name."""
     if device.type != "cuda":
         return "none"
     if torch.version.hip:

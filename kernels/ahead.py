@@ -130,7 +130,7 @@ def _launch_attention(case: AttentionCase) -> None:
         windows_bwd(*inputs, (*walk, *tables), tables, *how, *numbers, *needs)
         return
     if case.buckets:
-        rows, parts = index[:FILLERS + 2], index.new_zeros(FILLERS + 2, 3)
+        rows, parts = index[: FILLERS + 2], index.new_zeros(FILLERS + 2, 3)
         walk = *walk, rows, rows, parts, parts
     o, lse, _ = attention_fwd(q, k, v, bias, walk, *numbers, case.weights)
     inputs = o, lse if case.bias else None, q, k, v, bias, lse

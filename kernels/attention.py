@@ -341,9 +341,7 @@ def _attention_bwd_dkv_kernel(
                 store_heads(dv_part_ptr, part, live, kv_head, H_KV, DV, BLOCK_DV, col_dv[:, None])
             mine = mine & (col < 0)  # nothing else is stored
     if NEED_K:
-        store_heads(
-            dk_ptr, col[:, None], mine[:, None], kv_head, H_KV, D, BLOCK_D, col_dk[:, None]
-        )
+        store_heads(dk_ptr, col[:, None], mine[:, None], kv_head, H_KV, D, BLOCK_D, col_dk[:, None])
     if NEED_V:
         store_heads(
             dv_ptr, col[:, None], mine[:, None], kv_head, H_KV, DV, BLOCK_DV, col_dv[:, None]

@@ -484,7 +484,7 @@ def windows_fwd(
     o = q.new_empty(n, heads, v.shape[2])
     lse = q.new_empty(n, heads, dtype=accumulator(q))
     weights = q.new_empty(rows[1].shape[0] if return_weights else 0, heads)
-    meta = _plan("fwd", q, k, v, (q, k, v), height, dense)
+    meta = _plan("fwd", q, k, v, (q, k, v), height, dense, edge_bias is not None or return_weights)
     _windows_fwd_kernel[(tables[0].shape[0] * heads,)](
         q, k, v, edge_bias, o, lse, weights, *tables,
         q.stride(), k.stride(), v.stride(), _stride(edge_bias),
@@ -509,7 +509,7 @@ def windows_bwd(
     shared = {"CLAMP": _clamps(low, high), "HAS_BIAS": edge_bias is not None}
     strides = q.stride(), k.stride(), v.stride(), _stride(edge_bias), do.stride()
     tables = rows[3:]
-    shared |= _plan("bwd", q, k, v, (q, k, v, do), height, dense)
+    shared |= _plan("bwd", q, k, v, (q, k, v, do), height, dense, edge_bias is not None)
     _windows_bwd_dq_kernel[(tables[0].shape[0] * heads,)](
         q, k, v, edge_bias, do, dlse, lse, o, dq, wgamma, *tables,
         *strides, o.stride(), _stride(dlse),
@@ -525,10 +525,10 @@ def windows_bwd(
     return dq, dk, dv, dbias
 
 
-def _plan(direction, q, k, v, aligned, height, dense):
+def _plan(direction, q, k, v, aligned, height, dense, edges):
     # a dot product takes at least 16 channels
     block_d, block_dv = (max(16, power_of_2(x.shape[2])) for x in (q, v))
-    tile = window_tile(direction, max(block_d, block_dv), q.element_size())
+    tile = window_tile(direction, max(block_d, block_dv), q.element_size(), edges)
     align = 16 // q.element_size()
     for x in aligned:
         node, head, channel = x.stride()

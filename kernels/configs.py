@@ -67,11 +67,17 @@ _WINDOW_TILES = {
 
 
 @cache
-def window_tile(direction: str, width: int, itemsize: int) -> WindowTile:
-    """Tile of the "fwd" or "bwd" passes over windows, whatever their height."""
+def window_tile(direction: str, width: int, itemsize: int, edges: bool) -> WindowTile:
+    """Tile of the "fwd" or "bwd" passes over windows, whatever their height.
+
+    Where edge tensors are read or written too (``edges``), half as many columns: finding the edges
+    takes registers.
+    """
     size = width * itemsize
     key = min((k for k in _WINDOW_TILES if k[0] >= size and k[1] == direction), default=None)
     block_n, num_warps = _WINDOW_TILES[key or (1024, direction)]
+    if edges:
+        block_n = max(16, block_n // 2)
     # beyond 256 bytes, loads ahead would take the shared memory of a whole processor
     return WindowTile(block_n, num_warps, 2 if size <= 256 else 1)
 

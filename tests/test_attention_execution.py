@@ -18,15 +18,16 @@ from attention_cases import (
     FP64,
     IMPLS,
     LAYOUTS,
+    PLANS,
     all_close,
     arrange,
-    attend,
     case,
     evaluate,
     loops,
     same_bits,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastgt
@@ -517,3 +518,70 @@ def test_sums_over_a_huge_hub_are_accurate(edges, seed, turned):
     for name, found in evaluate(x, FAST[0]).items():
         factor = 2.0 if name in ("o", "lse", "weights") else 3.0
         assert_as_accurate(found, eager[name], truth[name], name, factor)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_nothing_waits_for_the_device(plan):
+    """Launchers allocate and launch: no value comes back, so a CUDA graph can capture them."""
+    pytest.importorskip("triton")
+    from fastgt.ops import attention as ops
+
+    x = case(1, 20, 90, heads=2, group=2, d=8, dv=8, dtype=FP32, plan=plan)
+    chosen = x.graph.choose(8, FP32)
+    rows, columns = x.graph.row_walk(chosen), x.graph.column_walk(chosen)
+    how, settings = chosen[:2], (0.3, -1.0, 1.0, 1e-6)
+    with Calls() as calls:
+        o, lse, _ = ops._launch_fwd(*how, x.q, x.k, x.v, x.bias, rows, *settings, True)
+        inputs = x.do, x.dlse, x.q, x.k, x.v, x.bias, lse, o
+        ops._launch_bwd(*how, *inputs, rows, columns, *settings, *(True,) * 4)
+    # the interpreter copies arguments and results; of the launchers only allocations remain
+    assert not {"_local_scalar_dense", "nonzero", "item", "unique", "sort"} & calls.names
+    assert "new_empty" in calls.names
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="captures are CUDA's")
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_cuda_graph_replays_with_new_data(plan):
+    x = case(1, 40, 300, kind="hub", heads=2, d=16, dv=16, dtype=FP32, plan=plan)
+    x.graph.choose(16, FP32)
+    names = ("q", "k", "v", "bias", "do", "dlse")
+    still = replace(x, **{name: getattr(x, name).clone() for name in names})
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        evaluate(still, "triton")
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        found = evaluate(still, "triton")
+    for seed in (2, 3):
+        y = case(seed, 40, 300, heads=2, d=16, dv=16, dtype=FP32)
+        for name in names:
+            getattr(still, name).copy_(getattr(y, name))
+        captured.replay()
+        same_bits(found, evaluate(replace(y, graph=x.graph), "triton"))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="streams are CUDA's")
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_second_stream_gives_the_same_bits(plan):
+    x = case(1, 40, 300, kind="hub", heads=2, d=16, dv=16, dtype=FP32, plan=plan)
+    first = evaluate(x, "triton")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        second = evaluate(x, "triton")
+    torch.cuda.current_stream().wait_stream(side)
+    same_bits(second, first)

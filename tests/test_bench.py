@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from fastgt import Graph
-from fastgt.bench import attention, harness, peers, render
+from fastgt import Graph, tiles
+from fastgt.bench import attention, harness, peers, render, tune
 from fastgt.testing import Problem, assert_as_accurate, random_graph
 
 CPU = torch.device("cpu")
@@ -159,3 +159,31 @@ def test_host_cost_is_measured_without_a_gpu():
     costs = ast.literal_eval(run.stdout)
     assert list(costs) == ["forward, no_grad", "forward", "forward and backward"]
     assert all(cost > 0 for cost in costs.values())
+
+
+def test_tuning_finds_where_windows_begin_to_win(monkeypatch):
+    """With times that follow a model: gathering costs an edge 1, windows a column 2."""
+    assert tune.threshold([(1.2, 0.8), (2.0, 1.1), (1.7, 0.9), (3.5, 1.5)]) == 2.0
+    assert tune.threshold([(1.2, 1.1), (2.0, 0.9), (3.5, 1.5)]) == 3.5  # from there on, not once
+    assert tune.threshold([(1.2, 0.8), (2.0, 0.9)]) is None
+    for rho in (1.4, 3.5, 14.0):
+        graph = tune.graph_of_density(rho, 2**14)
+        found = tiles.density(graph.row_ptr, graph.col, graph.num_cols)
+        assert found == pytest.approx(rho, rel=0.05)
+
+    monkeypatch.setattr(
+        tune.harness, "measure", lambda plans, device: {name: [name] for name in plans}
+    )
+    seen = []
+    monkeypatch.setattr(tune.harness, "ratio", lambda slow, fast: seen[-1] / 2)
+    real = tiles.density
+    monkeypatch.setattr(tune.tiles, "density", lambda *args: seen.append(real(*args)) or seen[-1])
+    rows = tune.tune(torch.device("cpu"), rows=640)
+    assert {(row["dtype"], row["width"]) for row in rows} == {
+        (dtype, width) for dtype in ("bfloat16", "float16", "float32") for width in tune.WIDTHS
+    }
+    for row in rows:
+        assert row["rho64"] == min(round(x, 2) for x in seen if x > 2)
+        assert row["source"].startswith("measured on ")
+    other = {"op": "attention", "capability": "sm_90", "dtype": "bfloat16", "width": 16}
+    assert tune.merged([other, dict(rows[0], rho64=9)], rows) == [other, *rows]

@@ -172,8 +172,9 @@ def test_docstring_examples(module):
 def test_readme_code_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
+    names = {"__name__": "readme"}  # one session: a block uses what those above it made
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(block, "README.md", "exec"), names)
 
 
 def test_readme_figures_are_those_of_the_result_files():

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from fastgt import reference
 from fastgt.graph import Graph
 from fastgt.ops._impl import Impl, choose, require_triton
-from fastgt.tiles import HEIGHTS, Plan
+from fastgt.tiles import Plan, tallest
 
 MAX_WIDTH = 256
 
@@ -321,15 +321,13 @@ _CPU = Plan("torch", 0, "")
 
 def _plan(impl: Impl, graph: Graph, q: Tensor, v: Tensor) -> Plan:
     if impl == "triton":
-        plan = graph.choose(q.shape[2], q.dtype)
-        size = max(q.shape[2], v.shape[2]) * q.element_size()
-        # what fits on every target: tensor memory, shared memory, registers
-        most = (2**15 if q.element_size() == 2 else 2**14) // size
-        if plan.height > most:
-            fitting = [str(h) for h in HEIGHTS if h <= most] or ["no height, but path='gather'"]
+        width = max(q.shape[2], v.shape[2])
+        plan = graph.choose(width, q.dtype)
+        if plan.height and plan.height > (height := tallest(width, q.element_size())):
+            other = f"a height of {height}" if height else "path='gather'"
             raise RuntimeError(
                 f"path {plan.path!r} with height {plan.height} does not fit on a processor with "
-                f"heads of {size} bytes: plan for {fitting[-1]}"
+                f"heads of width {width} in {q.dtype}: plan for {other}"
             )
         return plan
     if graph.choice is not None and graph.choice.height:
@@ -423,5 +421,23 @@ def _launch_bwd(path: str, height: int, *args: Any) -> tuple[Tensor, Tensor, Ten
 torch.library.impl("fastgt::attention_fwd", "CompositeExplicitAutograd", _launch_fwd)
 torch.library.impl("fastgt::attention_bwd", "CompositeExplicitAutograd", _launch_bwd)
 
-_fwd = torch.ops.fastgt.attention_fwd.default
-_bwd = torch.ops.fastgt.attention_bwd.default
+
+def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (_launch_fwd if _unwatched(args[2]) else torch.ops.fastgt.attention_fwd.default)(*args)
+
+
+def _bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (_launch_bwd if _unwatched(args[2]) else torch.ops.fastgt.attention_bwd.default)(*args)
+
+
+def _unwatched(x: Tensor) -> bool:
+    """Whether nobody could tell that an op was not dispatched, which takes 5 to 10 microseconds:
+    no compiler, mode, transform, tensor subclass or profiler."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type != "meta"
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.autograd._profiler_enabled()
+    )

@@ -1,0 +1,124 @@
+"""From which density on windows beat gathering on this device: the rows of ``data/plans.json``.
+
+``python -m fastgt.bench.tune`` times forward and backward of both paths on random graphs whose
+windows share more and more columns, for every dtype and head width, and writes what it found for
+the device's architecture beside the rows that are there. Needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import date
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgt import Graph, neighborhood_attention, tiles
+from fastgt.bench import harness
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDTHS = (16, 32, 64, 128)
+DENSITIES = (1.2, 1.4, 1.7, 2.0, 2.4, 2.8, 3.5, 5.0, 7.0, 10.0, 14.0)
+DEGREE = 16
+
+
+def graph_of_density(rho: float, rows: int, device: torch.device | str = "cpu") -> Graph:
+    """16 edges a row, every 64 rows among as few columns as give about that rho64."""
+    generator = torch.Generator().manual_seed(0)
+    # so many columns that 64 rows, each with its own 16 of them, meet 64 * 16 / rho
+    pool = DEGREE
+    while pool * (1 - (1 - DEGREE / pool) ** 64) < 64 * DEGREE / rho:
+        pool += 1
+    window = torch.arange(rows).repeat_interleave(DEGREE) // 64
+    # columns of a window lie apart, as they do in a graph: no help from neighbouring addresses
+    stride = 7919
+    draw = torch.rand(rows, pool, generator=generator).topk(DEGREE, 1).indices.flatten()
+    col = (window * 64 + draw * stride) % rows
+    ptr = torch.arange(0, rows * DEGREE + 1, DEGREE)
+    return Graph.from_csr(ptr, col).to(device)
+
+
+def threshold(ratios: list[tuple[float, float]]) -> float | None:
+    """Of (rho64, time of gathering / time of windows): the rho from which windows win on."""
+    best = None
+    for rho, ratio in sorted(ratios, reverse=True):
+        if ratio <= 1:
+            break
+        best = rho
+    return best
+
+
+def tune(device: torch.device, *, heads_by_width: int = 128, rows: int = 2**16) -> list[dict]:
+    """-> rows for the plan table, one a dtype and width."""
+    graphs = [graph_of_density(rho, rows, device) for rho in DENSITIES]
+    found = []
+    for dtype in DTYPES:
+        for width in WIDTHS:
+            heads = max(1, heads_by_width // width)
+            ratios = [_ratio(graph, heads, width, dtype, device) for graph in graphs]
+            found.append(
+                {
+                    "op": "attention",
+                    "capability": tiles.capability(device),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "width": width,
+                    "rho64": threshold(ratios),
+                    "source": f"measured on {harness.environment(device)['device']}, "
+                    f"{date.today().isoformat()}",
+                }
+            )
+            shown = " ".join(f"{rho:.1f}:{ratio:.2f}" for rho, ratio in ratios)
+            print(f"{found[-1]['dtype']} {width}: from {found[-1]['rho64']} on   ({shown})")
+    return found
+
+
+def _ratio(
+    graph: Graph, heads: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[float, float]:
+    generator = torch.Generator().manual_seed(0)
+    shape = 4, graph.num_rows, heads, width
+    q, k, v, do = torch.randn(shape, generator=generator).to(device, dtype)
+
+    def both(planned: Graph) -> harness.Provider:
+        def fn() -> tuple[Tensor, ...]:
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            return torch.autograd.grad(neighborhood_attention(*inputs, planned), inputs, do)
+
+        return fn
+
+    # float32 heads of 128 channels fit windows of 32 rows
+    height = 64 if dtype.itemsize == 2 or width <= 64 else 32
+    plans = {
+        "gather": both(graph.plan("gather")),
+        "windows": both(graph.plan("windows", height=height)),
+    }
+    times = harness.measure(plans, device)
+    rho = tiles.density(graph.row_ptr, graph.col, graph.num_cols)
+    return round(rho, 2), harness.ratio(times["gather"], times["windows"])
+
+
+def merged(old: list[dict], new: list[dict]) -> list[dict]:
+    """The table with the rows of the new ones' device replaced."""
+    replaced = {(row["op"], row["capability"]) for row in new}
+    return [row for row in old if (row["op"], row["capability"]) not in replaced] + new
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path, help="the table; default: the package's own")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: tuning needs a GPU, and there is none of that name")
+    path = args.json or Path(str(files("fastgt.data") / "plans.json"))
+    old = json.loads(path.read_text()) if path.exists() else []
+    table = merged(old, tune(device))
+    path.write_text("[\n" + ",\n".join(" " + json.dumps(row) for row in table) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main()

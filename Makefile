@@ -24,7 +24,8 @@ test: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m fastgt.bench.attention --problem power_law --problem debian --problem molecules \
 	  --json bench/results/attention-cpu.json
-	$(BIN)/python -m fastgt.bench.attention $(GRAPHS:%=--problem %) --json bench/results/graphs-cpu.json
+	$(BIN)/python -m fastgt.bench.attention $(GRAPHS:%=--problem %) --repeats 5 \
+	  --json bench/results/graphs-cpu.json
 	$(BIN)/python -m fastgt.bench.reordering $(ORDERED:%=--problem %) \
 	  --json bench/results/reordering-cpu.json
 	$(BIN)/python -m fastgt.bench.traffic --json bench/results/traffic.json

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 GRAPHS = zinc cora citeseer actor squirrel minesweeper power10k power70k amazon_computers tolokers \
-  dd flights debian moby
+  dd flights debian
 ORDERED = cora mesh amazon_computers tolokers debian moby power_law
 
 .PHONY: setup test-setup demo test bench budget lint clean

@@ -288,7 +288,7 @@ def _windows(
         window, entry = walk[0].long(), walk[1]
         begin, end = window[:, 2], window[:, 3]
         entries = int((end - begin).sum())
-        block_n = window_tile(tiles_of, max(d, dv), item).block_n
+        block_n = window_tile(tiles_of, max(d, dv), item, bias > 0).block_n
         steps = int((end - begin + (block_n - 1)).div(block_n, rounding_mode="floor").sum())
         logits = heads * plan.height * steps * block_n
         tables = window.numel() * index + entries * (8 + (0 if plan.path == "graphs" else index))

@@ -325,8 +325,10 @@ class Graph:
         nodes. Results agree to rounding, each is the same bit for bit every time. What is
         prepared is kept and shared with this graph: 24 bytes an edge at most, each way.
 
-        Without a call of this, every attention chooses for itself from its head width and dtype,
-        from a sample of the graph and from a table; ``repr`` says what it chose and why. Call
+        Without a call of this, every attention chooses for itself: graphs of up to 65,536 edges,
+        float32 and float64 and heads beyond 128 channels gather; otherwise a sample of the graph
+        and a table decide, and ``repr`` says what was chosen and why. On a CPU there is one path:
+        a graph planned for another is refused. Graphs made from this one choose anew. Call
         it before compiling or capturing a CUDA graph, where nothing can be measured any more:
         attention then takes what is prepared, else gathers rows as they stand.
 
@@ -354,17 +356,23 @@ class Graph:
             raise ValueError(f"height must be one of {list(tiles.HEIGHTS)}, got {height!r}")
         if height is not None and path not in ("windows", "graphs"):
             raise ValueError(f"height is for windows and graphs, got path={path!r}")
+        if width is not None and not 1 <= _size(width, "width") <= tiles.MAX_WIDTH:
+            raise ValueError(f"width must be from 1 to {tiles.MAX_WIDTH}, got {width}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
         if self.device.type == "meta":
             raise RuntimeError("a graph on the meta device has no values to plan with")
+        graph = replace(self, choice=None)
         if path != "auto":
-            choice = Plan(path, 0 if path == "gather" else height or 64, "named")
+            graph = replace(
+                self, choice=Plan(path, 0 if path == "gather" else height or 64, "named")
+            )
         elif width is not None:
-            choice = replace(self, choice=None).choose(_size(width, "width"), dtype)
-        else:
-            return replace(self, choice=None)
-        graph = replace(self, choice=choice)
-        graph.row_walk(choice)
-        graph.column_walk(choice)
+            graph = replace(self, choice=graph.choose(width, dtype))
+        # without a choice, what gathering needs
+        prepared = graph.choice or tiles.SMALL
+        graph.row_walk(prepared)
+        graph.column_walk(prepared)
         return graph
 
     def choose(self, width: int, dtype: torch.dtype) -> Plan:
@@ -414,7 +422,10 @@ class Graph:
     def _tables(self, plan: Plan) -> tuple[Windows, Windows]:
         tables = self._windows(plan.path, plan.height)
         if tables is None:
-            raise ValueError("path 'graphs' holds an edge once, but one stands there twice")
+            raise ValueError(
+                "path 'graphs' takes graphs without duplicate edges, and this one has some: "
+                "use 'windows'"
+            )
         return tables
 
     def _windows(self, path: str, height: int) -> tuple[Windows, Windows] | None:

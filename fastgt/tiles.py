@@ -20,6 +20,7 @@ from torch import Tensor
 
 Path = Literal["gather", "windows", "graphs"]
 
+MAX_WIDTH = 256  # channels of a head
 SMALL_EDGES = 2**13  # edges up to which rows are taken as they stand
 LAUNCH_BOUND = 2**16  # edges up to which no path is faster than another
 FEW = 32  # edges up to which a row shares a program with others

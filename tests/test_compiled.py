@@ -51,8 +51,10 @@ def test_rows_are_loaded_16_bytes_at_a_time(report):
         assert used["wide_loads"] >= budget[name]["wide_loads"], name
         # 10 channels of 16 bits are 4-byte aligned; beside wider values, keys of 24 channels are
         # fewer than the program's threads take at 16 bytes each
-        if "_d10_" not in name and "uneven" not in name:
-            assert used["wide_loads"] >= 2, f"{name}: k and v are not loaded 16 bytes at a time"
+        # (the weights load k alone, windows of 16 channels have fewer bytes than threads)
+        if not any(part in name for part in ("_d10_", "uneven", "windows_d16", "combine")):
+            least = 1 if "weights" in name else 2
+            assert used["wide_loads"] >= least, f"{name}: no 16 bytes of k and v at a time"
 
 
 def test_every_program_fits_on_a_processor(report):

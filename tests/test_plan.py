@@ -466,7 +466,7 @@ REFUSALS = {
     "large": (lambda: complete(2, 129).plan("graphs"), ValueError, r"graphs.* 128 .* has 129"),
     "wide": (lambda: wide().plan("graphs"), ValueError, r"graphs.* 128 .* has 130"),
     "tall": (lambda: wide().transpose().plan("graphs"), ValueError, r"graphs.* 128 .* has 130"),
-    "twice": (lambda: repeated().plan("graphs"), ValueError, r"'graphs'.* once.* twice"),
+    "twice": (lambda: repeated().plan("graphs"), ValueError, r"'graphs'.* without duplicate"),
     "meta": (lambda: _GRAPH.to("meta").plan("windows"), RuntimeError, r"meta.*no values"),
     "meta auto": (lambda: _GRAPH.to("meta").plan(width=64), RuntimeError, r"meta.*no values"),
 }

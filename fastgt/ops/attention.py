@@ -13,9 +13,7 @@ from torch.autograd import forward_ad
 from fastgt import reference
 from fastgt.graph import Graph
 from fastgt.ops._impl import Impl, choose, require_triton
-from fastgt.tiles import Plan, tallest
-
-MAX_WIDTH = 256
+from fastgt.tiles import MAX_WIDTH, Plan, tallest
 
 
 def neighborhood_attention(
@@ -332,8 +330,8 @@ def _plan(impl: Impl, graph: Graph, q: Tensor, v: Tensor) -> Plan:
         return plan
     if graph.choice is not None and graph.choice.height:
         raise RuntimeError(
-            f"the graph is planned for {graph.choice.path!r}, which impl='torch' does not have: "
-            "use graph.plan() or impl='triton'"
+            f"the graph is planned for {graph.choice.path!r}, which impl='torch' on a CPU does "
+            "not have: use graph.plan() there"
         )
     return _CPU
 

@@ -128,7 +128,7 @@ def planned(graph, plan):
     path, _, height = plan.partition(" ")
     if path == "buckets":
         for key, ptr in (("row_buckets", graph.row_ptr), ("column_buckets", graph.columns.ptr)):
-            graph._cache[key] = tiles.buckets(ptr, few=4, segment=9)
+            graph._cache[key] = tiles.buckets(ptr, few=4, segment=5)
         return graph
     if path == "gather":
         return graph

@@ -71,6 +71,30 @@ def test_any_tile_gives_the_same(tile):
     all_close(evaluate(turned, "triton"), loops(turned))
 
 
+@pytest.mark.parametrize("plan", ["windows 64", "windows 16", "graphs 64"])
+@pytest.mark.parametrize("columns", [16, 32])
+def test_windows_of_several_tiles(monkeypatch, columns, plan):
+    """Columns that all rows have, before, between and after others; edges twice; 66 rows."""
+    pytest.importorskip("triton")
+    import fastgt.kernels.attention_windows as kernels
+    from fastgt.kernels.configs import WindowTile
+
+    monkeypatch.setattr(kernels, "window_tile", lambda *args: WindowTile(columns, 4, 1))
+    rows, cols = 66, 75
+    full = torch.arange(0, cols, 2)  # 38 of them: two tiles of 16 and the rest
+    every = torch.stack([full.repeat(rows), torch.arange(rows).repeat_interleave(len(full))])
+    generator = torch.Generator().manual_seed(0)
+    some = torch.stack([torch.randint(n, (90,), generator=generator) for n in (cols, rows)])
+    if plan.startswith("graphs"):
+        some = some[:, :0]
+    index = torch.cat([every, some], 1).to(DEVICE)
+    options = {"heads": 1, "group": 2, "d": 5, "dv": 3, "clamped": True, "eps": 0.1}
+    x = case(0, rows, index.shape[1], cols=cols, plan=plan, **options)
+    x = x.onto(index)
+    assert x.graph.choice.path == plan.split()[0]
+    all_close(evaluate(x, "triton"), evaluate(x, "reference"))
+
+
 @pytest.mark.parametrize("turned", [False, True], ids=["row", "column"])
 @pytest.mark.parametrize("impl", FAST_WAYS)
 def test_a_hub_is_like_any_other_node(impl, turned):

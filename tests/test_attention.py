@@ -307,6 +307,18 @@ def test_constant_values_give_no_gradient_to_logits(impl, size, dtype):
         assert found[name].abs().max() <= 200 * eps * factor, name
 
 
+@pytest.mark.parametrize("impl", FAST_WAYS)
+def test_a_rounded_output_does_not_shift_the_gradient(impl):
+    """Values far from 0 that differ little: the output is rounded as coarsely as they differ."""
+    x = case(5, 10, 70, dtype=BF16, biased=False, heads=1, d=8, dv=8)
+    v = (64 + 2 * torch.randn(x.v.shape, generator=x.generator)).to(DEVICE, BF16)
+    # keys that have a mean: a wrong mean of the weights' gradients would show
+    x = replace(x, v=v, k=x.k + 2, do=x.do.abs())
+    truth = evaluate(x, "reference", FP64)["dq"]
+    error = (evaluate(x, impl)["dq"] - truth).abs().max()
+    assert error < 0.02 * truth.abs().max(), float(error / truth.abs().max())
+
+
 @examples(10, dtype=FP64, eps=0.0, biased=True)
 def test_a_constant_added_to_a_rows_logits_changes_only_the_lse(impl, case):
     shift = torch.randn(case.dlse.shape, generator=case.generator, dtype=FP64).to(DEVICE) * 20

@@ -383,7 +383,7 @@ class Graph:
             return tiles.SMALL
         plan = self._cache.get((width, dtype))
         if plan is None:
-            if torch.compiler.is_compiling() or self.device.type == "meta":
+            if not self._measurable():
                 return tiles.UNPREPARED
             walk = self.row_ptr, self.col, self.num_cols
             ends, whole = (self.graph_ptr, self.col_graph_ptr), [0, -1]
@@ -392,10 +392,18 @@ class Graph:
                 # an edge stands there twice, which windows across graphs can hold
                 plan = tiles.choose(*walk, ends[0][whole], ends[1][whole], width, dtype)
             # a choice that is kept is prepared: it may be compiled from now on
-            if plan.height:
-                self._tables(plan)
+            try:
+                if plan.height:
+                    self._tables(plan)
+            except RuntimeError as error:  # memory has shrunk since it was asked for
+                plan = Plan("gather", 0, f"auto: {error}")
             self._cache[width, dtype] = plan
         return plan
+
+    def _measurable(self) -> bool:
+        """Whether there are values: not on the meta device, nor while somebody traces."""
+        tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        return not tracing and self.device.type != "meta"
 
     def row_walk(self, plan: Plan) -> tuple[Tensor, ...]:
         """The flat tensors that the kernels of that plan walk by rows."""
@@ -414,7 +422,7 @@ class Graph:
     def _buckets(self, key: str, ptr: Tensor) -> Buckets | None:
         if key not in self._cache:
             small = self.num_edges <= tiles.SMALL_EDGES
-            if small or torch.compiler.is_compiling() or self.device.type == "meta":
+            if small or not self._measurable():
                 return None
             self._cache[key] = tiles.buckets(ptr)
         return self._cache[key]

@@ -21,6 +21,7 @@ from attention_cases import (
     PLANS,
     all_close,
     arrange,
+    attend,
     case,
     evaluate,
     loops,
@@ -609,3 +610,19 @@ def test_a_second_stream_gives_the_same_bits(plan):
         second = evaluate(x, "triton")
     torch.cuda.current_stream().wait_stream(side)
     same_bits(second, first)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_lazily_negated_tensors_and_a_default_device(impl):
+    """What PyTorch's dispatcher resolves must not reach a kernel as it is stored."""
+    x = case(1, 6, 20, heads=2, d=8, dv=8, biased=False)
+    parts = torch.randn(x.q.shape, dtype=torch.complex128, device=DEVICE)
+    negated = parts.conj().imag
+    assert negated.is_neg()
+    found = evaluate(replace(x, q=negated, do=negated), impl)
+    plain = negated.resolve_neg().clone()
+    all_close(found, evaluate(replace(x, q=plain, do=plain), impl))
+    with torch.device("meta"):
+        same = attend(x, impl)
+    for a, b in zip(same, attend(x, impl), strict=True):
+        assert torch.equal(a, b)

@@ -419,27 +419,5 @@ def _launch_bwd(path: str, height: int, *args: Any) -> tuple[Tensor, Tensor, Ten
 torch.library.impl("fastgt::attention_fwd", "CompositeExplicitAutograd", _launch_fwd)
 torch.library.impl("fastgt::attention_bwd", "CompositeExplicitAutograd", _launch_bwd)
 
-
-def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    watched = _watched(args[2:6])
-    return (torch.ops.fastgt.attention_fwd.default if watched else _launch_fwd)(*args)
-
-
-def _bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    watched = _watched(args[2:8])
-    return (torch.ops.fastgt.attention_bwd.default if watched else _launch_bwd)(*args)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _watched(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether anybody could tell that an op is not dispatched, which takes 5 to 10 microseconds:
-    a compiler, mode, transform, tensor subclass or profiler."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
-        or any(type(x) not in _PLAIN or x.is_meta for x in tensors if x is not None)
-    )
+_fwd = torch.ops.fastgt.attention_fwd.default
+_bwd = torch.ops.fastgt.attention_bwd.default

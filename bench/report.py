@@ -28,7 +28,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
-    from fastgt.kernels.ahead import ATTENTION_CASES, compile_ahead
+    from fastgt.kernels.ahead import compile_ahead
+    from fastgt.kernels.cases import CASES
 
     found = {}
     for target in args.target:
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
         found[target] = compile_ahead(target, args.only, tell)
         if not found[target]:
-            names = ", ".join(ATTENTION_CASES)
+            names = ", ".join(CASES)
             raise ValueError(f"--only {args.only}: no configuration has that in its name: {names}")
         print(show(target, found[target]), end="\n\n", flush=True)
     if args.json:

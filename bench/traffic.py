@@ -40,7 +40,6 @@ from fastgt.tiles import Plan
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = ((8, 16), (1, 128))  # heads, width
 COMMITTED = ("pattern", "zinc", "superpixels", "debian", "moby", "rmat")
-_FILLERS = 2  # entries at the end of every table of buckets
 # products of wider types against those of 16 bits: three of TF32 at half the rate; float64
 _RATE = {2: 1.0, 4: 1 / 6, 8: 1 / 16}
 
@@ -261,7 +260,7 @@ def _gathered(walk: Sequence[Tensor], index: int) -> tuple[Visits, int, int, int
     held = index * (ptr.numel() + other.numel())
     if not tables:
         return Visits(other), held, 0, 0
-    few, middle, segment, split = (x[:-_FILLERS].long() for x in tables)
+    few, middle, segment, split = (x[: -tiles.FILLERS].long() for x in tables)
     whole = torch.cat([middle, few])
     begin = torch.cat([segment[:, 1], ptr[whole].long()])
     end = torch.cat([segment[:, 2], ptr[whole + 1].long()])

@@ -89,8 +89,7 @@ def _ratio(
 
         return fn
 
-    # float32 heads of 128 channels fit windows of 32 rows
-    height = 64 if dtype.itemsize == 2 or width <= 64 else 32
+    height = tiles.tallest(width, dtype.itemsize)
     plans = {
         "gather": both(graph.plan("gather")),
         "windows": both(graph.plan("windows", height=height)),

@@ -27,7 +27,7 @@ FEW = 32  # edges up to which a row shares a program with others
 SEGMENT = 512  # edges of a row that one program takes
 HEIGHTS = (16, 32, 64)
 DENSE_NODES = 128  # largest graph of a batch that is one dense tile
-_FILLERS = 2
+FILLERS = 2
 
 
 class Plan(NamedTuple):
@@ -264,7 +264,7 @@ def buckets(ptr: Tensor, few: int = FEW, segment: int = SEGMENT) -> Buckets | No
         torch.stack([rows, begin, end], 1),
         torch.stack([split, first, first + parts], 1),
     )
-    return Buckets(*(_filled(x.to(ptr.dtype), len(x) + _FILLERS) for x in tables))
+    return Buckets(*(_filled(x.to(ptr.dtype), len(x) + FILLERS) for x in tables))
 
 
 def windows(ptr: Tensor, index: Tensor, edge: Tensor, num_cols: int, height: int = 64) -> Windows:
@@ -440,10 +440,10 @@ def _tables(
     return Windows(
         height,
         dense,
-        _filled(table.to(dtype), _FILLERS),
-        _filled(col.to(dtype), _FILLERS),
-        _filled(bits, _FILLERS),
-        _filled(base.to(dtype), _FILLERS),
+        _filled(table.to(dtype), FILLERS),
+        _filled(col.to(dtype), FILLERS),
+        _filled(bits, FILLERS),
+        _filled(base.to(dtype), FILLERS),
         edge,
     )
 

@@ -26,17 +26,23 @@ fixed order, hence no atomics and the same bits every time. w and gamma come fro
 accumulator's precision, never from a rounded output.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from .attention_combine import combine_columns, combine_outputs, combine_rows, finish_row
-from .configs import accumulator, attention_tile, power_of_2
+from .configs import (
+    FILLERS,
+    accumulator,
+    alignment,
+    attention_tile,
+    clamps,
+    log,
+    power_of_2,
+    stride,
+)
 from .prims import kept_share, load_heads, load_lse, logits, scalar, store_heads, take_rows
 
-FILLERS = 2  # entries at the end of every table, for torch.compile's sake
 _COUNTS = ["num_rows", "num_middle", "num_segments"]
 
 
@@ -364,20 +370,20 @@ def attention_fwd(q, k, v, edge_bias, rows, scale, low, high, eps, return_weight
         meta, grid, counts = _plan(q, k, v, (q, k, v), n, heads, few, middle, segment)
         _attention_fwd_kernel[grid](
             q, k, v, edge_bias, o, lse, norm, part, stat, row_ptr, col, edge, few, middle, segment,
-            q.stride(), k.stride(), v.stride(), _stride(edge_bias),
-            *counts, scale, low, high, _log(eps),
-            CLAMP=_clamps(low, high), HAS_BIAS=edge_bias is not None, NORM=return_weights, **meta,
+            q.stride(), k.stride(), v.stride(), stride(edge_bias),
+            *counts, scale, low, high, log(eps),
+            CLAMP=clamps(low, high), HAS_BIAS=edge_bias is not None, NORM=return_weights, **meta,
         )  # fmt: skip
         if parts:
-            combine_outputs(o, lse, norm, part, stat, split, _log(eps))
+            combine_outputs(o, lse, norm, part, stat, split, log(eps))
     weights = q.new_empty(col.shape[0] if return_weights else 0, heads)
     if return_weights and n and heads:
         meta, grid, counts = _plan(q, k, k, (q, k), n, heads, few, middle, segment)
         del meta["DV"], meta["BLOCK_DV"]
         _attention_weights_kernel[grid](
             q, k, edge_bias, norm, weights, row_ptr, col, edge, few, middle, segment,
-            q.stride(), k.stride(), _stride(edge_bias), *counts, scale, low, high,
-            CLAMP=_clamps(low, high), HAS_BIAS=edge_bias is not None, **meta,
+            q.stride(), k.stride(), stride(edge_bias), *counts, scale, low, high,
+            CLAMP=clamps(low, high), HAS_BIAS=edge_bias is not None, **meta,
         )  # fmt: skip
     return o, lse, weights
 
@@ -395,8 +401,8 @@ def attention_bwd(
     dv = torch.empty_like(v, memory_format=torch.contiguous_format) if need_v else q.new_empty(0)
     dbias = q.new_empty(col.shape[0], heads) if need_bias else q.new_empty(0)
     wgamma = lse.new_empty(n, heads, 2)
-    shared = {"CLAMP": _clamps(low, high), "HAS_BIAS": edge_bias is not None}
-    strides = q.stride(), k.stride(), v.stride(), _stride(edge_bias), do.stride()
+    shared = {"CLAMP": clamps(low, high), "HAS_BIAS": edge_bias is not None}
+    strides = q.stride(), k.stride(), v.stride(), stride(edge_bias), do.stride()
     floats = scale, low, high
     if n and heads:
         meta, grid, counts = _plan(q, k, v, (q, k, v, do), n, heads, few, middle, segment)
@@ -408,12 +414,12 @@ def attention_bwd(
         _attention_bwd_dq_kernel[grid](
             q, k, v, edge_bias, do, dlse, lse, dq, wgamma, part, stat,
             row_ptr, col, edge, few, middle, segment,
-            *strides, _stride(dlse), *counts, *floats, _log(eps),
+            *strides, stride(dlse), *counts, *floats, log(eps),
             HAS_DLSE=dlse is not None, NEED_Q=need_q, **shared, **meta,
         )  # fmt: skip
         if parts:
             combine_rows(
-                dq, wgamma, part, stat, lse, dlse, _stride(dlse), split, scale, _log(eps), need_q
+                dq, wgamma, part, stat, lse, dlse, stride(dlse), split, scale, log(eps), need_q
             )
     if m and kv_heads and (need_k or need_v or need_bias):
         col_ptr, col_row, col_edge, few, middle, segment, split = _walk(columns)
@@ -444,11 +450,6 @@ def _walk(walk):
 def _plan(q, k, v, aligned, num_rows, heads, few, middle, segment):
     block_d, block_dv = power_of_2(q.shape[2]), power_of_2(v.shape[2])
     tile = attention_tile(heads, max(block_d, block_dv), q.element_size())
-    # channels that every row and head start at a multiple of, up to 16 bytes
-    align = 16 // q.element_size()
-    for x in aligned:
-        node, head, channel = x.stride()
-        align = math.gcd(align, node, head) if channel == 1 else 1
     counts = num_rows, 0, 0
     if few is not None:
         counts = tuple(x.shape[0] - FILLERS for x in (few, middle, segment))
@@ -463,20 +464,8 @@ def _plan(q, k, v, aligned, num_rows, heads, few, middle, segment):
         "BLOCK_H": tile.block_h,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "ALIGN": align,
+        "ALIGN": alignment(aligned),
         "num_warps": tile.num_warps,
     }
     programs = -(-counts[0] // tile.block_r) + counts[1] + counts[2]
     return meta, (programs, -(-heads // tile.block_h)), counts
-
-
-def _clamps(low, high):
-    return low > -math.inf or high < math.inf
-
-
-def _log(eps):
-    return math.log(eps) if eps else -math.inf
-
-
-def _stride(x):
-    return (0, 0) if x is None else x.stride()

@@ -7,10 +7,9 @@ takes BLOCK_S of its segments at a time.
 import triton
 import triton.language as tl
 
-from .configs import power_of_2
+from .configs import FILLERS, power_of_2
 from .prims import kept_share, load_heads, load_lse, scalar, store_heads
 
-_FILLERS = 2
 _BLOCK_S = 4
 _CHANNELS = 256  # of one program: a row is split seldom, and its sums are few
 
@@ -196,4 +195,4 @@ def _plan(split, heads, width):
         "BLOCK_D": block_d,
         "num_warps": max(1, min(4, _BLOCK_S * block_h * block_d // 256)),
     }
-    return (split.shape[0] - _FILLERS, -(-heads // block_h)), meta
+    return (split.shape[0] - FILLERS, -(-heads // block_h)), meta

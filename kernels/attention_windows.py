@@ -25,13 +25,21 @@ A tile's products also meet edges that are not there: 0 * NaN would spread NaN t
 window. Where a result is not finite, the window is computed again, column by column.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
-from .configs import accumulator, dot_dtype, dot_precision, power_of_2, window_tile
+from .configs import (
+    accumulator,
+    alignment,
+    clamps,
+    dot_dtype,
+    dot_precision,
+    log,
+    power_of_2,
+    stride,
+    window_tile,
+)
 from .prims import dot, edge_slots, kept_share, load_lse, load_rows, scalar, store_rows, tile_mask
 
 
@@ -62,7 +70,7 @@ def _windows_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
     for at in range(start, masked_from, BLOCK_N):
         top, total, acc = _fwd_tile(
-            q, top, total, acc, at, stop, start, first, head,
+            q, top, total, acc, at, stop, start, head,
             k_ptr, v_ptr, bias_ptr, col_ptr, bits_ptr, base_ptr, edge_ptr,
             k_stride, v_stride, bias_stride, scale, low, high,
             GROUP, D, DV, CLAMP, HAS_BIAS, DENSE, False, False,
@@ -70,7 +78,7 @@ def _windows_fwd_kernel(
         )  # fmt: skip
     for at in range(masked_from, stop, BLOCK_N):
         top, total, acc = _fwd_tile(
-            q, top, total, acc, at, stop, start, first, head,
+            q, top, total, acc, at, stop, start, head,
             k_ptr, v_ptr, bias_ptr, col_ptr, bits_ptr, base_ptr, edge_ptr,
             k_stride, v_stride, bias_stride, scale, low, high,
             GROUP, D, DV, CLAMP, HAS_BIAS, DENSE, True, False,
@@ -82,7 +90,7 @@ def _windows_fwd_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
         for at in range(start, stop, 16):
             top, total, acc = _fwd_tile(
-                q, top, total, acc, at, stop, start, first, head,
+                q, top, total, acc, at, stop, start, head,
                 k_ptr, v_ptr, bias_ptr, col_ptr, bits_ptr, base_ptr, edge_ptr,
                 k_stride, v_stride, bias_stride, scale, low, high,
                 GROUP, D, DV, CLAMP, HAS_BIAS, DENSE, True, True,
@@ -114,7 +122,7 @@ def _windows_fwd_kernel(
 
 @triton.jit
 def _fwd_tile(
-    q, top, total, acc, at, stop, start, first, head,
+    q, top, total, acc, at, stop, start, head,
     k_ptr, v_ptr, bias_ptr, col_ptr, bits_ptr, base_ptr, edge_ptr,
     k_stride, v_stride, bias_stride, scale, low, high,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -487,9 +495,9 @@ def windows_fwd(
     meta = _plan("fwd", q, k, v, (q, k, v), height, dense, edge_bias is not None or return_weights)
     _windows_fwd_kernel[(tables[0].shape[0] * heads,)](
         q, k, v, edge_bias, o, lse, weights, *tables,
-        q.stride(), k.stride(), v.stride(), _stride(edge_bias),
-        scale, low, high, math.log(eps) if eps else -math.inf,
-        CLAMP=_clamps(low, high), HAS_BIAS=edge_bias is not None, WEIGHTS=return_weights, **meta,
+        q.stride(), k.stride(), v.stride(), stride(edge_bias),
+        scale, low, high, log(eps),
+        CLAMP=clamps(low, high), HAS_BIAS=edge_bias is not None, WEIGHTS=return_weights, **meta,
     )  # fmt: skip
     return o, lse, weights
 
@@ -506,14 +514,14 @@ def windows_bwd(
     dv = torch.empty_like(v, memory_format=torch.contiguous_format) if need_v else q.new_empty(0)
     dbias = q.new_empty(rows[1].shape[0], heads) if need_bias else q.new_empty(0)
     wgamma = lse.new_empty(n, heads, 2)
-    shared = {"CLAMP": _clamps(low, high), "HAS_BIAS": edge_bias is not None}
-    strides = q.stride(), k.stride(), v.stride(), _stride(edge_bias), do.stride()
+    shared = {"CLAMP": clamps(low, high), "HAS_BIAS": edge_bias is not None}
+    strides = q.stride(), k.stride(), v.stride(), stride(edge_bias), do.stride()
     tables = rows[3:]
     shared |= _plan("bwd", q, k, v, (q, k, v, do), height, dense, edge_bias is not None)
     _windows_bwd_dq_kernel[(tables[0].shape[0] * heads,)](
         q, k, v, edge_bias, do, dlse, lse, o, dq, wgamma, *tables,
-        *strides, o.stride(), _stride(dlse),
-        scale, low, high, math.log(eps) if eps else -math.inf,
+        *strides, o.stride(), stride(dlse),
+        scale, low, high, log(eps),
         HAS_DLSE=dlse is not None, NEED_Q=need_q, **shared,
     )  # fmt: skip
     if need_k or need_v or need_bias:
@@ -529,10 +537,6 @@ def _plan(direction, q, k, v, aligned, height, dense, edges):
     # a dot product takes at least 16 channels
     block_d, block_dv = (max(16, power_of_2(x.shape[2])) for x in (q, v))
     tile = window_tile(direction, max(block_d, block_dv), q.element_size(), edges)
-    align = 16 // q.element_size()
-    for x in aligned:
-        node, head, channel = x.stride()
-        align = math.gcd(align, node, head) if channel == 1 else 1
     return {
         "H": q.shape[1],
         "GROUP": q.shape[1] // k.shape[1],
@@ -543,17 +547,9 @@ def _plan(direction, q, k, v, aligned, height, dense, edges):
         "BLOCK_N": tile.block_n,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "ALIGN": align,
+        "ALIGN": alignment(aligned),
         "DOT": dot_dtype(q),
         "PRECISION": dot_precision(q),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-
-
-def _clamps(low, high):
-    return low > -math.inf or high < math.inf
-
-
-def _stride(x):
-    return (0, 0) if x is None else x.stride()

@@ -5,6 +5,7 @@ The sizes follow from counting: two 16-byte loads of k and of v in flight for ea
 device.
 """
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ _SLOTS = {8: 64, 16: 32, 128: 16, 256: 8, 1024: 4}
 _BYTES_PER_WARP = 32 * 32
 _MAX_WARPS = 16
 _BLOCK_E = 4
+FILLERS = 2  # entries at the end of every table of buckets, see fastgt/tiles.py
 
 
 class Tile(NamedTuple):
@@ -114,3 +116,26 @@ def dot_precision(x: torch.Tensor) -> str:
     if x.dtype != torch.float32 or triton.knobs.runtime.interpret:
         return "ieee"
     return "tf32x3" if driver.active.get_current_target().backend == "cuda" else "ieee"
+
+
+def alignment(tensors: tuple[torch.Tensor, ...]) -> int:
+    """Channels that every row and head of all [N, H, D] tensors starts at a multiple of, up to 16
+    bytes."""
+    align = 16 // tensors[0].element_size()
+    for x in tensors:
+        node, head, channel = x.stride()
+        align = math.gcd(align, node, head) if channel == 1 else 1
+    return align
+
+
+def clamps(low: float, high: float) -> bool:
+    return low > -math.inf or high < math.inf
+
+
+def log(eps: float) -> float:
+    return math.log(eps) if eps else -math.inf
+
+
+def stride(x: torch.Tensor | None) -> tuple[int, ...]:
+    """Of an edge or row tensor [E, H] that may be absent."""
+    return (0, 0) if x is None else x.stride()

@@ -322,7 +322,8 @@ class Graph:
         ``"gather"`` loads a row of k and v for every edge. ``"windows"`` takes windows of
         ``height`` rows whose columns are loaded once and multiplied on tensor cores; it pays
         where rows share columns. ``"graphs"`` does so with whole graphs of a batch, of up to 128
-        nodes. Results agree to rounding, each is the same bit for bit every time. What is
+        nodes. Both take an edge bias; with any other tensor on edges, and with dropout, attention
+        gathers. Results agree to rounding, each is the same bit for bit every time. What is
         prepared is kept and shared with this graph: 24 bytes an edge at most, each way.
 
         Without a call of this, every attention chooses for itself: graphs of up to 65,536 edges,
@@ -375,8 +376,13 @@ class Graph:
         graph.column_walk(prepared)
         return graph
 
-    def choose(self, width: int, dtype: torch.dtype) -> Plan:
-        """How attention with heads of that width and dtype goes through the graph, and why."""
+    def choose(self, width: int, dtype: torch.dtype, *, edge_terms: bool = False) -> Plan:
+        """How attention with heads of that width and dtype goes through the graph, and why.
+
+        ``edge_terms``: with tensors on edges other than a bias, or dropout.
+        """
+        if edge_terms:
+            return tiles.EDGE_TERMS
         if self.choice is not None:
             return self.choice
         if self.num_edges <= tiles.LAUNCH_BOUND:
@@ -637,7 +643,8 @@ class Graph:
         index = str(self.col.dtype).removeprefix("torch.")
         parts += [index, f"{sum(held.values()) / 1e6:.1f} MB", str(self.device)]
         if self.choice is not None:
-            parts.append(f"plan {self.choice}")
+            edges = "; gather with edge vectors, gates, attributes or dropout"
+            parts.append(f"plan {self.choice}{edges if self.choice.height else ''}")
         for key, plan in self._cache.items():
             if isinstance(plan, Plan) and self.choice is None:
                 parts.append(f"plan for width {key[0]} {key[1]}: {plan}".replace("torch.", ""))

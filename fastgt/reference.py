@@ -6,11 +6,13 @@ Everything here is differentiable, any number of times, by autograd alone.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastgt.graph import Graph
+from fastgt.philox import LEVELS, kept, threshold
 
 
 def neighborhood_attention(
@@ -21,18 +23,38 @@ def neighborhood_attention(
     *,
     scale: float | None = None,
     edge_bias: Tensor | None = None,
+    edge_gate: Tensor | None = None,
+    edge_key: Tensor | None = None,
+    edge_value: Tensor | None = None,
+    edge_attr: Tensor | None = None,
+    edge_key_weight: Tensor | None = None,
+    edge_value_weight: Tensor | None = None,
     logit_clamp: float | tuple[float, float] | None = None,
     denominator_eps: float = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
+    return_edge_scores: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """See :func:`fastgt.neighborhood_attention`."""
     key, query = graph.edge_index  # [E], in the caller's order
     rows, heads, group = q.shape[0], q.shape[1], q.shape[1] // max(k.shape[1], 1)
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))  # [N_cols, H, .]
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
+    keys, values = (x.repeat_interleave(group, 1)[key] for x in (k, v))  # [E, H, .]
+    if edge_key is not None:
+        keys = keys + edge_key
+    if edge_value is not None:
+        values = values + edge_value
+    if edge_attr is not None and edge_key_weight is not None:
+        keys = keys + torch.einsum("ec,chd->ehd", edge_attr, edge_key_weight)
+    if edge_attr is not None and edge_value_weight is not None:
+        values = values + torch.einsum("ec,chd->ehd", edge_attr, edge_value_weight)
 
-    logit = (q[query] * k[key]).sum(-1) * scale  # [E, H]
+    product = q[query] * keys  # [E, H, D]
+    if edge_gate is not None:
+        product = product * (edge_gate if edge_gate.ndim == 3 else edge_gate[..., None])
+    logit = product.sum(-1) * scale  # [E, H]
     if logit_clamp is not None:
         low, high = logit_clamp if isinstance(logit_clamp, tuple) else (-logit_clamp, logit_clamp)
         logit = logit.clamp(low, high)
@@ -51,12 +73,141 @@ def neighborhood_attention(
     # through the logarithm: exp(-pivot) alone would overflow
     divisor = safe + (math.log(denominator_eps) - pivot).exp() if denominator_eps else safe
     weights = p / divisor[query]
-    out = v.new_zeros(rows, heads, v.shape[2]).index_add(0, query, weights[..., None] * v[key])
+    used = weights
+    if dropout_p > 0:
+        seed = dropout_seed
+        if seed is None:
+            seed = torch.randint(2**63 - 1, (1,), device=q.device)
+        keep = kept(seed, graph.num_edges, heads, dropout_p)
+        used = weights * keep * (LEVELS / max(1, LEVELS - threshold(dropout_p)))
+    out = v.new_zeros(rows, heads, v.shape[2]).index_add(0, query, used[..., None] * values)
     out = out.masked_fill(empty[..., None], 0.0)
 
     extras = []
     if return_lse:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        extras.append((pivot + safe.log()).masked_fill(empty, -torch.inf).to(wide))
+    if return_weights:
+        extras.append(weights.detach())
+    if return_edge_scores:
+        extras.append(product * scale)
+    return (out, *extras) if extras else out
+
+
+def segment_softmax(x: Tensor, graph: Graph) -> Tensor:
+    """See :func:`fastgt.segment_softmax`."""
+    row = graph.edge_index[1]
+    index = _over_channels(row, x)
+    shape = graph.num_rows, *x.shape[1:]
+    # any pivot gives the same result; the row maximum keeps exp() in range
+    pivot = x.new_full(shape, -torch.inf).scatter_reduce(0, index, x.detach(), "amax")
+    p = (x - pivot.masked_fill(pivot == -torch.inf, 0.0)[row]).exp()  # [E, ...]
+    total = x.new_zeros(shape).index_add(0, row, p)
+    return p / total.masked_fill(total == 0, 1.0)[row]
+
+
+def aggregate(
+    x: Tensor | None,
+    graph: Graph,
+    *,
+    reduce: Literal["sum", "mean", "max"] = "sum",
+    edge_value: Tensor | None = None,
+    activation: Literal["relu"] | None = None,
+) -> Tensor:
+    """See :func:`fastgt.aggregate`."""
+    column, row = graph.edge_index
+    terms = [] if x is None else [x[column]]
+    terms += [] if edge_value is None else [edge_value]
+    message = sum(terms[1:], start=terms[0])  # [E, ...]
+    if activation == "relu":
+        message = message.relu()
+    rows = graph.num_rows
+    if reduce == "max":
+        # the first of the largest, by the caller's number; a last row of zeros for rows without
+        index, value = _over_channels(row, message), message.detach()
+        top = value.new_full((rows, *value.shape[1:]), -torch.inf)
+        top = top.scatter_reduce(0, index, value, "amax")
+        largest = (value == top[row]) | value.isnan()
+        number = _over_channels(torch.arange(len(row), device=row.device), message)
+        number = number.masked_fill(~largest, len(row))
+        first = index.new_full(top.shape, len(row)).scatter_reduce(0, index, number, "amin")
+        return torch.cat([message, message.new_zeros(1, *message.shape[1:])]).gather(0, first)
+    out = message.new_zeros(rows, *message.shape[1:]).index_add(0, row, message)
+    if reduce == "mean":
+        degree = graph.row_degree.clamp(min=1)
+        out = out / degree.view(-1, *[1] * (out.ndim - 1))
+    return out
+
+
+def gated_aggregate(
+    x: Tensor,
+    graph: Graph,
+    gate: Tensor | None = None,
+    *,
+    gate_row: Tensor | None = None,
+    gate_col: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    return_gate: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`fastgt.gated_aggregate`."""
+    column, row = graph.edge_index
+    terms = [] if gate is None else [gate]
+    terms += [] if gate_row is None else [gate_row[row]]
+    terms += [] if gate_col is None else [gate_col[column]]
+    e = sum(terms, start=x.new_zeros(()))  # [E, ...]
+    sigma = e.sigmoid()
+    zeros = x.new_zeros(graph.num_rows, *x.shape[1:])
+    out = zeros.index_add(0, row, sigma * x[column])
+    if normalize:
+        total = zeros.index_add(0, row, sigma) + eps
+        out = out / total.masked_fill(total == 0, 1.0)
+    return (out, e) if return_gate else out
+
+
+def _over_channels(index: Tensor, x: Tensor) -> Tensor:
+    """An index of each edge, [E], for every channel of ``x [E, ...]``."""
+    return index.view(-1, *[1] * (x.ndim - 1)).expand_as(x)
+
+
+def channelwise_attention(
+    logits: Tensor,
+    v: Tensor | None,
+    graph: Graph,
+    *,
+    edge_value: Tensor | None = None,
+    logit_clamp: float | tuple[float, float] | None = None,
+    denominator_eps: float = 0.0,
+    return_lse: bool = False,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """See :func:`fastgt.channelwise_attention`."""
+    column, row = graph.edge_index
+    logit = logits
+    if logit_clamp is not None:
+        low, high = logit_clamp if isinstance(logit_clamp, tuple) else (-logit_clamp, logit_clamp)
+        logit = logit.clamp(low, high)
+    terms = [] if v is None else [v[column]]
+    terms += [] if edge_value is None else [edge_value]
+    value = sum(terms[1:], start=terms[0])  # [E, ...]
+
+    shape = graph.num_rows, *logit.shape[1:]
+    # any pivot gives the same result; the row maximum keeps exp() in range
+    index = _over_channels(row, logit)
+    pivot = logit.new_full(shape, -torch.inf).scatter_reduce(0, index, logit.detach(), "amax")
+    pivot = pivot.masked_fill(pivot == -torch.inf, 0.0)
+    p = (logit - pivot[row]).exp()
+    total = p.new_zeros(shape).index_add(0, row, p)
+    empty = total == 0
+    safe = total.masked_fill(empty, 1.0)
+    # through the logarithm: exp(-pivot) alone would overflow
+    divisor = safe + (math.log(denominator_eps) - pivot).exp() if denominator_eps else safe
+    weights = p / divisor[row]
+    out = value.new_zeros(shape).index_add(0, row, weights * value).masked_fill(empty, 0.0)
+
+    extras = []
+    if return_lse:
+        wide = torch.float64 if logit.dtype == torch.float64 else torch.float32
         extras.append((pivot + safe.log()).masked_fill(empty, -torch.inf).to(wide))
     if return_weights:
         extras.append(weights.detach())

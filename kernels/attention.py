@@ -10,6 +10,13 @@ t_i = sum_j p_ij, which is 1 but for the rounding of the stored lse (that of the
     ds_ij = p_ij (w_i dp_ij - gamma_i),   dq_i = scale sum_j ds_ij k_j
     dk_j = scale sum_i ds_ij q_i,   dv_j = sum_i a_ij do_i,   dbias_ij = ds_ij
 
+Edges may have more (``EdgeTerms`` in ``prims.py``): with a gate g, vectors added to key and value,
+attributes x whose product with attr_q_i joins the logit, and what dropout multiplies, m,
+
+    t_ij = scale q_i * (k_j + key_ij) * g_ij
+    s_ij = clamp(sum_d t_ij + scale g_ij attr_q_i . x_ij) + bias_ij
+    o_i  = sum_j m_ij a_ij (v_j + value_ij),   attr_o_i = sum_j m_ij a_ij x_ij
+
 A program takes BLOCK_R x BLOCK_E edges at a time, for BLOCK_H heads (all of them up to 1,024
 channels): of BLOCK_R rows that have few edges, of one row that has more, or of one segment of a
 row that has too many for one program (see ``fastgt/tiles.py``):
@@ -21,16 +28,17 @@ row that has too many for one program (see ``fastgt/tiles.py``):
 Each of the R x E lanes keeps its own running maximum, sum and accumulator, so a step has no
 reduction but the dot product; lanes meet once, after the last step, and the segments of a row
 meet in ``attention_combine.py``. The forward and the dq kernel walk the rows, the dkv kernel walks
-the same edges by columns, where it also writes dbias: every output element has one writer, in a
-fixed order, hence no atomics and the same bits every time. w and gamma come from p and dp in the
-accumulator's precision, never from a rounded output.
+the same edges by columns, where it also writes what edges receive (``attention_backward.py``):
+every output element has one writer, in a fixed order, hence no atomics and the same bits every
+time. w and gamma come from p and dp in the accumulator's precision, never from a rounded output.
 """
 
-import torch
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .attention_combine import combine_columns, combine_outputs, combine_rows, finish_row
+from .attention_combine import combine_outputs
 from .configs import (
     FILLERS,
     accumulator,
@@ -41,18 +49,36 @@ from .configs import (
     power_of_2,
     stride,
 )
-from .prims import kept_share, load_heads, load_lse, logits, scalar, store_heads, take_rows
+from .prims import (
+    EdgeTerms,
+    add_edge_key,
+    add_edge_value,
+    joined,
+    kept,
+    kept_share,
+    load_attr,
+    load_attr_q,
+    load_factor,
+    load_gate,
+    load_heads,
+    logits,
+    scalar,
+    store_heads,
+    take_rows,
+)
 
-_COUNTS = ["num_rows", "num_middle", "num_segments"]
+COUNTS = ["num_rows", "num_middle", "num_segments"]
+_PLAIN: dict[str, Any] = {}  # constants of a call without edge terms
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr,  # [N, H, D], [M, H_kv, D], [M, H_kv, DV], [E, H]
     o_ptr, lse_ptr, norm_ptr,  # [N, H, DV], [N, H], [N, H, 2]: pivot and factor of the weights
     part_ptr, stat_ptr,  # of segments: [S, H, DV] sums, [S, H, 2] maximum and sum
     row_ptr, col_ptr, edge_ptr,  # [N + 1], [E], [E]
     few_ptr, middle_ptr, segment_ptr,
+    terms, made,  # EdgeTerms and EdgeResults, or None
     q_stride, k_stride, v_stride, bias_stride,  # (node, head, channel); outputs are contiguous
     num_rows, num_middle, num_segments,
     scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
@@ -60,9 +86,13 @@ def _attention_fwd_kernel(
     CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr, BUCKETS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
+    C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
+    SHARED: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (row groups, head blocks): one program owns BLOCK_R rows, or one, of BLOCK_H heads."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    ATTR_Q: tl.constexpr = terms is not None and terms.attr_q is not None
+    WEIGH_ATTR: tl.constexpr = made is not None and made.attr_o is not None
     row, mine, begin, end, stride = take_rows(
         row_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
         BUCKETS, BLOCK_R, BLOCK_E,
@@ -73,27 +103,48 @@ def _attention_fwd_kernel(
 
     q = load_heads(q_ptr, q_stride, row[:, None], mine[:, None], head, H, D, BLOCK_D, ALIGN)
     q = q.to(ACC)  # [R, 1, H, D]
+    attr_q = load_attr_q(
+        terms, row[:, None], mine[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
+    )  # [R, 1, H, C]
 
     lane_max = tl.full([BLOCK_R, BLOCK_E, BLOCK_H], float("-inf"), ACC)
     lane_sum = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H], ACC)
     acc = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_DV], ACC)
+    if WEIGH_ATTR:
+        attr_acc = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_C], ACC)
     for step in range(0, tl.max(end - begin), stride):
         slot = begin[:, None] + step + lane[None, :]  # [R, E]
         live = slot < end[:, None]
         col = tl.load(col_ptr + slot, mask=live, other=0)
-        edge = tl.load(edge_ptr + slot, mask=live, other=0) if HAS_BIAS else slot
+        if HAS_BIAS or terms is not None:
+            edge = tl.load(edge_ptr + slot, mask=live, other=0)
+        else:
+            edge = slot
         k = load_heads(k_ptr, k_stride, col, live, head // GROUP, H // GROUP, D, BLOCK_D, ALIGN)
         v = load_heads(v_ptr, v_stride, col, live, head // GROUP, H // GROUP, DV, BLOCK_DV, ALIGN)
-        k = k.to(ACC)
-        s, _ = logits(
-            q, k, live, edge, head, bias_ptr, bias_stride, scale, low, high, H, CLAMP, HAS_BIAS
+        k, edge_key = add_edge_key(k.to(ACC), terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
+        k = k * load_gate(terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
+        v = add_edge_value(
+            v.to(ACC), edge_key, terms, edge, live, head, H, DV, BLOCK_DV, EDGE_ALIGN, SHARED
         )
+        attr = load_attr(terms, edge, live, C, BLOCK_C, EDGE_ALIGN, ACC)
+        factor = load_factor(terms, edge, live, head, H, ACC)
+        s, _, _ = logits(
+            q, k, attr_q, attr, factor, live, edge, head, bias_ptr, bias_stride,
+            scale, low, high, H, CLAMP, HAS_BIAS, ATTR_Q,
+        )  # fmt: skip
+        if made is not None and made.scores is not None:
+            t = q * k * (scale * factor)[:, :, :, None]
+            store_heads(made.scores, edge, live, head, H, D, BLOCK_D, t)
         new_max = tl.maximum(lane_max, s)
         # a lane without a finite logit so far keeps -inf; a finite pivot avoids inf - inf
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
         decay = tl.exp(lane_max - pivot)
         p = tl.exp(s - pivot)  # [R, E, H]
-        acc = acc * decay[:, :, :, None] + p[:, :, :, None] * v.to(ACC)
+        used = p * kept(terms, edge, head, ACC)
+        acc = acc * decay[:, :, :, None] + used[:, :, :, None] * v
+        if WEIGH_ATTR:
+            attr_acc = attr_acc * decay[:, :, :, None] + used[:, :, :, None] * attr
         lane_sum = lane_sum * decay + p
         lane_max = new_max
 
@@ -102,6 +153,8 @@ def _attention_fwd_kernel(
     decay = tl.exp(lane_max - pivot[:, None, :])
     total = tl.sum(lane_sum * decay, 1)
     o = tl.sum(acc * decay[:, :, :, None], 1)  # [R, H, DV]
+    if WEIGH_ATTR:
+        attr_o = tl.sum(attr_acc * decay[:, :, :, None], 1)  # [R, H, C]
     if BUCKETS:
         first = tl.arange(0, BLOCK_R) == 0
         if tl.program_id(0) < num_segments + num_middle:
@@ -110,13 +163,20 @@ def _attention_fwd_kernel(
             row_top = tl.max(top, 0)
             pivot_one = tl.where(row_top == float("-inf"), 0.0, row_top)
             decay_one = tl.exp(top - pivot_one[None, :])
-            total = tl.sum(total * decay_one, 0)[None, :] + tl.zeros_like(total)
-            o = tl.sum(o * decay_one[:, :, None], 0)[None, :, :] + tl.zeros_like(o)
+            total = joined(total * decay_one)
+            o = joined(o * decay_one[:, :, None])
+            if WEIGH_ATTR:
+                attr_o = joined(attr_o * decay_one[:, :, None])
             top = row_top[None, :] + tl.zeros_like(top)
             pivot = pivot_one[None, :] + tl.zeros_like(pivot)
         if tl.program_id(0) < num_segments:
             part = tl.program_id(0).to(tl.int64) + tl.zeros([BLOCK_R], tl.int64)
             store_heads(part_ptr, part[:, None], mine[:, None], head, H, DV, BLOCK_DV, o[:, None])
+            if WEIGH_ATTR:
+                at_part, live_part = part[:, None], mine[:, None]
+                store_heads(
+                    made.attr_part, at_part, live_part, head, H, C, BLOCK_C, attr_o[:, None]
+                )
             at = part[:, None] * H + head[None, :]
             mask = mine[:, None] & (head < H)[None, :]
             tl.store(stat_ptr + 2 * at, top, mask=mask)
@@ -127,6 +187,9 @@ def _attention_fwd_kernel(
     norm = kept_share(lse, log_eps, ACC) / tl.where(empty, 1.0, total)
     o = tl.where(empty[:, :, None], 0.0, o * norm[:, :, None])
     store_heads(o_ptr, row[:, None], mine[:, None], head, H, DV, BLOCK_DV, o[:, None, :, :])
+    if WEIGH_ATTR:
+        attr_o = tl.where(empty[:, :, None], 0.0, attr_o * norm[:, :, None])[:, None, :, :]
+        store_heads(made.attr_o, row[:, None], mine[:, None], head, H, C, BLOCK_C, attr_o)
     at = row[:, None] * H + head[None, :]
     mask = mine[:, None] & (head < H)[None, :]
     tl.store(lse_ptr + at, tl.where(empty, float("-inf"), lse), mask=mask)
@@ -135,11 +198,12 @@ def _attention_fwd_kernel(
         tl.store(norm_ptr + 2 * at + 1, norm, mask=mask)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _attention_weights_kernel(
     q_ptr, k_ptr, bias_ptr, norm_ptr,
     weights_ptr,  # [E, H]
     row_ptr, col_ptr, edge_ptr, few_ptr, middle_ptr, segment_ptr,
+    terms,
     q_stride, k_stride, bias_stride,
     num_rows, num_middle, num_segments,
     scale: tl.float64, low: tl.float64, high: tl.float64,
@@ -147,12 +211,14 @@ def _attention_weights_kernel(
     CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, BUCKETS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+    C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
 ):  # fmt: skip
     """Grid (row groups, head blocks): the weights of BLOCK_R rows, or one, of BLOCK_H heads.
 
     Not from the lse, which is rounded as the largest logit is, but from pivot and factor.
     """
     ACC: tl.constexpr = norm_ptr.dtype.element_ty
+    ATTR_Q: tl.constexpr = terms is not None and terms.attr_q is not None
     row, mine, begin, end, stride = take_rows(
         row_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
         BUCKETS, BLOCK_R, BLOCK_E,
@@ -162,6 +228,7 @@ def _attention_weights_kernel(
     low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
     q = load_heads(q_ptr, q_stride, row[:, None], mine[:, None], head, H, D, BLOCK_D, ALIGN)
     q = q.to(ACC)
+    attr_q = load_attr_q(terms, row[:, None], mine[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC)
     at = row[:, None] * H + head[None, :]
     mask = mine[:, None] & (head < H)[None, :]
     pivot = tl.load(norm_ptr + 2 * at, mask=mask, other=0.0)
@@ -172,284 +239,126 @@ def _attention_weights_kernel(
         col = tl.load(col_ptr + slot, mask=live, other=0)
         edge = tl.load(edge_ptr + slot, mask=live, other=0)
         k = load_heads(k_ptr, k_stride, col, live, head // GROUP, H // GROUP, D, BLOCK_D, ALIGN)
-        k = k.to(ACC)
-        s, _ = logits(
-            q, k, live, edge, head, bias_ptr, bias_stride, scale, low, high, H, CLAMP, HAS_BIAS
-        )
+        k, _ = add_edge_key(k.to(ACC), terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
+        k = k * load_gate(terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
+        attr = 0.0
+        if ATTR_Q:
+            attr = load_attr(terms, edge, live, C, BLOCK_C, EDGE_ALIGN, ACC)
+        factor = load_factor(terms, edge, live, head, H, ACC)
+        s, _, _ = logits(
+            q, k, attr_q, attr, factor, live, edge, head, bias_ptr, bias_stride,
+            scale, low, high, H, CLAMP, HAS_BIAS, ATTR_Q,
+        )  # fmt: skip
         p = tl.exp(s - pivot[:, None, :]) * norm[:, None, :]
         edge_at = edge.to(tl.int64)[:, :, None] * H + head[None, None, :]
         edge_mask = live[:, :, None] & (head < H)[None, None, :]
         tl.store(weights_ptr + edge_at, p.to(weights_ptr.dtype.element_ty), mask=edge_mask)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
-def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, dlse_ptr, lse_ptr,
-    dq_ptr, wgamma_ptr,  # [N, H, D], [N, H, 2]: w and gamma
-    part_ptr, stat_ptr,  # of segments: [S, 2, H, D] sums of p k and p dp k, [S, H, 2] of p and p dp
-    row_ptr, col_ptr, edge_ptr, few_ptr, middle_ptr, segment_ptr,
-    q_stride, k_stride, v_stride, bias_stride, do_stride, dlse_stride,
-    num_rows, num_middle, num_segments,
-    scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_Q: tl.constexpr,
-    BUCKETS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
+class EdgeResults(NamedTuple):
+    """What the forward writes besides; None where not wanted."""
+
+    scores: Any  # [E, H, D]
+    attr_o: Any  # [N, H, C]
+    attr_part: Any  # of segments: [S, H, C]
+
+
+def attention_fwd(
+    q, k, v, edge_bias, rows, scale, low, high, eps, return_weights, scores=None, attr_o=None,
+    terms=None, edge_meta=_PLAIN,
 ):  # fmt: skip
-    """Grid (row groups, head blocks): dq, w and gamma of BLOCK_R rows, or one, of BLOCK_H heads.
+    """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order.
 
-    One walk gives all: dq = scale (w sum_j p dp k - gamma sum_j p k).
+    With ``terms``, ``scores [E, H, D]`` and ``attr_o [N, H, C]`` are filled where given.
     """
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    row, mine, begin, end, stride = take_rows(
-        row_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
-        BUCKETS, BLOCK_R, BLOCK_E,
-    )  # fmt: skip
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    lane = tl.arange(0, BLOCK_E)
-    low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
-
-    q = load_heads(q_ptr, q_stride, row[:, None], mine[:, None], head, H, D, BLOCK_D, ALIGN)
-    q = q.to(ACC)  # [R, 1, H, D]
-    do = load_heads(do_ptr, do_stride, row[:, None], mine[:, None], head, H, DV, BLOCK_DV, ALIGN)
-    do = do.to(ACC)  # [R, 1, H, DV]
-    at = row[:, None] * H + head[None, :]
-    lse = load_lse(lse_ptr + at, mine[:, None] & (head < H)[None, :])  # [R, H]
-
-    sum_p = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H], ACC)
-    sum_pdp = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H], ACC)
-    pk = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_D], ACC)
-    pdpk = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_D], ACC)
-    for step in range(0, tl.max(end - begin), stride):
-        slot = begin[:, None] + step + lane[None, :]
-        live = slot < end[:, None]
-        col = tl.load(col_ptr + slot, mask=live, other=0)
-        edge = tl.load(edge_ptr + slot, mask=live, other=0) if HAS_BIAS else slot
-        k = load_heads(k_ptr, k_stride, col, live, head // GROUP, H // GROUP, D, BLOCK_D, ALIGN)
-        v = load_heads(v_ptr, v_stride, col, live, head // GROUP, H // GROUP, DV, BLOCK_DV, ALIGN)
-        k = k.to(ACC)
-        s, through = logits(
-            q, k, live, edge, head, bias_ptr, bias_stride, scale, low, high, H, CLAMP, HAS_BIAS
-        )
-        p = tl.exp(s - lse[:, None, :])
-        pdp = p * tl.sum(do * v.to(ACC), 3)
-        sum_p += p
-        sum_pdp += pdp
-        if NEED_Q:
-            pk += tl.where(through, p, 0.0)[:, :, :, None] * k
-            pdpk += tl.where(through, pdp, 0.0)[:, :, :, None] * k
-
-    total, delta = tl.sum(sum_p, 1), tl.sum(sum_pdp, 1)  # [R, H]
-    row_pk, row_pdpk = tl.sum(pk, 1), tl.sum(pdpk, 1)  # [R, H, D]
-    if BUCKETS:
-        first = tl.arange(0, BLOCK_R) == 0
-        if tl.program_id(0) < num_segments + num_middle:
-            mine = mine & first
-            total = tl.sum(total, 0)[None, :] + tl.zeros_like(total)
-            delta = tl.sum(delta, 0)[None, :] + tl.zeros_like(delta)
-            row_pk = tl.sum(row_pk, 0)[None, :, :] + tl.zeros_like(row_pk)
-            row_pdpk = tl.sum(row_pdpk, 0)[None, :, :] + tl.zeros_like(row_pdpk)
-        if tl.program_id(0) < num_segments:
-            part = tl.program_id(0).to(tl.int64) + tl.zeros([BLOCK_R], tl.int64)
-            part_at = part[:, None] * H + head[None, :]
-            mask = mine[:, None] & (head < H)[None, :]
-            tl.store(stat_ptr + 2 * part_at, total, mask=mask)
-            tl.store(stat_ptr + 2 * part_at + 1, delta, mask=mask)
-            if NEED_Q:
-                two, live = 2 * part[:, None], mine[:, None]
-                store_heads(part_ptr, two, live, head, H, D, BLOCK_D, row_pk[:, None])
-                store_heads(part_ptr, two + 1, live, head, H, D, BLOCK_D, row_pdpk[:, None])
-            mine = mine & (row < 0)  # nothing else is stored
-    finish_row(
-        total, delta, row_pk, row_pdpk, lse, row, mine, head, scale, log_eps,
-        dlse_ptr, dlse_stride, wgamma_ptr, dq_ptr, H, D, BLOCK_D, HAS_DLSE, NEED_Q,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def _attention_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, wgamma_ptr,
-    dk_ptr, dv_ptr, dbias_ptr,  # [M, H_kv, D], [M, H_kv, DV], [E, H]
-    dk_part_ptr, dv_part_ptr,  # of segments: [S, H_kv, D], [S, H_kv, DV]
-    col_ptr, row_ptr, edge_ptr,  # [M + 1], [E], [E]
-    few_ptr, middle_ptr, segment_ptr,
-    q_stride, k_stride, v_stride, bias_stride, do_stride,
-    num_rows, num_middle, num_segments,  # of columns
-    scale: tl.float64, low: tl.float64, high: tl.float64,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEED_BIAS: tl.constexpr, BUCKETS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Grid (column groups, key head blocks): dk, dv and dbias of BLOCK_R columns, or of one.
-
-    The query heads that share a key head come one after another.
-    """
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    col, mine, begin, end, stride = take_rows(
-        col_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
-        BUCKETS, BLOCK_R, BLOCK_E,
-    )  # fmt: skip
-    kv_head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    lane = tl.arange(0, BLOCK_E)
-    low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
-    H_KV: tl.constexpr = H // GROUP
-
-    k = load_heads(k_ptr, k_stride, col[:, None], mine[:, None], kv_head, H_KV, D, BLOCK_D, ALIGN)
-    k = k.to(ACC)  # [R, 1, H, D]
-    v = load_heads(v_ptr, v_stride, col[:, None], mine[:, None], kv_head, H_KV, DV, BLOCK_DV, ALIGN)
-    v = v.to(ACC)  # [R, 1, H, DV]
-
-    dk = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_D], ACC)
-    dv = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_DV], ACC)
-    for step in range(0, tl.max(end - begin), stride):
-        slot = begin[:, None] + step + lane[None, :]
-        live = slot < end[:, None]
-        row = tl.load(row_ptr + slot, mask=live, other=0)
-        edge = tl.load(edge_ptr + slot, mask=live, other=0) if HAS_BIAS or NEED_BIAS else slot
-        for member in range(GROUP):
-            head = kv_head * GROUP + member  # H and beyond for the padded ones
-            q = load_heads(q_ptr, q_stride, row, live, head, H, D, BLOCK_D, ALIGN).to(ACC)
-            do = load_heads(do_ptr, do_stride, row, live, head, H, DV, BLOCK_DV, ALIGN).to(ACC)
-            at = row.to(tl.int64)[:, :, None] * H + head[None, None, :]
-            mask = live[:, :, None] & (head < H)[None, None, :]
-            lse = load_lse(lse_ptr + at, mask)  # [R, E, H]
-            w = tl.load(wgamma_ptr + 2 * at, mask=mask, other=0.0)
-            s, through = logits(
-                q, k, live, edge, head, bias_ptr, bias_stride, scale, low, high, H, CLAMP, HAS_BIAS
-            )
-            p = tl.exp(s - lse)
-            if NEED_V:
-                dv += (w * p)[:, :, :, None] * do
-            if NEED_K or NEED_BIAS:
-                gamma = tl.load(wgamma_ptr + 2 * at + 1, mask=mask, other=0.0)
-                ds = p * (w * tl.sum(do * v, 3) - gamma)
-                if NEED_K:
-                    dk += tl.where(through, ds, 0.0)[:, :, :, None] * q
-                if NEED_BIAS:
-                    edge_at = edge.to(tl.int64)[:, :, None] * H + head[None, None, :]
-                    tl.store(dbias_ptr + edge_at, ds.to(dbias_ptr.dtype.element_ty), mask=mask)
-
-    col_dk, col_dv = tl.sum(dk, 1) * scale, tl.sum(dv, 1)  # [R, H, D]
-    if BUCKETS:
-        first = tl.arange(0, BLOCK_R) == 0
-        if tl.program_id(0) < num_segments + num_middle:
-            mine = mine & first
-            col_dk = tl.sum(col_dk, 0)[None, :, :] + tl.zeros_like(col_dk)
-            col_dv = tl.sum(col_dv, 0)[None, :, :] + tl.zeros_like(col_dv)
-        if tl.program_id(0) < num_segments:
-            part = (tl.program_id(0).to(tl.int64) + tl.zeros([BLOCK_R], tl.int64))[:, None]
-            live = mine[:, None]
-            if NEED_K:
-                store_heads(dk_part_ptr, part, live, kv_head, H_KV, D, BLOCK_D, col_dk[:, None])
-            if NEED_V:
-                store_heads(dv_part_ptr, part, live, kv_head, H_KV, DV, BLOCK_DV, col_dv[:, None])
-            mine = mine & (col < 0)  # nothing else is stored
-    if NEED_K:
-        store_heads(dk_ptr, col[:, None], mine[:, None], kv_head, H_KV, D, BLOCK_D, col_dk[:, None])
-    if NEED_V:
-        store_heads(
-            dv_ptr, col[:, None], mine[:, None], kv_head, H_KV, DV, BLOCK_DV, col_dv[:, None]
-        )
-
-
-def attention_fwd(q, k, v, edge_bias, rows, scale, low, high, eps, return_weights):
-    """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order."""
     n, heads, _ = q.shape
-    row_ptr, col, edge, few, middle, segment, split = _walk(rows)
+    row_ptr, col, edge, few, middle, segment, split = attention_walk(rows)
     o = q.new_empty(n, heads, v.shape[2])
     lse = q.new_empty(n, heads, dtype=accumulator(q))
     norm = lse.new_empty(n, heads, 2) if return_weights else None
-    parts = part = stat = None
+    parts = part = stat = attr_part = None
     if segment is not None:
         parts = segment.shape[0] - FILLERS
         part = lse.new_empty(parts, heads, v.shape[2])
         stat = lse.new_empty(parts, heads, 2)
+        attr_part = None if attr_o is None else lse.new_empty(parts, heads, attr_o.shape[2])
+    made = None if terms is None else EdgeResults(scores, attr_o, attr_part)
     if n and heads:
-        meta, grid, counts = _plan(q, k, v, (q, k, v), n, heads, few, middle, segment)
+        meta, grid, counts = attention_plan(
+            q, k, v, (q, k, v), n, heads, few, middle, segment, edge_meta
+        )
         _attention_fwd_kernel[grid](
             q, k, v, edge_bias, o, lse, norm, part, stat, row_ptr, col, edge, few, middle, segment,
-            q.stride(), k.stride(), v.stride(), stride(edge_bias),
+            terms, made, q.stride(), k.stride(), v.stride(), stride(edge_bias),
             *counts, scale, low, high, log(eps),
             CLAMP=clamps(low, high), HAS_BIAS=edge_bias is not None, NORM=return_weights, **meta,
         )  # fmt: skip
         if parts:
             combine_outputs(o, lse, norm, part, stat, split, log(eps))
+            if attr_o is not None:
+                combine_outputs(attr_o, lse, None, attr_part, stat, split, log(eps))
     weights = q.new_empty(col.shape[0] if return_weights else 0, heads)
     if return_weights and n and heads:
-        meta, grid, counts = _plan(q, k, k, (q, k), n, heads, few, middle, segment)
-        del meta["DV"], meta["BLOCK_DV"]
+        meta, grid, counts = attention_plan(
+            q, k, k, (q, k), n, heads, few, middle, segment, edge_meta
+        )
+        for name in ("DV", "BLOCK_DV", "SHARED"):
+            meta.pop(name, None)
         _attention_weights_kernel[grid](
-            q, k, edge_bias, norm, weights, row_ptr, col, edge, few, middle, segment,
+            q, k, edge_bias, norm, weights, row_ptr, col, edge, few, middle, segment, terms,
             q.stride(), k.stride(), stride(edge_bias), *counts, scale, low, high,
             CLAMP=clamps(low, high), HAS_BIAS=edge_bias is not None, **meta,
         )  # fmt: skip
     return o, lse, weights
 
 
-def attention_bwd(
-    do, dlse, q, k, v, edge_bias, lse, rows, columns,
-    scale, low, high, eps, need_q, need_k, need_v, need_bias,
+def attention_edges_fwd(
+    q, k, v, edge_bias, terms, rows, scale, low, high, eps,
+    dropout, shared, return_weights, return_scores, weigh_attr,
 ):  # fmt: skip
-    """-> dq [N, H, D], dk [M, H_kv, D], dv [M, H_kv, DV], dbias [E, H]; empty where not needed."""
+    """-> o, lse, weights, edge scores [E, H, D] (or [0, H, D]), attributes [N, H, C] (or 0)."""
     n, heads, width = q.shape
-    m, kv_heads, _ = k.shape
-    row_ptr, col, edge, few, middle, segment, split = _walk(rows)
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if need_q else q.new_empty(0)
-    dk = torch.empty_like(k, memory_format=torch.contiguous_format) if need_k else q.new_empty(0)
-    dv = torch.empty_like(v, memory_format=torch.contiguous_format) if need_v else q.new_empty(0)
-    dbias = q.new_empty(col.shape[0], heads) if need_bias else q.new_empty(0)
-    wgamma = lse.new_empty(n, heads, 2)
-    shared = {"CLAMP": clamps(low, high), "HAS_BIAS": edge_bias is not None}
-    strides = q.stride(), k.stride(), v.stride(), stride(edge_bias), do.stride()
-    floats = scale, low, high
-    if n and heads:
-        meta, grid, counts = _plan(q, k, v, (q, k, v, do), n, heads, few, middle, segment)
-        parts = part = stat = None
-        if segment is not None:
-            parts = counts[2]
-            part = lse.new_empty(parts if need_q else 0, 2, heads, width)
-            stat = lse.new_empty(parts, heads, 2)
-        _attention_bwd_dq_kernel[grid](
-            q, k, v, edge_bias, do, dlse, lse, dq, wgamma, part, stat,
-            row_ptr, col, edge, few, middle, segment,
-            *strides, stride(dlse), *counts, *floats, log(eps),
-            HAS_DLSE=dlse is not None, NEED_Q=need_q, **shared, **meta,
-        )  # fmt: skip
-        if parts:
-            combine_rows(
-                dq, wgamma, part, stat, lse, dlse, stride(dlse), split, scale, log(eps), need_q
-            )
-    if m and kv_heads and (need_k or need_v or need_bias):
-        col_ptr, col_row, col_edge, few, middle, segment, split = _walk(columns)
-        meta, grid, counts = _plan(q, k, v, (q, k, v, do), m, kv_heads, few, middle, segment)
-        parts = dk_part = dv_part = None
-        if segment is not None:
-            parts = counts[2]
-            dk_part = lse.new_empty(parts if need_k else 0, kv_heads, width)
-            dv_part = lse.new_empty(parts if need_v else 0, kv_heads, v.shape[2])
-        _attention_bwd_dkv_kernel[grid](
-            q, k, v, edge_bias, do, lse, wgamma, dk, dv, dbias, dk_part, dv_part,
-            col_ptr, col_row, col_edge, few, middle, segment,
-            *strides, *counts, *floats,
-            NEED_K=need_k, NEED_V=need_v, NEED_BIAS=need_bias, **shared, **meta,
-        )  # fmt: skip
-        if parts:
-            for out, sums, need in ((dk, dk_part, need_k), (dv, dv_part, need_v)):
-                if need:
-                    combine_columns(out, sums, split)
-    return dq, dk, dv, dbias
+    scores = q.new_empty(rows[1].shape[0] if return_scores else 0, heads, width)
+    channels = terms[3].shape[1] if weigh_attr else 0
+    attr_o = q.new_empty(n, heads, channels, dtype=accumulator(q))
+    terms, edge_meta = attention_terms(terms, dropout, shared, ())
+    found = attention_fwd(
+        q, k, v, edge_bias, rows, scale, low, high, eps, return_weights,
+        scores if return_scores else None, attr_o if weigh_attr else None, terms, edge_meta,
+    )  # fmt: skip
+    return *found, scores, attr_o
 
 
-def _walk(walk):
+def attention_terms(terms, dropout, shared, upstream):
+    """-> EdgeTerms, and the constants that the kernels take with them."""
+    gate, key, value, attr, attr_q, seed = terms
+    by_head = gate is not None and gate.ndim == 2
+    factor, gate = (gate, None) if by_head else (None, gate)
+    attr = None if attr is None else attr[:, None]
+    tensors = factor, gate, key, value, attr, attr_q
+    pairs = ((x, None if x is None else x.stride()) for x in tensors)
+    limit = round(dropout * 2**24)
+    found = EdgeTerms(*(part for pair in pairs for part in pair), seed, limit)
+    aligned = tuple(x for x in (gate, key, value, attr, attr_q, *upstream) if x is not None)
+    channels = 1 if attr is None else attr.shape[2]
+    meta = {
+        "C": channels,
+        "BLOCK_C": power_of_2(channels),
+        "EDGE_ALIGN": alignment(aligned) if aligned else 1,
+        "SHARED": shared,
+    }
+    return found, meta
+
+
+def attention_walk(walk):
     """A CSR walk with its buckets, None where rows are taken as they stand."""
     return walk if len(walk) > 3 else (*walk, None, None, None, None)
 
 
-def _plan(q, k, v, aligned, num_rows, heads, few, middle, segment):
+def attention_plan(q, k, v, aligned, num_rows, heads, few, middle, segment, edge_meta):
     block_d, block_dv = power_of_2(q.shape[2]), power_of_2(v.shape[2])
-    tile = attention_tile(heads, max(block_d, block_dv), q.element_size())
+    width = max(block_d, block_dv, edge_meta.get("BLOCK_C", 1))
+    tile = attention_tile(heads, width, q.element_size(), bool(edge_meta))
     counts = num_rows, 0, 0
     if few is not None:
         counts = tuple(x.shape[0] - FILLERS for x in (few, middle, segment))
@@ -466,6 +375,7 @@ def _plan(q, k, v, aligned, num_rows, heads, few, middle, segment):
         "BLOCK_DV": block_dv,
         "ALIGN": alignment(aligned),
         "num_warps": tile.num_warps,
+        **edge_meta,
     }
     programs = -(-counts[0] // tile.block_r) + counts[1] + counts[2]
     return meta, (programs, -(-heads // tile.block_h)), counts

@@ -62,11 +62,11 @@ def _combine_outputs_kernel(
 
 @triton.jit
 def _combine_rows_kernel(
-    part_ptr, stat_ptr, split_ptr,  # [S, 2, H, D], [S, H, 2], [P, 3]
+    part_ptr, stat_ptr, split_ptr,  # [S, PARTS, H, D], [S, H, 2], [P, 3]
     lse_ptr, dlse_ptr, wgamma_ptr, dq_ptr,
     dlse_stride, scale: tl.float64, log_eps: tl.float64,
     H: tl.constexpr, D: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_Q: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (split rows, head blocks): dq, w and gamma of one row."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
@@ -76,6 +76,7 @@ def _combine_rows_kernel(
     delta = tl.zeros([BLOCK_S, BLOCK_H], ACC)
     pk = tl.zeros([BLOCK_S, BLOCK_H, BLOCK_D], ACC)
     pdpk = tl.zeros([BLOCK_S, BLOCK_H, BLOCK_D], ACC)
+    dtk = tl.zeros([BLOCK_S, BLOCK_H, BLOCK_D], ACC)
     for first in range(begin, end, BLOCK_S):
         part = first + tl.arange(0, BLOCK_S).to(tl.int64)
         live = part < end
@@ -84,13 +85,15 @@ def _combine_rows_kernel(
         total += tl.load(stat_ptr + 2 * at, mask=mask, other=0.0)
         delta += tl.load(stat_ptr + 2 * at + 1, mask=mask, other=0.0)
         if NEED_Q:
-            pk += _load_part(part_ptr, 2 * part, live, head, H, D, BLOCK_D)
-            pdpk += _load_part(part_ptr, 2 * part + 1, live, head, H, D, BLOCK_D)
+            pk += _load_part(part_ptr, PARTS * part, live, head, H, D, BLOCK_D)
+            pdpk += _load_part(part_ptr, PARTS * part + 1, live, head, H, D, BLOCK_D)
+            if PARTS == 3:
+                dtk += _load_part(part_ptr, PARTS * part + 2, live, head, H, D, BLOCK_D)
     at = row * H + head
     one = tl.zeros([1], tl.int64) + row
     finish_row(
         tl.sum(total, 0)[None, :], tl.sum(delta, 0)[None, :],
-        tl.sum(pk, 0)[None, :, :], tl.sum(pdpk, 0)[None, :, :],
+        tl.sum(pk, 0)[None, :, :], tl.sum(pdpk, 0)[None, :, :], tl.sum(dtk, 0)[None, :, :],
         load_lse(lse_ptr + at, head < H)[None, :], one, one >= 0, head,
         scalar(scale, ACC), log_eps,
         dlse_ptr, dlse_stride, wgamma_ptr, dq_ptr, H, D, BLOCK_D, HAS_DLSE, NEED_Q,
@@ -117,12 +120,15 @@ def _combine_columns_kernel(
 
 @triton.jit
 def finish_row(
-    total, delta, pk, pdpk, lse, row, mine, head, scale, log_eps,
+    total, delta, pk, pdpk, dtk, lse, row, mine, head, scale, log_eps,
     dlse_ptr, dlse_stride, wgamma_ptr, dq_ptr,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_DLSE: tl.constexpr, NEED_Q: tl.constexpr,
 ):  # fmt: skip
-    """From the sums of p, p dp [R, H], p k, p dp k [R, H, D] of whole rows: w, gamma and dq."""
+    """From sums over whole rows, of p, p dp [R, H], p k, p dp k [R, H, D]: w, gamma and dq.
+
+    dtk [R, H, D] is what dq receives through the edge scores, whatever the weights.
+    """
     at = row[:, None] * H + head[None, :]
     mask = mine[:, None] & (head < H)[None, :]
     total = tl.where(total == 0.0, 1.0, total)
@@ -141,7 +147,7 @@ def finish_row(
     tl.store(wgamma_ptr + 2 * at + 1, gamma, mask=mask)
     if NEED_Q:
         dq = w[:, :, None] * pdpk - gamma[:, :, None] * pk
-        dq = tl.where(empty[:, :, None], 0.0, dq)[:, None, :, :] * scale
+        dq = (tl.where(empty[:, :, None], 0.0, dq) + dtk)[:, None, :, :] * scale
         store_heads(dq_ptr, row[:, None], mine[:, None], head, H, D, BLOCK_D, dq)
 
 
@@ -174,7 +180,7 @@ def combine_rows(dq, wgamma, part, stat, lse, dlse, dlse_stride, split, scale, l
     grid, meta = _plan(split, lse.shape[1], part.shape[3])
     _combine_rows_kernel[grid](
         part, stat, split, lse, dlse, wgamma, dq, dlse_stride, scale, log_eps,
-        HAS_DLSE=dlse is not None, NEED_Q=need_q, **meta,
+        HAS_DLSE=dlse is not None, NEED_Q=need_q, PARTS=part.shape[1], **meta,
     )  # fmt: skip
 
 

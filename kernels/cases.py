@@ -7,9 +7,14 @@ from functools import partial
 
 import torch
 
-from .attention import attention_bwd, attention_fwd
+from .aggregate import aggregate_bwd, aggregate_fwd
+from .aggregate_gated import gated_aggregate_bwd, gated_aggregate_fwd
+from .attention import attention_edges_fwd, attention_fwd
+from .attention_backward import attention_bwd, attention_edges_bwd
 from .attention_windows import windows_bwd, windows_fwd
+from .channelwise_attention import channelwise_attention_bwd, channelwise_attention_fwd
 from .configs import FILLERS
+from .segment_softmax import segment_softmax_bwd, segment_softmax_fwd
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class AttentionCase:
     buckets: bool = False
     height: int = 0  # of windows, 0: gather
     dense: bool = False
+    terms: str = ""  # on edges: words of "gate factor key value shared attr drop scores"
+    channels: int = 16  # of the attributes
 
 
 ATTENTION_CASES = {
@@ -47,6 +54,39 @@ ATTENTION_CASES = {
     "buckets_h8_d16_bf16": AttentionCase(8, 16, torch.bfloat16, buckets=True),
     "buckets_h8_d16_fp32": AttentionCase(8, 16, torch.float32, buckets=True, bias=True),
     "buckets_h8_d128_bf16": AttentionCase(8, 128, torch.bfloat16, buckets=True),
+    "edges_gt_zinc_d8_fp32": AttentionCase(
+        8, 8, torch.float32, degree=3, clamp=True, terms="gate scores"
+    ),
+    "edges_gate_d10_bf16": AttentionCase(8, 10, torch.bfloat16, clamp=True, terms="gate scores"),
+    "edges_attr_d16_bf16": AttentionCase(8, 16, torch.bfloat16, terms="attr drop"),
+    "edges_attr_d16_fp32": AttentionCase(8, 16, torch.float32, terms="attr", bias=True),
+    "edges_buckets_attr_d16_bf16": AttentionCase(
+        8, 16, torch.bfloat16, buckets=True, terms="attr scores key value"
+    ),
+    "edges_shared_d16_fp32": AttentionCase(8, 16, torch.float32, terms="shared"),
+    "edges_shared_d64_bf16": AttentionCase(4, 64, torch.bfloat16, terms="shared drop"),
+    "edges_factor_d64_fp16": AttentionCase(4, 64, torch.float16, terms="factor key value attr"),
+    "edges_all_d32_fp32": AttentionCase(
+        4,
+        32,
+        torch.float32,
+        bias=True,
+        clamp=True,
+        weights=True,
+        terms="gate key value attr drop scores",
+    ),
+    "edges_gqa_h8_d64_bf16": AttentionCase(
+        8, 64, torch.bfloat16, kv_heads=2, terms="gate key value attr"
+    ),
+    "edges_attr_d128_bf16": AttentionCase(8, 128, torch.bfloat16, terms="attr", channels=64),
+    "edges_gate_d128_bf16": AttentionCase(8, 128, torch.bfloat16, terms="gate key value scores"),
+    "edges_all_d256_fp32": AttentionCase(
+        2, 256, torch.float32, terms="gate key value attr drop scores", channels=256
+    ),
+    "edges_attr_d256_fp16": AttentionCase(2, 256, torch.float16, terms="attr", channels=256),
+    "edges_all_d32_fp64": AttentionCase(
+        4, 32, torch.float64, bias=True, clamp=True, terms="factor key value attr drop scores"
+    ),
     "windows_d16_bf16": AttentionCase(8, 16, torch.bfloat16, height=64),
     "windows_d32_fp16": AttentionCase(8, 32, torch.float16, height=64, clamp=True),
     "windows_d64_bf16": AttentionCase(8, 64, torch.bfloat16, height=64),
@@ -91,12 +131,170 @@ def _launch_attention(case: AttentionCase) -> None:
     if case.buckets:
         rows, parts = index[: FILLERS + 2], index.new_zeros(FILLERS + 2, 3)
         walk = *walk, rows, rows, parts, parts
+    if case.terms:
+        _launch_edges(case, q, k, v, bias, walk, numbers)
+        return
     o, lse, _ = attention_fwd(q, k, v, bias, walk, *numbers, case.weights)
     inputs = o, lse if case.bias else None, q, k, v, bias, lse
     attention_bwd(*inputs, walk, walk, *numbers, *needs)
 
 
+@dataclass(frozen=True)
+class ChannelwiseCase:
+    """One configuration of channelwise attention."""
+
+    heads: int
+    width: int
+    dtype: torch.dtype
+    v: bool = True
+    edge_value: bool = True
+    planes: bool = False  # one logit for all heads of a channel
+    clamp: bool = False
+    weights: bool = False
+    buckets: bool = False
+
+
+CHANNELWISE_CASES = {
+    "channelwise_c8_fp32": ChannelwiseCase(1, 8, torch.float32, weights=True),
+    "channelwise_d10_bf16": ChannelwiseCase(1, 10, torch.bfloat16, clamp=True),
+    "channelwise_c32_fp16": ChannelwiseCase(1, 32, torch.float16, v=False, clamp=True),
+    "channelwise_c64_bf16": ChannelwiseCase(1, 64, torch.bfloat16, weights=True),
+    "channelwise_c64_fp32": ChannelwiseCase(1, 64, torch.float32, clamp=True),
+    "channelwise_c512_bf16": ChannelwiseCase(1, 512, torch.bfloat16),
+    "channelwise_c512_fp32": ChannelwiseCase(1, 512, torch.float32, edge_value=False),
+    "channelwise_c64_fp64": ChannelwiseCase(1, 64, torch.float64, clamp=True),
+    "channelwise_planes_h8_d8_fp32": ChannelwiseCase(8, 8, torch.float32, planes=True),
+    "channelwise_planes_h8_d32_bf16": ChannelwiseCase(8, 32, torch.bfloat16, planes=True),
+    "channelwise_buckets_c64_fp32": ChannelwiseCase(1, 64, torch.float32, buckets=True),
+    "channelwise_buckets_c128_bf16": ChannelwiseCase(1, 128, torch.bfloat16, buckets=True),
+}
+
+
+def _launch_channelwise(case: ChannelwiseCase) -> None:
+    n, m = 8, 128
+    index = torch.arange(m, dtype=torch.int32) % n
+    ptr = torch.arange(0, m + 1, m // n, dtype=torch.int32)
+    shape = case.heads, case.width
+    logits = torch.zeros(m, *shape, dtype=case.dtype)
+    if case.planes:
+        logits = logits[:, :1].contiguous().expand(m, *shape)
+    v = torch.zeros(n, *shape, dtype=case.dtype) if case.v else None
+    edge_value = torch.zeros(m, *shape, dtype=case.dtype) if case.edge_value else None
+    walk = ptr, index, index
+    if case.buckets:
+        rows, parts = index[: FILLERS + 2], index.new_zeros(FILLERS + 2, 3)
+        walk = *walk, rows, rows, parts, parts
+    low, high = (-5.0, 5.0) if case.clamp else (-torch.inf, torch.inf)
+    numbers = low, high, 0.0
+    inputs = logits, v, edge_value
+    o, lse, _, stat = channelwise_attention_fwd(*inputs, walk, *numbers, True, case.weights)
+    needs = True, case.v, case.edge_value
+    dlse = lse if case.clamp else None
+    channelwise_attention_bwd(o, dlse, *inputs, stat, walk, walk, *numbers, *needs)
+
+
+@dataclass(frozen=True)
+class AggregateCase:
+    """One configuration of an aggregation: of messages, of gated ones, or an edge softmax."""
+
+    width: int
+    dtype: torch.dtype
+    reduce: str = "sum"  # or mean, max, gated, softmax
+    x: bool = True
+    edge: bool = True  # values or gates on edges
+    relu: bool = False
+    normalize: bool = True
+    buckets: bool = False
+
+
+AGGREGATE_CASES = {
+    "aggregate_gine_d64_fp32": AggregateCase(64, torch.float32, relu=True),
+    "aggregate_gine_d64_bf16": AggregateCase(64, torch.bfloat16, relu=True),
+    "aggregate_gine_d10_fp16": AggregateCase(10, torch.float16, relu=True),
+    "aggregate_gine_d304_bf16": AggregateCase(304, torch.bfloat16, relu=True),
+    "aggregate_gine_d32_fp64": AggregateCase(32, torch.float64, relu=True),
+    "aggregate_mean_d16_fp32": AggregateCase(16, torch.float32, "mean", edge=False),
+    "aggregate_edges_d64_fp32": AggregateCase(64, torch.float32, "sum", x=False),
+    "aggregate_max_d64_fp32": AggregateCase(64, torch.float32, "max"),
+    "aggregate_max_d128_bf16": AggregateCase(128, torch.bfloat16, "max", relu=True),
+    "aggregate_buckets_d64_fp32": AggregateCase(64, torch.float32, relu=True, buckets=True),
+    "aggregate_buckets_max_d64_bf16": AggregateCase(64, torch.bfloat16, "max", buckets=True),
+    "gated_d64_fp32": AggregateCase(64, torch.float32, "gated"),
+    "gated_d64_bf16": AggregateCase(64, torch.bfloat16, "gated"),
+    "gated_d256_bf16": AggregateCase(256, torch.bfloat16, "gated"),
+    "gated_d32_fp64": AggregateCase(32, torch.float64, "gated"),
+    "gated_nodes_d64_fp16": AggregateCase(64, torch.float16, "gated", edge=False, normalize=False),
+    "gated_buckets_d64_fp32": AggregateCase(64, torch.float32, "gated", buckets=True),
+    "gated_buckets_d64_bf16": AggregateCase(64, torch.bfloat16, "gated", buckets=True),
+    "softmax_d8_fp32": AggregateCase(8, torch.float32, "softmax"),
+    "softmax_d64_bf16": AggregateCase(64, torch.bfloat16, "softmax"),
+    "softmax_d32_fp64": AggregateCase(32, torch.float64, "softmax"),
+    "softmax_buckets_d64_fp32": AggregateCase(64, torch.float32, "softmax", buckets=True),
+}
+
+
+def _launch_aggregate(case: AggregateCase) -> None:
+    n, m = 8, 128
+    index = torch.arange(m, dtype=torch.int32) % n
+    ptr = torch.arange(0, m + 1, m // n, dtype=torch.int32)
+    x = torch.zeros(n, case.width, dtype=case.dtype) if case.x else None
+    edge = torch.zeros(m, case.width, dtype=case.dtype) if case.edge else None
+    walk = ptr, index, index
+    if case.buckets:
+        rows, parts = index[: FILLERS + 2], index.new_zeros(FILLERS + 2, 3)
+        walk = *walk, rows, rows, parts, parts
+    if case.reduce == "softmax":
+        segment_softmax_bwd(edge, segment_softmax_fwd(edge, walk), walk)
+    elif case.reduce == "gated":
+        inputs = x, edge, x, x
+        how = 1e-6, case.normalize, case.edge, True
+        o, e, total, mean = gated_aggregate_fwd(*inputs, walk, *how)
+        kept = total, mean if mean.numel() else o
+        de = e if case.edge else None
+        needs = True, case.edge, True, True
+        gated_aggregate_bwd(o, de, *inputs, *kept, walk, walk, case.normalize, *needs)
+    else:
+        how = case.reduce, case.relu
+        o, first = aggregate_fwd(x, edge, walk, *how)
+        aggregate_bwd(o, x, edge, first, walk, walk, *how, case.x, case.edge)
+
+
+def _launch_edges(case, q, k, v, bias, walk, numbers) -> None:
+    edges, words = walk[1].shape[0], case.terms.split()
+
+    def tensor(*shape, dtype=case.dtype):
+        return torch.zeros(shape, dtype=dtype)
+
+    gate = key = value = attr = attr_q = seed = None
+    if "gate" in words:
+        gate = tensor(edges, *q.shape[1:])
+    if "factor" in words:
+        gate = tensor(edges, q.shape[1])
+    if "key" in words or "shared" in words:
+        key = tensor(edges, *q.shape[1:])
+    if "value" in words:
+        value = tensor(edges, q.shape[1], v.shape[2])
+    if "attr" in words:
+        attr = tensor(edges, case.channels)
+    if "attr" in words and "gate" not in words and "scores" not in words:
+        attr_q = tensor(*q.shape[:2], case.channels)
+    if "drop" in words:
+        seed = tensor(1, dtype=torch.int64)
+    terms = gate, key, value, attr, attr_q, seed
+    more = 0.1 if "drop" in words else 0.0, "shared" in words
+    wanted = case.weights, "scores" in words, attr is not None
+    o, lse, _, scores, attr_o = attention_edges_fwd(
+        q, k, v, bias, terms, walk, *numbers, *more, *wanted
+    )
+    attr_do = tensor(*attr_o.shape) if "attr" in words else None
+    upstream = o, None, scores if "scores" in words else None, attr_do
+    needs = [True] * 3 + [x is not None for x in (bias, *terms[:-1])]
+    attention_edges_bwd(*upstream, q, k, v, bias, terms, lse, walk, walk, *numbers, *more, needs)
+
+
 CASES: dict[str, Callable[[], None]] = {
     name: partial(_launch_attention, case) for name, case in ATTENTION_CASES.items()
 }
+CASES |= {name: partial(_launch_channelwise, case) for name, case in CHANNELWISE_CASES.items()}
+CASES |= {name: partial(_launch_aggregate, case) for name, case in AGGREGATE_CASES.items()}
 """Name -> a call that launches all kernels of that configuration, forward and backward."""

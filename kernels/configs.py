@@ -32,19 +32,24 @@ class Tile(NamedTuple):
 
 
 @cache
-def attention_tile(heads: int, width: int, itemsize: int) -> Tile:
+def attention_tile(heads: int, width: int, itemsize: int, terms: bool = False) -> Tile:
     """Tile of a pass over the edges; ``width`` is the padded head width.
 
     Rows of few edges share a program, four edges of each at a time; heads are split over programs
-    beyond 1,024 channels (512 in float64).
+    beyond 1,024 channels (512 in float64). With edge ``terms`` a lane holds several tiles instead
+    of two, so each gets half as large: by twice the warps up to 8, else by half the edges.
     """
-    widest = max(_SLOTS) // (2 if itemsize == 8 else 1)
+    widest = max(_SLOTS) // (2 if itemsize == 8 else 1) // (2 if terms else 1)
     block_h = min(power_of_2(heads), max(1, widest // width))
     channels = block_h * width
     slots = _SLOTS[min(bucket for bucket in _SLOTS if bucket >= channels)]
     if itemsize == 8:
         slots = max(_BLOCK_E, slots // 2)
     num_warps = min(_MAX_WARPS, max(1, slots * channels * itemsize // _BYTES_PER_WARP))
+    if terms and num_warps < 8:
+        num_warps *= 2
+    elif terms:
+        slots = max(_BLOCK_E, slots // 2)
     return Tile(slots // _BLOCK_E, _BLOCK_E, block_h, num_warps)
 
 

@@ -1,4 +1,11 @@
-"""Tile primitives shared by the kernels. R rows, E edges in flight per row, H heads, D channels."""
+"""Tile primitives shared by the kernels. R rows, E edges in flight per row, H heads, D channels.
+
+What edges may have besides a bias comes as one argument, ``terms``: None, or a tuple of pointers,
+each None where it is absent. The functions that read it return what changes nothing in that case
+(0.0 to add, 1.0 to multiply with), so that a kernel names every term once, and asks for none.
+"""
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -80,6 +87,12 @@ def take_rows(
 
 
 @triton.jit
+def joined(x):
+    """The sum over the R "rows" of [R, ...], where they are one, in the place of each of them."""
+    return tl.sum(x, 0, keep_dims=True) + tl.zeros_like(x)
+
+
+@triton.jit
 def load_lse(ptr, mask):
     """The row's LSE; +inf for a row without a finite logit, so that exp(s - lse) is 0 there."""
     lse = tl.load(ptr, mask=mask, other=0.0)
@@ -100,25 +113,156 @@ def scalar(x, like):
 
 @triton.jit
 def logits(
-    q, k, live, edge, head, bias_ptr, bias_stride, scale, low, high, H,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    q, k, attr_q, attr, factor, live, edge, head, bias_ptr, bias_stride, scale, low, high, H,
+    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ATTR: tl.constexpr,
 ):  # fmt: skip
-    """clamp(scale q . k, low, high) + bias for q [R, E, H, D] (E may be 1) and k likewise.
+    """clamp(factor scale (q . k + attr_q . attr), low, high) + bias.
 
-    -> logit [R, E, H], -inf where not ``live``; and whether the clamp let it through.
+    For q [R, E, H, D] (E may be 1) and k likewise: -> logit [R, E, H], -inf where not ``live``;
+    whether the clamp let it through; and what the factor multiplies.
     """
-    s = tl.sum(q * k, 3) * scale
+    bare = tl.sum(q * k, 3)
+    if HAS_ATTR:
+        bare += tl.sum(attr_q * attr, 3)
+    bare *= scale
+    s = bare * factor
     through = live[:, :, None]
     if CLAMP:
         # comparisons, not minimum and maximum: NaN must stay NaN
         through &= (s >= low) & (s <= high)
         s = tl.where(s < low, low, tl.where(s > high, high, s))
     if HAS_BIAS:
-        at = edge.to(tl.int64)[:, :, None] * bias_stride[0]
-        at += head.to(tl.int64)[None, None, :] * bias_stride[1]
-        mask = live[:, :, None] & (head < H)[None, None, :]
-        s += tl.load(bias_ptr + at, mask=mask, other=0.0).to(s.dtype)
-    return tl.where(live[:, :, None], s, float("-inf")), through
+        s += load_edge_heads(bias_ptr, bias_stride, edge, live, head, H, s.dtype)
+    return tl.where(live[:, :, None], s, float("-inf")), through, bare
+
+
+@triton.jit
+def load_edge_heads(ptr, stride, edge, live, head, H, ACC: tl.constexpr):
+    """Numbers of an [E, H] tensor, for each of ``edge`` [R, E]: -> [R, E, H]."""
+    at = edge.to(tl.int64)[:, :, None] * stride[0]
+    at += head.to(tl.int64)[None, None, :] * stride[1]
+    mask = live[:, :, None] & (head < H)[None, None, :]
+    return tl.load(ptr + at, mask=mask, other=0.0).to(ACC)
+
+
+class EdgeTerms(NamedTuple):
+    """What kernels read of edges besides a bias; None where absent."""
+
+    factor: Any  # [E, H], times the products of q and k
+    factor_stride: Any
+    gate: Any  # [E, H, D], likewise channel by channel
+    gate_stride: Any
+    key: Any  # [E, H, D]
+    key_stride: Any
+    value: Any  # [E, H, DV]
+    value_stride: Any
+    attr: Any  # [E, C], as [E, 1, C]
+    attr_stride: Any
+    attr_q: Any  # [N, H, C]
+    attr_q_stride: Any
+    seed: Any  # [1] of dropout
+    threshold: Any  # of 24 random bits, from which on a weight is kept
+
+
+@triton.jit
+def add_edge_key(
+    k, terms, edge, live, head, H, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr
+):
+    """-> k + edge_key [R, E, H, D], and the edge_key."""
+    found = 0.0
+    if terms is not None and terms.key is not None:
+        found = load_heads(terms.key, terms.key_stride, edge, live, head, H, D, BLOCK_D, ALIGN).to(
+            k.dtype
+        )
+        k = k + found
+    return k, found
+
+
+@triton.jit
+def add_edge_value(
+    v, edge_key, terms, edge, live, head, H, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """v + edge_value [R, E, H, D]; where ``SHARED``, the value is the key."""
+    if SHARED:
+        v = v + edge_key
+    elif terms is not None and terms.value is not None:
+        v = v + load_heads(
+            terms.value, terms.value_stride, edge, live, head, H, D, BLOCK_D, ALIGN
+        ).to(v.dtype)
+    return v
+
+
+@triton.jit
+def load_gate(
+    terms, edge, live, head, H, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The gate of each channel, [R, E, H, D]."""
+    gate = 1.0
+    if terms is not None and terms.gate is not None:
+        gate = load_heads(terms.gate, terms.gate_stride, edge, live, head, H, D, BLOCK_D, ALIGN).to(
+            ACC
+        )
+    return gate
+
+
+@triton.jit
+def load_factor(terms, edge, live, head, H, ACC: tl.constexpr):
+    """The gate of each head, [R, E, H]."""
+    factor = tl.full([edge.shape[0], edge.shape[1], head.shape[0]], 1.0, ACC)
+    if terms is not None and terms.factor is not None:
+        factor = load_edge_heads(terms.factor, terms.factor_stride, edge, live, head, H, ACC)
+    return factor
+
+
+@triton.jit
+def load_attr(
+    terms, edge, live, C: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The attributes, which all heads share: [R, E, 1, C]."""
+    attr = 0.0
+    if terms is not None and terms.attr is not None:
+        one = tl.arange(0, 1)
+        attr = load_heads(terms.attr, terms.attr_stride, edge, live, one, 1, C, BLOCK_C, ALIGN).to(
+            ACC
+        )
+    return attr
+
+
+@triton.jit
+def load_attr_q(
+    terms, row, live, head, H, C: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """What attributes are multiplied with, of each of ``row`` [R, E]: [R, E, H, C]."""
+    attr_q = 0.0
+    if terms is not None and terms.attr_q is not None:
+        attr_q = load_heads(
+            terms.attr_q, terms.attr_q_stride, row, live, head, H, C, BLOCK_C, ALIGN
+        ).to(ACC)
+    return attr_q
+
+
+@triton.jit
+def kept(terms, edge, head, ACC: tl.constexpr):
+    """What dropout multiplies the weights of ``edge`` [R, E] with: -> [R, E, H].
+
+    Word ``head % 4`` of Philox at (edge, head // 4), as in ``fastgt/philox.py``.
+    """
+    share = 1.0
+    if terms is not None and terms.seed is not None:
+        number = edge.to(tl.int64)[:, :, None] + tl.zeros([1, 1, head.shape[0]], tl.int64)
+        low, high = (number & 0xFFFFFFFF).to(tl.uint32), (number >> 32).to(tl.uint32)
+        block = (head // 4).to(tl.uint32)[None, None, :] + tl.zeros_like(low)
+        a, b, c, d = tl.philox(tl.load(terms.seed), low, high, block, tl.zeros_like(low))
+        word = (head % 4)[None, None, :]
+        bits = tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
+        keep = (bits >> 8).to(tl.int32) >= terms.threshold
+        levels = scalar(16777216.0, ACC)
+        share = tl.where(keep, levels / tl.maximum(levels - terms.threshold, 1.0), 0.0)
+    return share
 
 
 @triton.jit
@@ -176,3 +320,55 @@ def edge_slots(edge_ptr, bits, base, mask, BLOCK_M: tl.constexpr):
     count = (count + (count >> 4)) & 0x0F0F0F0F0F0F0F0F
     count = (count * 0x0101010101010101) >> 56
     return tl.load(edge_ptr + base[None, :] + count, mask=mask, other=0)
+
+
+@triton.jit
+def load_channels(ptr, stride, row, live, channel, D: tl.constexpr, ALIGN: tl.constexpr):
+    """Channels [C] of rows of an [N, D] tensor, one for each element of ``row`` [R, E]: [R, E, C].
+
+    Zero where ``live`` [R, E] is false and beyond D.
+    """
+    offset, mask = _channel_address(stride, row, live, channel, D, ALIGN)
+    return tl.load(ptr + offset, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_channels(ptr, row, live, channel, x, D: tl.constexpr):
+    """Inverse of ``load_channels`` for a contiguous tensor; casts [R, E, C] to its dtype."""
+    offset, mask = _channel_address((D, 1), row, live, channel, D, 1)
+    tl.store(ptr + offset, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _channel_address(stride, row, live, channel, D: tl.constexpr, ALIGN: tl.constexpr):
+    first = row.to(tl.int64)[:, :, None] * (stride[0] // ALIGN)
+    first *= ALIGN  # see _address
+    mask = live[:, :, None]
+    if channel.shape[0] != D:
+        mask &= (channel < D)[None, None, :]
+    return first + channel.to(tl.int64)[None, None, :] * stride[1], mask
+
+
+@triton.jit
+def sum_lanes(x, num_middle, num_segments, BUCKETS: tl.constexpr):
+    """[R, E, C] -> [R, C]; where ``take_rows`` gave one row, its sum R times."""
+    total = tl.sum(x, 1)
+    if BUCKETS:
+        one = tl.program_id(0) < num_segments + num_middle
+        if one:
+            total = tl.sum(total, 0)[None, :] + tl.zeros_like(total)
+    return total
+
+
+@triton.jit
+def wholes_and_parts(mine, num_middle, num_segments, BUCKETS: tl.constexpr):
+    """-> which of R results are those of a whole row, which of a segment, and its number [R]."""
+    pid = tl.program_id(0)
+    r = tl.arange(0, mine.shape[0])
+    segment = pid.to(tl.int64) + tl.zeros([mine.shape[0]], tl.int64)
+    if BUCKETS:
+        mine &= (pid >= num_segments + num_middle) | (r == 0)
+        whole, part = mine & (pid >= num_segments), mine & (pid < num_segments)
+    else:
+        whole, part = mine, mine & (r < 0)
+    return whole, part, segment

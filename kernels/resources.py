@@ -161,18 +161,23 @@ def _designed_bytes(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
 
     Rows of channels once for each key head, indices, per-row numbers of the column pass, bias.
     """
+    if kernel.startswith("channelwise"):
+        return _designed_bytes_channelwise(kernel, meta, pointers)
+    if kernel in _TILES:
+        return _designed_bytes_aggregate(kernel, meta, pointers)
     heads, group = meta.get("BLOCK_H", 1), meta.get("GROUP", 1)
     if kernel.startswith("combine"):
         channels = {
             "combine_outputs_kernel": meta.get("BLOCK_DV", 0) + 2,
-            "combine_rows_kernel": 2 * meta.get("BLOCK_D", 0) + 2,
+            "combine_rows_kernel": meta.get("PARTS", 0) * meta.get("BLOCK_D", 0) + 2,
             "combine_columns_kernel": meta.get("BLOCK_D", 0),
         }
         return heads * channels[kernel] * pointers["part_ptr"]
     index, item = pointers["edge_ptr"], pointers["k_ptr"]
     row = (meta["BLOCK_D"] + meta.get("BLOCK_DV", 0)) * item
     columns = kernel.endswith("dkv_kernel")
-    has_edges = meta["HAS_BIAS"] or meta.get("NEED_BIAS") or "weights" in kernel
+    terms = meta.get("EdgeTerms")
+    has_edges = meta["HAS_BIAS"] or meta.get("NEED_BIAS") or "weights" in kernel or terms
     if columns:
         row += 3 * pointers["lse_ptr"]  # and w and gamma
     if "BLOCK_N" in meta:
@@ -183,7 +188,75 @@ def _designed_bytes(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
         return total
     query_heads = heads * (group if columns else 1)
     key_heads = query_heads if columns else max(1, heads // group)
-    return key_heads * row + index * (2 if has_edges else 1) + query_heads * item * meta["HAS_BIAS"]
+    total = key_heads * row + index * (2 if has_edges else 1)
+    total += query_heads * item * meta["HAS_BIAS"]
+    if terms:
+        total += _designed_bytes_edges(kernel, meta, query_heads, item)
+    return total
+
+
+def _designed_bytes_edges(kernel: str, meta: dict, heads: int, item: int) -> int:
+    """What edges have besides a bias: attributes once for all heads, the rest for each head."""
+    terms, grads = meta["EdgeTerms"], meta.get("EdgeGrads")
+    columns = kernel.endswith("dkv_kernel")
+    total = heads * item * (terms.factor is not None)
+    channels = (terms.gate is not None) + (terms.key is not None)
+    values = "weights" not in kernel and terms.value is not None
+    need_scores = columns or meta.get("NEED_Q", False)
+    channels += grads is not None and grads.dscores is not None and need_scores
+    total += heads * item * (channels * meta["BLOCK_D"] + values * meta.get("BLOCK_DV", 0))
+    if terms.attr is not None and ("weights" not in kernel or terms.attr_q is not None):
+        total += item * meta["BLOCK_C"]
+    if columns:
+        # of the row at the other end: what attributes are multiplied with
+        upstream = None if grads is None else grads.attr_do
+        rows = [x for x in (terms.attr_q, upstream) if x is not None]
+        total += heads * meta["BLOCK_C"] * sum(x.element_size() for x in rows)
+    return total
+
+
+def _designed_bytes_channelwise(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
+    """Indices, and channels of the logits, of v and edge values, or of two tables of the rows."""
+    if "combine" in kernel:
+        return 3 * meta["BLOCK_C"] * pointers["part_ptr"]
+    item, index = pointers["s_ptr"], pointers["edge_ptr"]
+    if "columns" in kernel:
+        return meta["BLOCK_C"] * (item + 2 * pointers["cu_ptr"]) + 2 * index
+    values = meta.get("NEED_S", True)
+    rows = 1 + values * (meta["HAS_V"] + meta["HAS_EDGE"])
+    return meta["BLOCK_C"] * rows * item + index * (1 + values * meta["HAS_V"])
+
+
+# tensors of which an aggregation loads channels for each edge or segment, those that are given
+_TILES = {
+    "aggregate_fwd_kernel": ("x_ptr", "value_ptr"),
+    "aggregate_max_kernel": ("x_ptr", "value_ptr"),
+    "aggregate_bwd_kernel": ("do_ptr", "first_ptr", "value_ptr"),
+    "aggregate_combine_kernel": ("part_ptr",),
+    "aggregate_combine_max_kernel": ("part_ptr", "part_first_ptr"),
+    "gated_fwd_kernel": ("x_ptr", "gate_ptr", "gate_col_ptr"),
+    "gated_bwd_columns_kernel": ("gate_ptr", "gate_row_ptr", "w_ptr", "shift_ptr", "de_ptr"),
+    "gated_bwd_rows_kernel": ("x_ptr", "gate_ptr", "gate_col_ptr", "de_ptr"),
+    "gated_combine_kernel": ("part_ptr", "part_total_ptr"),
+    "softmax_rows_kernel": ("x_ptr",),
+    "softmax_edges_kernel": ("x_ptr",),
+    "softmax_combine_kernel": ("part_ptr", "part_norm_ptr"),
+    "softmax_bwd_rows_kernel": ("y_ptr", "dy_ptr"),
+    "softmax_bwd_edges_kernel": ("y_ptr", "dy_ptr"),
+    "softmax_bwd_combine_kernel": ("part_ptr", "part_norm_ptr"),
+}
+
+
+def _designed_bytes_aggregate(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
+    """Channels of the tensors that are there, and an index for each end and the edge."""
+    channels = meta["BLOCK_D"] * sum(pointers.get(name, 0) for name in _TILES[kernel])
+    if "combine" in kernel:
+        return channels
+    # the edge and its other end; a mean's backward asks where the row begins and ends, too
+    indices = 1 if kernel.startswith("softmax") else 2
+    if kernel == "aggregate_bwd_kernel" and meta["MEAN"]:
+        indices += 2
+    return channels + indices * pointers["edge_ptr"]
 
 
 def _pointers(ttir: str) -> dict[str, int]:

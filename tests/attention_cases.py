@@ -7,7 +7,7 @@ judged against that of plain PyTorch.
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import oracle
@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgt import Graph, neighborhood_attention, tiles
+from fastgt import Graph, neighborhood_attention, reference, tiles
 from fastgt.testing import random_edge_index, with_index_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +26,8 @@ FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.flo
 # every way through the kernels, where a test does not draw one
 WAYS = ["buckets", "windows 64"]
 FAST_WAYS = [*FAST, *WAYS]
-NAMES = ("o", "lse", "weights", "dq", "dk", "dv", "dbias")
+# words for what a case has on its edges: one of each group, or none
+TERMS = ("gate factor", "key shared", "value", "attr-key", "attr-value", "drop", "scores")
 LAYOUTS = ("contiguous", "transposed", "reversed", "sliced", "expanded")
 
 
@@ -46,6 +47,8 @@ class Case:
     options: dict
     made_by: str = ""
     plan: str = "gather"
+    terms: dict = field(default_factory=dict)  # edge tensors by the public function's names
+    dscores: torch.Tensor | None = None
 
     def __repr__(self):
         return self.made_by
@@ -93,8 +96,12 @@ def case(
     eps=0.0,
     scale=None,
     plan="gather",
+    terms="",
 ):
-    """A random case; ``heads`` counts key heads, ``group`` the query heads of each."""
+    """A random case; ``heads`` counts key heads, ``group`` the query heads of each.
+
+    ``terms``: words of TERMS. The shared edge vector takes values as wide as keys.
+    """
     made_by = f"case({', '.join(f'{name}={value!r}' for name, value in locals().items())})"
     m, h = rows if cols is None else cols, heads * group
     edge_index = random_edge_index(seed, rows, edges, cols=m, kind=kind, isolated=isolated)
@@ -108,16 +115,42 @@ def case(
         x = torch.randn(shape, generator=generator, dtype=FP64)
         return arrange(x.to(DEVICE, dtype), next(layouts))
 
+    words, e, c = terms.split(), edge_index.shape[1], 3
+    dv = d if "shared" in words else dv
     q, k, v = tensor(rows, h, d), tensor(m, heads, d), tensor(m, heads, dv)
-    bias = tensor(edge_index.shape[1], h) if biased else None
+    bias = tensor(e, h) if biased else None
     do = tensor(rows, h, dv)
     dlse = tensor(rows, h, dtype=FP64 if dtype == FP64 else FP32)
     options = {"scale": scale, "denominator_eps": eps}
+    made = {}
+    for word, name, shape in (
+        ("gate", "edge_gate", (e, h, d)),
+        ("factor", "edge_gate", (e, h)),
+        ("key", "edge_key", (e, h, d)),
+        ("shared", "edge_key", (e, h, d)),
+        ("value", "edge_value", (e, h, dv)),
+        ("attr-key", "edge_key_weight", (c, h, d)),
+        ("attr-value", "edge_value_weight", (c, h, dv)),
+    ):
+        if word in words:
+            made[name] = tensor(*shape)
+    if "shared" in words:
+        made["edge_value"] = made["edge_key"]
+    if any(name.endswith("weight") for name in made):
+        made["edge_attr"] = tensor(e, c)
+    if "drop" in words:
+        options |= {"dropout_p": 0.3, "dropout_seed": seed}
+    dscores = tensor(e, h, d) if "scores" in words else None
     if clamped:
-        s = 1 / math.sqrt(d) if scale is None else scale
-        key = k.double().repeat_interleave(group, 1)[edge_index[0]]
-        options["logit_clamp"] = gap(s * (q.double()[edge_index[1]] * key).sum(-1))
-    return Case(seed, edge_index, graph, q, k, v, bias, do, dlse, options, made_by, plan)
+        wide = {name: x.double() for name, x in made.items()}
+        options["logit_clamp"] = gap(
+            reference.neighborhood_attention(
+                q.double(), k.double(), v.double(), graph, **wide, scale=scale,
+                return_edge_scores=True,
+            )[1].sum(-1)
+        )  # fmt: skip
+    tensors = q, k, v, bias, do, dlse
+    return Case(seed, edge_index, graph, *tensors, options, made_by, plan, made, dscores)
 
 
 PLANS = ("gather", "buckets", "windows 16", "windows 32", "windows 64", "graphs 64")
@@ -192,9 +225,17 @@ def cases(draw, impl, **fixed):
     if impl == "triton":
         choices["plan"] = st.sampled_from(PLANS)
     drawn = {name: draw(s) for name, s in choices.items() if name not in fixed}
+    fixed = {name: draw(x) if isinstance(x, st.SearchStrategy) else x for name, x in fixed.items()}
     if "cols" not in fixed and draw(st.booleans()):
         drawn["cols"] = draw(st.integers(0, 12 if small else 64))
     return case(**drawn, **fixed)
+
+
+@st.composite
+def term_words(draw):
+    """Any combination of TERMS."""
+    words = [draw(st.sampled_from(["", *group.split()])) for group in TERMS]
+    return " ".join(word for word in words if word and not (word == "value" and "shared" in words))
 
 
 def examples(count, impls=IMPLS, **fixed):
@@ -221,36 +262,55 @@ def examples(count, impls=IMPLS, **fixed):
 
 
 def attend(case, impl, **changes):
-    """The public function on a case, with its options and all extras: o, lse, weights.
+    """The public function on a case, with its options and all extras: o, lse, weights, and edge
+    scores where the case has a gradient of theirs.
 
     ``impl`` may be one of PLANS: Triton's kernels on the graph planned so.
     """
     if impl in PLANS:
         case, impl = replace(case, graph=planned(case.graph, impl)), "triton"
-    inputs = {"q": case.q, "k": case.k, "v": case.v, "edge_bias": case.bias}
+    inputs = {"q": case.q, "k": case.k, "v": case.v, "edge_bias": case.bias, **case.terms}
     options = dict(case.options, return_lse=True, return_weights=True, impl=impl)
+    options["return_edge_scores"] = case.dscores is not None
     return neighborhood_attention(graph=case.graph, **inputs, **options | changes)
+
+
+def with_leaves(case, dtype=None, wanted=None):
+    """-> the case on detached inputs, and those by name; ``dtype`` casts them, ``wanted`` names the
+    ones that require a gradient (None: all)."""
+    leaves = {}
+
+    def leaf(name, x):
+        x = x.detach() if dtype is None else x.detach().to(dtype)
+        leaves[name] = x.requires_grad_(wanted is None or name in wanted)
+        return x
+
+    inputs = {n: leaf(n, getattr(case, n)) for n in ("q", "k", "v")}
+    if case.bias is not None:
+        inputs["bias"] = leaf("bias", case.bias)
+    terms = {}
+    for name, x in case.terms.items():
+        # the shared edge vector is one leaf in two places
+        shared = name == "edge_value" and x is case.terms.get("edge_key")
+        terms[name] = terms["edge_key"] if shared else leaf(name, x)
+    return replace(case, **inputs, terms=terms), leaves
 
 
 def evaluate(case, impl, dtype=None):
     """Outputs and gradients by name; ``dtype`` casts the inputs first."""
-
-    def cast(x):
-        return x if dtype is None or x is None else x.to(dtype)
-
     wide = FP64 if dtype == FP64 else case.dlse.dtype
-    leaves = {
-        name: cast(getattr(case, name)).detach().requires_grad_()
-        for name in ("q", "k", "v", "bias")
-        if getattr(case, name) is not None
-    }
-    o, lse, weights = attend(replace(case, **leaves), impl)
-    grads = torch.autograd.grad(
-        (o, lse), list(leaves.values()), (cast(case.do), case.dlse.to(wide)), materialize_grads=True
-    )
-    found = dict(zip(NAMES, (o, lse, weights), strict=False))
-    found |= {f"d{name}": x for name, x in zip(leaves, grads, strict=True)}
-    return {name: x.detach() for name, x in found.items()}
+    x, leaves = with_leaves(case, dtype)
+    o, lse, weights, *scores = attend(x, impl)
+    cast = case.do.dtype if dtype is None else dtype
+    outputs = [(o, case.do.to(cast)), (lse, case.dlse.to(wide))]
+    outputs += [(t, case.dscores.to(cast)) for t in scores]
+    ys, dys = zip(*outputs, strict=True)
+    grads = torch.autograd.grad(ys, list(leaves.values()), dys, materialize_grads=True)
+    found = {"o": o, "lse": lse, "weights": weights}
+    if scores:
+        found["scores"] = scores[0]
+    found |= {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+    return {name: t.detach() for name, t in found.items()}
 
 
 def close(actual, expected, name="", tolerance=1e-9):
@@ -280,18 +340,25 @@ def loops(case):
     """The third implementation, on the caller's edge list."""
     low, high = case.options.get("logit_clamp") or (-math.inf, math.inf)
     d, scale = case.q.shape[2], case.options["scale"]
+
+    def array(x):
+        return None if x is None else x.detach().double().cpu().numpy()
+
     arrays = (case.q, case.k, case.v, case.bias, case.do, case.dlse)
     found = oracle.neighborhood_attention(
         case.edge_index.tolist(),
-        *(None if x is None else x.double().cpu().numpy() for x in arrays),
+        *map(array, arrays),
         scale=1 / math.sqrt(d) if scale is None else scale,
         low=low,
         high=high,
         eps=case.options["denominator_eps"],
+        **{name: array(x) for name, x in case.terms.items()},
+        dscores=array(case.dscores),
+        dropout=case.options.get("dropout_p", 0.0),
+        seed=case.options.get("dropout_seed", 0),
     )
-    found = {
-        n: torch.from_numpy(np.asarray(x)).to(DEVICE) for n, x in zip(NAMES, found, strict=True)
-    }
-    if case.bias is None:
-        del found["dbias"]
-    return found
+    if case.dscores is None:
+        del found["scores"]
+    if case.terms.get("edge_value") is case.terms.get("edge_key") and "edge_key" in case.terms:
+        found["dedge_key"] += found.pop("dedge_value")
+    return {name: torch.from_numpy(np.asarray(x)).to(DEVICE) for name, x in found.items()}

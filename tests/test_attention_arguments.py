@@ -16,13 +16,14 @@ def ran(monkeypatch):
     """The names of the implementations that ran, in order."""
     import fastgt.cpu.attention
     import fastgt.kernels.attention
+    import fastgt.kernels.attention_backward
 
     seen = []
     for name, module, function in (
         ("torch", fastgt.cpu.attention, "attention_fwd"),
         ("triton", fastgt.kernels.attention, "attention_fwd"),
         ("torch", fastgt.cpu.attention, "attention_bwd"),
-        ("triton", fastgt.kernels.attention, "attention_bwd"),
+        ("triton", fastgt.kernels.attention_backward, "attention_bwd"),
         ("reference", reference, "neighborhood_attention"),
     ):
         real = getattr(module, function)

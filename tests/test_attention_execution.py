@@ -246,6 +246,7 @@ def test_grids_stay_within_the_limits(heads, d, dtype, monkeypatch):
     """Rows are the first axis, 2^31 - 1 long; the second one ends at 65,535."""
     pytest.importorskip("triton")
     import fastgt.kernels.attention as kernels
+    import fastgt.kernels.attention_backward as backward
 
     grids = []
 
@@ -254,9 +255,10 @@ def test_grids_stay_within_the_limits(heads, d, dtype, monkeypatch):
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    for name in list(vars(kernels)):
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(kernels, name, Recorder())
+    for module in (kernels, backward):
+        for name in list(vars(module)):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Recorder())
     n = 2**31 - 1
     q = torch.empty(n, heads, d, dtype=dtype, device="meta")
     lse = torch.empty(n, heads, device="meta")
@@ -267,7 +269,7 @@ def test_grids_stay_within_the_limits(heads, d, dtype, monkeypatch):
         walk = ptr, e, e
         kernels.attention_fwd(q, q, q, None, walk, *settings, False)
         needs = (*(True,) * 3, False)
-        kernels.attention_bwd(q, lse, q, q, q, None, lse, walk, walk, *settings, *needs)
+        backward.attention_bwd(q, lse, q, q, q, None, lse, walk, walk, *settings, *needs)
     assert len(grids) >= 9
     for grid in grids:
         assert 0 < grid[0] < 2**31
@@ -416,6 +418,7 @@ def test_outputs_beyond_two_to_the_31(tmp_path):
     """Rows and edges of H = 2^30 heads, of which the one program that runs computes two."""
     pytest.importorskip("triton")
     import fastgt.kernels.attention as kernels
+    import fastgt.kernels.attention_backward as backward
 
     x = case(3, 4, 4, heads=2, d=4, dv=4, dtype=FP32, biased=False, scale=0.5)
     wanted = evaluate(x, "triton")
@@ -432,21 +435,22 @@ def test_outputs_beyond_two_to_the_31(tmp_path):
     strides = x.q.stride(), x.k.stride(), x.v.stride(), (0, 0)
     rows, buckets, counts = (graph.row_ptr, graph.col, graph.edge), (None,) * 3, (4, 0, 0)
     kernels._attention_fwd_kernel[1, 1](
-        x.q, x.k, x.v, None, o, lse, norm, None, None, *rows, *buckets,
+        x.q, x.k, x.v, None, o, lse, norm, None, None, *rows, *buckets, None, None,
         *strides, *counts, *floats, -math.inf, NORM=True, **values, **meta,
     )  # fmt: skip
     kernels._attention_weights_kernel[1, 1](
-        x.q, x.k, None, norm, weights, *rows, *buckets, *strides[:2], (0, 0), *counts, *floats,
+        x.q, x.k, None, norm, weights, *rows, *buckets, None, *strides[:2], (0, 0), *counts,
+        *floats,
         **meta,
     )  # fmt: skip
-    kernels._attention_bwd_dq_kernel[1, 1](
-        x.q, x.k, x.v, None, x.do, x.dlse, lse, dq, wgamma, None, None, *rows, *buckets,
+    backward._attention_bwd_dq_kernel[1, 1](
+        x.q, x.k, x.v, None, x.do, x.dlse, lse, dq, wgamma, None, None, *rows, *buckets, None, None,
         *strides, x.do.stride(), x.dlse.stride(), *counts, *floats, -math.inf,
         HAS_DLSE=True, NEED_Q=True, **values, **meta,
     )  # fmt: skip
-    kernels._attention_bwd_dkv_kernel[1, 1](
+    backward._attention_bwd_dkv_kernel[1, 1](
         x.q, x.k, x.v, None, x.do, lse, wgamma, dk, dv, dbias, None, None,
-        walk.ptr, walk.row, walk.edge, *buckets,
+        walk.ptr, walk.row, walk.edge, *buckets, None, None,
         *strides, x.do.stride(), *counts, *floats,
         NEED_K=True, NEED_V=True, NEED_BIAS=True, **values, **meta,
     )  # fmt: skip
@@ -522,7 +526,7 @@ def test_compiles_with_one_tensor_in_all_places(impl):
 @pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
 def test_rows_summed_in_pieces_are_the_same_rows(monkeypatch):
     """Rows and columns around the length of a piece; several heads at once, or one by one."""
-    monkeypatch.setattr("fastgt.cpu.attention._LONG", 4)
+    monkeypatch.setattr("fastgt.cpu.sparse._LONG", 4)
     x = degrees_case([0, 1, 3, 4, 5, 0, 17, 8, 0], 5, heads=3, group=2, eps=1e-6)
     together = evaluate(x, "torch")
     all_close(together, loops(x))

@@ -4,40 +4,37 @@ A head's logits are a sampled dense-dense product (SDDMM) over the graph's CSR p
 output a sparse-dense product. On a large graph heads come one by one, so that nothing larger than
 one [E] vector exists beside the result: the working memory is O(N D + E). On a small one, where
 the calls would cost more than the work, several heads are put side by side as one graph of
-several components. Every output row is summed by one thread in edge order, a long one in pieces
-of fixed length so that its rounding errors do not add up: the result depends neither on the
-number of threads nor on that choice. The backward recomputes the logits; the symbols are those of
-``kernels/attention.py``.
+several components; the result depends neither on that choice nor on the number of threads. What
+edges have besides a bias is in ``edge_terms.py``. The backward recomputes the logits; the symbols
+are those of ``kernels/attention.py``.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, pad
 
-with warnings.catch_warnings():
-    # PyTorch says "sparse CSR support is in beta state" at the first such tensor of a process
-    warnings.simplefilter("ignore", UserWarning)
-    torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
+from fastgt.cpu.edge_terms import Head, Terms, attributes, slots
+from fastgt.cpu.sparse import (
+    bags,
+    diagonal,
+    make_walk,
+    per_edge,
+    pivots,
+    sddmm,
+    segment_of,
+    segment_sum,
+    shifted,
+    spmm,
+    stack,
+    unstack,
+)
 
 _TOGETHER = 2**16  # edges and nodes, heads counted, up to which heads share their calls
-_LONG = 2**14  # edges of a segment beyond which it is summed in pieces
-_ORDINARY = 20.0  # logits up to which any of a row's keeps exp() in range
-
-
-class _Walk(NamedTuple):
-    """Segments of edges, the other end of each edge, and how long segments are cut for sums."""
-
-    ptr: Tensor  # [segments + 1]
-    other: Tensor  # [E]
-    cut: Tensor  # [pieces + 1], ptr and what lies between
-    joint: Tensor | None  # [segments + 1], the pieces of each segment; None: one each
 
 
 def attention_fwd(
@@ -53,36 +50,65 @@ def attention_fwd(
     high: float,
     eps: float,
     return_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order."""
-    n, heads, _ = q.shape
+    terms: Terms | None = None,
+    return_scores: bool = False,
+    weigh_attr: bool = False,
+) -> tuple[Tensor, ...]:
+    """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order.
+
+    With ``terms`` also edge scores [E, H, D] (or [0, H, D]) in that order, and the weighted sums of
+    the attributes [N, H, C] (or [N, H, 0]).
+    """
+    n, heads, d = q.shape
+    num_edges, caller = col.shape[0], edge.long()
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     o = q.new_empty(n, heads, v.shape[2])
     lse = q.new_empty(n, heads, dtype=wide)
-    weights = q.new_empty(col.shape[0] if return_weights else 0, heads)
-    row_walk, row = _walk(row_ptr, col), _owner(row_ptr, col)
+    weights = q.new_empty(num_edges if return_weights else 0, heads)
+    results = [o, lse, weights]
+    attr: Any = attributes(terms, edge, wide)
+    if terms is not None:
+        channels = attr.shape[1] if attr is not None and weigh_attr else 0
+        results.append(q.new_empty(num_edges if return_scores else 0, heads, d))
+        results.append(q.new_empty(n, heads, channels, dtype=wide))
+    # the sum of the weights comes along with that of the values, unless dropout takes some away
+    ones = 0 if terms is not None and terms.keep is not None else 1
+    row_walk, row = make_walk(row_ptr, col), segment_of(row_ptr, col)
     for kv, members in _blocks(q, k, col):
-        kh, vh = _stack(k, kv, wide), _stack(v, kv, wide, ones=1)
-        walk = _diagonal(row_walk, k.shape[0], kv)
+        kh, vh = stack(k, kv, wide), stack(v, kv, wide, ones=ones)
+        walk = diagonal(row_walk, k.shape[0], kv)
         for h in members:
-            bias = _bias(edge_bias, edge, h)
-            s, _ = _logits(_stack(q, h, wide), kh, bias, walk, scale, low, high)
-            pivot, dead = _pivot(s, walk.ptr)
-            p = s.sub_(_per_edge(pivot, row, n)).exp_()
-            out = _spmm(walk, p, vh)
+            head = Head(stack(q, h, wide), kh, walk, n, row, edge, h, terms, attr, return_scores)
+            s, _ = head.logits(_bias(edge_bias, edge, h), scale, low, high)
+            if return_scores:
+                results[3][caller, h] = unstack(head.scores(scale), num_edges).to(q.dtype)
+            top, dead = pivots(s, walk.ptr)
+            p = s.sub_(per_edge(top, row, n)).exp_()
+            used = head.dropped(p)
+            out = spmm(walk, used, vh)
+            if ones:
+                out, total = out[:, :-1], out[:, -1]
+            else:
+                total = segment_sum(walk, p)
+            if head.value is not None:
+                out += spmm(head.own, used, head.value)
             if dead is not None:
                 out.masked_fill_(dead[:, None], 0.0)
-            out, total = out[:, :-1], out[:, -1]
-            lse[:, h] = _unstack(total.log().add_(pivot), n)
+            lse[:, h] = unstack(total.log().add_(top), n)
             if eps:
-                total = total + (math.log(eps) - pivot).exp()
+                total = total + (math.log(eps) - top).exp()
             # rows without edges: 0 / tiny
             divisor = total.clamp(min=torch.finfo(wide).tiny)
-            o[:, h] = _unstack(out.div_(divisor[:, None]), n)
+            o[:, h] = unstack(out.div_(divisor[:, None]), n)
+            if attr is not None and weigh_attr:
+                out = spmm(head.common, used, attr)
+                if dead is not None:
+                    out.masked_fill_(dead[:, None], 0.0)
+                results[4][:, h] = unstack(out.div_(divisor[:, None]), n)
             if return_weights:
-                p.div_(_per_edge(divisor, row, n))
-                weights[edge.long(), h] = _unstack(p, col.shape[0]).to(q.dtype)
-    return o, lse, weights
+                p.div_(per_edge(divisor, row, n))
+                weights[caller, h] = unstack(p, num_edges).to(q.dtype)
+    return tuple(results)
 
 
 def attention_bwd(
@@ -104,76 +130,133 @@ def attention_bwd(
     low: float,
     high: float,
     eps: float,
-    need_q: bool,
-    need_k: bool,
-    need_v: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dq [N, H, D], dk [M, H_kv, D], dv [M, H_kv, DV], dbias [E, H]; empty where not needed."""
+    needs: Sequence[bool],
+    terms: Terms | None = None,
+    dscores: Tensor | None = None,
+    dattr_o: Tensor | None = None,
+) -> list[Tensor]:
+    """-> gradients of q, k, v and the bias, with ``terms`` also of gate, key, value, attr, attr_q.
+
+    Empty where ``needs`` says no. A key that is the value as well has one gradient, the key's.
+    """
     n, m, num_edges = q.shape[0], k.shape[0], col.shape[0]
-    wide = lse.dtype
+    heads, wide, caller = q.shape[1], lse.dtype, edge.long()
     log_eps = math.log(eps) if eps else -math.inf
-    dq = q.new_empty(q.shape if need_q else (0,))
-    dk = k.new_empty(k.shape if need_k else (0,))
-    dv = v.new_empty(v.shape if need_v else (0,))
-    dbias = q.new_empty((num_edges, q.shape[1]) if need_bias else (0,))
-    row_walk, col_walk = _walk(row_ptr, col), _walk(col_ptr, col_row)
-    row, occupied = _owner(row_ptr, col), row_ptr.diff() > 0
+    grads = [
+        q.new_empty(0) if x is None or not need else x.new_empty(x.shape)
+        for x, need in zip((q, k, v, edge_bias, *(terms or ())[:5]), needs, strict=True)
+    ]
+    dq, dk, dv, dbias, dgate, dkey, dvalue, dattr, dattr_q = grads + [q] * (9 - len(grads))
+    asked = [*needs, *[False] * (9 - len(needs))]
+    need_q, need_k, need_v, need_bias, need_gate, need_key, need_value, need_attr, need_attr_q = (
+        asked
+    )
+    need_logits = any((need_q, need_k, need_bias, need_gate, need_key, need_attr, need_attr_q))
+    attr: Any = attributes(terms, edge, wide)
+    if terms is not None and terms.value is terms.key:
+        need_value, dvalue = need_key, dkey
+    if need_attr:
+        # what an edge's attributes are multiplied with: rows of attr_q and of the gradient
+        by_logit, by_value = (q.new_zeros(num_edges, heads, dtype=wide) for _ in range(2))
+        dattr_rows: Any = None if dattr_o is None else torch.empty_like(dattr_o, dtype=wide)
+    row_walk, col_walk = make_walk(row_ptr, col), make_walk(col_ptr, col_row)
+    row, occupied = segment_of(row_ptr, col), row_ptr.diff() > 0
     for kv, members in _blocks(q, k, col):
-        kh, vh = _stack(k, kv, wide), _stack(v, kv, wide)
+        kh, vh = stack(k, kv, wide), stack(v, kv, wide)
         dkh = dvh = None
-        rows, cols = _diagonal(row_walk, m, kv), _diagonal(col_walk, n, kv)
-        slot = _shifted(col_slot, num_edges, kv)
+        rows, cols = diagonal(row_walk, m, kv), diagonal(col_walk, n, kv)
+        slot = shifted(col_slot, num_edges, kv)
         for h in members:
-            qh, doh = _stack(q, h, wide), _stack(do, h, wide)
-            bias = _bias(edge_bias, edge, h)
-            s, through = _logits(qh, kh, bias, rows, scale, low, high)
-            top = _stack(lse, h, wide)
+            doh = stack(do, h, wide)
+            head = Head(
+                stack(q, h, wide), kh, rows, n, row, edge, h, terms, attr, dscores is not None
+            )
+            s, through = head.logits(_bias(edge_bias, edge, h), scale, low, high)
+            top = stack(lse, h, wide)
             kept = 1 / (1 + (log_eps - top).exp()) if eps else None  # r
             # rows with edges but without a finite logit: exp(s - inf) = 0
             dead = top == -torch.inf
             some_dead = bool(n) and bool((dead.unflatten(0, (-1, n)) & occupied).any())
             if some_dead:
                 top.masked_fill_(dead, torch.inf)
-            p = s.sub_(_per_edge(top, row, n)).exp_()
+            p = s.sub_(per_edge(top, row, n)).exp_()
             # 1 but for the rounding of the stored LSE, which is that of the largest logit
-            total = _sum(rows, p)
+            total = segment_sum(rows, p)
             norm = 1 / (total.masked_fill_(dead, 1.0) if some_dead else total)
             # factors of a row are applied to its vectors: dp and ds come out with them
-            doh *= (norm if kept is None else kept * norm)[:, None]
+            share = (norm if kept is None else kept * norm)[:, None]
+            doh *= share
+            used = head.dropped(p)
             if need_v:
-                out = _spmm(cols, p.index_select(0, slot), doh)
+                out = spmm(cols, used.index_select(0, slot), doh)
                 dvh = out if dvh is None else dvh.add_(out)
-            if not (need_q or need_k or need_bias):
+            if need_value:
+                through_value = per_edge(doh, row, n).mul_(used[:, None])
+                dvalue[caller, h] = unstack(through_value, num_edges).to(q.dtype)
+            if dattr_o is not None:
+                dah = stack(dattr_o, h, wide).mul_(share)
+                if need_attr:
+                    dattr_rows[:, h], by_value[:, h] = unstack(dah, n), unstack(used, num_edges)
+            if not need_logits:
                 continue
-            dp = _sddmm(doh, vh, rows, 1.0)
-            gamma = _sum(rows, p * dp)
+            dp = sddmm(doh, vh, rows, 1.0)
+            if head.value is not None:
+                dp += sddmm(doh, head.value, head.own, 1.0)
+            if attr is not None and dattr_o is not None:
+                dp += sddmm(dah, attr, head.common, 1.0)
+            dp = head.dropped(dp)
+            gamma = segment_sum(rows, p * dp)
             if kept is not None:
                 gamma *= kept
             if dlse is not None:
-                gamma -= _stack(dlse, h, wide)
+                gamma -= stack(dlse, h, wide)
             gamma *= norm
             if some_dead:
                 gamma.masked_fill_(dead, 0.0)  # no edge counts, whatever the LSE's gradient
-            ds = dp.sub_(_per_edge(gamma, row, n)).mul_(p)
+            ds = dp.sub_(per_edge(gamma, row, n)).mul_(p)
             if need_bias:
-                dbias[edge.long(), h] = _unstack(ds, num_edges).to(q.dtype)
+                dbias[caller, h] = unstack(ds, num_edges).to(q.dtype)
             if through is not None:
                 ds.masked_fill_(~through, 0.0)
-            ds *= scale
+            head.take(ds, None if dscores is None else slots(dscores, edge, h, wide), scale)
             if need_q:
-                out = _spmm(rows, ds, kh)
+                out = head.dq()
+                if some_dead and dscores is None:
+                    out.masked_fill_(dead[:, None], 0.0)
+                dq[:, h] = unstack(out, n)
+            if need_k:
+                out = head.dk(cols, slot)
+                dkh = out if dkh is None else dkh.add_(out)
+            if need_gate:
+                flow = head.dfactor if dgate.ndim == 2 else head.dgate()
+                dgate[caller, h] = unstack(flow, num_edges).to(q.dtype)
+            if need_key:
+                flow = head.dkey()
+                if dvalue is dkey:
+                    flow = flow + through_value
+                dkey[caller, h] = unstack(flow, num_edges).to(q.dtype)
+            if need_attr_q:
+                out = spmm(head.common, head.ds, attr)
                 if some_dead:
                     out.masked_fill_(dead[:, None], 0.0)
-                dq[:, h] = _unstack(out, n)
-            if need_k:
-                out = _spmm(cols, ds.index_select(0, slot), qh)
-                dkh = out if dkh is None else dkh.add_(out)
+                dattr_q[:, h] = unstack(out, n)
+            if need_attr and head.attr_q is not None:
+                by_logit[:, h] = unstack(head.ds, num_edges)
         if dkh is not None:
-            dk[:, kv] = _unstack(dkh, m)
+            dk[:, kv] = unstack(dkh, m)
         if dvh is not None:
-            dv[:, kv] = _unstack(dvh, m)
-    return dq, dk, dv, dbias
+            dv[:, kv] = unstack(dvh, m)
+    if need_attr:
+        # every edge a bag of H weighted rows
+        at = (row.long()[:, None] * heads + torch.arange(heads)).flatten()
+        bag = torch.arange(num_edges + 1) * heads
+        total = attr.new_zeros(attr.shape)
+        attr_q = None if terms is None else terms.attr_q
+        for weight, table in ((by_logit, attr_q), (by_value, dattr_rows)):
+            if table is not None:
+                total += bags(at, table.to(wide).flatten(0, 1), bag, weight.flatten())
+        dattr.index_copy_(0, caller, total.to(q.dtype))
+    return grads
 
 
 def _blocks(q: Tensor, k: Tensor, col: Tensor) -> Iterator[tuple[slice, list[slice]]]:
@@ -187,148 +270,5 @@ def _blocks(q: Tensor, k: Tensor, col: Tensor) -> Iterator[tuple[slice, list[sli
         yield slice(start, stop), members
 
 
-def _walk(ptr: Tensor, index: Tensor) -> _Walk:
-    if index.shape[0] <= _LONG or int(ptr.diff().max()) <= _LONG:
-        return _Walk(ptr, index, ptr, None)
-    pieces = (-(-ptr.diff() // _LONG)).clamp_(min=1)
-    joint = torch.cat([ptr[:1], pieces.cumsum(0, dtype=ptr.dtype)])
-    number = torch.arange(int(joint[-1]), dtype=ptr.dtype)
-    within = (number - joint[:-1].repeat_interleave(pieces)) * _LONG
-    cut = torch.cat([ptr[:-1].repeat_interleave(pieces) + within, ptr[-1:]])
-    return _Walk(ptr, index, cut, joint)
-
-
-def _owner(ptr: Tensor, index: Tensor) -> Tensor:
-    """The segment of every edge."""
-    segment = torch.arange(ptr.shape[0] - 1, dtype=ptr.dtype)
-    return segment.repeat_interleave(ptr.diff(), output_size=index.shape[0])
-
-
-def _diagonal(walk: _Walk, size: int, heads: slice) -> _Walk:
-    """The pattern once for each head along the diagonal; ``size`` is what index runs over."""
-    edges, joint = walk.other.shape[0], walk.joint
-    ptr = _chained(walk.ptr, edges, heads)
-    cut = ptr
-    if joint is not None:
-        cut = _chained(walk.cut, edges, heads)
-        joint = _chained(joint, walk.cut.shape[0] - 1, heads)
-    return _Walk(ptr, _shifted(walk.other, size, heads), cut, joint)
-
-
-def _chained(ptr: Tensor, total: int, heads: slice) -> Tensor:
-    """Boundaries once for each head, one after the other; they end at ``total``."""
-    if heads.stop - heads.start == 1:
-        return ptr
-    starts = _shifted(ptr[:-1], total, heads)
-    return torch.cat([starts, ptr[-1:] * (heads.stop - heads.start)])
-
-
-def _shifted(index: Tensor, size: int, heads: slice) -> Tensor:
-    count = heads.stop - heads.start
-    if count == 1:
-        return index
-    return (index + torch.arange(count, dtype=index.dtype)[:, None] * size).flatten()
-
-
-def _stack(x: Tensor, heads: slice, dtype: torch.dtype, ones: int = 0) -> Tensor:
-    """``x [N, H, ...]`` of some heads, one below the other, [heads * N, ...]: a copy.
-
-    Followed by columns of ones, for sums of the weights beside those of the weighted rows.
-    """
-    x = x[:, heads].transpose(0, 1)
-    if not ones:
-        return x.to(dtype, memory_format=torch.contiguous_format, copy=True).flatten(0, 1)
-    stacked = x.new_empty(*x.shape[:-1], x.shape[-1] + ones, dtype=dtype)
-    stacked[..., :-ones] = x
-    stacked[..., -ones:] = 1.0
-    return stacked.flatten(0, 1)
-
-
-def _unstack(x: Tensor, n: int) -> Tensor:
-    return x.unflatten(0, (-1, n)).transpose(0, 1) if n else x[:0].unsqueeze(1)
-
-
 def _bias(edge_bias: Tensor | None, edge: Tensor, heads: slice) -> Tensor | None:
-    return None if edge_bias is None else edge_bias[:, heads].index_select(0, edge).t().flatten()
-
-
-def _logits(
-    qh: Tensor,
-    kh: Tensor,
-    bias: Tensor | None,
-    walk: _Walk,
-    scale: float,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor | None]:
-    """clamp(scale q_i . k_j) + bias_ij of every edge, and which ones the clamp let through."""
-    s, through = _sddmm(qh, kh, walk, scale), None
-    if low > -math.inf or high < math.inf:
-        through = (s >= low) & (s <= high)
-        s.clamp_(low, high)
-    if bias is not None:
-        s += bias
-    return s, through
-
-
-def _pivot(s: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A logit of each row, to be subtracted from all, and which rows have no finite one, if any.
-
-    A row's first logit serves where all are of ordinary size, its largest elsewhere: a choice
-    that depends on nothing outside of the row.
-    """
-    if not s.shape[0]:
-        return s.new_zeros(ptr.shape[0] - 1), None
-    first = s.index_select(0, ptr[:-1].clamp(max=s.shape[0] - 1))
-    low, high = (float(x) for x in torch.aminmax(s))
-    if low >= -_ORDINARY and high <= _ORDINARY:
-        return first, None
-    top = torch.segment_reduce(s, "max", offsets=ptr, unsafe=True)
-    dead = top == -torch.inf
-    ordinary = (top.abs() <= _ORDINARY) & (first.abs() <= _ORDINARY)
-    return torch.where(ordinary, first, top.masked_fill_(dead, 0.0)), dead
-
-
-def _sddmm(x: Tensor, y: Tensor, walk: _Walk, scale: float) -> Tensor:
-    """scale * x_i . y_j for every edge, in row order."""
-    s = x.new_zeros(walk.other.shape[0])
-    if not s.shape[0]:
-        return s
-    # PyTorch takes at most rows * columns entries: a denser multigraph gets empty columns
-    width = max(y.shape[0], -(-s.shape[0] // x.shape[0]))
-    if width > y.shape[0]:
-        y = pad(y, (0, 0, 0, width - y.shape[0]))
-    shape = x.shape[0], width
-    product = torch.sparse_csr_tensor(walk.ptr, walk.other, s, shape, check_invariants=False)
-    # with itself as out, its indices are not copied
-    torch.sparse.sampled_addmm(product, x, y.t(), beta=0.0, alpha=scale, out=product)
-    return product.values()
-
-
-def _spmm(walk: _Walk, weight: Tensor | None, x: Tensor) -> Tensor:
-    """sum over each segment of weight_e * x[index_e], [segments, D].
-
-    A weighted embedding bag is this product, and the fastest one that PyTorch has on a CPU. It
-    adds the edges of a bag one after the other.
-    """
-    out = _bags(walk.other, x, walk.cut, weight)
-    if walk.joint is None:
-        return out
-    return _bags(torch.arange(out.shape[0], dtype=walk.cut.dtype), out, walk.joint)
-
-
-def _bags(index: Tensor, x: Tensor, ptr: Tensor, weight: Tensor | None = None) -> Tensor:
-    return embedding_bag(
-        index, x, ptr, mode="sum", per_sample_weights=weight, include_last_offset=True
-    )
-
-
-def _sum(walk: _Walk, x: Tensor) -> Tensor:
-    """The sum of each segment's ``x [E]``."""
-    every = torch.arange(x.shape[0], dtype=walk.cut.dtype)
-    return _spmm(walk._replace(other=every), None, x[:, None]).squeeze(1)
-
-
-def _per_edge(x: Tensor, row: Tensor, n: int) -> Tensor:
-    """A value a row, for each of its edges; ``x`` has several heads of n rows."""
-    return x.unflatten(0, (-1, n)).index_select(1, row).flatten() if n else x
+    return None if edge_bias is None else slots(edge_bias, edge, heads, edge_bias.dtype)

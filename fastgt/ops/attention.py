@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,8 +11,25 @@ from torch.autograd import forward_ad
 
 from fastgt import reference
 from fastgt.graph import Graph
+from fastgt.ops._arguments import (
+    autocast,
+    autocasts,
+    check_attention,
+    check_edge_tensor,
+    check_numbers,
+    clamp_bounds,
+    dropout_key,
+    largest,
+    number,
+)
 from fastgt.ops._impl import Impl, choose, require_triton
-from fastgt.tiles import MAX_WIDTH, Plan, tallest
+from fastgt.ops.attention_edges import (
+    autocast_edges,
+    check_edges,
+    edge_attention,
+    reference_grads,
+)
+from fastgt.tiles import Plan, tallest
 
 
 def neighborhood_attention(
@@ -24,19 +40,29 @@ def neighborhood_attention(
     *,
     scale: float | None = None,
     edge_bias: Tensor | None = None,
+    edge_gate: Tensor | None = None,
+    edge_key: Tensor | None = None,
+    edge_value: Tensor | None = None,
+    edge_attr: Tensor | None = None,
+    edge_key_weight: Tensor | None = None,
+    edge_value_weight: Tensor | None = None,
     logit_clamp: float | tuple[float, float] | None = None,
     denominator_eps: float = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
+    return_edge_scores: bool = False,
     impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Softmax attention of every node over its neighbours.
 
-    For row (query) i and its columns (keys) j, head by head::
+    For row (query) i and its columns (keys) j, head by head, with * channel by channel::
 
-        s_ij  = clamp(scale * q_i . k_j, low, high) + edge_bias_ij
+        t_ij  = scale * q_i * (k_j + edge_key_ij) * edge_gate_ij            [D]
+        s_ij  = clamp(sum_d t_ij, low, high) + edge_bias_ij
         a_ij  = exp(s_ij) / (sum_j exp(s_ij) + eps)
-        out_i = sum_j a_ij v_j
+        out_i = sum_j dropout(a_ij) (v_j + edge_value_ij)
 
     A row without edges, or whose logits are all -inf, gives exactly 0, an LSE of -inf and zero
     gradients. Duplicate edges count as often as they stand. NaN and infinities reach only the
@@ -48,19 +74,36 @@ def neighborhood_attention(
         v: ``[N_cols, H_kv, Dv]``. D and Dv from 1 to 256.
         graph: Who attends to whom.
         scale: Default ``1 / sqrt(D)``. A number; to learn it, multiply q by it.
-        edge_bias: ``[E, H]`` in the caller's edge order, in q's dtype; receives a gradient.
+        edge_bias: ``[E, H]``. As all edge tensors: in the caller's edge order, in q's dtype, of any
+            strides; receives a gradient.
+        edge_gate: ``[E, H, D]`` or ``[E, H]``, times the products of queries and keys.
+        edge_key: ``[E, H, D]``, added to the keys.
+        edge_value: ``[E, H, Dv]``, added to the values. Where it is the tensor that edge_key is,
+            it is read once.
+        edge_attr: ``[E, C]``, C from 1 to 256: the low-rank form of the two above. With
+            ``edge_key_weight [C, H, D]``, ``edge_attr @ edge_key_weight`` is added to the keys;
+            with ``edge_value_weight [C, H, Dv]``, likewise to the values. Nothing of size E H D is
+            made, ``q . (x W) = (W q) . x`` and ``sum a (x W) = (sum a x) W``, except where a gate
+            of that size or edge scores are in use.
         logit_clamp: ``(low, high)``, or c for ``(-c, c)``. Outside it the gradient is 0.
         denominator_eps: eps above, relative to logits as they are (no maximum subtracted).
+        dropout_p: Probability, in multiples of 2^-24, of dropping a weight; others grow by
+            ``1 / (1 - dropout_p)``. Pass 0 in evaluation.
+        dropout_seed: An int, or one int64 on q's device, that the mask is a function of, with edge
+            and head (Philox): the same for every ``impl``. None draws one from PyTorch's
+            generator of q's device, so that ``torch.manual_seed`` and checkpointing repeat it; a
+            CPU and a GPU draw different ones.
         return_lse: Also give ``lse_i = log sum_j exp(s_ij)``, natural, ``[N_rows, H]`` in
             float32 (float64 for float64), with its gradient. eps is not part of it.
-        return_weights: Also give ``a_ij``, ``[E, H]`` in the caller's edge order, without
-            gradient.
+        return_weights: Also give ``a_ij``, ``[E, H]`` before dropout, without gradient.
+        return_edge_scores: Also give ``t_ij``, ``[E, H, D]``, with its gradient.
         impl: ``"triton"`` (GPU), ``"torch"`` (CPU), ``"reference"`` (plain definition,
             O(E H D) memory), or None to follow the device.
 
     Returns:
-        ``[N_rows, H, Dv]`` in q's dtype, followed by lse and weights where asked for.
-        Sums are kept in float32 (float64 for float64). Memory is O(N + E H). Under
+        ``[N_rows, H, Dv]`` in q's dtype, followed by lse, weights and edge scores where asked for.
+        Sums are kept in float32 (float64 for float64). Memory is O(N + E H), but for tensors of
+        size E H D that are given or asked for. Under
         ``torch.autocast`` the inputs are cast first, as for
         ``torch.nn.functional.scaled_dot_product_attention``. Second derivatives go through the
         plain definition, with its memory. ``torch.func`` transforms and forward-mode derivatives
@@ -71,8 +114,10 @@ def neighborhood_attention(
         RuntimeError: ``impl``, or the graph's plan, cannot run here.
 
     Source:
-        Vaswani et al., arXiv 1706.03762, eq. 1, over neighbourhoods; with ``logit_clamp=5``
-        Dwivedi and Bresson, arXiv 2012.09699, eqs. 3-5.
+        Vaswani et al., arXiv 1706.03762, eq. 1, over neighbourhoods. With ``logit_clamp=5``
+        Dwivedi and Bresson, arXiv 2012.09699, eqs. 3-5; with ``edge_gate``, edge scores and
+        ``denominator_eps=1e-6`` their eqs. 8-12. With ``edge_key`` and ``edge_value`` Shi et al.,
+        arXiv 2009.03509, eqs. 3-4.
 
     Example:
         >>> import torch
@@ -81,17 +126,44 @@ def neighborhood_attention(
         >>> q, k, v = torch.randn(3, 3, 4, 16)
         >>> neighborhood_attention(q, k, v, graph).shape
         torch.Size([3, 4, 16])
+        >>> gate = torch.randn(3, 4, 16)
+        >>> out, scores = neighborhood_attention(
+        ...     q, k, v, graph, edge_gate=gate, return_edge_scores=True
+        ... )
+        >>> scores.shape
+        torch.Size([3, 4, 16])
     """
-    if isinstance(q, Tensor) and _autocasts(q.device.type):
+    dropout_p = number("dropout_p", dropout_p)
+    plain = edge_gate is None and edge_key is None and edge_value is None and edge_attr is None
+    plain = plain and edge_key_weight is None and edge_value_weight is None
+    plain = plain and not dropout_p and not return_edge_scores
+    edges: dict[str, Tensor | None] = {}
+    if not plain:
+        edges = {
+            "edge_gate": edge_gate,
+            "edge_key": edge_key,
+            "edge_value": edge_value,
+            "edge_attr": edge_attr,
+            "edge_key_weight": edge_key_weight,
+            "edge_value_weight": edge_value_weight,
+        }
+    if isinstance(q, Tensor) and autocasts(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (_autocast(x, dtype) for x in (q, k, v))
-        edge_bias = None if edge_bias is None else _autocast(edge_bias, dtype)
-    low, high = _clamp_bounds(logit_clamp)
-    scale = None if scale is None else _number("scale", scale)
-    denominator_eps = _number("denominator_eps", denominator_eps)
-    _check(q, k, v, graph, edge_bias, scale, denominator_eps)
-    low, high = (math.inf * x if abs(x) > _largest(q) else x for x in (low, high))
+        q, k, v = (autocast(x, dtype) for x in (q, k, v))
+        edge_bias = None if edge_bias is None else autocast(edge_bias, dtype)
+        edges = autocast_edges(edges, dtype)
+    low, high = clamp_bounds(logit_clamp)
+    scale = None if scale is None else number("scale", scale)
+    denominator_eps = number("denominator_eps", denominator_eps)
+    check_attention(q, k, v, graph)
+    if edge_bias is not None:
+        check_edge_tensor("edge_bias", edge_bias, q, "E, H", graph.num_edges, q.shape[1])
+    if edges:
+        check_edges(q, v, graph.num_edges, **edges)
+    check_numbers(q, scale, denominator_eps, dropout_p)
+    low, high = (math.inf * x if abs(x) > largest(q) else x for x in (low, high))
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
+    seed = dropout_key(dropout_seed, q.device) if dropout_p or dropout_seed is not None else None
     impl = choose(impl, q)
     if impl == "reference":
         return reference.neighborhood_attention(
@@ -101,12 +173,17 @@ def neighborhood_attention(
             graph,
             scale=scale,
             edge_bias=edge_bias,
+            **edges,
             logit_clamp=None if logit_clamp is None else (low, high),
             denominator_eps=denominator_eps,
+            dropout_p=dropout_p,
+            dropout_seed=seed,
             return_lse=return_lse,
             return_weights=return_weights,
+            return_edge_scores=return_edge_scores,
         )
-    tensors = [x for x in (q, k, v, edge_bias) if x is not None]
+    given: tuple[Tensor | None, ...] = (q, k, v, edge_bias, *edges.values())
+    tensors = [x for x in given if x is not None]
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
         k, v = k.view_as(k), v.view_as(v)
@@ -114,115 +191,37 @@ def neighborhood_attention(
         forward_ad.unpack_dual(x).tangent is not None for x in tensors
     ):
         raise NotImplementedError("forward-mode derivatives are taken by impl='reference' only")
-    plan = _plan(impl, graph, q, v)
+    plan = _plan(impl, graph, q, v, bool(edges))
     settings = (scale, low, high, denominator_eps)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        rows, columns = _rows(graph, plan), _columns(graph, plan)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    rows, columns = _rows(graph, plan), _columns(graph, plan) if differentiable else ()
+    scores = None
+    if edges:
+        walks = graph, plan.path, rows, columns
+        o, lse, weights, scores = edge_attention(
+            q,
+            k,
+            v,
+            edge_bias,
+            edges,
+            walks,
+            settings,
+            dropout_p,
+            seed if dropout_p else None,
+            return_weights,
+            return_edge_scores,
+            differentiable,
+        )
+    elif differentiable:
         o, lse, weights = _Attention.apply(
             q, k, v, edge_bias, graph, plan, rows, columns, settings, return_weights
         )
     else:
         path, height, _ = plan
-        rows = _rows(graph, plan)
         o, lse, weights = _fwd(path, height, q, k, v, edge_bias, rows, *settings, return_weights)
-    extras = [x for x, asked in ((lse, return_lse), (weights, return_weights)) if asked]
+    extras: list[Any] = [x for x, asked in ((lse, return_lse), (weights, return_weights)) if asked]
+    extras += [scores] if return_edge_scores else []
     return (o, *extras) if extras else o
-
-
-def _autocasts(device: str) -> bool:
-    # meta and other devices without autocast are refused by is_autocast_enabled
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if isinstance(x, Tensor) and x.dtype in (*_HALF, torch.float32) else x
-
-
-_HALF = (torch.float16, torch.bfloat16)
-_FLOATS = (*_HALF, torch.float32, torch.float64)
-
-
-def _clamp_bounds(logit_clamp: float | tuple[float, float] | None) -> tuple[float, float]:
-    if logit_clamp is None:
-        return -math.inf, math.inf
-    if isinstance(logit_clamp, (tuple, list)):
-        if len(logit_clamp) != 2:
-            raise ValueError(f"logit_clamp must be (low, high), got {len(logit_clamp)} numbers")
-        low, high = (_number("logit_clamp", x) for x in logit_clamp)
-    else:
-        high = _number("logit_clamp", logit_clamp)
-        low = -high
-    if not low <= high:
-        raise ValueError(f"logit_clamp must have low <= high, got {logit_clamp}")
-    return low, high
-
-
-def _number(name: str, x: object) -> float:
-    if not isinstance(x, (int, float)) and (isinstance(x, Tensor) or not hasattr(x, "__float__")):
-        hint = ": multiply q by it" if name == "scale" and isinstance(x, Tensor) else ""
-        raise TypeError(f"{name} must be a number, got {type(x).__name__}{hint}")
-    return float(x)
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    graph: Graph,
-    edge_bias: Tensor | None,
-    scale: float | None,
-    eps: float,
-) -> None:
-    if not isinstance(graph, Graph):
-        raise TypeError(f"graph must be a fastgt.Graph, got {type(graph).__name__}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} must be a strided tensor, got {x.layout}")
-        if x.ndim != 3:
-            raise ValueError(f"{name} must be [N, H, D], got {list(x.shape)}")
-    others = [("k", k), ("v", v)] + ([] if edge_bias is None else [("edge_bias", edge_bias)])
-    for name, x in others:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} is {x.dtype} but q is {q.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} but q is on {q.device}")
-    if graph.device != q.device:
-        raise ValueError(f"graph is on {graph.device} but q is on {q.device}: use graph.to()")
-    rows, heads, width = q.shape
-    for name, found, wanted, what in (
-        ("q", rows, graph.num_rows, "rows"),
-        ("k", k.shape[0], graph.num_cols, "columns"),
-        ("v", v.shape[0], graph.num_cols, "columns"),
-    ):
-        if found != wanted:
-            raise ValueError(f"{name} has {found} rows but the graph has {wanted} {what}")
-    if k.shape[2] != width:
-        raise ValueError(f"k has head width {k.shape[2]} but q has {width}")
-    if v.shape[1] != k.shape[1]:
-        raise ValueError(f"v has {v.shape[1]} heads but k has {k.shape[1]}")
-    if heads == 0 or k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(f"q's {heads} heads must be a multiple of k's {k.shape[1]} heads")
-    for name, d in (("q", width), ("v", v.shape[2])):
-        if not 1 <= d <= MAX_WIDTH:
-            raise ValueError(f"{name} has head width {d}; supported are 1 to {MAX_WIDTH}")
-    if edge_bias is not None and edge_bias.shape != (graph.num_edges, heads):
-        raise ValueError(
-            f"edge_bias must be [E, H] = [{graph.num_edges}, {heads}], got {list(edge_bias.shape)}"
-        )
-    if scale is not None and not abs(scale) <= _largest(q):
-        raise ValueError(f"scale must be finite, got {scale} for {q.dtype}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"denominator_eps must be finite and not negative, got {eps}")
-
-
-def _largest(q: Tensor) -> float:
-    return torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).max
 
 
 class _Attention(torch.autograd.Function):
@@ -257,7 +256,9 @@ class _Attention(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable
-            grads = _reference_grads(do, dlse, q, k, v, edge_bias, ctx.graph, ctx.settings, needs)
+            grads: list[Tensor | None] = reference_grads(
+                (do, dlse), (q, k, v, edge_bias), needs, ctx.graph, ctx.settings
+            )
         else:
             if do is None:
                 do = q.new_zeros(()).expand(*q.shape[:2], v.shape[2])
@@ -268,59 +269,13 @@ class _Attention(torch.autograd.Function):
         return (*grads, None, None, None, None, None, None)
 
 
-def _reference_grads(
-    do: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    edge_bias: Tensor | None,
-    graph: Graph,
-    settings: tuple[float, float, float, float],
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    scale, low, high, eps = settings
-    # aliases: where k was made from q, the partial derivatives are asked for, not the total ones
-    aliases = [None if x is None else x.view_as(x) for x in (q, k, v, edge_bias)]
-    # the sums of the plain definition are in its inputs' precision
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    cast: list[Any] = [None if x is None else x.to(wide) for x in aliases]
-    q, k, v, bias = cast
-    o, lse = reference.neighborhood_attention(
-        q,
-        k,
-        v,
-        graph,
-        scale=scale,
-        edge_bias=bias,
-        logit_clamp=(low, high),
-        denominator_eps=eps,
-        return_lse=True,
-    )
-    inputs = [x for x, need in zip(aliases, needs, strict=True) if need and x is not None]
-    # the LSE does not depend on v: it may have no gradient at all
-    both = ((o, None if do is None else do.to(wide)), (lse, dlse))
-    pairs = [(y, dy) for y, dy in both if dy is not None and y.requires_grad]
-    found: Iterator[Tensor]
-    if pairs:
-        outputs, upstream = zip(*pairs, strict=True)
-        found = iter(
-            torch.autograd.grad(
-                outputs, inputs, upstream, create_graph=True, materialize_grads=True
-            )
-        )
-    else:
-        found = map(torch.zeros_like, inputs)
-    return [next(found) if need else None for need in needs]
-
-
 _CPU = Plan("torch", 0, "")
 
 
-def _plan(impl: Impl, graph: Graph, q: Tensor, v: Tensor) -> Plan:
+def _plan(impl: Impl, graph: Graph, q: Tensor, v: Tensor, edge_terms: bool) -> Plan:
     if impl == "triton":
         width = max(q.shape[2], v.shape[2])
-        plan = graph.choose(width, q.dtype)
+        plan = graph.choose(width, q.dtype, edge_terms=edge_terms)
         if plan.height and plan.height > (height := tallest(width, q.element_size())):
             other = f"a height of {height}" if height else "path='gather'"
             raise RuntimeError(
@@ -385,7 +340,7 @@ def _(path, height, do, dlse, q, k, v, edge_bias, lse, o, rows, columns, *rest):
 
 def _launch_fwd(
     path: str, height: int, q: Tensor, k: Any, v: Any, edge_bias: Any, rows: Any, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if path == "torch":
         from fastgt.cpu import attention
 
@@ -400,18 +355,19 @@ def _launch_fwd(
     return attention_fwd(q, k, v, edge_bias, rows, *settings)
 
 
-def _launch_bwd(path: str, height: int, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _launch_bwd(path: str, height: int, *args: Any) -> tuple[Tensor, ...]:
     # do, dlse, q, k, v, edge_bias, lse; o, which only windows need; the walks; the settings
     inputs, (o, rows, columns), settings = args[:7], args[7:10], args[10:]
     if path == "torch":
         from fastgt.cpu import attention
 
-        return attention.attention_bwd(*inputs, *rows, *columns, *settings)
+        arguments: Any = (*inputs, *rows, *columns, *settings[:4], settings[4:])
+        return tuple(attention.attention_bwd(*arguments))
     if height:
         from fastgt.kernels.attention_windows import windows_bwd
 
         return windows_bwd(*inputs, o, rows, columns, height, path == "graphs", *settings)
-    from fastgt.kernels.attention import attention_bwd
+    from fastgt.kernels.attention_backward import attention_bwd
 
     return attention_bwd(*inputs, rows, columns, *settings)
 

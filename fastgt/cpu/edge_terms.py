@@ -1,0 +1,158 @@
+"""What edges have besides a bias, for some heads at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgt.cpu.sparse import Walk, per_edge, sddmm, spmm, stack
+
+
+class Terms(NamedTuple):
+    """What edges have besides a bias; None where they have not."""
+
+    gate: Tensor | None = None  # [E, H, D] or [E, H]
+    key: Tensor | None = None  # [E, H, D]
+    value: Tensor | None = None  # [E, H, DV]; may be the key
+    attr: Tensor | None = None  # [E, C]
+    attr_q: Tensor | None = None  # [N, H, C]
+    keep: Tensor | None = None  # [E, H] bool: the weights that dropout keeps
+    growth: float = 1.0  # of those
+
+
+class Head:
+    """Queries, keys and edge terms of some heads, one below the other, edges in row order.
+
+    Where a gate or scores go channel by channel, products of size [E, D] are made; else logits are
+    sums of sampled products, of q with keys, of q with edge keys, and of attr_q with attributes.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        walk: Walk,
+        n: int,
+        row: Tensor,
+        edge: Tensor,
+        heads: slice,
+        terms: Terms | None,
+        attr: Tensor | None,
+        with_scores: bool,
+    ):
+        self.q, self.k, self.walk = q, k, walk
+        self.attr: Any = attr
+        self.by_channel = with_scores
+        self.gate: Any = None
+        self.factor: Any = None
+        self.key: Any = None
+        self.value: Any = None
+        self.attr_q: Any = None
+        self.kept: Any = None
+        if terms is None:
+            return
+        wide, count = q.dtype, walk.other.shape[0]
+        number = torch.arange(count, dtype=walk.other.dtype)
+        self.own = walk._replace(other=number)  # an edge's own row of a stacked edge tensor
+        # its row of one that all heads share
+        self.common = self.own if count == len(edge) else walk._replace(other=number % len(edge))
+        self.n, self.row = n, row
+        if terms.gate is not None:
+            gate = slots(terms.gate, edge, heads, wide)
+            self.gate, self.factor = (gate, None) if terms.gate.ndim == 3 else (None, gate)
+            self.by_channel = with_scores or self.gate is not None
+        if terms.key is not None:
+            self.key = slots(terms.key, edge, heads, wide)
+        if terms.value is terms.key:
+            self.value = self.key
+        elif terms.value is not None:
+            self.value = slots(terms.value, edge, heads, wide)
+        if terms.attr_q is not None:
+            self.attr_q = stack(terms.attr_q, heads, wide)
+        if terms.keep is not None:
+            self.kept = slots(terms.keep, edge, heads, wide).mul_(terms.growth)
+
+    def logits(
+        self, bias: Tensor | None, scale: float, low: float, high: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """clamp(scale q . k) + bias of every edge, and which ones the clamp let through."""
+        if self.by_channel:
+            self.spread = per_edge(self.q, self.row, self.n)
+            self.ungated = self.k.index_select(0, self.walk.other)
+            if self.key is not None:
+                self.ungated += self.key
+            self.keys = self.ungated if self.gate is None else self.ungated * self.gate
+            self.products = self.spread * self.keys
+            s = self.products.sum(1).mul_(scale)
+        else:
+            s = sddmm(self.q, self.k, self.walk, scale)
+            if self.key is not None:
+                s += sddmm(self.q, self.key, self.own, scale)
+            if self.attr_q is not None:
+                s += sddmm(self.attr_q, self.attr, self.common, scale)
+        self.unfactored, through = s, None
+        if self.factor is not None:
+            s = s * self.factor
+        if low > -math.inf or high < math.inf:
+            through = (s >= low) & (s <= high)
+            s = s.clamp_(low, high)
+        if bias is not None:
+            s += bias
+        return s, through
+
+    def scores(self, scale: float) -> Tensor:
+        """The terms of the logits' sums, [E, D]."""
+        scores = self.products * scale
+        return scores if self.factor is None else scores.mul_(self.factor[:, None])
+
+    def dropped(self, p: Tensor) -> Tensor:
+        return p if self.kept is None else p * self.kept
+
+    def take(self, ds: Tensor, dscores: Tensor | None, scale: float) -> None:
+        """The gradients of the logits [E] before the bias, and of the scores [E, D] if any."""
+        if self.factor is not None:
+            self.dfactor = ds * self.unfactored
+            if dscores is not None:
+                self.dfactor += (dscores * self.products).sum(1).mul_(scale)
+        rate = ds.new_full((1,), scale) if self.factor is None else self.factor * scale
+        self.ds = ds * rate
+        self.dproducts = self.ds[:, None]
+        if dscores is not None:
+            self.dproducts = (dscores * rate[:, None]).add_(self.dproducts)
+
+    def dq(self) -> Tensor:
+        if self.by_channel:
+            return spmm(self.own, None, self.dproducts * self.keys)
+        out = spmm(self.walk, self.ds, self.k)
+        return out if self.key is None else out.add_(spmm(self.own, self.ds, self.key))
+
+    def dk(self, cols: Walk, slot: Tensor) -> Tensor:
+        if self.by_channel:
+            return spmm(cols._replace(other=slot), None, self.dkey())
+        return spmm(cols, self.ds.index_select(0, slot), self.q)
+
+    def dkey(self) -> Tensor:
+        flow = self._dungated()
+        return flow if self.gate is None else flow * self.gate
+
+    def dgate(self) -> Tensor:
+        return self._dungated() * self.ungated
+
+    def _dungated(self) -> Tensor:
+        q = self.spread if self.by_channel else per_edge(self.q, self.row, self.n)
+        return self.dproducts * q
+
+
+def attributes(terms: Terms | None, edge: Tensor, wide: torch.dtype) -> Tensor | None:
+    """In row order."""
+    if terms is None or terms.attr is None:
+        return None
+    return terms.attr.index_select(0, edge).to(wide)
+
+
+def slots(x: Tensor, edge: Tensor, heads: slice, wide: torch.dtype) -> Tensor:
+    """``x [E, H, ...]`` of some heads, in row order, one head below the other: a copy."""
+    return x[:, heads].index_select(0, edge).to(wide).transpose(0, 1).flatten(0, 1)

@@ -1,0 +1,179 @@
+"""What the attention operators take: casts, numbers and refusals by name."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastgt.graph import Graph
+from fastgt.tiles import MAX_WIDTH
+
+_HALF = (torch.float16, torch.bfloat16)
+_FLOATS = (*_HALF, torch.float32, torch.float64)
+
+
+def autocasts(device: str) -> bool:
+    # meta and other devices without autocast are refused by is_autocast_enabled
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if isinstance(x, Tensor) and x.dtype in (*_HALF, torch.float32) else x
+
+
+def clamp_bounds(logit_clamp: float | tuple[float, float] | None) -> tuple[float, float]:
+    if logit_clamp is None:
+        return -math.inf, math.inf
+    if isinstance(logit_clamp, (tuple, list)):
+        if len(logit_clamp) != 2:
+            raise ValueError(f"logit_clamp must be (low, high), got {len(logit_clamp)} numbers")
+        low, high = (number("logit_clamp", x) for x in logit_clamp)
+    else:
+        high = number("logit_clamp", logit_clamp)
+        low = -high
+    if not low <= high:
+        raise ValueError(f"logit_clamp must have low <= high, got {logit_clamp}")
+    return low, high
+
+
+def number(name: str, x: object) -> float:
+    if not isinstance(x, (int, float)) and (isinstance(x, Tensor) or not hasattr(x, "__float__")):
+        hint = ": multiply q by it" if name == "scale" and isinstance(x, Tensor) else ""
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}{hint}")
+    return float(x)
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, graph: Graph) -> None:
+    """q, k, v and the graph fit each other."""
+    if not isinstance(graph, Graph):
+        raise TypeError(f"graph must be a fastgt.Graph, got {type(graph).__name__}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a strided tensor, got {x.layout}")
+        if x.ndim != 3:
+            raise ValueError(f"{name} must be [N, H, D], got {list(x.shape)}")
+    _check_like_q("k", k, q)
+    _check_like_q("v", v, q)
+    if graph.device != q.device:
+        raise ValueError(f"graph is on {graph.device} but q is on {q.device}: use graph.to()")
+    rows, heads, width = q.shape
+    for name, found, wanted, what in (
+        ("q", rows, graph.num_rows, "rows"),
+        ("k", k.shape[0], graph.num_cols, "columns"),
+        ("v", v.shape[0], graph.num_cols, "columns"),
+    ):
+        if found != wanted:
+            raise ValueError(f"{name} has {found} rows but the graph has {wanted} {what}")
+    if k.shape[2] != width:
+        raise ValueError(f"k has head width {k.shape[2]} but q has {width}")
+    if v.shape[1] != k.shape[1]:
+        raise ValueError(f"v has {v.shape[1]} heads but k has {k.shape[1]}")
+    if heads == 0 or k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"q's {heads} heads must be a multiple of k's {k.shape[1]} heads")
+    for name, d in (("q", width), ("v", v.shape[2])):
+        if not 1 <= d <= MAX_WIDTH:
+            raise ValueError(f"{name} has head width {d}; supported are 1 to {MAX_WIDTH}")
+
+
+def check_edge_tensor(name: str, x: object, q: Tensor, letters: str, *shape: int) -> None:
+    """``x`` is a tensor like q, of that shape, whose dimensions are called ``letters``."""
+    _check_like_q(name, x, q)
+    assert isinstance(x, Tensor)
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must be [{letters}] = {list(shape)}, got {list(x.shape)}")
+
+
+def check_edge_attr(
+    edge_attr: Tensor | None,
+    edge_key_weight: Tensor | None,
+    edge_value_weight: Tensor | None,
+    q: Tensor,
+    v: Tensor,
+    edges: int,
+) -> None:
+    """The attributes have a weight, the weights have attributes, and both have C channels."""
+    weights = (
+        ("edge_key_weight", edge_key_weight, "C, H, D", q.shape[2]),
+        ("edge_value_weight", edge_value_weight, "C, H, Dv", v.shape[2]),
+    )
+    given = [name for name, weight, _, _ in weights if weight is not None]
+    if edge_attr is None:
+        if given:
+            raise ValueError(f"{given[0]} needs edge_attr, which is None")
+        return
+    _check_like_q("edge_attr", edge_attr, q)
+    if not given:
+        raise ValueError(
+            "edge_attr needs edge_key_weight, edge_value_weight or both: both are None"
+        )
+    if edge_attr.ndim != 2 or edge_attr.shape[0] != edges:
+        raise ValueError(f"edge_attr must be [E, C] = [{edges}, C], got {list(edge_attr.shape)}")
+    channels = edge_attr.shape[1]
+    if not 1 <= channels <= MAX_WIDTH:
+        raise ValueError(f"edge_attr has {channels} channels; supported are 1 to {MAX_WIDTH}")
+    for name, weight, letters, width in weights:
+        if weight is not None:
+            check_edge_tensor(name, weight, q, letters, channels, q.shape[1], width)
+
+
+def check_gate(edge_gate: Tensor, q: Tensor, edges: int) -> None:
+    """[E, H] or [E, H, D]."""
+    _check_like_q("edge_gate", edge_gate, q)
+    _, heads, width = q.shape
+    if tuple(edge_gate.shape) not in ((edges, heads), (edges, heads, width)):
+        raise ValueError(
+            f"edge_gate must be [E, H] = [{edges}, {heads}] or [E, H, D] = [{edges}, {heads}, "
+            f"{width}], got {list(edge_gate.shape)}"
+        )
+
+
+def check_numbers(q: Tensor, scale: float | None, eps: float, dropout_p: float) -> None:
+    if scale is not None and not abs(scale) <= largest(q):
+        raise ValueError(f"scale must be finite, got {scale} for {q.dtype}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"denominator_eps must be finite and not negative, got {eps}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be from 0 to 1, got {dropout_p}")
+
+
+def dropout_key(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The 64 bits that dropout hangs on, ``[1]`` int64; drawn from PyTorch's generator for None."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), device=device)
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"dropout_seed must fit in 64 bits, got {seed}")
+        return torch.full((1,), seed, dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"dropout_seed must be an int or a tensor, got {type(seed).__name__}")
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(f"dropout_seed must be one int64, got {list(seed.shape)} of {seed.dtype}")
+    if seed.device != device:
+        raise ValueError(f"dropout_seed is on {seed.device} but q is on {device}")
+    return seed.reshape(1)
+
+
+def largest(x: Tensor) -> float:
+    """The largest number of what sums over ``x`` are kept in."""
+    return torch.finfo(accumulator(x)).max
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_like_q(name: str, x: object, q: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype != q.dtype:
+        raise TypeError(f"{name} is {x.dtype} but q is {q.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got {x.layout}")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device} but q is on {q.device}")

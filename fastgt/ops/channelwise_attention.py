@@ -1,0 +1,337 @@
+"""channelwise_attention: public function -> checks -> autograd -> registered ops -> launchers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastgt import reference
+from fastgt.graph import Graph
+from fastgt.ops._arguments import (
+    _FLOATS,
+    accumulator,
+    autocast,
+    autocasts,
+    check_numbers,
+    clamp_bounds,
+    largest,
+    number,
+)
+from fastgt.ops._impl import Impl, choose, require_triton
+from fastgt.tiles import Plan
+
+
+def channelwise_attention(
+    logits: Tensor,
+    v: Tensor | None,
+    graph: Graph,
+    *,
+    edge_value: Tensor | None = None,
+    logit_clamp: float | tuple[float, float] | None = None,
+    denominator_eps: float = 0.0,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    impl: Impl | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Vector attention: every channel has its own softmax over the edges of a row.
+
+    For row i and its columns j, channel by channel::
+
+        s_ij  = clamp(logits_ij, low, high)
+        a_ij  = exp(s_ij) / (sum_j exp(s_ij) + eps)
+        out_i = sum_j a_ij (v_j + edge_value_ij)
+
+    A row without edges, or a channel of it whose logits are all -inf, gives exactly 0, an LSE of
+    -inf and zero gradients. Duplicate edges count as often as they stand. NaN and infinities reach
+    only the rows, and in them the channels, that use them. The result is the same, bit for bit,
+    every time; gradients too.
+
+    Args:
+        logits: ``[E, C]`` or ``[E, H, D]`` in the caller's edge order: float16, bfloat16, float32
+            or float64. As all tensors, of any strides. Channels that share a logit ("planes") are
+            given by an expanded tensor, ``logits[:, None].expand(-1, H, -1)`` or
+            ``logits[..., None].expand(-1, -1, D)``: it is read as it lies, no copy is made.
+        v: ``[N_cols, C]`` or ``[N_cols, H, D]``, as the logits; or None.
+        graph: Who attends to whom.
+        edge_value: ``[E, C]`` or ``[E, H, D]``, in the caller's edge order; or None, if v is given.
+        logit_clamp: ``(low, high)``, or c for ``(-c, c)``. Outside it the gradient is 0.
+        denominator_eps: eps above, relative to logits as they are (no maximum subtracted).
+        return_lse: Also give ``lse_i = log sum_j exp(s_ij)``, natural, ``[N_rows, C]`` in float32
+            (float64 for float64), with its gradient. eps is not part of it.
+        return_weights: Also give ``a_ij``, ``[E, C]`` in the caller's edge order, without gradient.
+        impl: As in :func:`fastgt.neighborhood_attention`.
+
+    Returns:
+        ``[N_rows, C]`` (``[N_rows, H, D]``) in the dtype of the logits, followed by lse and weights
+        where asked for. Sums are kept in float32 (float64 for float64). Beside the inputs, memory
+        is O(N C); gradients of edge tensors are as large as these, and the CPU path's gradient of
+        v takes up to one tensor of the logits' size besides. Under ``torch.autocast`` the inputs
+        are cast first. Second derivatives go through the plain definition, with its O(E C) memory;
+        ``torch.func`` transforms and forward-mode derivatives need ``impl="reference"``.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit; its name and both numbers are given.
+        RuntimeError: ``impl`` cannot run here.
+
+    Source:
+        Zhao et al., Point Transformer, arXiv 2012.09164, eq. 3: logits are gamma(phi(x_i) -
+        psi(x_j) + delta_ij), v is alpha(x_j) and edge_value is delta_ij.
+
+    Example:
+        >>> import torch
+        >>> from fastgt import Graph, channelwise_attention
+        >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 0]]))
+        >>> logits, v = torch.randn(2, 3, 16)
+        >>> channelwise_attention(logits, v, graph).shape
+        torch.Size([3, 16])
+    """
+    if isinstance(logits, Tensor) and autocasts(logits.device.type):
+        dtype = torch.get_autocast_dtype(logits.device.type)
+        logits = autocast(logits, dtype)
+        v = None if v is None else autocast(v, dtype)
+        edge_value = None if edge_value is None else autocast(edge_value, dtype)
+    low, high = clamp_bounds(logit_clamp)
+    denominator_eps = number("denominator_eps", denominator_eps)
+    _check(logits, v, graph, edge_value)
+    check_numbers(logits, None, denominator_eps, 0.0)
+    low, high = (math.inf * x if abs(x) > largest(logits) else x for x in (low, high))
+    impl = choose(impl, logits)
+    if impl == "reference":
+        return reference.channelwise_attention(
+            logits,
+            v,
+            graph,
+            edge_value=edge_value,
+            logit_clamp=None if logit_clamp is None else (low, high),
+            denominator_eps=denominator_eps,
+            return_lse=return_lse,
+            return_weights=return_weights,
+        )
+    tensors = [x for x in (logits, v, edge_value) if x is not None]
+    if torch.compiler.is_compiling():
+        # Dynamo refuses one tensor in two places of a Function
+        v = None if v is None else v.view_as(v)
+        edge_value = None if edge_value is None else edge_value.view_as(edge_value)
+    elif forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise NotImplementedError("forward-mode derivatives are taken by impl='reference' only")
+    rows, settings = _rows(graph, impl), (low, high, denominator_eps)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        columns = _columns(graph, impl) if v is not None and v.requires_grad else ()
+        o, lse, weights = _ChannelwiseAttention.apply(
+            logits, v, edge_value, graph, impl, rows, columns, settings, return_weights
+        )
+    else:
+        o, lse, weights, _ = _fwd(
+            impl, logits, v, edge_value, rows, *settings, False, return_weights
+        )
+    extras = [x for x, asked in ((lse, return_lse), (weights, return_weights)) if asked]
+    return (o, *extras) if extras else o
+
+
+def _check(logits: Tensor, v: Tensor | None, graph: Graph, edge_value: Tensor | None) -> None:
+    if not isinstance(graph, Graph):
+        raise TypeError(f"graph must be a fastgt.Graph, got {type(graph).__name__}")
+    if v is None and edge_value is None:
+        raise ValueError("v and edge_value are both None: give at least one of them")
+    for name, x, size, what in (
+        ("logits", logits, graph.num_edges, "edges"),
+        ("v", v, graph.num_cols, "columns"),
+        ("edge_value", edge_value, graph.num_edges, "edges"),
+    ):
+        if x is None and name != "logits":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a strided tensor, got {x.layout}")
+        if x.ndim not in (2, 3):
+            first = "N_cols" if name == "v" else "E"
+            raise ValueError(f"{name} must be [{first}, C] or [{first}, H, D], got {list(x.shape)}")
+        if x.dtype != logits.dtype:
+            raise TypeError(f"{name} is {x.dtype} but logits is {logits.dtype}")
+        if x.device != logits.device:
+            raise ValueError(f"{name} is on {x.device} but logits is on {logits.device}")
+        if x.shape[0] != size:
+            raise ValueError(f"{name} has {x.shape[0]} rows but the graph has {size} {what}")
+        if x.shape[1:] != logits.shape[1:]:
+            raise ValueError(
+                f"{name} has channels {list(x.shape[1:])} but logits has {list(logits.shape[1:])}"
+            )
+    if 0 in logits.shape[1:]:
+        raise ValueError(f"logits has no channels: {list(logits.shape)}")
+    if graph.device != logits.device:
+        raise ValueError(
+            f"graph is on {graph.device} but logits is on {logits.device}: use graph.to()"
+        )
+
+
+class _ChannelwiseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        v: Tensor | None,
+        edge_value: Tensor | None,
+        graph: Graph,
+        impl: str,
+        rows: tuple[Tensor, ...],
+        columns: tuple[Tensor, ...],
+        settings: tuple[float, float, float],
+        return_weights: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        o, lse, weights, stat = _fwd(
+            impl, logits, v, edge_value, rows, *settings, True, return_weights
+        )
+        ctx.save_for_backward(logits, v, edge_value, stat)
+        ctx.graph, ctx.impl, ctx.rows, ctx.columns = graph, impl, rows, columns
+        ctx.settings = settings
+        ctx.mark_non_differentiable(weights)
+        ctx.set_materialize_grads(False)
+        return o, lse, weights
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> tuple:
+        logits, v, edge_value, stat = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            # create_graph=True: the gradient must itself be differentiable
+            grads = _reference_grads(
+                do, dlse, logits, v, edge_value, ctx.graph, ctx.settings, needs
+            )
+        else:
+            if do is None:
+                do = logits.new_zeros(()).expand(stat.shape[0], *logits.shape[1:])
+            args = do, dlse, logits, v, edge_value, stat, ctx.rows, ctx.columns
+            found = _bwd(ctx.impl, *args, *ctx.settings, *needs)
+            grads = [x if need else None for x, need in zip(found, needs, strict=True)]
+        return (*grads, None, None, None, None, None, None)
+
+
+def _reference_grads(
+    do: Tensor | None,
+    dlse: Tensor | None,
+    logits: Tensor,
+    v: Tensor | None,
+    edge_value: Tensor | None,
+    graph: Graph,
+    settings: tuple[float, float, float],
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    low, high, eps = settings
+    # aliases: where v was made from the logits, the partial derivatives are asked for
+    aliases = [None if x is None else x.view_as(x) for x in (logits, v, edge_value)]
+    # the sums of the plain definition are in its inputs' precision
+    wide = accumulator(logits)
+    cast: list[Any] = [None if x is None else x.to(wide) for x in aliases]
+    logits, v, edge_value = cast
+    o, lse = reference.channelwise_attention(
+        logits,
+        v,
+        graph,
+        edge_value=edge_value,
+        logit_clamp=(low, high),
+        denominator_eps=eps,
+        return_lse=True,
+    )
+    inputs = [x for x, need in zip(aliases, needs, strict=True) if need and x is not None]
+    # the LSE depends on the logits alone: it may have no gradient at all
+    both = ((o, None if do is None else do.to(wide)), (lse, dlse))
+    pairs = [(y, dy) for y, dy in both if dy is not None and y.requires_grad]
+    found: Iterator[Tensor]
+    if pairs:
+        outputs, upstream = zip(*pairs, strict=True)
+        found = iter(
+            torch.autograd.grad(
+                outputs, inputs, upstream, create_graph=True, materialize_grads=True
+            )
+        )
+    else:
+        found = map(torch.zeros_like, inputs)
+    return [next(found) if need else None for need in needs]
+
+
+_GATHER = Plan("gather", 0, "channels that never meet have no use for tensor cores")
+
+
+def _rows(graph: Graph, impl: str) -> tuple[Tensor, ...]:
+    if impl == "torch":
+        return graph.row_ptr, graph.col, graph.edge
+    return graph.row_walk(_GATHER)
+
+
+def _columns(graph: Graph, impl: str) -> tuple[Tensor, ...]:
+    return graph.columns if impl == "torch" else graph.column_walk(_GATHER)
+
+
+# stat is what the backward needs of the rows, [N_rows, 3, C]: see kernels/channelwise_attention.py
+_INPUTS = "Tensor logits, Tensor? v, Tensor? edge_value"
+_SETTINGS = "float low, float high, float eps"
+torch.library.define(
+    "fastgt::channelwise_attention_fwd",
+    f"(str impl, {_INPUTS}, Tensor[] rows, {_SETTINGS}, bool keep, bool return_weights)"
+    " -> (Tensor o, Tensor lse, Tensor weights, Tensor stat)",
+)
+torch.library.define(
+    "fastgt::channelwise_attention_bwd",
+    f"(str impl, Tensor do, Tensor? dlse, {_INPUTS}, Tensor stat, Tensor[] rows, Tensor[] columns,"
+    f" {_SETTINGS}, bool need_logits, bool need_v, bool need_edge_value)"
+    " -> (Tensor dlogits, Tensor dv, Tensor dedge_value)",
+)
+
+
+@torch.library.register_fake("fastgt::channelwise_attention_fwd")
+def _(impl, logits, v, edge_value, rows, low, high, eps, keep, return_weights):  # type: ignore[no-untyped-def]
+    n, channels, wide = rows[0].shape[0] - 1, logits.shape[1:], accumulator(logits)
+    return (
+        logits.new_empty(n, *channels),
+        logits.new_empty(n, *channels, dtype=wide),
+        logits.new_empty(logits.shape[0] if return_weights else 0, *channels),
+        logits.new_empty(n if keep else 0, 3, channels.numel(), dtype=wide),
+    )
+
+
+@torch.library.register_fake("fastgt::channelwise_attention_bwd")
+def _(impl, do, dlse, logits, v, edge_value, stat, rows, columns, low, high, eps, *needs):  # type: ignore[no-untyped-def]
+    need_logits, need_v, need_edge_value = needs
+    return (
+        logits.new_empty(logits.shape if need_logits else (0,)),
+        logits.new_empty(v.shape if need_v else (0,)),
+        logits.new_empty(logits.shape if need_edge_value else (0,)),
+    )
+
+
+def _launch_fwd(impl: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if impl == "torch":
+        from fastgt.cpu import channelwise_attention as cpu
+
+        return cpu.channelwise_attention_fwd(logits, *args)
+    require_triton(logits)
+    from fastgt.kernels import channelwise_attention as kernels
+
+    return kernels.channelwise_attention_fwd(logits, *args)
+
+
+def _launch_bwd(impl: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if impl == "torch":
+        from fastgt.cpu import channelwise_attention as cpu
+
+        return cpu.channelwise_attention_bwd(*args)
+    from fastgt.kernels import channelwise_attention as kernels
+
+    return kernels.channelwise_attention_bwd(*args)
+
+
+torch.library.impl("fastgt::channelwise_attention_fwd", "CompositeExplicitAutograd", _launch_fwd)
+torch.library.impl("fastgt::channelwise_attention_bwd", "CompositeExplicitAutograd", _launch_bwd)
+
+_fwd = torch.ops.fastgt.channelwise_attention_fwd.default
+_bwd = torch.ops.fastgt.channelwise_attention_bwd.default

@@ -1,0 +1,51 @@
+"""Which weights dropout keeps: a function of seed, edge and head alone, so that it can be had again
+anywhere, in any order, and is the same for every implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEVELS = 2**24  # dropout probabilities are multiples of 1 / LEVELS
+_CHUNK = 2**16  # counters at a time: what stays in a core's cache
+_LOW = 0xFFFFFFFF
+
+
+def threshold(p: float) -> int:
+    """A weight is kept where its 24 random bits are not below this."""
+    return round(p * LEVELS)
+
+
+def kept(seed: Tensor, edges: int, heads: int, p: float) -> Tensor:
+    """-> ``[E, H]`` bool: head h of the caller's edge e is kept with probability 1 - p.
+
+    Word ``h % 4`` of Philox-4x32-10 at the counter ``(e mod 2^32, e // 2^32, h // 4, 0)`` with the
+    64 bits of ``seed`` as its key; its upper 24 bits are compared.
+
+    Source:
+        Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011, section 4.3.
+    """
+    blocks = -(-heads // 4)
+    keep = torch.empty(edges, blocks, 4, dtype=torch.bool, device=seed.device)
+    limit = threshold(p)
+    # a compiler would unroll the loop
+    step = edges if torch.compiler.is_compiling() else max(1, _CHUNK // max(1, blocks))
+    block = torch.arange(blocks, device=seed.device)
+    for start in range(0, edges, max(1, step)):
+        stop = min(start + step, edges)
+        edge = torch.arange(start, stop, device=seed.device)[:, None].expand(-1, blocks)
+        words = _philox(seed, edge & _LOW, edge >> 32, block.expand_as(edge))
+        torch.stack([(word >> 8) >= limit for word in words], 2, out=keep[start:stop])
+    return keep.flatten(1)[:, :heads]
+
+
+def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, ...]:
+    """Four words of 32 bits, each in an int64; the fourth counter is 0."""
+    c3 = torch.zeros_like(c0)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # products of 64 bits, wrapped to signed ones
+        c0, c2 = ((b >> 32) & _LOW) ^ c1 ^ k0, ((a >> 32) & _LOW) ^ c3 ^ k1
+        c1, c3 = b & _LOW, a & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return c0, c1, c2, c3

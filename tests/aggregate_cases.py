@@ -1,0 +1,301 @@
+"""Random problems for segment_softmax, aggregate and gated_aggregate, and their equations in loops.
+
+As in ``attention_cases``: Hypothesis draws shapes, dtype, layout and a seed; arrays come from the
+seed.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from attention_cases import BF16, DEVICE, FP16, FP32, FP64, IMPLS, LAYOUTS, arrange, planned
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastgt import Graph, aggregate, gated_aggregate, segment_softmax
+from fastgt.testing import random_edge_index, with_index_dtype
+
+OPS = ("softmax", "sum", "mean", "max", "gated")
+PLANS = ("gather", "buckets")
+# what each input has a row for
+OVER = {
+    "x": "cols",
+    "edge_value": "edges",
+    "gate": "edges",
+    "gate_row": "rows",
+    "gate_col": "cols",
+    "logit": "edges",
+}
+TAKES = {
+    "softmax": [("logit",)],
+    "gated": [
+        ("x", *gates)
+        for n in (3, 2, 1)
+        for gates in itertools.combinations(("gate", "gate_row", "gate_col"), n)
+    ],
+}
+MESSAGES = [("x", "edge_value"), ("x",), ("edge_value",)]
+
+
+@dataclass(repr=False)
+class Case:
+    """One problem: inputs by name, upstream gradients and options."""
+
+    seed: int
+    op: str
+    edge_index: torch.Tensor
+    graph: Graph
+    inputs: dict
+    do: torch.Tensor
+    de: torch.Tensor | None
+    options: dict = field(default_factory=dict)
+    made_by: str = ""
+    plan: str = "gather"
+
+    def __repr__(self):
+        return self.made_by
+
+    @property
+    def generator(self):
+        return torch.Generator().manual_seed(self.seed + 1)
+
+    @property
+    def source(self):
+        return self.edge_index[0]
+
+    @property
+    def target(self):
+        return self.edge_index[1]
+
+    def isolated(self):
+        """[N_rows], which rows have no edge."""
+        return torch.bincount(self.target, minlength=self.graph.num_rows) == 0
+
+    def onto(self, edge_index, **changes):
+        """The same rows and columns joined by other edges, planned likewise."""
+        size = self.graph.num_rows, self.graph.num_cols
+        graph = planned(Graph.from_edge_index(edge_index, size), self.plan)
+        return replace(self, edge_index=edge_index, graph=graph, **changes)
+
+    def having(self, **inputs):
+        return replace(self, inputs=self.inputs | inputs)
+
+
+def case(
+    op,
+    seed=0,
+    rows=9,
+    edges=40,
+    *,
+    cols=None,
+    channels=(5,),
+    dtype=FP64,
+    index=torch.int32,
+    kind="uniform",
+    isolated=0,
+    layout="contiguous",
+    takes=0,
+    relu=False,
+    normalize=True,
+    eps=0.1,
+    ties=False,
+    plan="gather",
+):
+    """A random case; ``takes`` says which of the optional inputs are there. With ``ties``, values
+    are quarters: many are equal, and no sum of two is rounded."""
+    made_by = f"case({', '.join(f'{name}={value!r}' for name, value in locals().items())})"
+    cols = rows if cols is None else cols
+    edge_index = random_edge_index(seed, rows, edges, cols=cols, kind=kind, isolated=isolated)
+    edge_index = edge_index.to(DEVICE)
+    graph = planned(with_index_dtype(Graph.from_edge_index(edge_index, (rows, cols)), index), plan)
+    generator = torch.Generator().manual_seed(seed)
+    layouts = itertools.cycle((layout, "contiguous", layout))
+    sizes = {"rows": rows, "cols": cols, "edges": edge_index.shape[1]}
+
+    def tensor(n):
+        x = torch.randn(n, *channels, generator=generator, dtype=FP64)
+        x = (4 * x).round() / 4 if ties else x
+        layout = next(layouts)
+        if layout == "transposed" and not channels:
+            layout = "reversed"
+        return arrange(x.to(DEVICE, dtype), layout)
+
+    kinds = TAKES.get(op, MESSAGES)
+    inputs = {name: tensor(sizes[OVER[name]]) for name in kinds[takes % len(kinds)]}
+    options = {}
+    if op in ("sum", "mean", "max"):
+        options = {"reduce": op, "activation": "relu" if relu else None}
+    elif op == "gated":
+        options = {"normalize": normalize, "eps": eps}
+    do = tensor(sizes["edges" if op == "softmax" else "rows"])
+    de = tensor(sizes["edges"]) if op == "gated" else None
+    return Case(seed, op, edge_index, graph, inputs, do, de, options, made_by, plan)
+
+
+@st.composite
+def cases(draw, impl, **fixed):
+    """Small where the interpreter runs it: about 8 ms a program."""
+    small = impl == "triton" and DEVICE == "cpu"
+    choices = {
+        "op": st.sampled_from(OPS),
+        "seed": st.integers(0, 2**31),
+        "rows": st.integers(0, 10 if small else 64),
+        "edges": st.integers(0, 40 if small else 300),
+        "cols": st.integers(0, 10 if small else 64),
+        "channels": st.sampled_from([(1,), (5,), (8,), (10,), (17,), (2, 3), (3, 2, 2), ()]),
+        "dtype": st.sampled_from([FP64, FP32, BF16, FP16]),
+        "index": st.sampled_from([torch.int32, torch.int64]),
+        "kind": st.sampled_from(["uniform", "power_law", "hub"]),
+        "isolated": st.integers(0, 3),
+        "layout": st.sampled_from(LAYOUTS),
+        "takes": st.integers(0, 6),
+        "relu": st.booleans(),
+        "normalize": st.booleans(),
+        "eps": st.sampled_from([0.0, 1e-6, 0.5]),
+        "ties": st.booleans(),
+    }
+    if impl == "triton":
+        choices["plan"] = st.sampled_from(PLANS)
+    return case(**{name: draw(s) for name, s in choices.items() if name not in fixed}, **fixed)
+
+
+def examples(count, impls=IMPLS, **fixed):
+    """Run ``check(impl, case)`` on drawn cases: fewer of them where the interpreter runs it."""
+
+    def wrap(check):
+        def test(impl):
+            few = impl == "triton" and DEVICE == "cpu"
+
+            @settings(
+                max_examples=max(6, count // 2) if few else 2 * count,
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+            )
+            @given(case=cases(impl, **fixed))
+            def run(case):
+                check(impl, case)
+
+            run()
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return pytest.mark.parametrize("impl", impls)(test)
+
+    return wrap
+
+
+def call(case, impl, **changes):
+    """The public function on a case: its outputs, always with the gates where there are some."""
+    if impl in PLANS:
+        case, impl = replace(case, graph=planned(case.graph, impl)), "triton"
+    inputs, options = dict(case.inputs), case.options | {"impl": impl} | changes
+    if case.op == "softmax":
+        return (segment_softmax(inputs["logit"], case.graph, **options),)
+    x = inputs.pop("x", None)
+    if case.op == "gated":
+        return gated_aggregate(x, case.graph, **inputs, **options, return_gate=True)
+    return (aggregate(x, case.graph, **inputs, **options),)
+
+
+def evaluate(case, impl, dtype=None):
+    """Outputs and gradients by name; ``dtype`` casts the inputs first."""
+
+    def cast(x):
+        return x if dtype is None else x.to(dtype)
+
+    leaves = {name: cast(x).detach().requires_grad_() for name, x in case.inputs.items()}
+    outputs = call(replace(case, inputs=leaves), impl)
+    upstream = [cast(x) for x in (case.do, case.de) if x is not None]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+    found = dict(zip(("o", "e"), outputs, strict=False))
+    found |= {f"d{name}": x for name, x in zip(leaves, grads, strict=True)}
+    return {name: x.detach() for name, x in found.items()}
+
+
+def loops(case):
+    """The equations once more, row by row and edge by edge, and their gradients by hand."""
+    shape = case.do.shape[1:]
+    arrays = {
+        name: x.double().cpu().numpy().reshape(len(x), math.prod(shape))
+        for name, x in (case.inputs | {"do": case.do, "de": case.de}).items()
+        if x is not None
+    }
+    edges = list(zip(*case.edge_index.tolist(), strict=True))
+    rows = case.graph.num_rows
+    mine = [[(e, j) for e, (j, target) in enumerate(edges) if target == i] for i in range(rows)]
+    work = {"softmax": _softmax, "gated": _gated}.get(case.op, _messages)
+    found = work(mine, arrays, len(edges), **case.options)
+    return {
+        name: torch.from_numpy(x).reshape(len(x), *shape).to(DEVICE) for name, x in found.items()
+    }
+
+
+def _softmax(mine, given, num_edges):
+    x, dy = given["logit"], given["do"]
+    y, dx = np.zeros_like(x), np.zeros_like(x)
+    for edges in mine:
+        at = [e for e, _ in edges]
+        if at:
+            p = np.exp(x[at] - x[at].max(0))
+            y[at] = p / p.sum(0)
+            for c in range(x.shape[1]):
+                w = y[at, c]
+                dx[at, c] = (np.diag(w) - np.outer(w, w)) @ dy[at, c]
+    return {"o": y, "dlogit": dx}
+
+
+def _messages(mine, given, num_edges, *, reduce, activation):
+    do = given["do"]
+    o = np.zeros_like(do)
+    grads = {
+        f"d{name}": np.zeros_like(given[name]) for name in ("x", "edge_value") if name in given
+    }
+    for i, edges in enumerate(mine):
+        for c in range(do.shape[1]):
+            raw = {}
+            for e, j in edges:
+                raw[e] = given["x"][j, c] if "x" in given else 0.0
+                raw[e] += given["edge_value"][e, c] if "edge_value" in given else 0.0
+            m = {e: max(v, 0.0) if activation else v for e, v in raw.items()}
+            share = dict.fromkeys(m, 0.0)
+            if m and reduce == "max":
+                best = max(m, key=lambda e, m=m: (m[e], -e))
+                o[i, c], share[best] = m[best], 1.0
+            elif m:
+                each = 1.0 / len(m) if reduce == "mean" else 1.0
+                o[i, c] = sum(m.values()) * each
+                share = dict.fromkeys(m, each)
+            for e, j in edges:
+                if activation is None or raw[e] > 0:
+                    if "x" in given:
+                        grads["dx"][j, c] += share[e] * do[i, c]
+                    if "edge_value" in given:
+                        grads["dedge_value"][e, c] += share[e] * do[i, c]
+    return {"o": o} | grads
+
+
+def _gated(mine, given, num_edges, *, normalize, eps):
+    x, do, de = given["x"], given["do"], given["de"]
+    o, e_out = np.zeros_like(do), np.zeros((num_edges, x.shape[1]))
+    gates = [name for name in ("gate", "gate_row", "gate_col") if name in given]
+    grads = {f"d{name}": np.zeros_like(given[name]) for name in ("x", *gates)}
+    for i, edges in enumerate(mine):
+        at = {"gate_row": i}
+        for e, j in edges:
+            at |= {"gate": e, "gate_col": j}
+            e_out[e] = sum(given[name][at[name]] for name in gates)
+        sigma = {e: 1 / (1 + np.exp(-e_out[e])) for e, _ in edges}
+        above = sum((sigma[e] * x[j] for e, j in edges), np.zeros(x.shape[1]))
+        below = sum(sigma.values(), np.zeros(x.shape[1])) + eps if normalize else 1.0
+        if not edges:
+            continue
+        o[i] = above / below
+        for e, j in edges:
+            slope = x[j] / below - (above / below**2 if normalize else 0.0)
+            ds = do[i] * slope * sigma[e] * (1 - sigma[e]) + de[e]
+            grads["dx"][j] += do[i] * sigma[e] / below
+            at |= {"gate": e, "gate_col": j}
+            for name in gates:
+                grads[f"d{name}"][at[name]] += ds
+    return {"o": o, "e": e_out} | grads

@@ -1,0 +1,250 @@
+"""Random problems for channelwise_attention, and its equations once more: loops, in float64.
+
+As in ``attention_cases.py``, arrays come from a drawn seed and identities are judged in float64.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from attention_cases import BF16, DEVICE, FP16, FP32, FP64, IMPLS, LAYOUTS, arrange, gap, planned
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastgt import Graph, channelwise_attention
+from fastgt.testing import random_edge_index, with_index_dtype
+
+NAMES = ("o", "lse", "weights", "dlogits", "dv", "dedge_value")
+PLANES = ("planes of heads", "planes of channels")
+TERMS = ("v", "edge_value", "both")
+
+
+@dataclass(repr=False)
+class Case:
+    """One problem: inputs, upstream gradients and options."""
+
+    seed: int
+    edge_index: torch.Tensor
+    graph: Graph
+    logits: torch.Tensor
+    v: torch.Tensor | None
+    edge_value: torch.Tensor | None
+    do: torch.Tensor
+    dlse: torch.Tensor
+    options: dict
+    made_by: str = ""
+    plan: str = "gather"
+
+    def __repr__(self):
+        return self.made_by
+
+    @property
+    def generator(self):
+        return torch.Generator().manual_seed(self.seed + 1)
+
+    @property
+    def source(self):
+        return self.edge_index[0]
+
+    @property
+    def target(self):
+        return self.edge_index[1]
+
+    def isolated(self):
+        """[N_rows], which rows have no edge."""
+        return torch.bincount(self.target, minlength=self.graph.num_rows) == 0
+
+    def onto(self, edge_index, **changes):
+        """The same rows and columns joined by other edges, planned likewise."""
+        size = self.graph.num_rows, self.graph.num_cols
+        graph = planned(Graph.from_edge_index(edge_index, size), self.plan)
+        return replace(self, edge_index=edge_index, graph=graph, **changes)
+
+    def taking(self, edges):
+        """The same problem with some of its edges, or in another order."""
+        parts = {
+            name: x[edges]
+            for name in ("logits", "edge_value")
+            if (x := getattr(self, name)) is not None
+        }
+        return self.onto(self.edge_index[:, edges], **parts)
+
+
+def case(
+    seed=0,
+    rows=10,
+    edges=40,
+    *,
+    cols=None,
+    channels=(6,),
+    dtype=FP64,
+    index=torch.int32,
+    kind="uniform",
+    isolated=0,
+    layout="contiguous",
+    terms="both",
+    clamped=False,
+    eps=0.0,
+    plan="gather",
+):
+    """A random case; ``channels`` is (C,) or (H, D)."""
+    made_by = f"case({', '.join(f'{name}={value!r}' for name, value in locals().items())})"
+    m = rows if cols is None else cols
+    edge_index = random_edge_index(seed, rows, edges, cols=m, kind=kind, isolated=isolated)
+    edge_index = edge_index.to(DEVICE)
+    graph = with_index_dtype(Graph.from_edge_index(edge_index, (rows, m)), index)
+    graph = planned(graph, plan)
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(n, dtype=dtype):
+        x = torch.randn(n, *channels, generator=generator, dtype=FP64).to(DEVICE, dtype)
+        return x if layout in PLANES else arrange(x, layout)
+
+    e = edge_index.shape[1]
+    logits, v, edge_value, do = (tensor(n) for n in (e, m, e, rows))
+    dlse = tensor(rows, FP64 if dtype == FP64 else FP32)
+    logits = shared(logits, layout)
+    options = {"denominator_eps": eps}
+    if clamped:
+        options["logit_clamp"] = gap(logits.double())
+    v, edge_value = (None if terms == "edge_value" else v), (None if terms == "v" else edge_value)
+    return Case(seed, edge_index, graph, logits, v, edge_value, do, dlse, options, made_by, plan)
+
+
+def shared(logits, layout):
+    """Logits that several channels share, as an expanded tensor."""
+    if layout not in PLANES:
+        return logits
+    dim = 1 if layout == "planes of heads" and logits.ndim == 3 else -1
+    return logits.narrow(dim, 0, 1).clone().expand_as(logits)
+
+
+@st.composite
+def cases(draw, impl, **fixed):
+    """Small where the interpreter runs it."""
+    small = impl == "triton" and DEVICE == "cpu"
+    choices = {
+        "seed": st.integers(0, 2**31),
+        "rows": st.integers(0, 12 if small else 64),
+        "edges": st.integers(0, 40 if small else 200),
+        "channels": st.sampled_from(
+            [(1,), (5,), (8,), (16,), (17,), (3, 4), (2, 8), (1, 6), (5, 1), (3, 32)]
+        ),
+        "dtype": st.sampled_from([FP64, FP32, BF16, FP16]),
+        "index": st.sampled_from([torch.int32, torch.int64]),
+        "kind": st.sampled_from(["uniform", "power_law", "hub"]),
+        "isolated": st.integers(0, 3),
+        "layout": st.sampled_from((*LAYOUTS, *PLANES)),
+        "terms": st.sampled_from(TERMS),
+        "clamped": st.booleans(),
+        "eps": st.sampled_from([0.0, 1e-6, 0.5]),
+    }
+    if impl == "triton":
+        choices["plan"] = st.sampled_from(["gather", "buckets"])
+    drawn = {name: draw(s) for name, s in choices.items() if name not in fixed}
+    if "cols" not in fixed and draw(st.booleans()):
+        drawn["cols"] = draw(st.integers(0, 12 if small else 64))
+    return case(**drawn, **fixed)
+
+
+def examples(count, impls=IMPLS, **fixed):
+    """Run ``check(impl, case)`` on drawn cases: few of them where the interpreter runs it."""
+
+    def wrap(check):
+        def test(impl):
+            few = impl == "triton" and DEVICE == "cpu"
+
+            @settings(
+                max_examples=max(3, count // 5) if few else count,
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+            )
+            @given(case=cases(impl, **fixed))
+            def run(case):
+                check(impl, case)
+
+            run()
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return pytest.mark.parametrize("impl", impls)(test)
+
+    return wrap
+
+
+def attend(case, impl, **changes):
+    """The public function on a case, with its options and all extras: o, lse, weights.
+
+    ``impl`` may be "buckets": Triton's kernels on rows in segments of five edges.
+    """
+    if impl == "buckets":
+        case, impl = replace(case, graph=planned(case.graph, impl)), "triton"
+    options = dict(case.options, return_lse=True, return_weights=True, impl=impl)
+    options |= {"edge_value": case.edge_value} | changes
+    return channelwise_attention(case.logits, case.v, case.graph, **options)
+
+
+def evaluate(case, impl, dtype=None):
+    """Outputs and gradients by name; ``dtype`` casts the inputs first."""
+
+    def cast(x):
+        return x if dtype is None else x.to(dtype)
+
+    leaves = {
+        name: cast(x).detach().requires_grad_()
+        for name in ("logits", "v", "edge_value")
+        if (x := getattr(case, name)) is not None
+    }
+    o, lse, weights = attend(replace(case, **leaves), impl)
+    upstream = cast(case.do), case.dlse.to(lse.dtype)
+    grads = torch.autograd.grad((o, lse), list(leaves.values()), upstream, materialize_grads=True)
+    found = {"o": o, "lse": lse, "weights": weights}
+    found |= {f"d{name}": x for name, x in zip(leaves, grads, strict=True)}
+    return {name: x.detach() for name, x in found.items()}
+
+
+def loops(case):
+    """The equations and their gradients, written by hand from a = e / (Z + eps), row by row and
+    channel by channel, on the caller's edge list."""
+    shape = case.logits.shape[1:]
+    logits, v, edge_value, do, dlse = (
+        None if x is None else x.double().cpu().numpy().reshape(len(x), shape.numel())
+        for x in (case.logits, case.v, case.edge_value, case.do, case.dlse)
+    )
+    low, high = case.options.get("logit_clamp") or (-math.inf, math.inf)
+    eps = case.options["denominator_eps"]
+    o, lse = np.zeros(do.shape), np.full(do.shape, -np.inf)
+    weights, dlogits, dedge_value = (np.zeros(logits.shape) for _ in range(3))
+    dv = np.zeros((case.graph.num_cols, shape.numel()))
+    edges = list(zip(*case.edge_index.tolist(), strict=True))
+    for i in range(len(do)):
+        mine = [(e, j) for e, (j, target) in enumerate(edges) if target == i]
+        for c in range(shape.numel()):
+            logit = {e: min(max(logits[e, c], low), high) for e, _ in mine}
+            top = max(logit.values(), default=-np.inf)
+            if top == -np.inf:
+                continue
+            power = {e: np.exp(s - top) for e, s in logit.items()}
+            total = sum(power.values())
+            lse[i, c] = top + np.log(total)
+            with np.errstate(over="ignore"):
+                divisor = total + (eps * np.exp(-top) if eps else 0.0)
+            value = {
+                e: (0.0 if v is None else v[j, c])
+                + (0.0 if edge_value is None else edge_value[e, c])
+                for e, j in mine
+            }
+            for e, j in mine:
+                weights[e, c] = power[e] / divisor
+                o[i, c] += weights[e, c] * value[e]
+                dv[j, c] += weights[e, c] * do[i, c]
+                dedge_value[e, c] = weights[e, c] * do[i, c]
+            for e, _ in mine:
+                if low <= logits[e, c] <= high:
+                    dlogits[e, c] = weights[e, c] * do[i, c] * (value[e] - o[i, c])
+                    dlogits[e, c] += dlse[i, c] * power[e] / total
+    found = dict(zip(NAMES, (o, lse, weights, dlogits, dv, dedge_value), strict=True))
+    for name in ("v", "edge_value"):
+        if getattr(case, name) is None:
+            del found[f"d{name}"]
+    return {name: torch.from_numpy(x).reshape(-1, *shape).to(DEVICE) for name, x in found.items()}

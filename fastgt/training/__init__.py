@@ -1,0 +1,1 @@
+"""``fastgt train``: published trainings that may be interrupted at any moment."""

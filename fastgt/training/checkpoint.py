@@ -1,0 +1,117 @@
+"""Runs in folders: files that are replaced whole or not at all, and what a run is resumed from."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FORMAT = 1  # of the checkpoint
+
+
+def open_run(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint in ``folder``, which is made where it is absent; None for a new run.
+
+    Raises:
+        ValueError: The folder holds a run with other settings, or a damaged checkpoint.
+        OSError: The folder cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    content = load(path)
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {content.get('format')}, this version reads {FORMAT}")
+    found = content["settings"]
+    differing = [
+        f"{name} {found.get(name)}, not {settings.get(name)}"
+        for name in sorted(found | settings)
+        if found.get(name) != settings.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run with {', '.join(differing)}: name another --output for this one"
+        )
+    return content
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write(path, buffer.getbuffer())
+
+
+def load(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:  # PyTorch loads flipped bits without a word
+            if changed := archive.testzip():
+                raise ValueError(f"{changed} is not what was written")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"holds a {type(content).__name__}")
+    except _DAMAGE as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged: {reason}") from error
+    return content
+
+
+_DAMAGE = (
+    zipfile.BadZipFile,
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    KeyError,
+    ValueError,
+)
+
+
+def write(path: Path, content: bytes | memoryview) -> None:
+    """Replace the file: whoever reads it, after any accident, finds the old or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Of Python, NumPy, PyTorch and the device, in types that are safe to load."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),  # type: ignore[union-attr]
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -26,7 +26,7 @@ bench: $(VENV)/test.stamp
 	  --json bench/results/attention-cpu.json
 	$(BIN)/python -m fastgt.bench.attention $(GRAPHS:%=--problem %) --repeats 5 \
 	  --json bench/results/graphs-cpu.json
-	$(BIN)/python -m fastgt.bench.transformer_conv --width 16 --width 64 \
+	$(BIN)/python -m fastgt.bench.transformer_conv --problem power_law --problem molecules \
 	  --json bench/results/transformer_conv-cpu.json
 	$(BIN)/python -m fastgt.bench.reordering $(ORDERED:%=--problem %) \
 	  --json bench/results/reordering-cpu.json

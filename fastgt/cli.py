@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastgt", description="Attention for graph transformers.")
+    parser = argparse.ArgumentParser(
+        prog="fastgt", description="Attention for graph transformers.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"fastgt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser(
@@ -65,6 +67,7 @@ def _add_where(command: argparse.ArgumentParser) -> None:
 def _add_trainings(data: Any) -> None:
     zinc = data.add_parser(
         "zinc",
+        allow_abbrev=False,
         help="Graph Transformer with edge features, on 12,000 molecules",
         description="Train the edge version of the Graph Transformer on ZINC with its published "
         "settings. Stopped by Ctrl-C, SIGTERM or an accident, the same command goes on from the "
@@ -73,7 +76,8 @@ def _add_trainings(data: Any) -> None:
     zinc.add_argument(
         "--data",
         type=Path,
-        help="zinc12k.npz or its folder; default: in the folder that FASTGT_DATA names",
+        help="zinc12k.npz or its folder; default: in the folder that FASTGT_DATA names, else in "
+        "../shared/data beside the checkout",
     )
     zinc.add_argument(
         "--output",

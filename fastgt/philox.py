@@ -26,17 +26,19 @@ def kept(seed: Tensor, edges: int, heads: int, p: float) -> Tensor:
         Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011, section 4.3.
     """
     blocks = -(-heads // 4)
-    keep = torch.empty(edges, blocks, 4, dtype=torch.bool, device=seed.device)
-    limit = threshold(p)
-    # a compiler would unroll the loop
-    step = edges if torch.compiler.is_compiling() else max(1, _CHUNK // max(1, blocks))
+    limit, step = threshold(p), max(1, _CHUNK // max(1, blocks))
     block = torch.arange(blocks, device=seed.device)
-    for start in range(0, edges, max(1, step)):
-        stop = min(start + step, edges)
+
+    def part(start: int, stop: int) -> Tensor:
         edge = torch.arange(start, stop, device=seed.device)[:, None].expand(-1, blocks)
         words = _philox(seed, edge & _LOW, edge >> 32, block.expand_as(edge))
-        torch.stack([(word >> 8) >= limit for word in words], 2, out=keep[start:stop])
-    return keep.flatten(1)[:, :heads]
+        return torch.stack([(word >> 8) >= limit for word in words], 2).flatten(1)[:, :heads]
+
+    # a compiler would unroll a loop, for one number of edges
+    if torch.compiler.is_compiling() or edges <= step:
+        return part(0, edges)
+    starts = range(0, edges, step)
+    return torch.cat([part(start, min(start + step, edges)) for start in starts])
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, ...]:

@@ -189,7 +189,7 @@ def _attention_bwd_dq_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "first_block"])
 def _attention_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, wgamma_ptr,
     dk_ptr, dv_ptr, dbias_ptr,  # [M, H_kv, D], [M, H_kv, DV], [E, H]
@@ -199,6 +199,7 @@ def _attention_bwd_dkv_kernel(
     terms, grads,  # EdgeTerms and EdgeGrads, or None
     q_stride, k_stride, v_stride, bias_stride, do_stride,
     num_rows, num_middle, num_segments,  # of columns
+    first_block,  # of heads, where there is one launch for each
     scale: tl.float64, low: tl.float64, high: tl.float64,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -222,7 +223,7 @@ def _attention_bwd_dkv_kernel(
         col_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
         BUCKETS, BLOCK_R, BLOCK_E,
     )  # fmt: skip
-    kv_head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    kv_head = (tl.program_id(1) + first_block) * BLOCK_H + tl.arange(0, BLOCK_H)
     lane = tl.arange(0, BLOCK_E)
     low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
     H_KV: tl.constexpr = H // GROUP
@@ -259,6 +260,9 @@ def _attention_bwd_dkv_kernel(
             at = row.to(tl.int64)[:, :, None] * H + head[None, None, :]
             mask = live[:, :, None] & (head < H)[None, None, :]
             lse = load_lse(lse_ptr + at, mask)  # [R, E, H]
+            # where no edge counts, neither do upstream gradients, finite or not
+            counts = (lse < float("inf"))[:, :, :, None]
+            do = tl.where(counts, do, 0.0)
             w = tl.load(wgamma_ptr + 2 * at, mask=mask, other=0.0)
             gated = key * gate
             s, through, bare = logits(
@@ -278,6 +282,7 @@ def _attention_bwd_dkv_kernel(
                         grads.attr_do, grads.attr_do_stride, row, live, head, H, C, BLOCK_C,
                         EDGE_ALIGN,
                     ).to(ACC)  # fmt: skip
+                    attr_do = tl.where(counts, attr_do, 0.0)
                     dp += tl.sum(attr_do * attr, 3)
                 ds = p * (w * dp * keep - gamma)
                 edge_at = edge.to(tl.int64)[:, :, None] * H + head[None, None, :]
@@ -317,10 +322,13 @@ def _attention_bwd_dkv_kernel(
                     if ATTR_DO:
                         dattr += tl.sum((w * p * keep)[:, :, :, None] * attr_do, 2)
         if DATTR:
-            # a head block's share: [E, blocks, C]
-            block = tl.num_programs(1) + tl.zeros([1], tl.int32)
-            one = tl.program_id(1) + tl.zeros([1], tl.int32)
-            store_heads(grads.dattr, edge, live, one, block, C, BLOCK_C, dattr[:, :, None, :])
+            # added to what earlier launches made of other heads
+            one = tl.arange(0, 1)
+            before = live & (first_block > 0)
+            dattr = dattr[:, :, None, :] + load_heads(
+                grads.dattr, (C, 0, 1), edge, before, one, 1, C, BLOCK_C, 1
+            )
+            store_heads(grads.dattr, edge, live, one, 1, C, BLOCK_C, dattr)
 
     col_dk, col_dv = tl.sum(dk, 1) * scale, tl.sum(dv, 1)  # [R, H, D]
     if BUCKETS:
@@ -358,7 +366,7 @@ class EdgeGrads(NamedTuple):
     dgate: Any  # [E, H, D]
     dkey: Any  # [E, H, D]
     dvalue: Any  # [E, H, DV]
-    dattr: Any  # [E, head blocks, C]
+    dattr: Any  # [E, C], in the accumulator's dtype
 
 
 def attention_bwd(
@@ -417,23 +425,21 @@ def attention_bwd(
             parts = counts[2]
             dk_part = lse.new_empty(parts if need_k else 0, kv_heads, width)
             dv_part = lse.new_empty(parts if need_v else 0, kv_heads, v.shape[2])
-        dattr = shares = None if grads is None else grads.dattr
-        if dattr is not None and grid[1] > 1:
-            # one share for each block of heads
-            shares = lse.new_empty(dattr.shape[0], grid[1], dattr.shape[1])
-            grads = grads._replace(dattr=shares)
-        _attention_bwd_dkv_kernel[grid](
-            q, k, v, edge_bias, do, lse, wgamma, dk, dv, dbias, dk_part, dv_part,
-            col_ptr, col_row, col_edge, few, middle, segment, terms, grads,
-            *strides, *counts, *floats,
-            NEED_K=need_k, NEED_V=need_v, NEED_BIAS=need_bias, **shared, **meta,
-        )  # fmt: skip
+        launches = [(0, grid)]
+        if grads is not None and grads.dattr is not None:
+            # heads share the attributes: one launch after another adds to their gradient
+            launches = [(block, (grid[0], 1)) for block in range(grid[1])]
+        for first_block, part_grid in launches:
+            _attention_bwd_dkv_kernel[part_grid](
+                q, k, v, edge_bias, do, lse, wgamma, dk, dv, dbias, dk_part, dv_part,
+                col_ptr, col_row, col_edge, few, middle, segment, terms, grads,
+                *strides, *counts, first_block, *floats,
+                NEED_K=need_k, NEED_V=need_v, NEED_BIAS=need_bias, **shared, **meta,
+            )  # fmt: skip
         if parts:
             for out, sums, need in ((dk, dk_part, need_k), (dv, dv_part, need_v)):
                 if need:
                     combine_columns(out, sums, split)
-        if shares is not dattr:
-            dattr.copy_(shares.sum(1))
     return dq, dk, dv, dbias
 
 
@@ -451,9 +457,11 @@ def attention_edges_bwd(
     terms, edge_meta = attention_terms(terms, dropout, shared, upstream)
     by_head = gate is not None and gate.ndim == 2
     wanted = zip((dattr_q, dgate, dgate, dkey, dvalue, dattr), (8, 4, 4, 5, 6, 7), strict=True)
-    dattr_to, dfactor, dgate_to, dkey_to, dvalue_to, dattr_shares = (
+    dattr_to, dfactor, dgate_to, dkey_to, dvalue_to, dattr_wide = (
         grad if needs[number] else None for grad, number in wanted
     )
+    if dattr_wide is not None and dattr.dtype != lse.dtype:
+        dattr_wide = lse.new_empty(dattr.shape)
     grads = EdgeGrads(
         dscores=dscores,
         dscores_stride=None if dscores is None else dscores.stride(),
@@ -465,10 +473,12 @@ def attention_edges_bwd(
         dgate=None if by_head else dgate_to,
         dkey=dkey_to,
         dvalue=dvalue_to,
-        dattr=dattr_shares,
+        dattr=dattr_wide,
     )
     found = attention_bwd(
         do, dlse, q, k, v, edge_bias, lse, rows, columns,
         scale, low, high, eps, *needs[:4], terms, grads, edge_meta,
     )  # fmt: skip
+    if dattr_wide is not None and dattr_wide is not dattr:
+        dattr = dattr_wide.to(dattr.dtype)
     return [*found, dgate, dkey, dvalue, dattr, dattr_q]

@@ -216,6 +216,37 @@ def test_logits_of_minus_infinity_leave_the_scores_their_gradient(impl):
     all_close(evaluate(x, impl), loops(x))
 
 
+@pytest.mark.parametrize("terms", ["", ALL, BY_HEAD + " scores", "attr-key attr-value"])
+@pytest.mark.parametrize("impl", ["reference", *WAYS])
+def test_rows_that_attend_to_nothing_ignore_upstream_gradients(impl, terms):
+    """Without edges, or with logits that are all -inf; the norm of such a row has NaN for one."""
+    x = case(7, 8, 40, dtype=FP32, isolated=2, eps=1e-6, terms=terms)
+    dead = x.target == x.target[0]
+    x = replace(x, bias=x.bias.masked_fill(dead[:, None], -torch.inf))
+    clean = evaluate(x, impl)
+    do, dlse = x.do.clone(), x.dlse.clone()
+    for rows in (x.isolated(), x.target[0]):
+        do[rows], dlse[rows] = torch.nan, torch.nan
+    same_bits(evaluate(replace(x, do=do, dlse=dlse), impl), clean)
+
+
+@pytest.mark.parametrize("where", ["q", "edge_key_weight", "edge_value_weight"])
+@pytest.mark.parametrize("impl", ["reference", *FAST])
+def test_rows_without_edges_are_apart_from_the_low_rank_form(impl, where):
+    """What they hold does not reach the weights, nor the weights them."""
+    x = case(7, 8, 40, dtype=FP32, isolated=2, terms="attr-key attr-value")
+    clean, alone = evaluate(x, impl), x.isolated()
+    if where == "q":
+        found = evaluate(replace(x, q=x.q.masked_fill(alone[:, None, None], torch.nan)), impl)
+        same_bits(found, clean)
+        return
+    weight = x.terms[where].clone()
+    weight[0, 0, 0] = torch.inf
+    found = evaluate(replace(x, terms=x.terms | {where: weight}), impl)
+    assert (found["o"][alone] == 0).all()
+    assert (found["dq"][alone] == 0).all()
+
+
 @pytest.mark.parametrize("upstream", ["scores", "o", "lse", "both"])
 @pytest.mark.parametrize("terms", ["gate scores", "factor scores", "key scores", "scores"])
 @pytest.mark.parametrize("impl", ["reference", *WAYS])
@@ -536,6 +567,51 @@ def test_compiled_dropout_draws_anew(impl):
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("terms", [ALL, BY_HEAD, "shared scores"])
+@pytest.mark.parametrize("impl", FAST)
+def test_lazily_negated_edge_tensors(impl, terms):
+    """What PyTorch's dispatcher resolves must not reach a kernel as it is stored."""
+    x = case(1, 6, 20, heads=2, d=8, dv=8, terms=terms)
+    lazy = {}
+    for name, t in x.terms.items():
+        lazy[name] = torch.complex(t, -t).conj().imag
+        assert lazy[name].is_neg()
+    if "shared" in terms:
+        lazy["edge_value"] = lazy["edge_key"]
+    all_close(evaluate(replace(x, terms=lazy), impl), evaluate(x, impl))
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_an_exported_module_runs_with_gradients_on(impl):
+    from fastgt.nn import EdgeGatedAttention
+
+    graph = random_graph(0, 6, 20, device=DEVICE)
+    module = EdgeGatedAttention(8, 2, impl=impl).to(DEVICE)
+
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x, e):
+            return self.inner(x, e, graph)
+
+    x, e = torch.randn(6, 8, device=DEVICE), torch.randn(20, 8, device=DEVICE)
+    exported = torch.export.export(Whole(), (x, e)).module()
+    for a, b in zip(exported(x, e), module(x, e, graph), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_compiled_reference_drops_out_at_every_size():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(philox.kept, fullgraph=True, dynamic=True, backend=counter)
+    key = torch.tensor([3])
+    for edges in (9, 20, 31, 14):
+        assert torch.equal(compiled(key, edges, 6, 0.4), philox.kept(key, edges, 6, 0.4))
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("path", ["torch", "gather"] if DEVICE == "cpu" else ["gather"])
 def test_opcheck(path, shared):
@@ -555,13 +631,13 @@ def test_opcheck(path, shared):
     terms = [gate, key, value, attr, attr_q if shared else None, seed]
     numbers = (0.5, -1.0, 1.0, 1e-6, 0.3, shared)
     inputs = (x.q, x.k, x.v, x.bias)
-    forward = (path, *inputs, terms, rows, *numbers, True, not shared, True)
+    forward = (path, *inputs, *terms, rows, *numbers, True, not shared, True)
     fwd, bwd = torch.ops.fastgt.attention_edges_fwd, torch.ops.fastgt.attention_edges_bwd
     torch.library.opcheck(fwd.default, forward)
     o, lse, _, scores, attr_o = fwd(*forward)
     dscores = None if shared else scores
     needs = [t is not None for t in (*inputs, *terms[:-1])]
-    backward = (path, o, lse, dscores, attr_o, *inputs, terms, lse, rows, columns, *numbers)
+    backward = (path, o, lse, dscores, attr_o, *inputs, *terms, lse, rows, columns, *numbers)
     torch.library.opcheck(bwd.default, (*backward, needs))
     torch.library.opcheck(bwd.default, (*backward, [False, True, *needs[2:6], False, True, False]))
 

@@ -451,7 +451,7 @@ def test_outputs_beyond_two_to_the_31(tmp_path):
     backward._attention_bwd_dkv_kernel[1, 1](
         x.q, x.k, x.v, None, x.do, lse, wgamma, dk, dv, dbias, None, None,
         walk.ptr, walk.row, walk.edge, *buckets, None, None,
-        *strides, x.do.stride(), *counts, *floats,
+        *strides, x.do.stride(), *counts, 0, *floats,
         NEED_K=True, NEED_V=True, NEED_BIAS=True, **values, **meta,
     )  # fmt: skip
     found = {"o": o, "dq": dq, "dk": dk, "dv": dv}

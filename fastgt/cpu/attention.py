@@ -37,6 +37,7 @@ from fastgt.cpu.sparse import (
 _TOGETHER = 2**16  # edges and nodes, heads counted, up to which heads share their calls
 
 
+@torch.no_grad()  # called by an exported module, gradients may be on
 def attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -111,6 +112,7 @@ def attention_fwd(
     return tuple(results)
 
 
+@torch.no_grad()
 def attention_bwd(
     do: Tensor,
     dlse: Tensor | None,
@@ -186,6 +188,8 @@ def attention_bwd(
             # factors of a row are applied to its vectors: dp and ds come out with them
             share = (norm if kept is None else kept * norm)[:, None]
             doh *= share
+            if some_dead:
+                doh.masked_fill_(dead[:, None], 0.0)  # nor do the output's, finite or not
             used = head.dropped(p)
             if need_v:
                 out = spmm(cols, used.index_select(0, slot), doh)
@@ -195,6 +199,8 @@ def attention_bwd(
                 dvalue[caller, h] = unstack(through_value, num_edges).to(q.dtype)
             if dattr_o is not None:
                 dah = stack(dattr_o, h, wide).mul_(share)
+                if some_dead:
+                    dah.masked_fill_(dead[:, None], 0.0)
                 if need_attr:
                     dattr_rows[:, h], by_value[:, h] = unstack(dah, n), unstack(used, num_edges)
             if not need_logits:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from fastgt.encodings import flip_signs
 from fastgt.graph import Graph
 from fastgt.nn import EdgeGatedAttention, NeighborhoodAttention
+from fastgt.ops._arguments import check_graph
 
 Norm = Literal["batch", "layer"]
 
@@ -246,6 +247,7 @@ class EdgeGraphTransformer(nn.Module):
 
         In training every eigenvector gets one random sign for the whole batch.
         """
+        check_graph(graph)
         _check_types("node_type", node_type, "N", graph.num_rows)
         _check_types("edge_type", edge_type, "E", graph.num_edges)
         _check_pe(pe, graph.num_rows, self.config.pe_dim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
+from fastgt.ops._arguments import check_graph
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.attention import neighborhood_attention
 
@@ -166,6 +167,7 @@ class EdgeGatedAttention(nn.Module):
 
         Without ``edge_output`` no t_ij is stored, and None stands for the edges.
         """
+        check_graph(graph)
         self._check("x", x, "N, dim", graph.num_rows, self.q.in_features)
         self._check("e", e, "E, edge_dim", graph.num_edges, self.gate.in_features)
         found = neighborhood_attention(
@@ -187,5 +189,7 @@ class EdgeGatedAttention(nn.Module):
 
     @staticmethod
     def _check(name: str, x: Tensor, letters: str, *shape: int) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if tuple(x.shape) != shape:
             raise ValueError(f"{name} must be [{letters}] = {list(shape)}, got {list(x.shape)}")

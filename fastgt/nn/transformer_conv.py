@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fastgt.graph import Graph
+from fastgt.ops._arguments import MAX_WIDTH, check_graph
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.attention import neighborhood_attention
 
@@ -73,11 +76,11 @@ class TransformerConv(nn.Module):
         source, target = (in_channels,) * 2 if isinstance(in_channels, int) else in_channels
         if source < 1 or target < 1:
             raise ValueError(f"in_channels must be positive, nothing is lazy: got {in_channels}")
-        for name, size in (("out_channels", out_channels), ("heads", heads)):
-            if size < 1:
-                raise ValueError(f"{name} must be positive, got {size}")
-        if edge_dim is not None and edge_dim < 1:
-            raise ValueError(f"edge_dim must be None or positive, got {edge_dim}")
+        if heads < 1:
+            raise ValueError(f"heads must be positive, got {heads}")
+        for name, size in (("out_channels", out_channels), ("edge_dim", edge_dim)):
+            if size is not None and not 1 <= size <= MAX_WIDTH:
+                raise ValueError(f"{name} must be from 1 to {MAX_WIDTH}, got {size}")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be from 0 to 1, got {dropout}")
         check_impl(impl)
@@ -120,12 +123,9 @@ class TransformerConv(nn.Module):
         Raises:
             TypeError, ValueError: An argument does not fit; its name and both numbers are given.
         """
-        if not isinstance(graph, Graph):
-            raise TypeError(
-                f"graph must be a fastgt.Graph, got {type(graph).__name__}: make one, for all "
-                "calls, with Graph.from_edge_index(edge_index, num_nodes); where x is (x_src, "
-                "x_dst), num_nodes is (targets, sources)"
-            )
+        check_graph(graph)
+        if not isinstance(x, Tensor) and not (isinstance(x, (tuple, list)) and len(x) == 2):
+            raise TypeError(f"x must be a tensor or (x_src, x_dst), got {type(x).__name__}")
         source, target = (x, x) if isinstance(x, Tensor) else x
         if target is None:
             raise ValueError("x must be (x_src, x_dst), got None for x_dst, which the queries need")
@@ -155,7 +155,7 @@ class TransformerConv(nn.Module):
                 raise ValueError("edge_dim is None, but there is an edge_attr")
             return None
         wanted = [graph.num_edges, self.edge_dim]
-        found = None if edge_attr is None else list(edge_attr.shape)
+        found: Any = list(edge_attr.shape) if isinstance(edge_attr, Tensor) else edge_attr
         if found != wanted:
             raise ValueError(f"edge_attr must be [E, edge_dim] = {wanted}, got {found}")
         return self.lin_edge.weight.view(self.heads, self.out_channels, -1).permute(2, 0, 1)

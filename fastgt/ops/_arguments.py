@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -45,10 +46,18 @@ def number(name: str, x: object) -> float:
     return float(x)
 
 
+def check_graph(graph: object) -> None:
+    if not isinstance(graph, Graph):
+        raise TypeError(
+            f"graph must be a fastgt.Graph, got {type(graph).__name__}: make one, for all calls, "
+            "with Graph.from_edge_index(edge_index, num_nodes), where num_nodes of a bipartite "
+            "graph is (targets, sources)"
+        )
+
+
 def check_attention(q: Tensor, k: Tensor, v: Tensor, graph: Graph) -> None:
     """q, k, v and the graph fit each other."""
-    if not isinstance(graph, Graph):
-        raise TypeError(f"graph must be a fastgt.Graph, got {type(graph).__name__}")
+    check_graph(graph)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -69,7 +78,10 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, graph: Graph) -> None:
         ("v", v.shape[0], graph.num_cols, "columns"),
     ):
         if found != wanted:
-            raise ValueError(f"{name} has {found} rows but the graph has {wanted} {what}")
+            raise ValueError(
+                f"{name} has {found} rows but the graph has {wanted} {what} (num_nodes of "
+                "Graph.from_edge_index says how many)"
+            )
     if k.shape[2] != width:
         raise ValueError(f"k has head width {k.shape[2]} but q has {width}")
     if v.shape[1] != k.shape[1]:
@@ -146,7 +158,8 @@ def dropout_key(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """The 64 bits that dropout hangs on, ``[1]`` int64; drawn from PyTorch's generator for None."""
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
-    if isinstance(seed, int) and not isinstance(seed, bool):
+    if not isinstance(seed, Tensor) and hasattr(seed, "__index__"):
+        seed = operator.index(seed)
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"dropout_seed must fit in 64 bits, got {seed}")
         return torch.full((1,), seed, dtype=torch.int64, device=device)

@@ -12,7 +12,14 @@ from torch.autograd import forward_ad
 
 from fastgt import reference
 from fastgt.graph import Graph
-from fastgt.ops._arguments import _FLOATS, accumulator, autocast, autocasts, number
+from fastgt.ops._arguments import (
+    _FLOATS,
+    accumulator,
+    autocast,
+    autocasts,
+    check_graph,
+    number,
+)
 from fastgt.ops._impl import Impl, choose, require_triton
 from fastgt.tiles import Plan
 
@@ -267,8 +274,7 @@ def _autocast_all(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _check(graph: Graph, *, required: bool = False, **tensors: tuple[Tensor | None, str]) -> None:
     """The tensors are alike and have one row for each of the graph's rows, columns or edges."""
-    if not isinstance(graph, Graph):
-        raise TypeError(f"graph must be a fastgt.Graph, got {type(graph).__name__}")
+    check_graph(graph)
     sizes = {"rows": graph.num_rows, "columns": graph.num_cols, "edges": graph.num_edges}
     first, like = "", None
     for name, (x, what) in tensors.items():

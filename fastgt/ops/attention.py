@@ -92,7 +92,7 @@ def neighborhood_attention(
         dropout_seed: An int, or one int64 on q's device, that the mask is a function of, with edge
             and head (Philox): the same for every ``impl``. None draws one from PyTorch's
             generator of q's device, so that ``torch.manual_seed`` and checkpointing repeat it; a
-            CPU and a GPU draw different ones.
+            CPU and a GPU draw different ones, and so does code that Inductor compiled.
         return_lse: Also give ``lse_i = log sum_j exp(s_ij)``, natural, ``[N_rows, H]`` in
             float32 (float64 for float64), with its gradient. eps is not part of it.
         return_weights: Also give ``a_ij``, ``[E, H]`` before dropout, without gradient.

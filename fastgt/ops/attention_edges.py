@@ -50,10 +50,12 @@ def edge_attention(
     if attr is not None and key_weight is not None:
         if return_scores or (gate is not None and gate.ndim == 3):
             # channel by channel: beside a tensor of that size
-            made = torch.einsum("ec,chd->ehd", attr.contiguous(), key_weight.contiguous())
+            made = _wide_product("ec,chd->ehd", attr, key_weight)
             key, shared = made if key is None else key + made, False
         else:
-            attr_q = _narrow(_wide_product("nhd,chd->nhc", q, key_weight), q)
+            # 0 in the place of what rows without edges hold, NaN perhaps, and of its gradient
+            alone = (walks[0].row_degree == 0)[:, None, None]
+            attr_q = _narrow(_wide_product("nhd,chd->nhc", q.masked_fill(alone, 0), key_weight), q)
     weigh_attr = value_weight is not None
     if attr_q is None and not weigh_attr:
         attr = None
@@ -65,10 +67,11 @@ def edge_attention(
         found = _EdgeAttention.apply(q, k, v, bias, *terms, seed, walks, settings, flags)
     else:
         _, path, rows, _ = walks
-        found = _fwd(path, q, k, v, bias, [*terms, seed], rows, *settings, *flags)
+        found = _fwd(path, q, k, v, bias, *terms, seed, rows, *settings, *flags)
     o, lse, weights, scores, attr_o = found
     if value_weight is not None:
         projected = _wide_product("nhc,chd->nhd", attr_o, value_weight)
+        projected = projected.masked_fill((lse.detach() == -torch.inf)[..., None], 0)
         o = (o.to(projected.dtype) + projected).to(q.dtype)
     return o, lse, weights, scores
 
@@ -142,7 +145,7 @@ class _EdgeAttention(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         terms = [gate, key, value, attr, attr_q, seed]
         _, path, rows, _ = walks
-        found = _fwd(path, q, k, v, bias, terms, rows, *settings, *flags)
+        found = _fwd(path, q, k, v, bias, *terms, rows, *settings, *flags)
         ctx.save_for_backward(q, k, v, bias, *terms, found[1])
         ctx.walks, ctx.settings, ctx.flags = walks, settings, flags
         ctx.mark_non_differentiable(found[2])
@@ -172,7 +175,7 @@ class _EdgeAttention(torch.autograd.Function):
         else:
             if do is None:
                 upstream[0] = q.new_zeros(()).expand(*q.shape[:2], v.shape[2])
-            inputs = q, k, v, bias, terms, lse, rows, columns
+            inputs = q, k, v, bias, *terms, lse, rows, columns
             found = _bwd(path, *upstream, *inputs, *ctx.settings, dropout, shared, needs)
             grads = [x if need else None for x, need in zip(found, needs, strict=True)]
         return (*grads, None, None, None, None)
@@ -257,25 +260,27 @@ def _beside(x: Tensor | None, other: Tensor | None, width: int) -> Tensor:
     return torch.cat([x, other], 2)
 
 
-# terms are gate, key, value, attr, attr_q and the seed; needs those of q, k, v, bias and all terms
-# but the seed. ``shared``: the key is the value too.
+# needs are those of q, k, v, the bias, gate, key, value, attr and attr_q; ``shared``: the key is
+# the value too. No list of optional tensors: PyTorch would not resolve lazily negated ones in it.
 _NUMBERS = "float scale, float low, float high, float eps, float dropout, bool shared"
 torch.library.define(
     "fastgt::attention_edges_fwd",
-    "(str path, Tensor q, Tensor k, Tensor v, Tensor? edge_bias, Tensor?[] terms, Tensor[] rows,"
+    "(str path, Tensor q, Tensor k, Tensor v, Tensor? edge_bias, Tensor? gate, Tensor? key,"
+    " Tensor? value, Tensor? attr, Tensor? attr_q, Tensor? seed, Tensor[] rows,"
     f" {_NUMBERS}, bool return_weights, bool return_scores, bool weigh_attr)"
     " -> (Tensor o, Tensor lse, Tensor weights, Tensor scores, Tensor attr_o)",
 )
 torch.library.define(
     "fastgt::attention_edges_bwd",
     "(str path, Tensor do, Tensor? dlse, Tensor? dscores, Tensor? dattr_o, Tensor q, Tensor k,"
-    " Tensor v, Tensor? edge_bias, Tensor?[] terms, Tensor lse, Tensor[] rows, Tensor[] columns,"
+    " Tensor v, Tensor? edge_bias, Tensor? gate, Tensor? key, Tensor? value, Tensor? attr,"
+    " Tensor? attr_q, Tensor? seed, Tensor lse, Tensor[] rows, Tensor[] columns,"
     f" {_NUMBERS}, bool[] needs) -> Tensor[]",
 )
 
 
 @torch.library.register_fake("fastgt::attention_edges_fwd")
-def _(path, q, k, v, edge_bias, terms, rows, *rest):  # type: ignore[no-untyped-def]
+def _(path, q, k, v, edge_bias, gate, key, value, attr, attr_q, seed, rows, *rest):  # type: ignore[no-untyped-def]
     return_weights, return_scores, weigh_attr = rest[-3:]
     n, heads, d = q.shape
     edges, wide = rows[1].shape[0], accumulator(q)
@@ -284,16 +289,17 @@ def _(path, q, k, v, edge_bias, terms, rows, *rest):  # type: ignore[no-untyped-
         q.new_empty(n, heads, dtype=wide),
         q.new_empty(edges if return_weights else 0, heads),
         q.new_empty(edges if return_scores else 0, heads, d),
-        q.new_empty(n, heads, terms[3].shape[1] if weigh_attr else 0, dtype=wide),
+        q.new_empty(n, heads, attr.shape[1] if weigh_attr else 0, dtype=wide),
     )
 
 
 @torch.library.register_fake("fastgt::attention_edges_bwd")
-def _(path, do, dlse, dscores, dattr_o, q, k, v, edge_bias, terms, lse, rows, columns, *rest):  # type: ignore[no-untyped-def]
-    inputs = (q, k, v, edge_bias, *terms[:-1])
+def _(path, do, dlse, dscores, dattr_o, *rest):  # type: ignore[no-untyped-def]
+    inputs, needs = rest[:9], rest[-1]
+    q = inputs[0]
     return [
         q.new_empty(0) if x is None or not need else x.new_empty(x.shape)
-        for x, need in zip(inputs, rest[-1], strict=True)
+        for x, need in zip(inputs, needs, strict=True)
     ]
 
 
@@ -303,7 +309,12 @@ def _launch_fwd(
     k: Tensor,
     v: Tensor,
     bias: Any,
-    terms: Any,
+    gate: Any,
+    key: Any,
+    value: Any,
+    attr: Any,
+    attr_q: Any,
+    seed: Any,
     rows: Any,
     scale: float,
     low: float,
@@ -315,6 +326,7 @@ def _launch_fwd(
     return_scores: bool,
     weigh_attr: bool,
 ) -> tuple[Tensor, ...]:
+    terms = gate, key, value, attr, attr_q, seed
     extras: Any = return_weights, return_scores, weigh_attr
     numbers: Any = scale, low, high, eps
     if path == "torch":
@@ -341,7 +353,12 @@ def _launch_bwd(
     k: Tensor,
     v: Tensor,
     bias: Any,
-    terms: Any,
+    gate: Any,
+    key: Any,
+    value: Any,
+    attr: Any,
+    attr_q: Any,
+    seed: Any,
     lse: Tensor,
     rows: Any,
     columns: Any,
@@ -353,6 +370,7 @@ def _launch_bwd(
     shared: bool,
     needs: Any,
 ) -> list[Tensor]:
+    terms = gate, key, value, attr, attr_q, seed
     numbers: Any = scale, low, high, eps
     inputs = q, k, v, bias
     if path == "torch":
@@ -372,7 +390,7 @@ def _launch_bwd(
 
 
 def _cpu_terms(
-    make: Any, terms: list[Tensor | None], dropout: float, shared: bool, shape: tuple[int, int]
+    make: Any, terms: tuple[Any, ...], dropout: float, shared: bool, shape: tuple[int, int]
 ) -> Any:
     gate, key, value, attr, attr_q, seed = terms
     keep = None if seed is None else kept(seed, *shape, dropout)

@@ -17,6 +17,7 @@ from fastgt.ops._arguments import (
     accumulator,
     autocast,
     autocasts,
+    check_graph,
     check_numbers,
     clamp_bounds,
     largest,
@@ -136,8 +137,7 @@ def channelwise_attention(
 
 
 def _check(logits: Tensor, v: Tensor | None, graph: Graph, edge_value: Tensor | None) -> None:
-    if not isinstance(graph, Graph):
-        raise TypeError(f"graph must be a fastgt.Graph, got {type(graph).__name__}")
+    check_graph(graph)
     if v is None and edge_value is None:
         raise ValueError("v and edge_value are both None: give at least one of them")
     for name, x, size, what in (

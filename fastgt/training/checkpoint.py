@@ -59,7 +59,9 @@ def load(path: Path) -> dict[str, Any]:
             raise ValueError(f"holds a {type(content).__name__}")
     except _DAMAGE as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged: {reason}") from error
+        raise ValueError(
+            f"{path} is damaged: {reason}; delete it, or name another --output"
+        ) from error
     return content
 
 

@@ -48,6 +48,7 @@ from .configs import (
     log,
     power_of_2,
     stride,
+    warp_lanes,
 )
 from .prims import (
     EdgeTerms,
@@ -358,7 +359,10 @@ def attention_walk(walk):
 def attention_plan(q, k, v, aligned, num_rows, heads, few, middle, segment, edge_meta):
     block_d, block_dv = power_of_2(q.shape[2]), power_of_2(v.shape[2])
     width = max(block_d, block_dv, edge_meta.get("BLOCK_C", 1))
-    tile = attention_tile(heads, width, q.element_size(), bool(edge_meta))
+    if edge_meta:
+        tile = attention_tile(heads, width, q.element_size(), True, warp_lanes())
+    else:
+        tile = attention_tile(heads, width, q.element_size())
     counts = num_rows, 0, 0
     if few is not None:
         counts = tuple(x.shape[0] - FILLERS for x in (few, middle, segment))

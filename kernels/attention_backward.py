@@ -208,6 +208,7 @@ def _attention_bwd_dkv_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
     C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
     SHARED: tl.constexpr = False,
+    ADD: tl.constexpr = False,  # to what earlier launches made of the attributes' gradient
 ):  # fmt: skip
     """Grid (column groups, key head blocks): dk, dv of BLOCK_R columns, or of one, and what their
     edges receive.
@@ -322,13 +323,10 @@ def _attention_bwd_dkv_kernel(
                     if ATTR_DO:
                         dattr += tl.sum((w * p * keep)[:, :, :, None] * attr_do, 2)
         if DATTR:
-            # added to what earlier launches made of other heads
-            one = tl.arange(0, 1)
-            before = live & (first_block > 0)
-            dattr = dattr[:, :, None, :] + load_heads(
-                grads.dattr, (C, 0, 1), edge, before, one, 1, C, BLOCK_C, 1
-            )
-            store_heads(grads.dattr, edge, live, one, 1, C, BLOCK_C, dattr)
+            one, share = tl.arange(0, 1), dattr[:, :, None, :]
+            if ADD:
+                share += load_heads(grads.dattr, (C, 0, 1), edge, live, one, 1, C, BLOCK_C, 1)
+            store_heads(grads.dattr, edge, live, one, 1, C, BLOCK_C, share)
 
     col_dk, col_dv = tl.sum(dk, 1) * scale, tl.sum(dv, 1)  # [R, H, D]
     if BUCKETS:
@@ -434,7 +432,8 @@ def attention_bwd(
                 q, k, v, edge_bias, do, lse, wgamma, dk, dv, dbias, dk_part, dv_part,
                 col_ptr, col_row, col_edge, few, middle, segment, terms, grads,
                 *strides, *counts, first_block, *floats,
-                NEED_K=need_k, NEED_V=need_v, NEED_BIAS=need_bias, **shared, **meta,
+                NEED_K=need_k, NEED_V=need_v, NEED_BIAS=need_bias, ADD=first_block > 0,
+                **shared, **meta,
             )  # fmt: skip
         if parts:
             for out, sums, need in ((dk, dk_part, need_k), (dv, dv_part, need_v)):

@@ -32,12 +32,15 @@ class Tile(NamedTuple):
 
 
 @cache
-def attention_tile(heads: int, width: int, itemsize: int, terms: bool = False) -> Tile:
+def attention_tile(
+    heads: int, width: int, itemsize: int, terms: bool = False, lanes: int = 32
+) -> Tile:
     """Tile of a pass over the edges; ``width`` is the padded head width.
 
     Rows of few edges share a program, four edges of each at a time; heads are split over programs
     beyond 1,024 channels (512 in float64). With edge ``terms`` a lane holds several tiles instead
-    of two, so each gets half as large: by twice the warps up to 8, else by half the edges.
+    of two, so each gets half as large: by twice the warps up to 8, else by half the edges. Warps
+    of 64 ``lanes`` have halved them already.
     """
     widest = max(_SLOTS) // (2 if itemsize == 8 else 1) // (2 if terms else 1)
     block_h = min(power_of_2(heads), max(1, widest // width))
@@ -46,9 +49,9 @@ def attention_tile(heads: int, width: int, itemsize: int, terms: bool = False) -
     if itemsize == 8:
         slots = max(_BLOCK_E, slots // 2)
     num_warps = min(_MAX_WARPS, max(1, slots * channels * itemsize // _BYTES_PER_WARP))
-    if terms and num_warps < 8:
+    if terms and lanes == 32 and num_warps < 8:
         num_warps *= 2
-    elif terms:
+    elif terms and lanes == 32:
         slots = max(_BLOCK_E, slots // 2)
     return Tile(slots // _BLOCK_E, _BLOCK_E, block_h, num_warps)
 
@@ -121,6 +124,13 @@ def dot_precision(x: torch.Tensor) -> str:
     if x.dtype != torch.float32 or triton.knobs.runtime.interpret:
         return "ieee"
     return "tf32x3" if driver.active.get_current_target().backend == "cuda" else "ieee"
+
+
+def warp_lanes() -> int:
+    """Of the GPU that kernels are launched on."""
+    if triton.knobs.runtime.interpret:
+        return 32
+    return driver.active.get_current_target().warp_size
 
 
 def alignment(tensors: tuple[torch.Tensor, ...]) -> int:

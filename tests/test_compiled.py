@@ -53,8 +53,10 @@ def test_rows_are_loaded_16_bytes_at_a_time(report):
         # fewer than the program's threads take at 16 bytes each
         # (the weights load k alone, windows of 16 channels have fewer bytes than threads)
         if not any(part in name for part in ("_d10_", "uneven", "windows_d16", "combine")):
-            least = 1 if "weights" in name else 2
-            assert used["wide_loads"] >= least, f"{name}: no 16 bytes of k and v at a time"
+            # some kernels load rows of one tensor alone
+            alone = any(part in name for part in ("weights", "aggregate", "gated", "softmax"))
+            least = 1 if alone else 2
+            assert used["wide_loads"] >= least, f"{name}: no 16 bytes of a row at a time"
 
 
 def test_every_program_fits_on_a_processor(report):

@@ -78,7 +78,8 @@ def test_a_named_path_is_taken(path: str, height: int | None) -> None:
     assert planned.choice == Plan(path, tall, "named")
     assert planned.choose(1, FP32) is planned.choice
     of = f" of {tall} rows" if tall else ""
-    assert repr(planned).endswith(f", plan {path}{of} (named))")
+    besides = "; gather with edge vectors, gates, attributes or dropout" if tall else ""
+    assert repr(planned).endswith(f", plan {path}{of} (named){besides})")
     assert graph.choice is None
     assert "plan" not in repr(graph)
     keys = {x.height for pair in _windows(graph) for x in pair}

@@ -320,7 +320,7 @@ def test_compiles_whole_and_once(edge_dim, impl):
         ({"in_channels": (4, 0)}, r"in_channels must be positive.* got \(4, 0\)"),
         ({"out_channels": 0}, "out_channels must be from 1 to 256, got 0"),
         ({"heads": 0}, "heads must be positive, got 0"),
-        ({"edge_dim": -1}, "edge_dim must be None or positive, got -1"),
+        ({"edge_dim": -1}, "edge_dim must be from 1 to 256, got -1"),
         ({"dropout": 1.5}, "dropout must be from 0 to 1, got 1.5"),
         ({"impl": "cuda"}, "impl must be one of .* got 'cuda'"),
     ],

@@ -128,7 +128,7 @@ def load_zinc(path: Path | None) -> tuple[dict[str, Molecules], str]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}, or name it by --data") from None
     except _DAMAGE as error:
-        raise ValueError(f"{name} is damaged, or is not zinc12k.npz") from error
+        raise ValueError(f"{name} is damaged: {error} (or it is another file)") from error
     digest = hashlib.sha256()
     for array in arrays.values():
         digest.update(array.tobytes())

@@ -33,6 +33,7 @@ every output element has one writer, in a fixed order, hence no atomics and the 
 time. w and gamma come from p and dp in the accumulator's precision, never from a rounded output.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -51,6 +52,7 @@ from .configs import (
     warp_lanes,
 )
 from .prims import (
+    NO_TERMS,
     EdgeTerms,
     add_edge_key,
     add_edge_value,
@@ -72,14 +74,14 @@ COUNTS = ["num_rows", "num_middle", "num_segments"]
 _PLAIN: dict[str, Any] = {}  # constants of a call without edge terms
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "threshold"])
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr,  # [N, H, D], [M, H_kv, D], [M, H_kv, DV], [E, H]
     o_ptr, lse_ptr, norm_ptr,  # [N, H, DV], [N, H], [N, H, 2]: pivot and factor of the weights
     part_ptr, stat_ptr,  # of segments: [S, H, DV] sums, [S, H, 2] maximum and sum
     row_ptr, col_ptr, edge_ptr,  # [N + 1], [E], [E]
     few_ptr, middle_ptr, segment_ptr,
-    terms, made,  # EdgeTerms and EdgeResults, or None
+    terms, made,  # EdgeTerms, EdgeResults
     q_stride, k_stride, v_stride, bias_stride,  # (node, head, channel); outputs are contiguous
     num_rows, num_middle, num_segments,
     scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
@@ -88,12 +90,14 @@ def _attention_fwd_kernel(
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
     C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
-    SHARED: tl.constexpr = False,
+    EDGES: tl.constexpr = False, SHARED: tl.constexpr = False,
+    seed_ptr=None, threshold=0,  # of dropout
 ):  # fmt: skip
     """Grid (row groups, head blocks): one program owns BLOCK_R rows, or one, of BLOCK_H heads."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    ATTR_Q: tl.constexpr = terms is not None and terms.attr_q is not None
-    WEIGH_ATTR: tl.constexpr = made is not None and made.attr_o is not None
+    ATTR_Q: tl.constexpr = terms.attr_q is not None
+    SCORES: tl.constexpr = made.scores is not None
+    WEIGH_ATTR: tl.constexpr = made.attr_o is not None
     row, mine, begin, end, stride = take_rows(
         row_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
         BUCKETS, BLOCK_R, BLOCK_E,
@@ -117,10 +121,7 @@ def _attention_fwd_kernel(
         slot = begin[:, None] + step + lane[None, :]  # [R, E]
         live = slot < end[:, None]
         col = tl.load(col_ptr + slot, mask=live, other=0)
-        if HAS_BIAS or terms is not None:
-            edge = tl.load(edge_ptr + slot, mask=live, other=0)
-        else:
-            edge = slot
+        edge = tl.load(edge_ptr + slot, mask=live, other=0) if HAS_BIAS or EDGES else slot
         k = load_heads(k_ptr, k_stride, col, live, head // GROUP, H // GROUP, D, BLOCK_D, ALIGN)
         v = load_heads(v_ptr, v_stride, col, live, head // GROUP, H // GROUP, DV, BLOCK_DV, ALIGN)
         k, edge_key = add_edge_key(k.to(ACC), terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
@@ -134,7 +135,7 @@ def _attention_fwd_kernel(
             q, k, attr_q, attr, factor, live, edge, head, bias_ptr, bias_stride,
             scale, low, high, H, CLAMP, HAS_BIAS, ATTR_Q,
         )  # fmt: skip
-        if made is not None and made.scores is not None:
+        if SCORES:
             t = q * k * (scale * factor)[:, :, :, None]
             store_heads(made.scores, edge, live, head, H, D, BLOCK_D, t)
         new_max = tl.maximum(lane_max, s)
@@ -142,7 +143,7 @@ def _attention_fwd_kernel(
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
         decay = tl.exp(lane_max - pivot)
         p = tl.exp(s - pivot)  # [R, E, H]
-        used = p * kept(terms, edge, head, ACC)
+        used = p * kept(seed_ptr, threshold, edge, head, ACC)
         acc = acc * decay[:, :, :, None] + used[:, :, :, None] * v
         if WEIGH_ATTR:
             attr_acc = attr_acc * decay[:, :, :, None] + used[:, :, :, None] * attr
@@ -219,7 +220,7 @@ def _attention_weights_kernel(
     Not from the lse, which is rounded as the largest logit is, but from pivot and factor.
     """
     ACC: tl.constexpr = norm_ptr.dtype.element_ty
-    ATTR_Q: tl.constexpr = terms is not None and terms.attr_q is not None
+    ATTR_Q: tl.constexpr = terms.attr_q is not None
     row, mine, begin, end, stride = take_rows(
         row_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
         BUCKETS, BLOCK_R, BLOCK_E,
@@ -266,7 +267,7 @@ class EdgeResults(NamedTuple):
 
 def attention_fwd(
     q, k, v, edge_bias, rows, scale, low, high, eps, return_weights, scores=None, attr_o=None,
-    terms=None, edge_meta=_PLAIN,
+    terms=NO_TERMS, edge_meta=_PLAIN,
 ):  # fmt: skip
     """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order.
 
@@ -283,7 +284,7 @@ def attention_fwd(
         part = lse.new_empty(parts, heads, v.shape[2])
         stat = lse.new_empty(parts, heads, 2)
         attr_part = None if attr_o is None else lse.new_empty(parts, heads, attr_o.shape[2])
-    made = None if terms is None else EdgeResults(scores, attr_o, attr_part)
+    made = EdgeResults(scores, attr_o, attr_part)
     if n and heads:
         meta, grid, counts = attention_plan(
             q, k, v, (q, k, v), n, heads, few, middle, segment, edge_meta
@@ -303,7 +304,7 @@ def attention_fwd(
         meta, grid, counts = attention_plan(
             q, k, k, (q, k), n, heads, few, middle, segment, edge_meta
         )
-        for name in ("DV", "BLOCK_DV", "SHARED"):
+        for name in ("DV", "BLOCK_DV", "EDGES", "SHARED", "seed_ptr", "threshold"):
             meta.pop(name, None)
         _attention_weights_kernel[grid](
             q, k, edge_bias, norm, weights, row_ptr, col, edge, few, middle, segment, terms,
@@ -322,7 +323,7 @@ def attention_edges_fwd(
     scores = q.new_empty(rows[1].shape[0] if return_scores else 0, heads, width)
     channels = terms[3].shape[1] if weigh_attr else 0
     attr_o = q.new_empty(n, heads, channels, dtype=accumulator(q))
-    terms, edge_meta = attention_terms(terms, dropout, shared, ())
+    terms, edge_meta = attention_terms(q, terms, dropout, shared, ())
     found = attention_fwd(
         q, k, v, edge_bias, rows, scale, low, high, eps, return_weights,
         scores if return_scores else None, attr_o if weigh_attr else None, terms, edge_meta,
@@ -330,22 +331,24 @@ def attention_edges_fwd(
     return *found, scores, attr_o
 
 
-def attention_terms(terms, dropout, shared, upstream):
+def attention_terms(q, terms, dropout, shared, upstream):
     """-> EdgeTerms, and the constants that the kernels take with them."""
     gate, key, value, attr, attr_q, seed = terms
     by_head = gate is not None and gate.ndim == 2
     factor, gate = (gate, None) if by_head else (None, gate)
-    attr = None if attr is None else attr[:, None]
     tensors = factor, gate, key, value, attr, attr_q
-    pairs = ((x, None if x is None else x.stride()) for x in tensors)
-    limit = round(dropout * 2**24)
-    found = EdgeTerms(*(part for pair in pairs for part in pair), seed, limit)
-    aligned = tuple(x for x in (gate, key, value, attr, attr_q, *upstream) if x is not None)
-    channels = 1 if attr is None else attr.shape[2]
+    found = EdgeTerms(*(None if x is None else x.contiguous() for x in tensors))
+    # rows of channels that all begin where 16 bytes do, or fewer
+    channels = 1 if attr is None else attr.shape[1]
+    rows = [x for x in (*found[1:], *upstream) if x is not None]
+    aligned = math.gcd(16 // q.element_size(), *(x.shape[-1] for x in rows))
     meta = {
         "C": channels,
         "BLOCK_C": power_of_2(channels),
-        "EDGE_ALIGN": alignment(aligned) if aligned else 1,
+        "EDGE_ALIGN": aligned,
+        "EDGES": True,
+        "seed_ptr": seed,
+        "threshold": round(dropout * 2**24),
         "SHARED": shared,
     }
     return found, meta

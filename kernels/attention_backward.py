@@ -20,6 +20,7 @@ from .attention import COUNTS, attention_plan, attention_terms, attention_walk
 from .attention_combine import combine_columns, combine_rows, finish_row
 from .configs import clamps, log, stride
 from .prims import (
+    NO_TERMS,
     add_edge_key,
     add_edge_value,
     joined,
@@ -39,13 +40,13 @@ from .prims import (
 _PLAIN: dict[str, Any] = {}  # constants of a call without edge terms
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "threshold"])
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, dlse_ptr, lse_ptr,
     dq_ptr, wgamma_ptr,  # [N, H, D], [N, H, 2]: w and gamma
     part_ptr, stat_ptr,  # of segments: [S, 2, H, D] sums of p k and p dp k, [S, H, 2] of p and p dp
     row_ptr, col_ptr, edge_ptr, few_ptr, middle_ptr, segment_ptr,
-    terms, grads,  # EdgeTerms and EdgeGrads, or None
+    terms, grads,  # EdgeTerms, EdgeGrads
     q_stride, k_stride, v_stride, bias_stride, do_stride, dlse_stride,
     num_rows, num_middle, num_segments,
     scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
@@ -54,17 +55,18 @@ def _attention_bwd_dq_kernel(
     BUCKETS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
     C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
-    SHARED: tl.constexpr = False,
+    EDGES: tl.constexpr = False, SHARED: tl.constexpr = False,
+    seed_ptr=None, threshold=0,  # of dropout
 ):  # fmt: skip
     """Grid (row groups, head blocks): dq, w and gamma of BLOCK_R rows, or one, of BLOCK_H heads.
 
     One walk gives all: dq = scale (w sum_j p dp k - gamma sum_j p k), and likewise for attr_q.
     """
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    ATTR_Q: tl.constexpr = terms is not None and terms.attr_q is not None
-    ATTR_DO: tl.constexpr = grads is not None and grads.attr_do is not None
-    ATTR_DQ: tl.constexpr = grads is not None and grads.attr_dq is not None
-    DSCORES: tl.constexpr = grads is not None and grads.dscores is not None and NEED_Q
+    ATTR_Q: tl.constexpr = terms.attr_q is not None
+    ATTR_DO: tl.constexpr = grads.attr_do is not None
+    ATTR_DQ: tl.constexpr = grads.attr_dq is not None
+    DSCORES: tl.constexpr = grads.dscores is not None and NEED_Q
     PARTS: tl.constexpr = 3 if DSCORES else 2
     row, mine, begin, end, stride = take_rows(
         row_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
@@ -83,7 +85,7 @@ def _attention_bwd_dq_kernel(
     )  # [R, 1, H, C]
     if ATTR_DO:
         attr_do = load_heads(
-            grads.attr_do, grads.attr_do_stride, row[:, None], mine[:, None], head, H, C, BLOCK_C,
+            grads.attr_do, (H * C, C, 1), row[:, None], mine[:, None], head, H, C, BLOCK_C,
             EDGE_ALIGN,
         ).to(ACC)  # fmt: skip
     at = row[:, None] * H + head[None, :]
@@ -102,10 +104,7 @@ def _attention_bwd_dq_kernel(
         slot = begin[:, None] + step + lane[None, :]
         live = slot < end[:, None]
         col = tl.load(col_ptr + slot, mask=live, other=0)
-        if HAS_BIAS or terms is not None:
-            edge = tl.load(edge_ptr + slot, mask=live, other=0)
-        else:
-            edge = slot
+        edge = tl.load(edge_ptr + slot, mask=live, other=0) if HAS_BIAS or EDGES else slot
         k = load_heads(k_ptr, k_stride, col, live, head // GROUP, H // GROUP, D, BLOCK_D, ALIGN)
         v = load_heads(v_ptr, v_stride, col, live, head // GROUP, H // GROUP, DV, BLOCK_DV, ALIGN)
         k, edge_key = add_edge_key(k.to(ACC), terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
@@ -123,7 +122,7 @@ def _attention_bwd_dq_kernel(
         dp = tl.sum(do * v, 3)
         if ATTR_DO:
             dp += tl.sum(attr_do * attr, 3)
-        pdp = p * dp * kept(terms, edge, head, ACC)
+        pdp = p * dp * kept(seed_ptr, threshold, edge, head, ACC)
         sum_p += p
         sum_pdp += pdp
         flow, flow_dp = tl.where(through, p, 0.0) * factor, tl.where(through, pdp, 0.0) * factor
@@ -135,7 +134,7 @@ def _attention_bwd_dq_kernel(
             pdpa += flow_dp[:, :, :, None] * attr
         if DSCORES:
             dt = load_heads(
-                grads.dscores, grads.dscores_stride, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN
+                grads.dscores, (H * D, D, 1), edge, live, head, H, D, BLOCK_D, EDGE_ALIGN
             )
             dtk += dt.to(ACC) * factor[:, :, :, None] * k
 
@@ -189,14 +188,14 @@ def _attention_bwd_dq_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "first_block"])
+@triton.jit(do_not_specialize=[*COUNTS, "first_block", "threshold"])
 def _attention_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, wgamma_ptr,
     dk_ptr, dv_ptr, dbias_ptr,  # [M, H_kv, D], [M, H_kv, DV], [E, H]
     dk_part_ptr, dv_part_ptr,  # of segments: [S, H_kv, D], [S, H_kv, DV]
     col_ptr, row_ptr, edge_ptr,  # [M + 1], [E], [E]
     few_ptr, middle_ptr, segment_ptr,
-    terms, grads,  # EdgeTerms and EdgeGrads, or None
+    terms, grads,  # EdgeTerms, EdgeGrads
     q_stride, k_stride, v_stride, bias_stride, do_stride,
     num_rows, num_middle, num_segments,  # of columns
     first_block,  # of heads, where there is one launch for each
@@ -207,7 +206,8 @@ def _attention_bwd_dkv_kernel(
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
     C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
-    SHARED: tl.constexpr = False,
+    EDGES: tl.constexpr = False, SHARED: tl.constexpr = False,
+    seed_ptr=None, threshold=0,  # of dropout
     ADD: tl.constexpr = False,  # to what earlier launches made of the attributes' gradient
 ):  # fmt: skip
     """Grid (column groups, key head blocks): dk, dv of BLOCK_R columns, or of one, and what their
@@ -216,10 +216,10 @@ def _attention_bwd_dkv_kernel(
     The query heads that share a key head come one after another.
     """
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    ATTR_Q: tl.constexpr = terms is not None and terms.attr_q is not None
-    ATTR_DO: tl.constexpr = grads is not None and grads.attr_do is not None
-    DATTR: tl.constexpr = grads is not None and grads.dattr is not None
-    DSCORES: tl.constexpr = grads is not None and grads.dscores is not None
+    ATTR_Q: tl.constexpr = terms.attr_q is not None
+    ATTR_DO: tl.constexpr = grads.attr_do is not None
+    DATTR: tl.constexpr = grads.dattr is not None
+    DSCORES: tl.constexpr = grads.dscores is not None
     col, mine, begin, end, stride = take_rows(
         col_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
         BUCKETS, BLOCK_R, BLOCK_E,
@@ -240,7 +240,7 @@ def _attention_bwd_dkv_kernel(
         slot = begin[:, None] + step + lane[None, :]
         live = slot < end[:, None]
         row = tl.load(row_ptr + slot, mask=live, other=0)
-        if HAS_BIAS or NEED_BIAS or terms is not None:
+        if HAS_BIAS or NEED_BIAS or EDGES:
             edge = tl.load(edge_ptr + slot, mask=live, other=0)
         else:
             edge = slot
@@ -271,16 +271,16 @@ def _attention_bwd_dkv_kernel(
                 scale, low, high, H, CLAMP, HAS_BIAS, ATTR_Q,
             )  # fmt: skip
             p = tl.exp(s - lse)
-            keep = kept(terms, edge, head, ACC)
+            keep = kept(seed_ptr, threshold, edge, head, ACC)
             dvalue = (w * p * keep)[:, :, :, None] * do
             if NEED_V:
                 dv += dvalue
-            if NEED_K or NEED_BIAS or grads is not None:
+            if NEED_K or NEED_BIAS or EDGES:
                 gamma = tl.load(wgamma_ptr + 2 * at + 1, mask=mask, other=0.0)
                 dp = tl.sum(do * value, 3)
                 if ATTR_DO:
                     attr_do = load_heads(
-                        grads.attr_do, grads.attr_do_stride, row, live, head, H, C, BLOCK_C,
+                        grads.attr_do, (H * C, C, 1), row, live, head, H, C, BLOCK_C,
                         EDGE_ALIGN,
                     ).to(ACC)  # fmt: skip
                     attr_do = tl.where(counts, attr_do, 0.0)
@@ -293,30 +293,29 @@ def _attention_bwd_dkv_kernel(
                 dt = (ds * factor)[:, :, :, None]  # of every product of channels, but for scale
                 if DSCORES:
                     dscores = load_heads(
-                        grads.dscores, grads.dscores_stride, edge, live, head, H, D, BLOCK_D,
+                        grads.dscores, (H * D, D, 1), edge, live, head, H, D, BLOCK_D,
                         EDGE_ALIGN,
                     ).to(ACC)  # fmt: skip
                     dt = dt + dscores * factor[:, :, :, None]
                 dkey = dt * q * gate
                 if NEED_K:
                     dk += dkey
-                if grads is not None:
-                    if grads.dfactor is not None:
-                        dfactor = ds * bare
-                        if DSCORES:
-                            dfactor += tl.sum(dscores * q * gated, 3) * scale
-                        dfactor = dfactor.to(grads.dfactor.dtype.element_ty)
-                        tl.store(grads.dfactor + edge_at, dfactor, mask=mask)
-                    if grads.dgate is not None:
-                        dgate = dt * q * key * scale
-                        store_heads(grads.dgate, edge, live, head, H, D, BLOCK_D, dgate)
-                    if grads.dkey is not None:
-                        dkey = dkey * scale
-                        if SHARED:
-                            dkey += dvalue
-                        store_heads(grads.dkey, edge, live, head, H, D, BLOCK_D, dkey)
-                    if grads.dvalue is not None:
-                        store_heads(grads.dvalue, edge, live, head, H, DV, BLOCK_DV, dvalue)
+                if grads.dfactor is not None:
+                    dfactor = ds * bare
+                    if DSCORES:
+                        dfactor += tl.sum(dscores * q * gated, 3) * scale
+                    dfactor = dfactor.to(grads.dfactor.dtype.element_ty)
+                    tl.store(grads.dfactor + edge_at, dfactor, mask=mask)
+                if grads.dgate is not None:
+                    dgate = dt * q * key * scale
+                    store_heads(grads.dgate, edge, live, head, H, D, BLOCK_D, dgate)
+                if grads.dkey is not None:
+                    dkey = dkey * scale
+                    if SHARED:
+                        dkey += dvalue
+                    store_heads(grads.dkey, edge, live, head, H, D, BLOCK_D, dkey)
+                if grads.dvalue is not None:
+                    store_heads(grads.dvalue, edge, live, head, H, DV, BLOCK_DV, dvalue)
                 if DATTR:
                     if ATTR_Q:
                         dattr += tl.sum((ds * factor * scale)[:, :, :, None] * attr_q, 2)
@@ -355,9 +354,7 @@ class EdgeGrads(NamedTuple):
     """Upstream gradients that the backward reads besides, and what it writes; None where absent."""
 
     dscores: Any  # [E, H, D]
-    dscores_stride: Any
     attr_do: Any  # [N, H, C]
-    attr_do_stride: Any
     attr_dq: Any  # [N, H, C]
     attr_part: Any  # of segments: [S, 2, H, C]
     dfactor: Any  # [E, H]
@@ -367,10 +364,13 @@ class EdgeGrads(NamedTuple):
     dattr: Any  # [E, C], in the accumulator's dtype
 
 
+_NO_GRADS = EdgeGrads(*[None] * 9)
+
+
 def attention_bwd(
     do, dlse, q, k, v, edge_bias, lse, rows, columns,
     scale, low, high, eps, need_q, need_k, need_v, need_bias,
-    terms=None, grads=None, edge_meta=_PLAIN,
+    terms=NO_TERMS, grads=_NO_GRADS, edge_meta=_PLAIN,
 ):  # fmt: skip
     """-> dq [N, H, D], dk [M, H_kv, D], dv [M, H_kv, DV], dbias [E, H]; empty where not needed.
 
@@ -395,10 +395,10 @@ def attention_bwd(
         parts = part = stat = None
         if segment is not None:
             parts = counts[2]
-            sums = 3 if grads is not None and grads.dscores is not None else 2
+            sums = 3 if grads.dscores is not None else 2
             part = lse.new_empty(parts if need_q else 0, sums, heads, width)
             stat = lse.new_empty(parts, heads, 2)
-            if grads is not None and grads.attr_dq is not None:
+            if grads.attr_dq is not None:
                 attr_part = lse.new_empty(parts, 2, heads, grads.attr_dq.shape[2])
                 grads = grads._replace(attr_part=attr_part)
         _attention_bwd_dq_kernel[grid](
@@ -410,9 +410,9 @@ def attention_bwd(
         if parts:
             row = stat, lse, dlse, stride(dlse), split, scale, log(eps)
             combine_rows(dq, wgamma, part, *row, need_q)
-            if grads is not None and grads.attr_dq is not None:
+            if grads.attr_dq is not None:
                 combine_rows(grads.attr_dq, wgamma, grads.attr_part, *row, True)
-    if m and kv_heads and (need_k or need_v or need_bias or grads is not None):
+    if m and kv_heads and (need_k or need_v or need_bias or edge_meta):
         col_ptr, col_row, col_edge, few, middle, segment, split = attention_walk(columns)
         aligned = q, k, v, do
         meta, grid, counts = attention_plan(
@@ -424,7 +424,7 @@ def attention_bwd(
             dk_part = lse.new_empty(parts if need_k else 0, kv_heads, width)
             dv_part = lse.new_empty(parts if need_v else 0, kv_heads, v.shape[2])
         launches = [(0, grid)]
-        if grads is not None and grads.dattr is not None:
+        if grads.dattr is not None:
             # heads share the attributes: one launch after another adds to their gradient
             launches = [(block, (grid[0], 1)) for block in range(grid[1])]
         for first_block, part_grid in launches:
@@ -452,8 +452,8 @@ def attention_edges_bwd(
         q.new_empty(0) if x is None or not need else x.new_empty(x.shape)
         for x, need in zip((gate, key, value, attr, attr_q), needs[4:], strict=True)
     )
-    upstream = tuple(x for x in (dscores, dattr_o) if x is not None)
-    terms, edge_meta = attention_terms(terms, dropout, shared, upstream)
+    dscores, dattr_o = (None if x is None else x.contiguous() for x in (dscores, dattr_o))
+    terms, edge_meta = attention_terms(q, terms, dropout, shared, (dscores, dattr_o))
     by_head = gate is not None and gate.ndim == 2
     wanted = zip((dattr_q, dgate, dgate, dkey, dvalue, dattr), (8, 4, 4, 5, 6, 7), strict=True)
     dattr_to, dfactor, dgate_to, dkey_to, dvalue_to, dattr_wide = (
@@ -463,9 +463,7 @@ def attention_edges_bwd(
         dattr_wide = lse.new_empty(dattr.shape)
     grads = EdgeGrads(
         dscores=dscores,
-        dscores_stride=None if dscores is None else dscores.stride(),
         attr_do=dattr_o,
-        attr_do_stride=None if dattr_o is None else dattr_o.stride(),
         attr_dq=dattr_to,
         attr_part=None,
         dfactor=dfactor if by_head else None,

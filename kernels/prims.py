@@ -1,7 +1,7 @@
 """Tile primitives shared by the kernels. R rows, E edges in flight per row, H heads, D channels.
 
-What edges may have besides a bias comes as one argument, ``terms``: None, or a tuple of pointers,
-each None where it is absent. The functions that read it return what changes nothing in that case
+What edges may have besides a bias comes as one argument, ``terms``: a tuple of pointers, each None
+where it is absent. The functions that read it return what changes nothing in that case
 (0.0 to add, 1.0 to multiply with), so that a kernel names every term once, and asks for none.
 """
 
@@ -146,32 +146,35 @@ def load_edge_heads(ptr, stride, edge, live, head, H, ACC: tl.constexpr):
 
 
 class EdgeTerms(NamedTuple):
-    """What kernels read of edges besides a bias; None where absent."""
+    """What kernels read of edges besides a bias, contiguous; None where absent."""
 
     factor: Any  # [E, H], times the products of q and k
-    factor_stride: Any
     gate: Any  # [E, H, D], likewise channel by channel
-    gate_stride: Any
     key: Any  # [E, H, D]
-    key_stride: Any
     value: Any  # [E, H, DV]
-    value_stride: Any
-    attr: Any  # [E, C], as [E, 1, C]
-    attr_stride: Any
+    attr: Any  # [E, C]
     attr_q: Any  # [N, H, C]
-    attr_q_stride: Any
-    seed: Any  # [1] of dropout
-    threshold: Any  # of 24 random bits, from which on a weight is kept
+
+
+NO_TERMS = EdgeTerms(*[None] * 6)
 
 
 @triton.jit
 def add_edge_key(
-    k, terms, edge, live, head, H, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr
+    k,
+    terms,
+    edge,
+    live,
+    head,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """-> k + edge_key [R, E, H, D], and the edge_key."""
     found = 0.0
-    if terms is not None and terms.key is not None:
-        found = load_heads(terms.key, terms.key_stride, edge, live, head, H, D, BLOCK_D, ALIGN).to(
+    if terms.key is not None:
+        found = load_heads(terms.key, (H * D, D, 1), edge, live, head, H, D, BLOCK_D, ALIGN).to(
             k.dtype
         )
         k = k + found
@@ -180,39 +183,37 @@ def add_edge_key(
 
 @triton.jit
 def add_edge_value(
-    v, edge_key, terms, edge, live, head, H, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    v, edge_key, terms, edge, live, head, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """v + edge_value [R, E, H, D]; where ``SHARED``, the value is the key."""
     if SHARED:
         v = v + edge_key
-    elif terms is not None and terms.value is not None:
-        v = v + load_heads(
-            terms.value, terms.value_stride, edge, live, head, H, D, BLOCK_D, ALIGN
-        ).to(v.dtype)
+    elif terms.value is not None:
+        v = v + load_heads(terms.value, (H * D, D, 1), edge, live, head, H, D, BLOCK_D, ALIGN).to(
+            v.dtype
+        )
     return v
 
 
 @triton.jit
 def load_gate(
-    terms, edge, live, head, H, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    ACC: tl.constexpr,
+    terms, edge, live, head, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gate of each channel, [R, E, H, D]."""
     gate = 1.0
-    if terms is not None and terms.gate is not None:
-        gate = load_heads(terms.gate, terms.gate_stride, edge, live, head, H, D, BLOCK_D, ALIGN).to(
-            ACC
-        )
+    if terms.gate is not None:
+        gate = load_heads(terms.gate, (H * D, D, 1), edge, live, head, H, D, BLOCK_D, ALIGN).to(ACC)
     return gate
 
 
 @triton.jit
-def load_factor(terms, edge, live, head, H, ACC: tl.constexpr):
+def load_factor(terms, edge, live, head, H: tl.constexpr, ACC: tl.constexpr):
     """The gate of each head, [R, E, H]."""
     factor = tl.full([edge.shape[0], edge.shape[1], head.shape[0]], 1.0, ACC)
-    if terms is not None and terms.factor is not None:
-        factor = load_edge_heads(terms.factor, terms.factor_stride, edge, live, head, H, ACC)
+    if terms.factor is not None:
+        factor = load_edge_heads(terms.factor, (H, 1), edge, live, head, H, ACC)
     return factor
 
 
@@ -223,45 +224,44 @@ def load_attr(
 ):  # fmt: skip
     """The attributes, which all heads share: [R, E, 1, C]."""
     attr = 0.0
-    if terms is not None and terms.attr is not None:
+    if terms.attr is not None:
         one = tl.arange(0, 1)
-        attr = load_heads(terms.attr, terms.attr_stride, edge, live, one, 1, C, BLOCK_C, ALIGN).to(
-            ACC
-        )
+        attr = load_heads(terms.attr, (C, 0, 1), edge, live, one, 1, C, BLOCK_C, ALIGN).to(ACC)
     return attr
 
 
 @triton.jit
 def load_attr_q(
-    terms, row, live, head, H, C: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
-    ACC: tl.constexpr,
+    terms, row, live, head, H: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What attributes are multiplied with, of each of ``row`` [R, E]: [R, E, H, C]."""
     attr_q = 0.0
-    if terms is not None and terms.attr_q is not None:
-        attr_q = load_heads(
-            terms.attr_q, terms.attr_q_stride, row, live, head, H, C, BLOCK_C, ALIGN
-        ).to(ACC)
+    if terms.attr_q is not None:
+        attr_q = load_heads(terms.attr_q, (H * C, C, 1), row, live, head, H, C, BLOCK_C, ALIGN).to(
+            ACC
+        )
     return attr_q
 
 
 @triton.jit
-def kept(terms, edge, head, ACC: tl.constexpr):
+def kept(seed_ptr, threshold, edge, head, ACC: tl.constexpr):
     """What dropout multiplies the weights of ``edge`` [R, E] with: -> [R, E, H].
 
-    Word ``head % 4`` of Philox at (edge, head // 4), as in ``fastgt/philox.py``.
+    A weight is kept where 24 random bits are not below ``threshold``: those of word ``head % 4`` of
+    Philox at (edge, head // 4), as in ``fastgt/philox.py``.
     """
     share = 1.0
-    if terms is not None and terms.seed is not None:
+    if seed_ptr is not None:
         number = edge.to(tl.int64)[:, :, None] + tl.zeros([1, 1, head.shape[0]], tl.int64)
         low, high = (number & 0xFFFFFFFF).to(tl.uint32), (number >> 32).to(tl.uint32)
         block = (head // 4).to(tl.uint32)[None, None, :] + tl.zeros_like(low)
-        a, b, c, d = tl.philox(tl.load(terms.seed), low, high, block, tl.zeros_like(low))
+        a, b, c, d = tl.philox(tl.load(seed_ptr), low, high, block, tl.zeros_like(low))
         word = (head % 4)[None, None, :]
         bits = tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
-        keep = (bits >> 8).to(tl.int32) >= terms.threshold
+        keep = (bits >> 8).to(tl.int32) >= threshold
         levels = scalar(16777216.0, ACC)
-        share = tl.where(keep, levels / tl.maximum(levels - terms.threshold, 1.0), 0.0)
+        share = tl.where(keep, levels / tl.maximum(levels - threshold, 1.0), 0.0)
     return share
 
 

@@ -176,8 +176,8 @@ def _designed_bytes(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
     index, item = pointers["edge_ptr"], pointers["k_ptr"]
     row = (meta["BLOCK_D"] + meta.get("BLOCK_DV", 0)) * item
     columns = kernel.endswith("dkv_kernel")
-    terms = meta.get("EdgeTerms")
-    has_edges = meta["HAS_BIAS"] or meta.get("NEED_BIAS") or "weights" in kernel or terms
+    has_edges = meta["HAS_BIAS"] or meta.get("NEED_BIAS") or "weights" in kernel
+    has_edges = has_edges or meta.get("EDGES")
     if columns:
         row += 3 * pointers["lse_ptr"]  # and w and gamma
     if "BLOCK_N" in meta:
@@ -190,7 +190,7 @@ def _designed_bytes(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
     key_heads = query_heads if columns else max(1, heads // group)
     total = key_heads * row + index * (2 if has_edges else 1)
     total += query_heads * item * meta["HAS_BIAS"]
-    if terms:
+    if "EdgeTerms" in meta:
         total += _designed_bytes_edges(kernel, meta, query_heads, item)
     return total
 
@@ -211,7 +211,7 @@ def _designed_bytes_edges(kernel: str, meta: dict, heads: int, item: int) -> int
         # of the row at the other end: what attributes are multiplied with
         upstream = None if grads is None else grads.attr_do
         rows = [x for x in (terms.attr_q, upstream) if x is not None]
-        total += heads * meta["BLOCK_C"] * sum(x.element_size() for x in rows)
+        total += heads * meta.get("BLOCK_C", 0) * sum(x.element_size() for x in rows)
     return total
 
 

@@ -68,7 +68,10 @@ def test_everything_at_once(impl, terms, layout):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("impl", FAST)
 def test_as_accurate_as_eager(impl, dtype):
-    @examples(16, impls=[impl], dtype=dtype, terms=term_words(), **SMALL)
+    # a logit's rounding grows with it: at scale 1, luck decides which of the two errs less
+    ordinary = st.sampled_from([None, 0.3])
+
+    @examples(16, impls=[impl], dtype=dtype, terms=term_words(), scale=ordinary, **SMALL)
     def check(impl, case):
         actual, eager = evaluate(case, impl), evaluate(case, "reference")
         truth = evaluate(case, "reference", FP64)

@@ -196,7 +196,7 @@ def attention_bwd(
                 dvh = out if dvh is None else dvh.add_(out)
             if need_value:
                 through_value = per_edge(doh, row, n).mul_(used[:, None])
-                dvalue[caller, h] = unstack(through_value, num_edges).to(q.dtype)
+                dvalue[caller, h] = unstack(through_value, num_edges).to(dvalue.dtype)
             if dattr_o is not None:
                 dah = stack(dattr_o, h, wide).mul_(share)
                 if some_dead:
@@ -240,7 +240,7 @@ def attention_bwd(
                 flow = head.dkey()
                 if dvalue is dkey:
                     flow = flow + through_value
-                dkey[caller, h] = unstack(flow, num_edges).to(q.dtype)
+                dkey[caller, h] = unstack(flow, num_edges).to(dkey.dtype)
             if need_attr_q:
                 out = spmm(head.common, head.ds, attr)
                 if some_dead:

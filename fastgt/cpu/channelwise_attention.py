@@ -22,6 +22,7 @@ _CHUNK = 2**19  # numbers of a temporary
 _WIDE, _NARROW = 64, 16  # channels at a time; where a row has more edges than a chunk
 
 
+@torch.no_grad()  # called by an exported module, gradients may be on
 def channelwise_attention_fwd(
     logits: Tensor,
     v: Tensor | None,
@@ -74,6 +75,7 @@ def channelwise_attention_fwd(
     return o, lse, weights, stat
 
 
+@torch.no_grad()
 def channelwise_attention_bwd(
     do: Tensor,
     dlse: Tensor | None,

@@ -7,6 +7,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastgt.graph import Graph
 from fastgt.tiles import MAX_WIDTH
@@ -170,6 +171,13 @@ def dropout_key(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed.device != device:
         raise ValueError(f"dropout_seed is on {seed.device} but q is on {device}")
     return seed.reshape(1)
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("forward-mode derivatives are taken by impl='reference' only")
 
 
 def largest(x: Tensor) -> float:

@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastgt import reference
 from fastgt.graph import Graph
@@ -19,6 +18,7 @@ from fastgt.ops._arguments import (
     autocasts,
     check_graph,
     number,
+    refuse_forward_mode,
 )
 from fastgt.ops._impl import Impl, choose, require_triton
 from fastgt.tiles import Plan
@@ -68,7 +68,7 @@ def segment_softmax(x: Tensor, graph: Graph, *, impl: Impl | None = None) -> Ten
     impl = choose(impl, x)
     if impl == "reference":
         return reference.segment_softmax(x, graph)
-    _check_forward_mode(x)
+    refuse_forward_mode(x)
     path = _PATHS[impl]
     args = _flat(x), path, graph, _rows(graph, path)
     if torch.is_grad_enabled() and x.requires_grad:
@@ -146,7 +146,7 @@ def aggregate(
         return reference.aggregate(
             x, graph, reduce=reduce, edge_value=edge_value, activation=activation
         )
-    _check_forward_mode(*tensors)
+    refuse_forward_mode(*tensors)
     path = _PATHS[impl]
     flat, how = _flat_all(*tensors), (reduce, activation == "relu")
     rows = _rows(graph, path)
@@ -247,7 +247,7 @@ def gated_aggregate(
             eps=eps,
             return_gate=return_gate,
         )
-    _check_forward_mode(*tensors)
+    refuse_forward_mode(*tensors)
     path = _PATHS[impl]
     flat, how = _flat_all(*tensors), (eps, bool(normalize), bool(return_gate))
     rows = _rows(graph, path)
@@ -305,13 +305,6 @@ def _check(graph: Graph, *, required: bool = False, **tensors: tuple[Tensor | No
         raise ValueError(
             f"graph is on {graph.device} but {first} is on {like.device}: use graph.to()"
         )
-
-
-def _check_forward_mode(*tensors: Tensor | None) -> None:
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError("forward-mode derivatives are taken by impl='reference' only")
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -575,7 +568,8 @@ def _launch(name: str) -> Callable[..., Any]:
         if path == "torch":
             from fastgt.cpu import aggregate as cpu
 
-            return getattr(cpu, name)(*args)
+            with torch.no_grad():  # called by an exported module, gradients may be on
+                return getattr(cpu, name)(*args)
         require_triton(next(x for x in args if isinstance(x, Tensor)))
         if name.startswith("aggregate"):
             from fastgt.kernels import aggregate as kernels

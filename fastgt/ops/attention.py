@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastgt import reference
 from fastgt.graph import Graph
@@ -21,6 +20,7 @@ from fastgt.ops._arguments import (
     dropout_key,
     largest,
     number,
+    refuse_forward_mode,
 )
 from fastgt.ops._impl import Impl, choose, require_triton
 from fastgt.ops.attention_edges import (
@@ -187,10 +187,7 @@ def neighborhood_attention(
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
         k, v = k.view_as(k), v.view_as(v)
-    elif forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
-        raise NotImplementedError("forward-mode derivatives are taken by impl='reference' only")
+    refuse_forward_mode(*tensors)
     plan = _plan(impl, graph, q, v, bool(edges))
     settings = (scale, low, high, denominator_eps)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

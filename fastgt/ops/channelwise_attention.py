@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastgt import reference
 from fastgt.graph import Graph
@@ -22,6 +21,7 @@ from fastgt.ops._arguments import (
     clamp_bounds,
     largest,
     number,
+    refuse_forward_mode,
 )
 from fastgt.ops._impl import Impl, choose, require_triton
 from fastgt.tiles import Plan
@@ -118,10 +118,7 @@ def channelwise_attention(
         # Dynamo refuses one tensor in two places of a Function
         v = None if v is None else v.view_as(v)
         edge_value = None if edge_value is None else edge_value.view_as(edge_value)
-    elif forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
-        raise NotImplementedError("forward-mode derivatives are taken by impl='reference' only")
+    refuse_forward_mode(*tensors)
     rows, settings = _rows(graph, impl), (low, high, denominator_eps)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         columns = _columns(graph, impl) if v is not None and v.requires_grad else ()

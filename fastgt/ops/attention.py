@@ -75,7 +75,7 @@ def neighborhood_attention(
         graph: Who attends to whom.
         scale: Default ``1 / sqrt(D)``. A number; to learn it, multiply q by it.
         edge_bias: ``[E, H]``. As all edge tensors: in the caller's edge order, in q's dtype, of any
-            strides; receives a gradient.
+            strides; receives a gradient. Kernels copy those below that are not contiguous.
         edge_gate: ``[E, H, D]`` or ``[E, H]``, times the products of queries and keys.
         edge_key: ``[E, H, D]``, added to the keys.
         edge_value: ``[E, H, Dv]``, added to the values. Where it is the tensor that edge_key is,

@@ -52,7 +52,6 @@ from .configs import (
     warp_lanes,
 )
 from .prims import (
-    NO_TERMS,
     EdgeTerms,
     add_edge_key,
     add_edge_value,
@@ -77,16 +76,16 @@ _PLAIN: dict[str, Any] = {}  # constants of a call without edge terms
 @triton.jit(do_not_specialize=[*COUNTS, "threshold"])
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr,  # [N, H, D], [M, H_kv, D], [M, H_kv, DV], [E, H]
-    o_ptr, lse_ptr, norm_ptr,  # [N, H, DV], [N, H], [N, H, 2]: pivot and factor of the weights
+    o_ptr, lse_ptr, norm_ptr,  # [N, H, DV], [N, H], [N, H, 2] or None: pivot and factor of weights
     part_ptr, stat_ptr,  # of segments: [S, H, DV] sums, [S, H, 2] maximum and sum
     row_ptr, col_ptr, edge_ptr,  # [N + 1], [E], [E]
     few_ptr, middle_ptr, segment_ptr,
-    terms, made,  # EdgeTerms, EdgeResults
+    terms, made,  # EdgeTerms and EdgeResults, with EDGES
     q_stride, k_stride, v_stride, bias_stride,  # (node, head, channel); outputs are contiguous
     num_rows, num_middle, num_segments,
     scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr, BUCKETS: tl.constexpr,
+    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
     C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
@@ -95,9 +94,10 @@ def _attention_fwd_kernel(
 ):  # fmt: skip
     """Grid (row groups, head blocks): one program owns BLOCK_R rows, or one, of BLOCK_H heads."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    ATTR_Q: tl.constexpr = terms.attr_q is not None
-    SCORES: tl.constexpr = made.scores is not None
-    WEIGH_ATTR: tl.constexpr = made.attr_o is not None
+    BUCKETS: tl.constexpr = few_ptr is not None
+    ATTR_Q: tl.constexpr = terms.attr_q is not None if EDGES else False
+    SCORES: tl.constexpr = made.scores is not None if EDGES else False
+    WEIGH_ATTR: tl.constexpr = made.attr_o is not None if EDGES else False
     row, mine, begin, end, stride = take_rows(
         row_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
         BUCKETS, BLOCK_R, BLOCK_E,
@@ -108,9 +108,11 @@ def _attention_fwd_kernel(
 
     q = load_heads(q_ptr, q_stride, row[:, None], mine[:, None], head, H, D, BLOCK_D, ALIGN)
     q = q.to(ACC)  # [R, 1, H, D]
-    attr_q = load_attr_q(
-        terms, row[:, None], mine[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
-    )  # [R, 1, H, C]
+    attr_q = 0.0
+    if EDGES:
+        attr_q = load_attr_q(
+            terms, row[:, None], mine[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
+        )  # [R, 1, H, C]
 
     lane_max = tl.full([BLOCK_R, BLOCK_E, BLOCK_H], float("-inf"), ACC)
     lane_sum = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H], ACC)
@@ -124,13 +126,15 @@ def _attention_fwd_kernel(
         edge = tl.load(edge_ptr + slot, mask=live, other=0) if HAS_BIAS or EDGES else slot
         k = load_heads(k_ptr, k_stride, col, live, head // GROUP, H // GROUP, D, BLOCK_D, ALIGN)
         v = load_heads(v_ptr, v_stride, col, live, head // GROUP, H // GROUP, DV, BLOCK_DV, ALIGN)
-        k, edge_key = add_edge_key(k.to(ACC), terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
-        k = k * load_gate(terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
-        v = add_edge_value(
-            v.to(ACC), edge_key, terms, edge, live, head, H, DV, BLOCK_DV, EDGE_ALIGN, SHARED
-        )
-        attr = load_attr(terms, edge, live, C, BLOCK_C, EDGE_ALIGN, ACC)
-        factor = load_factor(terms, edge, live, head, H, ACC)
+        k, v, attr, factor = k.to(ACC), v.to(ACC), 0.0, 1.0
+        if EDGES:
+            k, edge_key = add_edge_key(k, terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
+            k = k * load_gate(terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
+            v = add_edge_value(
+                v, edge_key, terms, edge, live, head, H, DV, BLOCK_DV, EDGE_ALIGN, SHARED
+            )
+            attr = load_attr(terms, edge, live, C, BLOCK_C, EDGE_ALIGN, ACC)
+            factor = load_factor(terms, edge, live, head, H, ACC)
         s, _, _ = logits(
             q, k, attr_q, attr, factor, live, edge, head, bias_ptr, bias_stride,
             scale, low, high, H, CLAMP, HAS_BIAS, ATTR_Q,
@@ -195,7 +199,7 @@ def _attention_fwd_kernel(
     at = row[:, None] * H + head[None, :]
     mask = mine[:, None] & (head < H)[None, :]
     tl.store(lse_ptr + at, tl.where(empty, float("-inf"), lse), mask=mask)
-    if NORM:
+    if norm_ptr is not None:
         tl.store(norm_ptr + 2 * at, pivot, mask=mask)
         tl.store(norm_ptr + 2 * at + 1, norm, mask=mask)
 
@@ -205,22 +209,24 @@ def _attention_weights_kernel(
     q_ptr, k_ptr, bias_ptr, norm_ptr,
     weights_ptr,  # [E, H]
     row_ptr, col_ptr, edge_ptr, few_ptr, middle_ptr, segment_ptr,
-    terms,
+    terms,  # EdgeTerms, with EDGES
     q_stride, k_stride, bias_stride,
     num_rows, num_middle, num_segments,
     scale: tl.float64, low: tl.float64, high: tl.float64,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, BUCKETS: tl.constexpr,
+    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
+    EDGES: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (row groups, head blocks): the weights of BLOCK_R rows, or one, of BLOCK_H heads.
 
     Not from the lse, which is rounded as the largest logit is, but from pivot and factor.
     """
     ACC: tl.constexpr = norm_ptr.dtype.element_ty
-    ATTR_Q: tl.constexpr = terms.attr_q is not None
+    BUCKETS: tl.constexpr = few_ptr is not None
+    ATTR_Q: tl.constexpr = terms.attr_q is not None if EDGES else False
     row, mine, begin, end, stride = take_rows(
         row_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
         BUCKETS, BLOCK_R, BLOCK_E,
@@ -230,7 +236,11 @@ def _attention_weights_kernel(
     low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
     q = load_heads(q_ptr, q_stride, row[:, None], mine[:, None], head, H, D, BLOCK_D, ALIGN)
     q = q.to(ACC)
-    attr_q = load_attr_q(terms, row[:, None], mine[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC)
+    attr_q = 0.0
+    if EDGES:
+        attr_q = load_attr_q(
+            terms, row[:, None], mine[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
+        )
     at = row[:, None] * H + head[None, :]
     mask = mine[:, None] & (head < H)[None, :]
     pivot = tl.load(norm_ptr + 2 * at, mask=mask, other=0.0)
@@ -241,12 +251,13 @@ def _attention_weights_kernel(
         col = tl.load(col_ptr + slot, mask=live, other=0)
         edge = tl.load(edge_ptr + slot, mask=live, other=0)
         k = load_heads(k_ptr, k_stride, col, live, head // GROUP, H // GROUP, D, BLOCK_D, ALIGN)
-        k, _ = add_edge_key(k.to(ACC), terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
-        k = k * load_gate(terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
-        attr = 0.0
-        if ATTR_Q:
-            attr = load_attr(terms, edge, live, C, BLOCK_C, EDGE_ALIGN, ACC)
-        factor = load_factor(terms, edge, live, head, H, ACC)
+        k, attr, factor = k.to(ACC), 0.0, 1.0
+        if EDGES:
+            k, _ = add_edge_key(k, terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
+            k = k * load_gate(terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
+            if ATTR_Q:
+                attr = load_attr(terms, edge, live, C, BLOCK_C, EDGE_ALIGN, ACC)
+            factor = load_factor(terms, edge, live, head, H, ACC)
         s, _, _ = logits(
             q, k, attr_q, attr, factor, live, edge, head, bias_ptr, bias_stride,
             scale, low, high, H, CLAMP, HAS_BIAS, ATTR_Q,
@@ -267,7 +278,7 @@ class EdgeResults(NamedTuple):
 
 def attention_fwd(
     q, k, v, edge_bias, rows, scale, low, high, eps, return_weights, scores=None, attr_o=None,
-    terms=NO_TERMS, edge_meta=_PLAIN,
+    terms=None, edge_meta=_PLAIN,
 ):  # fmt: skip
     """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order.
 
@@ -284,7 +295,7 @@ def attention_fwd(
         part = lse.new_empty(parts, heads, v.shape[2])
         stat = lse.new_empty(parts, heads, 2)
         attr_part = None if attr_o is None else lse.new_empty(parts, heads, attr_o.shape[2])
-    made = EdgeResults(scores, attr_o, attr_part)
+    made = None if terms is None else EdgeResults(scores, attr_o, attr_part)
     if n and heads:
         meta, grid, counts = attention_plan(
             q, k, v, (q, k, v), n, heads, few, middle, segment, edge_meta
@@ -293,7 +304,7 @@ def attention_fwd(
             q, k, v, edge_bias, o, lse, norm, part, stat, row_ptr, col, edge, few, middle, segment,
             terms, made, q.stride(), k.stride(), v.stride(), stride(edge_bias),
             *counts, scale, low, high, log(eps),
-            CLAMP=clamps(low, high), HAS_BIAS=edge_bias is not None, NORM=return_weights, **meta,
+            CLAMP=clamps(low, high), HAS_BIAS=edge_bias is not None, **meta,
         )  # fmt: skip
         if parts:
             combine_outputs(o, lse, norm, part, stat, split, log(eps))
@@ -304,7 +315,7 @@ def attention_fwd(
         meta, grid, counts = attention_plan(
             q, k, k, (q, k), n, heads, few, middle, segment, edge_meta
         )
-        for name in ("DV", "BLOCK_DV", "EDGES", "SHARED", "seed_ptr", "threshold"):
+        for name in ("DV", "BLOCK_DV", "SHARED", "seed_ptr", "threshold"):
             meta.pop(name, None)
         _attention_weights_kernel[grid](
             q, k, edge_bias, norm, weights, row_ptr, col, edge, few, middle, segment, terms,
@@ -374,7 +385,6 @@ def attention_plan(q, k, v, aligned, num_rows, heads, few, middle, segment, edge
         "GROUP": q.shape[1] // max(k.shape[1], 1),
         "D": q.shape[2],
         "DV": v.shape[2],
-        "BUCKETS": few is not None,
         "BLOCK_R": tile.block_r,
         "BLOCK_E": tile.block_e,
         "BLOCK_H": tile.block_h,

@@ -20,7 +20,6 @@ from .attention import COUNTS, attention_plan, attention_terms, attention_walk
 from .attention_combine import combine_columns, combine_rows, finish_row
 from .configs import clamps, log, stride
 from .prims import (
-    NO_TERMS,
     add_edge_key,
     add_edge_value,
     joined,
@@ -46,13 +45,13 @@ def _attention_bwd_dq_kernel(
     dq_ptr, wgamma_ptr,  # [N, H, D], [N, H, 2]: w and gamma
     part_ptr, stat_ptr,  # of segments: [S, 2, H, D] sums of p k and p dp k, [S, H, 2] of p and p dp
     row_ptr, col_ptr, edge_ptr, few_ptr, middle_ptr, segment_ptr,
-    terms, grads,  # EdgeTerms, EdgeGrads
+    terms, grads,  # EdgeTerms and EdgeGrads, with EDGES
     q_stride, k_stride, v_stride, bias_stride, do_stride, dlse_stride,
     num_rows, num_middle, num_segments,
     scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_Q: tl.constexpr,
-    BUCKETS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
     C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
     EDGES: tl.constexpr = False, SHARED: tl.constexpr = False,
@@ -63,10 +62,11 @@ def _attention_bwd_dq_kernel(
     One walk gives all: dq = scale (w sum_j p dp k - gamma sum_j p k), and likewise for attr_q.
     """
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    ATTR_Q: tl.constexpr = terms.attr_q is not None
-    ATTR_DO: tl.constexpr = grads.attr_do is not None
-    ATTR_DQ: tl.constexpr = grads.attr_dq is not None
-    DSCORES: tl.constexpr = grads.dscores is not None and NEED_Q
+    BUCKETS: tl.constexpr = few_ptr is not None
+    ATTR_Q: tl.constexpr = terms.attr_q is not None if EDGES else False
+    ATTR_DO: tl.constexpr = grads.attr_do is not None if EDGES else False
+    ATTR_DQ: tl.constexpr = grads.attr_dq is not None if EDGES else False
+    DSCORES: tl.constexpr = grads.dscores is not None and NEED_Q if EDGES else False
     PARTS: tl.constexpr = 3 if DSCORES else 2
     row, mine, begin, end, stride = take_rows(
         row_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
@@ -80,9 +80,11 @@ def _attention_bwd_dq_kernel(
     q = q.to(ACC)  # [R, 1, H, D]
     do = load_heads(do_ptr, do_stride, row[:, None], mine[:, None], head, H, DV, BLOCK_DV, ALIGN)
     do = do.to(ACC)  # [R, 1, H, DV]
-    attr_q = load_attr_q(
-        terms, row[:, None], mine[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
-    )  # [R, 1, H, C]
+    attr_q = 0.0
+    if EDGES:
+        attr_q = load_attr_q(
+            terms, row[:, None], mine[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
+        )  # [R, 1, H, C]
     if ATTR_DO:
         attr_do = load_heads(
             grads.attr_do, (H * C, C, 1), row[:, None], mine[:, None], head, H, C, BLOCK_C,
@@ -107,13 +109,15 @@ def _attention_bwd_dq_kernel(
         edge = tl.load(edge_ptr + slot, mask=live, other=0) if HAS_BIAS or EDGES else slot
         k = load_heads(k_ptr, k_stride, col, live, head // GROUP, H // GROUP, D, BLOCK_D, ALIGN)
         v = load_heads(v_ptr, v_stride, col, live, head // GROUP, H // GROUP, DV, BLOCK_DV, ALIGN)
-        k, edge_key = add_edge_key(k.to(ACC), terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
-        k = k * load_gate(terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
-        v = add_edge_value(
-            v.to(ACC), edge_key, terms, edge, live, head, H, DV, BLOCK_DV, EDGE_ALIGN, SHARED
-        )
-        attr = load_attr(terms, edge, live, C, BLOCK_C, EDGE_ALIGN, ACC)
-        factor = load_factor(terms, edge, live, head, H, ACC)
+        k, v, attr, factor = k.to(ACC), v.to(ACC), 0.0, 1.0
+        if EDGES:
+            k, edge_key = add_edge_key(k, terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
+            k = k * load_gate(terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
+            v = add_edge_value(
+                v, edge_key, terms, edge, live, head, H, DV, BLOCK_DV, EDGE_ALIGN, SHARED
+            )
+            attr = load_attr(terms, edge, live, C, BLOCK_C, EDGE_ALIGN, ACC)
+            factor = load_factor(terms, edge, live, head, H, ACC)
         s, through, _ = logits(
             q, k, attr_q, attr, factor, live, edge, head, bias_ptr, bias_stride,
             scale, low, high, H, CLAMP, HAS_BIAS, ATTR_Q,
@@ -195,14 +199,14 @@ def _attention_bwd_dkv_kernel(
     dk_part_ptr, dv_part_ptr,  # of segments: [S, H_kv, D], [S, H_kv, DV]
     col_ptr, row_ptr, edge_ptr,  # [M + 1], [E], [E]
     few_ptr, middle_ptr, segment_ptr,
-    terms, grads,  # EdgeTerms, EdgeGrads
+    terms, grads,  # EdgeTerms and EdgeGrads, with EDGES
     q_stride, k_stride, v_stride, bias_stride, do_stride,
     num_rows, num_middle, num_segments,  # of columns
     first_block,  # of heads, where there is one launch for each
     scale: tl.float64, low: tl.float64, high: tl.float64,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEED_BIAS: tl.constexpr, BUCKETS: tl.constexpr,
+    NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEED_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
     C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
@@ -216,10 +220,11 @@ def _attention_bwd_dkv_kernel(
     The query heads that share a key head come one after another.
     """
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    ATTR_Q: tl.constexpr = terms.attr_q is not None
-    ATTR_DO: tl.constexpr = grads.attr_do is not None
-    DATTR: tl.constexpr = grads.dattr is not None
-    DSCORES: tl.constexpr = grads.dscores is not None
+    BUCKETS: tl.constexpr = few_ptr is not None
+    ATTR_Q: tl.constexpr = terms.attr_q is not None if EDGES else False
+    ATTR_DO: tl.constexpr = grads.attr_do is not None if EDGES else False
+    DATTR: tl.constexpr = grads.dattr is not None if EDGES else False
+    DSCORES: tl.constexpr = grads.dscores is not None if EDGES else False
     col, mine, begin, end, stride = take_rows(
         col_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
         BUCKETS, BLOCK_R, BLOCK_E,
@@ -244,20 +249,24 @@ def _attention_bwd_dkv_kernel(
             edge = tl.load(edge_ptr + slot, mask=live, other=0)
         else:
             edge = slot
-        attr = load_attr(terms, edge, live, C, BLOCK_C, EDGE_ALIGN, ACC)
+        attr = 0.0
+        if EDGES:
+            attr = load_attr(terms, edge, live, C, BLOCK_C, EDGE_ALIGN, ACC)
         if DATTR:
             dattr = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_C], ACC)
         for member in range(GROUP):
             head = kv_head * GROUP + member  # H and beyond for the padded ones
             q = load_heads(q_ptr, q_stride, row, live, head, H, D, BLOCK_D, ALIGN).to(ACC)
             do = load_heads(do_ptr, do_stride, row, live, head, H, DV, BLOCK_DV, ALIGN).to(ACC)
-            key, edge_key = add_edge_key(k, terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
-            gate = load_gate(terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
-            value = add_edge_value(
-                v, edge_key, terms, edge, live, head, H, DV, BLOCK_DV, EDGE_ALIGN, SHARED
-            )
-            attr_q = load_attr_q(terms, row, live, head, H, C, BLOCK_C, EDGE_ALIGN, ACC)
-            factor = load_factor(terms, edge, live, head, H, ACC)
+            key, value, gate, factor, attr_q = k, v, 1.0, 1.0, 0.0
+            if EDGES:
+                key, edge_key = add_edge_key(k, terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
+                gate = load_gate(terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
+                value = add_edge_value(
+                    v, edge_key, terms, edge, live, head, H, DV, BLOCK_DV, EDGE_ALIGN, SHARED
+                )
+                attr_q = load_attr_q(terms, row, live, head, H, C, BLOCK_C, EDGE_ALIGN, ACC)
+                factor = load_factor(terms, edge, live, head, H, ACC)
             at = row.to(tl.int64)[:, :, None] * H + head[None, None, :]
             mask = live[:, :, None] & (head < H)[None, None, :]
             lse = load_lse(lse_ptr + at, mask)  # [R, E, H]
@@ -300,22 +309,23 @@ def _attention_bwd_dkv_kernel(
                 dkey = dt * q * gate
                 if NEED_K:
                     dk += dkey
-                if grads.dfactor is not None:
-                    dfactor = ds * bare
-                    if DSCORES:
-                        dfactor += tl.sum(dscores * q * gated, 3) * scale
-                    dfactor = dfactor.to(grads.dfactor.dtype.element_ty)
-                    tl.store(grads.dfactor + edge_at, dfactor, mask=mask)
-                if grads.dgate is not None:
-                    dgate = dt * q * key * scale
-                    store_heads(grads.dgate, edge, live, head, H, D, BLOCK_D, dgate)
-                if grads.dkey is not None:
-                    dkey = dkey * scale
-                    if SHARED:
-                        dkey += dvalue
-                    store_heads(grads.dkey, edge, live, head, H, D, BLOCK_D, dkey)
-                if grads.dvalue is not None:
-                    store_heads(grads.dvalue, edge, live, head, H, DV, BLOCK_DV, dvalue)
+                if EDGES:
+                    if grads.dfactor is not None:
+                        dfactor = ds * bare
+                        if DSCORES:
+                            dfactor += tl.sum(dscores * q * gated, 3) * scale
+                        dfactor = dfactor.to(grads.dfactor.dtype.element_ty)
+                        tl.store(grads.dfactor + edge_at, dfactor, mask=mask)
+                    if grads.dgate is not None:
+                        dgate = dt * q * key * scale
+                        store_heads(grads.dgate, edge, live, head, H, D, BLOCK_D, dgate)
+                    if grads.dkey is not None:
+                        dkey = dkey * scale
+                        if SHARED:
+                            dkey += dvalue
+                        store_heads(grads.dkey, edge, live, head, H, D, BLOCK_D, dkey)
+                    if grads.dvalue is not None:
+                        store_heads(grads.dvalue, edge, live, head, H, DV, BLOCK_DV, dvalue)
                 if DATTR:
                     if ATTR_Q:
                         dattr += tl.sum((ds * factor * scale)[:, :, :, None] * attr_q, 2)
@@ -364,13 +374,10 @@ class EdgeGrads(NamedTuple):
     dattr: Any  # [E, C], in the accumulator's dtype
 
 
-_NO_GRADS = EdgeGrads(*[None] * 9)
-
-
 def attention_bwd(
     do, dlse, q, k, v, edge_bias, lse, rows, columns,
     scale, low, high, eps, need_q, need_k, need_v, need_bias,
-    terms=NO_TERMS, grads=_NO_GRADS, edge_meta=_PLAIN,
+    terms=None, grads=None, edge_meta=_PLAIN,
 ):  # fmt: skip
     """-> dq [N, H, D], dk [M, H_kv, D], dv [M, H_kv, DV], dbias [E, H]; empty where not needed.
 
@@ -395,10 +402,10 @@ def attention_bwd(
         parts = part = stat = None
         if segment is not None:
             parts = counts[2]
-            sums = 3 if grads.dscores is not None else 2
+            sums = 3 if edge_meta and grads.dscores is not None else 2
             part = lse.new_empty(parts if need_q else 0, sums, heads, width)
             stat = lse.new_empty(parts, heads, 2)
-            if grads.attr_dq is not None:
+            if edge_meta and grads.attr_dq is not None:
                 attr_part = lse.new_empty(parts, 2, heads, grads.attr_dq.shape[2])
                 grads = grads._replace(attr_part=attr_part)
         _attention_bwd_dq_kernel[grid](
@@ -410,7 +417,7 @@ def attention_bwd(
         if parts:
             row = stat, lse, dlse, stride(dlse), split, scale, log(eps)
             combine_rows(dq, wgamma, part, *row, need_q)
-            if grads.attr_dq is not None:
+            if edge_meta and grads.attr_dq is not None:
                 combine_rows(grads.attr_dq, wgamma, grads.attr_part, *row, True)
     if m and kv_heads and (need_k or need_v or need_bias or edge_meta):
         col_ptr, col_row, col_edge, few, middle, segment, split = attention_walk(columns)
@@ -424,7 +431,7 @@ def attention_bwd(
             dk_part = lse.new_empty(parts if need_k else 0, kv_heads, width)
             dv_part = lse.new_empty(parts if need_v else 0, kv_heads, v.shape[2])
         launches = [(0, grid)]
-        if grads.dattr is not None:
+        if edge_meta and grads.dattr is not None:
             # heads share the attributes: one launch after another adds to their gradient
             launches = [(block, (grid[0], 1)) for block in range(grid[1])]
         for first_block, part_grid in launches:

@@ -2,7 +2,8 @@
 
 What edges may have besides a bias comes as one argument, ``terms``: a tuple of pointers, each None
 where it is absent. The functions that read it return what changes nothing in that case
-(0.0 to add, 1.0 to multiply with), so that a kernel names every term once, and asks for none.
+(0.0 to add, 1.0 to multiply with), so that a kernel names every term once. Where there is none at
+all the tuple itself is None, and a kernel asks its constant ``EDGES`` before it reads it.
 """
 
 from typing import Any, NamedTuple
@@ -154,9 +155,6 @@ class EdgeTerms(NamedTuple):
     value: Any  # [E, H, DV]
     attr: Any  # [E, C]
     attr_q: Any  # [N, H, C]
-
-
-NO_TERMS = EdgeTerms(*[None] * 6)
 
 
 @triton.jit

@@ -397,6 +397,16 @@ def test_threads_and_heads_together_do_not_change_a_bit(monkeypatch, terms):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
+@pytest.mark.parametrize("terms", ["attr-key", "attr-value", "attr-key attr-value"])
+def test_attribute_gradients_of_some_edges_at_a_time(monkeypatch, terms):
+    x = case(5, 30, 200, heads=2, group=2, dtype=FP32, isolated=2, terms=terms)
+    whole = evaluate(x, "torch")
+    for size in (1, 7, 199, 200):
+        monkeypatch.setattr("fastgt.cpu.attention._SLICE", size)
+        same_bits(evaluate(x, "torch"), whole)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
 def test_rows_summed_in_pieces_are_the_same_rows(monkeypatch):
     monkeypatch.setattr("fastgt.cpu.sparse._LONG", 4)
     for terms in (ALL, BY_HEAD):
@@ -634,15 +644,25 @@ def test_opcheck(path, shared):
     terms = [gate, key, value, attr, attr_q if shared else None, seed]
     numbers = (0.5, -1.0, 1.0, 1e-6, 0.3, shared)
     inputs = (x.q, x.k, x.v, x.bias)
-    forward = (path, *inputs, *terms, rows, *numbers, True, not shared, True)
+    forward = (path, *inputs, *terms, rows, *numbers, True, not shared, True, False)
     fwd, bwd = torch.ops.fastgt.attention_edges_fwd, torch.ops.fastgt.attention_edges_bwd
     torch.library.opcheck(fwd.default, forward)
-    o, lse, _, scores, attr_o = fwd(*forward)
+    o, lse, _, scores, attr_o, _ = fwd(*forward)
     dscores = None if shared else scores
     needs = [t is not None for t in (*inputs, *terms[:-1])]
-    backward = (path, o, lse, dscores, attr_o, *inputs, *terms, lse, rows, columns, *numbers)
+    backward = (path, o, lse, dscores, attr_o, *inputs, *terms, lse, None, rows, columns, *numbers)
     torch.library.opcheck(bwd.default, (*backward, needs))
     torch.library.opcheck(bwd.default, (*backward, [False, True, *needs[2:6], False, True, False]))
+    if path == "torch":
+        # a CPU keeps what it need not make again
+        simple = (*inputs, None, key, value, attr, attr_q, seed)
+        numbers = (0.5, -math.inf, math.inf, 1e-6, 0.3, shared)
+        forward = (path, *simple, rows, *numbers, False, False, True, True)
+        torch.library.opcheck(fwd.default, forward)
+        o, lse, _, _, attr_o, exps = fwd(*forward)
+        needs = [t is not None for t in simple[:-1]]
+        backward = (path, o, lse, None, attr_o, *simple, lse, exps, rows, columns, *numbers)
+        torch.library.opcheck(bwd.default, (*backward, needs))
 
 
 def test_shapes_beyond_two_to_the_31_on_meta_tensors():

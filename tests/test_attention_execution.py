@@ -419,7 +419,6 @@ def test_outputs_beyond_two_to_the_31(tmp_path):
     pytest.importorskip("triton")
     import fastgt.kernels.attention as kernels
     import fastgt.kernels.attention_backward as backward
-    from fastgt.kernels.prims import NO_TERMS
 
     x = case(3, 4, 4, heads=2, d=4, dv=4, dtype=FP32, biased=False, scale=0.5)
     wanted = evaluate(x, "triton")
@@ -430,30 +429,29 @@ def test_outputs_beyond_two_to_the_31(tmp_path):
     o, dq, dk, dv = (t.as_strided((4, 2, 4), (4 * heads, 4, 1)) for t in wide)
     graph, walk = x.graph, x.graph.columns
     floats = 0.5, -math.inf, math.inf
-    meta = {"H": heads, "GROUP": 1, "D": 4, "CLAMP": False, "HAS_BIAS": False, "BUCKETS": False}
+    meta = {"H": heads, "GROUP": 1, "D": 4, "CLAMP": False, "HAS_BIAS": False}
     meta |= {"BLOCK_R": 4, "BLOCK_E": 4, "BLOCK_H": 2, "BLOCK_D": 4, "ALIGN": 1}
     values = {"DV": 4, "BLOCK_DV": 4}
     strides = x.q.stride(), x.k.stride(), x.v.stride(), (0, 0)
     rows, buckets, counts = (graph.row_ptr, graph.col, graph.edge), (None,) * 3, (4, 0, 0)
     kernels._attention_fwd_kernel[1, 1](
-        x.q, x.k, x.v, None, o, lse, norm, None, None, *rows, *buckets, NO_TERMS,
-        kernels.EdgeResults(None, None, None),
-        *strides, *counts, *floats, -math.inf, NORM=True, **values, **meta,
+        x.q, x.k, x.v, None, o, lse, norm, None, None, *rows, *buckets, None, None,
+        *strides, *counts, *floats, -math.inf, **values, **meta,
     )  # fmt: skip
     kernels._attention_weights_kernel[1, 1](
-        x.q, x.k, None, norm, weights, *rows, *buckets, NO_TERMS, *strides[:2], (0, 0), *counts,
+        x.q, x.k, None, norm, weights, *rows, *buckets, None, *strides[:2], (0, 0), *counts,
         *floats,
         **meta,
     )  # fmt: skip
     backward._attention_bwd_dq_kernel[1, 1](
         x.q, x.k, x.v, None, x.do, x.dlse, lse, dq, wgamma, None, None, *rows, *buckets,
-        NO_TERMS, backward._NO_GRADS,
+        None, None,
         *strides, x.do.stride(), x.dlse.stride(), *counts, *floats, -math.inf,
         HAS_DLSE=True, NEED_Q=True, **values, **meta,
     )  # fmt: skip
     backward._attention_bwd_dkv_kernel[1, 1](
         x.q, x.k, x.v, None, x.do, lse, wgamma, dk, dv, dbias, None, None,
-        walk.ptr, walk.row, walk.edge, *buckets, NO_TERMS, backward._NO_GRADS,
+        walk.ptr, walk.row, walk.edge, *buckets, None, None,
         *strides, x.do.stride(), *counts, 0, *floats,
         NEED_K=True, NEED_V=True, NEED_BIAS=True, **values, **meta,
     )  # fmt: skip

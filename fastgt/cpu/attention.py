@@ -5,8 +5,9 @@ output a sparse-dense product. On a large graph heads come one by one, so that n
 one [E] vector exists beside the result: the working memory is O(N D + E). On a small one, where
 the calls would cost more than the work, several heads are put side by side as one graph of
 several components; the result depends neither on that choice nor on the number of threads. What
-edges have besides a bias is in ``edge_terms.py``. The backward recomputes the logits; the symbols
-are those of ``kernels/attention.py``.
+edges have besides a bias is in ``edge_terms.py``. The backward makes the logits anew, except where
+that would take several products (edge keys, attributes): there [H, E] exponentials are kept. The
+symbols are those of ``kernels/attention.py``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fastgt.cpu.sparse import (
     bags,
     diagonal,
     make_walk,
+    own,
     per_edge,
     pivots,
     sddmm,
@@ -35,6 +37,7 @@ from fastgt.cpu.sparse import (
 )
 
 _TOGETHER = 2**16  # edges and nodes, heads counted, up to which heads share their calls
+_SLICE = 2**15  # edges whose attributes' gradients are made at a time
 
 
 @torch.no_grad()  # called by an exported module, gradients may be on
@@ -54,11 +57,13 @@ def attention_fwd(
     terms: Terms | None = None,
     return_scores: bool = False,
     weigh_attr: bool = False,
+    keep: bool = False,
 ) -> tuple[Tensor, ...]:
     """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order.
 
-    With ``terms`` also edge scores [E, H, D] (or [0, H, D]) in that order, and the weighted sums of
-    the attributes [N, H, C] (or [N, H, 0]).
+    With ``terms`` also edge scores [E, H, D] (or [0, H, D]) in that order, the weighted sums of the
+    attributes [N, H, C] (or [N, H, 0]), and [H, E] (or [H, 0]) in row order what the backward need
+    not make again: exp(logit - a number of its row).
     """
     n, heads, d = q.shape
     num_edges, caller = col.shape[0], edge.long()
@@ -72,25 +77,30 @@ def attention_fwd(
         channels = attr.shape[1] if attr is not None and weigh_attr else 0
         results.append(q.new_empty(num_edges if return_scores else 0, heads, d))
         results.append(q.new_empty(n, heads, channels, dtype=wide))
+        results.append(q.new_empty(heads, num_edges if keep else 0, dtype=wide))
     # the sum of the weights comes along with that of the values, unless dropout takes some away
     ones = 0 if terms is not None and terms.keep is not None else 1
     row_walk, row = make_walk(row_ptr, col), segment_of(row_ptr, col)
     for kv, members in _blocks(q, k, col):
         kh, vh = stack(k, kv, wide), stack(v, kv, wide, ones=ones)
         walk = diagonal(row_walk, k.shape[0], kv)
+        each = own(walk)
         for h in members:
-            head = Head(stack(q, h, wide), kh, walk, n, row, edge, h, terms, attr, return_scores)
+            qh = stack(q, h, wide)
+            head = Head(qh, kh, walk, each, n, row, edge, h, terms, attr, return_scores)
             s, _ = head.logits(_bias(edge_bias, edge, h), scale, low, high)
             if return_scores:
                 results[3][caller, h] = unstack(head.scores(scale), num_edges).to(q.dtype)
             top, dead = pivots(s, walk.ptr)
             p = s.sub_(per_edge(top, row, n)).exp_()
+            if keep and num_edges:
+                results[5][h] = p.unflatten(0, (-1, num_edges))
             used = head.dropped(p)
             out = spmm(walk, used, vh)
             if ones:
                 out, total = out[:, :-1], out[:, -1]
             else:
-                total = segment_sum(walk, p)
+                total = segment_sum(each, p)
             if head.value is not None:
                 out += spmm(head.own, used, head.value)
             if dead is not None:
@@ -136,10 +146,12 @@ def attention_bwd(
     terms: Terms | None = None,
     dscores: Tensor | None = None,
     dattr_o: Tensor | None = None,
+    exps: Tensor | None = None,
 ) -> list[Tensor]:
     """-> gradients of q, k, v and the bias, with ``terms`` also of gate, key, value, attr, attr_q.
 
     Empty where ``needs`` says no. A key that is the value as well has one gradient, the key's.
+    ``exps``: what the forward kept.
     """
     n, m, num_edges = q.shape[0], k.shape[0], col.shape[0]
     heads, wide, caller = q.shape[1], lse.dtype, edge.long()
@@ -158,32 +170,38 @@ def attention_bwd(
     if terms is not None and terms.value is terms.key:
         need_value, dvalue = need_key, dkey
     if need_attr:
-        # what an edge's attributes are multiplied with: rows of attr_q and of the gradient
-        by_logit, by_value = (q.new_zeros(num_edges, heads, dtype=wide) for _ in range(2))
-        dattr_rows: Any = None if dattr_o is None else torch.empty_like(dattr_o, dtype=wide)
+        # of every edge: rows of attr_q by ds, rows of dattr_o by p
+        attr_q: Any = None if terms is None else terms.attr_q
+        kinds = (attr_q is not None) + (dattr_o is not None)
+        rates = q.new_empty(num_edges, kinds, heads, dtype=wide)
+        vectors = q.new_empty(n, kinds, heads, attr.shape[1], dtype=wide)
+        if attr_q is not None:
+            vectors[:, 0] = attr_q
     row_walk, col_walk = make_walk(row_ptr, col), make_walk(col_ptr, col_row)
     row, occupied = segment_of(row_ptr, col), row_ptr.diff() > 0
     for kv, members in _blocks(q, k, col):
         kh, vh = stack(k, kv, wide), stack(v, kv, wide)
         dkh = dvh = None
         rows, cols = diagonal(row_walk, m, kv), diagonal(col_walk, n, kv)
-        slot = shifted(col_slot, num_edges, kv)
+        each, slot = own(rows), shifted(col_slot, num_edges, kv)
+        by_channel = dscores is not None
         for h in members:
-            doh = stack(do, h, wide)
-            head = Head(
-                stack(q, h, wide), kh, rows, n, row, edge, h, terms, attr, dscores is not None
-            )
-            s, through = head.logits(_bias(edge_bias, edge, h), scale, low, high)
-            top = stack(lse, h, wide)
+            doh, qh = stack(do, h, wide), stack(q, h, wide)
+            head = Head(qh, kh, rows, each, n, row, edge, h, terms, attr, by_channel)
+            top, through = stack(lse, h, wide), None
             kept = 1 / (1 + (log_eps - top).exp()) if eps else None  # r
             # rows with edges but without a finite logit: exp(s - inf) = 0
             dead = top == -torch.inf
             some_dead = bool(n) and bool((dead.unflatten(0, (-1, n)) & occupied).any())
             if some_dead:
                 top.masked_fill_(dead, torch.inf)
-            p = s.sub_(per_edge(top, row, n)).exp_()
-            # 1 but for the rounding of the stored LSE, which is that of the largest logit
-            total = segment_sum(rows, p)
+            if exps is None:
+                s, through = head.logits(_bias(edge_bias, edge, h), scale, low, high)
+                p = s.sub_(per_edge(top, row, n)).exp_()
+            else:
+                p = exps[h].flatten()
+            # from logits, 1 but for the rounding of the stored LSE, that of the largest logit
+            total = segment_sum(each, p)
             norm = 1 / (total.masked_fill_(dead, 1.0) if some_dead else total)
             # factors of a row are applied to its vectors: dp and ds come out with them
             share = (norm if kept is None else kept * norm)[:, None]
@@ -202,16 +220,16 @@ def attention_bwd(
                 if some_dead:
                     dah.masked_fill_(dead[:, None], 0.0)
                 if need_attr:
-                    dattr_rows[:, h], by_value[:, h] = unstack(dah, n), unstack(used, num_edges)
+                    vectors[:, -1, h], rates[:, -1, h] = unstack(dah, n), unstack(used, num_edges)
             if not need_logits:
                 continue
-            dp = sddmm(doh, vh, rows, 1.0)
+            dp = sddmm(doh, vh, rows)
             if head.value is not None:
-                dp += sddmm(doh, head.value, head.own, 1.0)
+                sddmm(doh, head.value, head.own, onto=dp)
             if attr is not None and dattr_o is not None:
-                dp += sddmm(dah, attr, head.common, 1.0)
+                sddmm(dah, attr, head.common, onto=dp)
             dp = head.dropped(dp)
-            gamma = segment_sum(rows, p * dp)
+            gamma = segment_sum(each, p * dp)
             if kept is not None:
                 gamma *= kept
             if dlse is not None:
@@ -247,22 +265,31 @@ def attention_bwd(
                     out.masked_fill_(dead[:, None], 0.0)
                 dattr_q[:, h] = unstack(out, n)
             if need_attr and head.attr_q is not None:
-                by_logit[:, h] = unstack(head.ds, num_edges)
+                rates[:, 0, h] = unstack(head.ds, num_edges)
         if dkh is not None:
             dk[:, kv] = unstack(dkh, m)
         if dvh is not None:
             dv[:, kv] = unstack(dvh, m)
     if need_attr:
-        # every edge a bag of H weighted rows
-        at = (row.long()[:, None] * heads + torch.arange(heads)).flatten()
-        bag = torch.arange(num_edges + 1) * heads
-        total = attr.new_zeros(attr.shape)
-        attr_q = None if terms is None else terms.attr_q
-        for weight, table in ((by_logit, attr_q), (by_value, dattr_rows)):
-            if table is not None:
-                total += bags(at, table.to(wide).flatten(0, 1), bag, weight.flatten())
-        dattr.index_copy_(0, caller, total.to(q.dtype))
+        _attribute_gradient(dattr, rates.flatten(1), vectors.flatten(1, 2), row, caller)
     return grads
+
+
+def _attribute_gradient(
+    dattr: Tensor, rates: Tensor, vectors: Tensor, row: Tensor, caller: Tensor
+) -> None:
+    """dattr[caller_e] = sum_w rates[e, w] vectors[row_e, w], some edges at a time."""
+    width = rates.shape[1]
+    if not width:
+        dattr.zero_()
+        return
+    vectors = vectors.flatten(0, 1)
+    dtype = torch.int64 if max(vectors.shape[0], _SLICE * width) >= 2**31 else row.dtype
+    within, ptr = torch.arange(width, dtype=dtype), torch.arange(_SLICE + 1, dtype=dtype) * width
+    for part, rate, number in zip(*(x.split(_SLICE) for x in (row, rates, caller)), strict=True):
+        at = part.to(dtype)[:, None] * width + within
+        total = bags(at.flatten(), vectors, ptr[: len(part) + 1], rate.flatten())
+        dattr.index_copy_(0, number, total.to(dattr.dtype))
 
 
 def _blocks(q: Tensor, k: Tensor, col: Tensor) -> Iterator[tuple[slice, list[slice]]]:

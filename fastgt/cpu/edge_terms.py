@@ -35,6 +35,7 @@ class Head:
         q: Tensor,
         k: Tensor,
         walk: Walk,
+        own: Walk,
         n: int,
         row: Tensor,
         edge: Tensor,
@@ -43,7 +44,7 @@ class Head:
         attr: Tensor | None,
         with_scores: bool,
     ):
-        self.q, self.k, self.walk = q, k, walk
+        self.q, self.k, self.walk, self.own = q, k, walk, own
         self.attr: Any = attr
         self.by_channel = with_scores
         self.gate: Any = None
@@ -55,10 +56,8 @@ class Head:
         if terms is None:
             return
         wide, count = q.dtype, walk.other.shape[0]
-        number = torch.arange(count, dtype=walk.other.dtype)
-        self.own = walk._replace(other=number)  # an edge's own row of a stacked edge tensor
-        # its row of one that all heads share
-        self.common = self.own if count == len(edge) else walk._replace(other=number % len(edge))
+        # an edge's row of a tensor that all heads share
+        self.common = own if count == len(edge) else own._replace(other=own.other % len(edge))
         self.n, self.row = n, row
         if terms.gate is not None:
             gate = slots(terms.gate, edge, heads, wide)
@@ -90,9 +89,9 @@ class Head:
         else:
             s = sddmm(self.q, self.k, self.walk, scale)
             if self.key is not None:
-                s += sddmm(self.q, self.key, self.own, scale)
+                sddmm(self.q, self.key, self.own, scale, onto=s)
             if self.attr_q is not None:
-                s += sddmm(self.attr_q, self.attr, self.common, scale)
+                sddmm(self.attr_q, self.attr, self.common, scale, onto=s)
         self.unfactored, through = s, None
         if self.factor is not None:
             s = s * self.factor

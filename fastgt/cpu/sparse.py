@@ -92,9 +92,11 @@ def unstack(x: Tensor, n: int) -> Tensor:
     return x.unflatten(0, (-1, n)).transpose(0, 1) if n else x[:0].unsqueeze(1)
 
 
-def sddmm(x: Tensor, y: Tensor, walk: Walk, scale: float) -> Tensor:
-    """scale * x_i . y_j for every edge, in row order."""
-    s = x.new_zeros(walk.other.shape[0])
+def sddmm(
+    x: Tensor, y: Tensor, walk: Walk, scale: float = 1.0, onto: Tensor | None = None
+) -> Tensor:
+    """scale * x_i . y_j for every edge, in row order; added to ``onto`` in place, if given."""
+    s = x.new_zeros(walk.other.shape[0]) if onto is None else onto
     if not s.shape[0]:
         return s
     # PyTorch takes at most rows * columns entries: a denser multigraph gets empty columns
@@ -104,8 +106,8 @@ def sddmm(x: Tensor, y: Tensor, walk: Walk, scale: float) -> Tensor:
     shape = x.shape[0], width
     product = torch.sparse_csr_tensor(walk.ptr, walk.other, s, shape, check_invariants=False)
     # with itself as out, its indices are not copied
-    torch.sparse.sampled_addmm(product, x, y.t(), beta=0.0, alpha=scale, out=product)
-    return product.values()
+    torch.sparse.sampled_addmm(product, x, y.t(), alpha=scale, out=product)
+    return s
 
 
 def spmm(walk: Walk, weight: Tensor | None, x: Tensor) -> Tensor:
@@ -126,10 +128,14 @@ def bags(index: Tensor, x: Tensor, ptr: Tensor, weight: Tensor | None = None) ->
     )
 
 
-def segment_sum(walk: Walk, x: Tensor) -> Tensor:
+def own(walk: Walk) -> Walk:
+    """The walk whose other end of an edge is the edge's own number."""
+    return walk._replace(other=torch.arange(walk.other.shape[0], dtype=walk.other.dtype))
+
+
+def segment_sum(own: Walk, x: Tensor) -> Tensor:
     """The sum of each segment's ``x [E]``."""
-    every = torch.arange(x.shape[0], dtype=walk.cut.dtype)
-    return spmm(walk._replace(other=every), None, x[:, None]).squeeze(1)
+    return spmm(own, None, x[:, None]).squeeze(1)
 
 
 def per_edge(x: Tensor, row: Tensor, n: int) -> Tensor:

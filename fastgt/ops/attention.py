@@ -161,7 +161,8 @@ def neighborhood_attention(
     if edges:
         check_edges(q, v, graph.num_edges, **edges)
     check_numbers(q, scale, denominator_eps, dropout_p)
-    low, high = (math.inf * x if abs(x) > largest(q) else x for x in (low, high))
+    if logit_clamp is not None:
+        low, high = (math.inf * x if abs(x) > largest(q) else x for x in (low, high))
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     seed = dropout_key(dropout_seed, q.device) if dropout_p or dropout_seed is not None else None
     impl = choose(impl, q)

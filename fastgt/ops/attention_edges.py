@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ def edge_attention(
     """
     gate, key, value, attr, key_weight, value_weight = edges.values()
     shared = value is key and key is not None
+    graph, path, rows, _ = walks
     attr_q = None
     if attr is not None and key_weight is not None:
         if return_scores or (gate is not None and gate.ndim == 3):
@@ -54,7 +56,7 @@ def edge_attention(
             key, shared = made if key is None else key + made, False
         else:
             # 0 in the place of what rows without edges hold, NaN perhaps, and of its gradient
-            alone = (walks[0].row_degree == 0)[:, None, None]
+            alone = (graph.row_degree == 0)[:, None, None]
             attr_q = _narrow(_wide_product("nhd,chd->nhc", q.masked_fill(alone, 0), key_weight), q)
     weigh_attr = value_weight is not None
     if attr_q is None and not weigh_attr:
@@ -62,17 +64,19 @@ def edge_attention(
     terms = [gate, key, None if shared else value, attr, attr_q]
     if torch.compiler.is_compiling():
         bias, *terms = (None if x is None else x.view_as(x) for x in (bias, *terms))
-    flags = dropout, shared, return_weights, return_scores, weigh_attr
+    # a logit of several products is kept on a CPU, which makes it anew more slowly than it reads it
+    simple = gate is None and not return_scores and settings[1:3] == (-math.inf, math.inf)
+    keep = path == "torch" and differentiable and simple and (attr is not None or key is not None)
+    flags = dropout, shared, return_weights, return_scores, weigh_attr, keep
     if differentiable:
         found = _EdgeAttention.apply(q, k, v, bias, *terms, seed, walks, settings, flags)
     else:
-        _, path, rows, _ = walks
         found = _fwd(path, q, k, v, bias, *terms, seed, rows, *settings, *flags)
-    o, lse, weights, scores, attr_o = found
+    o, lse, weights, scores, attr_o, _ = found
     if value_weight is not None:
         projected = _wide_product("nhc,chd->nhd", attr_o, value_weight)
         projected = projected.masked_fill((lse.detach() == -torch.inf)[..., None], 0)
-        o = (o.to(projected.dtype) + projected).to(q.dtype)
+        o = projected.add_(o).to(q.dtype)
     return o, lse, weights, scores
 
 
@@ -141,22 +145,24 @@ class _EdgeAttention(torch.autograd.Function):
         seed: Tensor | None,
         walks: tuple[Graph, str, tuple[Tensor, ...], tuple[Tensor, ...]],
         settings: _Settings,
-        flags: tuple[float, bool, bool, bool, bool],
+        flags: tuple[float, bool, bool, bool, bool, bool],
     ) -> tuple[Tensor, ...]:
         terms = [gate, key, value, attr, attr_q, seed]
         _, path, rows, _ = walks
         found = _fwd(path, q, k, v, bias, *terms, rows, *settings, *flags)
-        ctx.save_for_backward(q, k, v, bias, *terms, found[1])
+        ctx.save_for_backward(q, k, v, bias, *terms, found[1], found[5])
         ctx.walks, ctx.settings, ctx.flags = walks, settings, flags
-        ctx.mark_non_differentiable(found[2])
+        ctx.mark_non_differentiable(found[2], found[5])
         ctx.set_materialize_grads(False)
         return found
 
     @staticmethod
-    def backward(ctx: Any, do: Any, dlse: Any, _: None, dscores: Any, dattr_o: Any) -> tuple:
-        q, k, v, bias, *terms, lse = ctx.saved_tensors
+    def backward(
+        ctx: Any, do: Any, dlse: Any, _: None, dscores: Any, dattr_o: Any, __: None
+    ) -> tuple:
+        q, k, v, bias, *terms, lse, exps = ctx.saved_tensors
         graph, path, rows, columns = ctx.walks
-        dropout, shared, _, return_scores, weigh_attr = ctx.flags
+        dropout, shared, _, return_scores, weigh_attr, keep = ctx.flags
         needs = ctx.needs_input_grad[:9]
         upstream = [do, dlse, dscores if return_scores else None, dattr_o if weigh_attr else None]
         if upstream[3] is not None:
@@ -175,7 +181,7 @@ class _EdgeAttention(torch.autograd.Function):
         else:
             if do is None:
                 upstream[0] = q.new_zeros(()).expand(*q.shape[:2], v.shape[2])
-            inputs = q, k, v, bias, *terms, lse, rows, columns
+            inputs = q, k, v, bias, *terms, lse, exps if keep else None, rows, columns
             found = _bwd(path, *upstream, *inputs, *ctx.settings, dropout, shared, needs)
             grads = [x if need else None for x, need in zip(found, needs, strict=True)]
         return (*grads, None, None, None, None)
@@ -267,21 +273,21 @@ torch.library.define(
     "fastgt::attention_edges_fwd",
     "(str path, Tensor q, Tensor k, Tensor v, Tensor? edge_bias, Tensor? gate, Tensor? key,"
     " Tensor? value, Tensor? attr, Tensor? attr_q, Tensor? seed, Tensor[] rows,"
-    f" {_NUMBERS}, bool return_weights, bool return_scores, bool weigh_attr)"
-    " -> (Tensor o, Tensor lse, Tensor weights, Tensor scores, Tensor attr_o)",
+    f" {_NUMBERS}, bool return_weights, bool return_scores, bool weigh_attr, bool keep)"
+    " -> (Tensor o, Tensor lse, Tensor weights, Tensor scores, Tensor attr_o, Tensor exps)",
 )
 torch.library.define(
     "fastgt::attention_edges_bwd",
     "(str path, Tensor do, Tensor? dlse, Tensor? dscores, Tensor? dattr_o, Tensor q, Tensor k,"
     " Tensor v, Tensor? edge_bias, Tensor? gate, Tensor? key, Tensor? value, Tensor? attr,"
-    " Tensor? attr_q, Tensor? seed, Tensor lse, Tensor[] rows, Tensor[] columns,"
+    " Tensor? attr_q, Tensor? seed, Tensor lse, Tensor? exps, Tensor[] rows, Tensor[] columns,"
     f" {_NUMBERS}, bool[] needs) -> Tensor[]",
 )
 
 
 @torch.library.register_fake("fastgt::attention_edges_fwd")
 def _(path, q, k, v, edge_bias, gate, key, value, attr, attr_q, seed, rows, *rest):  # type: ignore[no-untyped-def]
-    return_weights, return_scores, weigh_attr = rest[-3:]
+    return_weights, return_scores, weigh_attr, keep = rest[-4:]
     n, heads, d = q.shape
     edges, wide = rows[1].shape[0], accumulator(q)
     return (
@@ -290,6 +296,7 @@ def _(path, q, k, v, edge_bias, gate, key, value, attr, attr_q, seed, rows, *res
         q.new_empty(edges if return_weights else 0, heads),
         q.new_empty(edges if return_scores else 0, heads, d),
         q.new_empty(n, heads, attr.shape[1] if weigh_attr else 0, dtype=wide),
+        q.new_empty(heads, edges if keep else 0, dtype=wide),
     )
 
 
@@ -325,6 +332,7 @@ def _launch_fwd(
     return_weights: bool,
     return_scores: bool,
     weigh_attr: bool,
+    keep: bool,
 ) -> tuple[Tensor, ...]:
     terms = gate, key, value, attr, attr_q, seed
     extras: Any = return_weights, return_scores, weigh_attr
@@ -335,12 +343,13 @@ def _launch_fwd(
         on_edges = _cpu_terms(
             attention.Terms, terms, dropout, shared, (rows[1].shape[0], q.shape[1])
         )
-        extras = return_weights, on_edges, return_scores, weigh_attr
+        extras = return_weights, on_edges, return_scores, weigh_attr, keep
         return attention.attention_fwd(q, k, v, bias, *rows, *numbers, *extras)
     require_triton(q)
     from fastgt.kernels.attention import attention_edges_fwd
 
-    return attention_edges_fwd(q, k, v, bias, terms, rows, *numbers, dropout, shared, *extras)
+    found = attention_edges_fwd(q, k, v, bias, terms, rows, *numbers, dropout, shared, *extras)
+    return *found, found[1].new_empty(q.shape[1], 0)
 
 
 def _launch_bwd(
@@ -360,6 +369,7 @@ def _launch_bwd(
     attr_q: Any,
     seed: Any,
     lse: Tensor,
+    exps: Any,
     rows: Any,
     columns: Any,
     scale: float,
@@ -380,7 +390,7 @@ def _launch_bwd(
             attention.Terms, terms, dropout, shared, (rows[1].shape[0], q.shape[1])
         )
         walks: Any = (*rows, *columns)
-        extras: Any = needs, on_edges, dscores, dattr_o
+        extras: Any = needs, on_edges, dscores, dattr_o, exps
         return attention.attention_bwd(do, dlse, *inputs, lse, *walks, *numbers, *extras)
     from fastgt.kernels.attention_backward import attention_edges_bwd
 

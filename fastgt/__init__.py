@@ -5,6 +5,8 @@ from fastgt.ops._impl import implementation
 from fastgt.ops.aggregate import aggregate, gated_aggregate, segment_softmax
 from fastgt.ops.attention import neighborhood_attention
 from fastgt.ops.channelwise_attention import channelwise_attention
+from fastgt.ops.linear_attention import linear_attention, sgformer_attention
+from fastgt.ops.segment_pool import segment_max, segment_mean, segment_sum, virtual_node
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,6 +15,12 @@ __all__ = [
     "channelwise_attention",
     "gated_aggregate",
     "implementation",
+    "linear_attention",
     "neighborhood_attention",
+    "segment_max",
+    "segment_mean",
     "segment_softmax",
+    "segment_sum",
+    "sgformer_attention",
+    "virtual_node",
 ]

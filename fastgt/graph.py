@@ -154,7 +154,7 @@ class Graph:
             raise ValueError(f"col must be [E], got {list(col.shape)}")
         rows = row_ptr.shape[0] - 1
         cols = rows if num_cols is None else _size(num_cols, "num_cols")
-        _check_boundaries(row_ptr, "row_ptr", col.shape[0], "edges")
+        check_boundaries(row_ptr, "row_ptr", col.shape[0], "edges")
         _check_range(col, cols, "col", "columns")
         dtype = _index_dtype(rows, cols, col.shape[0])
         # a private copy: the graph must not change when the caller's tensors do
@@ -714,7 +714,7 @@ def _with_boundaries(graph: Graph, graph_ptr: Tensor) -> Graph:
     graph._check_square("graph_ptr")
     if graph_ptr.device != graph.device:
         raise ValueError(f"graph_ptr is on {graph_ptr.device}, edge_index on {graph.device}")
-    _check_boundaries(graph_ptr, "graph_ptr", graph.num_rows, "nodes")
+    check_boundaries(graph_ptr, "graph_ptr", graph.num_rows, "nodes")
     ptr = graph_ptr.to(graph.col.dtype, copy=True)
     graph = replace(graph, graph_ptr=ptr, col_graph_ptr=ptr)
     graph_of = graph._graph_of()
@@ -773,7 +773,7 @@ def _check_range(index: Tensor, size: int, name: str, of: str) -> None:
         raise ValueError(f"{name} has index {high} but the graph has {size} {of}")
 
 
-def _check_boundaries(ptr: Tensor, name: str, total: int, of: str) -> None:
+def check_boundaries(ptr: Tensor, name: str, total: int, of: str) -> None:
     first, last, down = int(ptr[0]), int(ptr[-1]), ptr[1:] < ptr[:-1]  # a difference may wrap
     if first != 0:
         raise ValueError(f"{name} must start at 0, got {first}")

@@ -6,6 +6,7 @@ Everything here is differentiable, any number of times, by autograd alone.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -212,3 +213,55 @@ def channelwise_attention(
     if return_weights:
         extras.append(weights.detach())
     return (out, *extras) if extras else out
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    feature_map: str = "elu",
+    projection: Tensor | None = None,
+    eps: float = 1e-6,
+    normalize: bool = True,
+) -> Tensor:
+    """See :func:`fastgt.linear_attention`."""
+    bounds = [0, len(q)] if offsets is None else offsets.tolist()
+    outs = [v[:0]]
+    for begin, end in pairwise(bounds):
+        if begin == end:
+            continue
+        f = _features(q[begin:end], feature_map, projection, stabilise_over=(2,))  # [n, H, M]
+        g = _features(k[begin:end], feature_map, projection, stabilise_over=(0, 2))
+        state = torch.einsum("nhm,nhd->hmd", g, v[begin:end])
+        out = torch.einsum("nhm,hmd->nhd", f, state)
+        if normalize:
+            out = out / (torch.einsum("nhm,hm->nh", f, g.sum(0)) + eps)[..., None]
+        outs.append(out)
+    return torch.cat(outs)
+
+
+def _features(
+    x: Tensor, name: str, projection: Tensor | None, stabilise_over: tuple[int, ...]
+) -> Tensor:
+    """phi(x), [n, H, D] -> [n, H, M]."""
+    if name == "identity":
+        return x
+    if name == "relu":
+        return x.relu()
+    if name == "elu":
+        return torch.where(
+            x > 0, x + 1, x.clamp(max=0).exp()
+        )  # exp() of large x is not to overflow
+    if name == "sigmoid":
+        return x.sigmoid()
+    assert projection is not None
+    product = x @ projection.to(x.dtype).mT
+    if name == "relu_random":
+        return product.relu() + 1e-3
+    m, d = projection.shape
+    product = product * d**-0.25
+    half = x.square().sum(-1, keepdim=True) * (d**-0.5 / 2)
+    top = product.detach().amax(stabilise_over, keepdim=True)
+    return ((product - half - top).exp() + 1e-4) * m**-0.5

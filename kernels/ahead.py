@@ -46,6 +46,8 @@ def compile_ahead(target: str, only: str = "", tell=lambda case: None) -> dict[s
             launch()
             for kernel, meta in compiled:
                 key = f"{name}/{kernel.metadata.name.strip('_')}"
+                if meta.get("SMALL"):  # the other form of linear attention
+                    key += "_small"
                 found[key] = resources(kernel, meta, target)
         return found
     finally:

@@ -14,6 +14,8 @@ from .attention_backward import attention_bwd, attention_edges_bwd
 from .attention_windows import windows_bwd, windows_fwd
 from .channelwise_attention import channelwise_attention_bwd, channelwise_attention_fwd
 from .configs import FILLERS
+from .linear_attention import linear_attention_fwd
+from .linear_attention_backward import linear_attention_bwd
 from .segment_softmax import segment_softmax_bwd, segment_softmax_fwd
 
 
@@ -292,9 +294,56 @@ def _launch_edges(case, q, k, v, bias, walk, numbers) -> None:
     attention_edges_bwd(*upstream, q, k, v, bias, terms, lse, walk, walk, *numbers, *more, needs)
 
 
+@dataclass(frozen=True)
+class LinearCase:
+    """One configuration of linear attention."""
+
+    width: int
+    dtype: torch.dtype
+    feature_map: str = "elu"
+    features: int = 0  # random ones
+    v_width: int = 0  # 0: as wide as q
+    heads: int = 4
+    normalize: bool = True
+
+
+LINEAR_CASES = {
+    "linear_elu_d16_fp32": LinearCase(16, torch.float32),
+    "linear_elu_d64_bf16": LinearCase(64, torch.bfloat16),
+    "linear_elu_d32_fp64": LinearCase(32, torch.float64),
+    "linear_elu_d10_fp32": LinearCase(10, torch.float32),
+    "linear_identity_d64_fp16": LinearCase(64, torch.float16, "identity", normalize=False),
+    "linear_relu_d128_bf16": LinearCase(128, torch.bfloat16, "relu"),
+    "linear_sigmoid_d256_bf16": LinearCase(256, torch.bfloat16, "sigmoid"),
+    "linear_sigmoid_d256_fp32": LinearCase(256, torch.float32, "sigmoid"),
+    "linear_uneven_d24_v40_fp16": LinearCase(24, torch.float16, v_width=40),
+    "linear_random_d16_m44_fp32": LinearCase(16, torch.float32, "relu_random", 44),
+    "linear_random_d64_m266_bf16": LinearCase(64, torch.bfloat16, "relu_random", 266),
+    "linear_softmax_d16_m44_fp32": LinearCase(16, torch.float32, "softmax", 44),
+    "linear_softmax_d64_m266_bf16": LinearCase(64, torch.bfloat16, "softmax", 266),
+    "linear_softmax_d64_m266_fp32": LinearCase(64, torch.float32, "softmax", 266),
+    "linear_softmax_d128_m512_bf16": LinearCase(128, torch.bfloat16, "softmax", 512),
+    "linear_softmax_d256_m1024_bf16": LinearCase(256, torch.bfloat16, "softmax", 1024),
+    "linear_softmax_d32_m96_fp64": LinearCase(32, torch.float64, "softmax", 96),
+}
+
+
+def _launch_linear(case: LinearCase) -> None:
+    # nodes enough for a graph with a state, and one without
+    n = 4096
+    q, k = torch.zeros(2, n, case.heads, case.width, dtype=case.dtype)
+    v = torch.zeros(n, case.heads, case.v_width or case.width, dtype=case.dtype)
+    offsets = torch.tensor([0, 8, n])
+    projection = torch.zeros(case.features, case.width) if case.features else None
+    how = offsets, projection, case.feature_map, 1e-6, case.normalize
+    o, tops = linear_attention_fwd(q, k, v, *how)
+    linear_attention_bwd(o, q, k, v, tops, *how, True, True, True)
+
+
 CASES: dict[str, Callable[[], None]] = {
     name: partial(_launch_attention, case) for name, case in ATTENTION_CASES.items()
 }
 CASES |= {name: partial(_launch_channelwise, case) for name, case in CHANNELWISE_CASES.items()}
 CASES |= {name: partial(_launch_aggregate, case) for name, case in AGGREGATE_CASES.items()}
+CASES |= {name: partial(_launch_linear, case) for name, case in LINEAR_CASES.items()}
 """Name -> a call that launches all kernels of that configuration, forward and backward."""

@@ -92,6 +92,30 @@ def window_tile(direction: str, width: int, itemsize: int, edges: bool) -> Windo
     return WindowTile(block_n, num_warps, 2 if size <= 256 else 1)
 
 
+class LinearTile(NamedTuple):
+    """Nodes and features of a tile, and warps."""
+
+    block_n: int
+    block_m: int
+    num_warps: int
+
+
+@cache
+def linear_tile(
+    features: int, width: int, value_width: int, itemsize: int, whole: bool
+) -> LinearTile:
+    """Tile of linear attention: ``width`` of the inputs that are projected, 1 where none are.
+
+    Of a pass over pieces of graphs, through their state, or over ``whole`` small graphs, in the
+    quadratic form.
+    """
+    widest = max(power_of_2(width), power_of_2(value_width))
+    block_m = min(32, max(16, power_of_2(features)))
+    if whole:
+        return LinearTile(16, block_m, 4)
+    return LinearTile(64 if itemsize == 2 and widest <= 256 else 32, block_m, 8)
+
+
 def power_of_2(n: int) -> int:
     """The next one, 1 for 0. Triton's own costs 4 microseconds a call on the host, this 0.1."""
     return 1 << max(n - 1, 0).bit_length()
@@ -124,6 +148,14 @@ def dot_precision(x: torch.Tensor) -> str:
     if x.dtype != torch.float32 or triton.knobs.runtime.interpret:
         return "ieee"
     return "tf32x3" if driver.active.get_current_target().backend == "cuda" else "ieee"
+
+
+def linear_precision(x: torch.Tensor) -> str:
+    """Products of linear attention, whose states outgrow 16 bits: in float32, rounded for 16-bit
+    inputs to TF32's ten bits where tensor cores have it."""
+    if x.element_size() > 2 or triton.knobs.runtime.interpret:
+        return dot_precision(x)
+    return "tf32" if driver.active.get_current_target().backend == "cuda" else "ieee"
 
 
 def warp_lanes() -> int:

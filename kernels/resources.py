@@ -163,6 +163,8 @@ def _designed_bytes(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
     """
     if kernel.startswith("channelwise"):
         return _designed_bytes_channelwise(kernel, meta, pointers)
+    if kernel.startswith("linear"):
+        return 0
     if kernel in _TILES:
         return _designed_bytes_aggregate(kernel, meta, pointers)
     heads, group = meta.get("BLOCK_H", 1), meta.get("GROUP", 1)

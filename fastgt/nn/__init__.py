@@ -1,6 +1,16 @@
 """Thin modules: projections around one operator each."""
 
 from fastgt.nn.attention import EdgeGatedAttention, NeighborhoodAttention
+from fastgt.nn.linear_attention import LinearAttention, PerformerAttention, random_features
 from fastgt.nn.transformer_conv import TransformerConv
+from fastgt.nn.virtual_node import VirtualNode
 
-__all__ = ["EdgeGatedAttention", "NeighborhoodAttention", "TransformerConv"]
+__all__ = [
+    "EdgeGatedAttention",
+    "LinearAttention",
+    "NeighborhoodAttention",
+    "PerformerAttention",
+    "TransformerConv",
+    "VirtualNode",
+    "random_features",
+]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastgt.graph import Graph
+from fastgt.graph import Graph, check_boundaries
 from fastgt.tiles import MAX_WIDTH
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -59,17 +59,7 @@ def check_graph(graph: object) -> None:
 def check_attention(q: Tensor, k: Tensor, v: Tensor, graph: Graph) -> None:
     """q, k, v and the graph fit each other."""
     check_graph(graph)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} must be a strided tensor, got {x.layout}")
-        if x.ndim != 3:
-            raise ValueError(f"{name} must be [N, H, D], got {list(x.shape)}")
-    _check_like_q("k", k, q)
-    _check_like_q("v", v, q)
+    check_nodes(q, k, v)
     if graph.device != q.device:
         raise ValueError(f"graph is on {graph.device} but q is on {q.device}: use graph.to()")
     rows, heads, width = q.shape
@@ -89,9 +79,48 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, graph: Graph) -> None:
         raise ValueError(f"v has {v.shape[1]} heads but k has {k.shape[1]}")
     if heads == 0 or k.shape[1] == 0 or heads % k.shape[1]:
         raise ValueError(f"q's {heads} heads must be a multiple of k's {k.shape[1]} heads")
-    for name, d in (("q", width), ("v", v.shape[2])):
+    check_widths(q, v)
+
+
+def check_nodes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k and v are [N, H, D] of one kind, whatever their sizes."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_float(name, x)
+        if x.ndim != 3:
+            raise ValueError(f"{name} must be [N, H, D], got {list(x.shape)}")
+    _check_like_q("k", k, q)
+    _check_like_q("v", v, q)
+
+
+def check_float(name: str, x: object) -> None:
+    """A strided tensor of a dtype that the operators take."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got {x.layout}")
+
+
+def check_widths(q: Tensor, v: Tensor) -> None:
+    for name, d in (("q", q.shape[2]), ("v", v.shape[2])):
         if not 1 <= d <= MAX_WIDTH:
             raise ValueError(f"{name} has head width {d}; supported are 1 to {MAX_WIDTH}")
+
+
+def check_offsets(offsets: object, nodes: int, device: torch.device) -> None:
+    """Boundaries of the graphs of a batch of so many nodes; values only where they are at hand."""
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"offsets must be a tensor of integers, got {type(offsets).__name__}")
+    if offsets.dtype not in (torch.int32, torch.int64) or offsets.layout != torch.strided:
+        raise TypeError(f"offsets must be int32 or int64, got {offsets.dtype} ({offsets.layout})")
+    if offsets.ndim != 1 or offsets.shape[0] == 0:
+        raise ValueError(f"offsets must be [G + 1], got {list(offsets.shape)}")
+    if offsets.device != device:
+        raise ValueError(f"offsets is on {offsets.device} but the nodes are on {device}")
+    tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if device.type == "cpu" and not tracing:
+        check_boundaries(offsets, "offsets", nodes, "nodes")
 
 
 def check_edge_tensor(name: str, x: object, q: Tensor, letters: str, *shape: int) -> None:

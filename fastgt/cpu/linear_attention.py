@@ -1,0 +1,285 @@
+"""Linear attention on a CPU, some graphs at a time.
+
+Graphs of about the same size are multiplied side by side, filled up to the largest of them with
+rows that count for nothing; a graph that is too large comes in slices of its nodes, whose states
+are added in order. Features, states and products of one such group fit a cache and are gone before
+the next: the working memory beside the result does not depend on N. A group of graphs with fewer
+nodes than a state has rows, about, is multiplied in the quadratic form, phi(q) phi(k)^T first.
+The symbols are those of ``fastgt.linear_attention``; v' is [v, 1] and S' = [S, z].
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_NUMBERS = 2**19  # features of a group
+_FILL = 0.75  # of the largest graph of a group has the smallest, at least
+
+
+class Group(NamedTuple):
+    """B graphs side by side, or a slice of one; T rows each."""
+
+    rows: Tensor  # [B * H * T] rows of x [N * H, .]
+    batch: int  # B * H
+    length: int  # T
+    padding: Tensor | None  # [B * H, T, 1] bool: not a node
+    nodes: Tensor | None  # which of rows are nodes; None: all
+
+
+@torch.no_grad()  # called by an exported module, gradients may be on
+def linear_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor | None,
+    projection: Tensor | None,
+    feature_map: str,
+    eps: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """-> o [N, H, DV], and nothing for the backward."""
+    out = q.new_empty(v.shape)
+    phi = Features(feature_map, q, projection)
+    for groups in _groups(q, offsets, phi.width):
+        top = phi.top(k, groups)
+        if _quadratic(groups, phi.width, v.shape[2]):
+            (group,) = groups
+            f, g = phi(_take(q, group)), phi(_take(k, group), top)
+            _put(out, group, _divided(f @ g.mT @ _values(v, group, normalize), eps, normalize))
+            continue
+        state = _state(phi, k, v, groups, top, normalize)
+        for group in groups:
+            _put(out, group, _divided(phi(_take(q, group)) @ state, eps, normalize))
+    return out, q.new_empty(0, q.shape[1], dtype=_wide(q))
+
+
+@torch.no_grad()
+def linear_attention_bwd(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tops: Tensor,
+    offsets: Tensor | None,
+    projection: Tensor | None,
+    feature_map: str,
+    eps: float,
+    normalize: bool,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv; empty where not needed.
+
+    With o' = phi(q) S', do' its gradient and dS' = phi(q)^T do':
+
+        dphi(q) = do' S'^T,   dphi(k) = v' dS'^T,   dv' = phi(k) dS'
+    """
+    dq, dk, dv = (
+        x.new_empty(x.shape if need else (0,))
+        for x, need in ((q, need_q), (k, need_k), (v, need_v))
+    )
+    width = v.shape[2]
+    phi = Features(feature_map, q, projection)
+    for groups in _groups(q, offsets, phi.width):
+        top = phi.top(k, groups)
+        if _quadratic(groups, phi.width, width):
+            (group,) = groups
+            qs, ks, vs = _take(q, group), _take(k, group), _values(v, group, normalize)
+            (f, f_inner), (g, g_inner) = phi.both(qs), phi.both(ks, top)
+            a = f @ g.mT
+            flow = _upstream(do, group, a @ vs, eps, normalize)
+            da = flow @ vs.mT
+            if need_q:
+                _put(dq, group, phi.gradient(da @ g, qs, f, f_inner))
+            if need_k:
+                _put(dk, group, phi.gradient(da.mT @ f, ks, g, g_inner))
+            if need_v:
+                _put(dv, group, (a.mT @ flow)[..., :width])
+            continue
+        state = _state(phi, k, v, groups, top, normalize)
+        dstate: Tensor | None = None
+        for group in groups:
+            qs = _take(q, group)
+            f, inner = phi.both(qs)
+            flow = _upstream(do, group, f @ state, eps, normalize)
+            if need_q:
+                _put(dq, group, phi.gradient(flow @ state.mT, qs, f, inner))
+            if need_k or need_v:
+                product = f.mT @ flow
+                dstate = product if dstate is None else dstate.add_(product)
+        if dstate is None:
+            continue
+        for group in groups:
+            ks = _take(k, group)
+            g, inner = phi.both(ks, top)
+            if need_k:
+                dg = _values(v, group, normalize) @ dstate.mT
+                _put(dk, group, phi.gradient(dg, ks, g, inner))
+            if need_v:
+                _put(dv, group, g @ dstate[..., :width])
+    return dq, dk, dv
+
+
+class Features:
+    """A feature map of rows [B, T, D] -> [B, T, M], and its gradient."""
+
+    def __init__(self, name: str, q: Tensor, projection: Tensor | None):
+        self.name, self.d = name, q.shape[2]
+        self.width = self.d
+        if projection is not None:
+            self.width = projection.shape[0]
+            self.projection = projection.to(_wide(q))
+            if name == "softmax":
+                self.projection = self.projection * self.d**-0.25
+
+    def __call__(self, x: Tensor, top: Tensor | None = None) -> Tensor:
+        if self.name == "identity":
+            return x
+        if self.name == "relu":
+            return x.relu()
+        if self.name == "elu":
+            return torch.where(x > 0, x + 1, x.exp())
+        if self.name == "sigmoid":
+            return x.sigmoid()
+        inner = self._inner(x, top)
+        if self.name == "relu_random":
+            return inner.add_(1e-3)
+        return inner.add_(1e-4).mul_(self.width**-0.5)
+
+    def both(self, x: Tensor, top: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The features, and what their gradient needs besides."""
+        if self.name not in ("softmax", "relu_random"):
+            return self(x), None
+        inner = self._inner(x, top)
+        if self.name == "relu_random":
+            return inner + 1e-3, inner
+        return (inner + 1e-4).mul_(self.width**-0.5), inner
+
+    def gradient(self, dphi: Tensor, x: Tensor, phi: Tensor, inner: Tensor | None) -> Tensor:
+        """Of x, for that of the features."""
+        if self.name == "identity":
+            return dphi
+        if self.name == "relu":
+            return dphi * (x > 0)
+        if self.name == "elu":
+            return dphi * phi.clamp(max=1.0)
+        if self.name == "sigmoid":
+            return dphi * phi * (1 - phi)
+        assert inner is not None
+        if self.name == "relu_random":
+            return (dphi * (inner > 0)) @ self.projection
+        flow = (dphi * inner).mul_(self.width**-0.5)
+        return flow @ self.projection - x * flow.sum(-1, keepdim=True).mul_(self.d**-0.5)
+
+    def top(self, k: Tensor, groups: list[Group]) -> Tensor | None:
+        """The stabiliser of a graph's keys, [B, 1, 1]: the largest product with the projection."""
+        if self.name != "softmax":
+            return None
+        tops = [(_take(k, group) @ self.projection.mT).amax((1, 2), True) for group in groups]
+        return torch.stack(tops).amax(0)
+
+    def _inner(self, x: Tensor, top: Tensor | None) -> Tensor:
+        inner = x @ self.projection.mT
+        if self.name == "relu_random":
+            return inner.relu_()
+        top = inner.amax(-1, keepdim=True) if top is None else top
+        half = x.square().sum(-1, keepdim=True).mul_(self.d**-0.5 / 2)
+        return inner.sub_(half + top).exp_()
+
+
+def _groups(q: Tensor, offsets: Tensor | None, width: int) -> Iterator[list[Group]]:
+    """Graphs that are multiplied together, largest first; a list has several slices of one."""
+    n, heads, _ = q.shape
+    offsets = torch.tensor([0, n]) if offsets is None else offsets.long()
+    sizes = offsets.diff()
+    order = sizes.argsort(descending=True, stable=True)
+    ordered: list[int] = sizes[order].tolist()
+    limit = max(1, _NUMBERS // max(1, heads * width))
+    i = 0
+    while i < len(ordered) and ordered[i]:
+        largest = ordered[i]
+        first = offsets[order[i]]
+        if largest > limit:
+            slices = torch.arange(largest).split(limit)
+            yield [_group(first + part[None], heads, None) for part in slices]
+            i += 1
+            continue
+        least = max(1, int(_FILL * largest))
+        j = bisect.bisect_right(ordered, -least, i, key=lambda size: -size)
+        j = min(j, i + max(1, limit // largest))
+        within, counts = torch.arange(largest), sizes[order[i:j]]
+        # a filler is a copy of its own graph's last node
+        at = torch.minimum(within, counts[:, None] - 1) + offsets[order[i:j]][:, None]
+        yield [_group(at, heads, None if ordered[j - 1] == largest else within >= counts[:, None])]
+        i = j
+
+
+def _group(at: Tensor, heads: int, padding: Tensor | None) -> Group:
+    """``at`` [B, T]: the nodes."""
+    batch, count = at.shape
+    rows = (at[:, None] * heads + torch.arange(heads)[:, None]).flatten()
+    nodes = None
+    if padding is not None:
+        padding = padding[:, None].expand(-1, heads, -1).reshape(batch * heads, count, 1)
+        nodes = (~padding).flatten().nonzero().squeeze(1)
+    return Group(rows, batch * heads, count, padding, nodes)
+
+
+def _state(
+    phi: Features, k: Tensor, v: Tensor, groups: list[Group], top: Tensor | None, ones: bool
+) -> Tensor:
+    """S' of every graph and head, [B, M, DV + 1]."""
+    products = (phi(_take(k, x), top).mT @ _values(v, x, ones) for x in groups)
+    return functools.reduce(Tensor.add_, products)
+
+
+def _quadratic(groups: list[Group], m: int, d: int) -> bool:
+    return len(groups) == 1 and groups[0].length * (m + d) < 2 * m * d
+
+
+def _take(x: Tensor, group: Group) -> Tensor:
+    """[B * H, T, D] of x [N, H, D]."""
+    taken = x.reshape(-1, x.shape[2]).index_select(0, group.rows).to(_wide(x))
+    return taken.view(group.batch, group.length, x.shape[2])
+
+
+def _values(v: Tensor, group: Group, ones: bool) -> Tensor:
+    """v', zero where there is no node; without the last column unless ``ones``."""
+    taken = _take(v, group)
+    if ones:
+        taken = torch.nn.functional.pad(taken, (0, 1), value=1.0)
+    return taken if group.padding is None else taken.masked_fill_(group.padding, 0.0)
+
+
+def _divided(out: Tensor, eps: float, normalize: bool) -> Tensor:
+    return out[..., :-1] / (out[..., -1:] + eps) if normalize else out
+
+
+def _upstream(do: Tensor, group: Group, out: Tensor, eps: float, normalize: bool) -> Tensor:
+    """do', zero where there is no node."""
+    flow = _take(do, group)
+    if normalize:
+        share = 1 / (out[..., -1:] + eps)
+        flow *= share
+        down = (flow * out[..., :-1]).sum(-1, keepdim=True).mul_(share).neg_()
+        flow = torch.cat([flow, down], -1)
+    return flow if group.padding is None else flow.masked_fill_(group.padding, 0.0)
+
+
+def _put(out: Tensor, group: Group, x: Tensor) -> None:
+    """Inverse of ``_take``."""
+    rows, x = group.rows, x.flatten(0, 1)
+    if group.nodes is not None:
+        rows, x = rows.index_select(0, group.nodes), x.index_select(0, group.nodes)
+    out.view(-1, out.shape[2]).index_copy_(0, rows, x.to(out.dtype))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,230 @@
+"""Modules around linear_attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastgt.ops._impl import Impl, check_impl
+from fastgt.ops.linear_attention import FeatureMap, linear_attention
+
+
+def random_features(
+    num_features: int,
+    width: int,
+    *,
+    norms: Literal["gaussian", "unit"] = "gaussian",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A projection ``[num_features, width]`` for random feature maps, with orthogonal rows.
+
+    Rows are orthogonal in blocks of ``width``, of random directions. Their lengths are drawn as
+    those of Gaussian vectors, which makes "softmax" features unbiased, or are 1.
+
+    Source:
+        Choromanski et al., arXiv 2009.14794, section 2.4; lengths of 1 as torch-geometric has them.
+
+    Example:
+        >>> from fastgt.nn import random_features
+        >>> random_features(44, 16).shape
+        torch.Size([44, 16])
+    """
+    if num_features < 1 or width < 1:
+        raise ValueError(f"num_features and width must be positive, got {num_features}, {width}")
+    if norms not in ("gaussian", "unit"):
+        raise ValueError(f"norms must be 'gaussian' or 'unit', got {norms!r}")
+    blocks = -(-num_features // width)
+    normal = torch.randn(blocks, width, width, generator=generator, dtype=torch.float64)
+    directions, triangle = torch.linalg.qr(normal)
+    # with a positive diagonal, directions are uniform
+    directions = directions * triangle.diagonal(dim1=1, dim2=2).sgn()[:, None]
+    rows = directions.mT.reshape(-1, width)[:num_features]
+    if norms == "gaussian":
+        lengths = torch.randn(num_features, width, generator=generator, dtype=torch.float64)
+        rows = rows * lengths.norm(dim=1, keepdim=True)
+    return rows.float()
+
+
+class LinearAttention(nn.Module):
+    """Multi-head linear attention of every node over its graph, with its projections.
+
+    ``out = W_o dropout(concat_h attention(W_q x, W_k x, W_v x))``
+
+    Args:
+        dim: Width of the input and the output.
+        heads: Attention heads.
+        head_dim: Width of a head; default ``dim / heads``.
+        feature_map, eps, normalize, impl: As for :func:`fastgt.linear_attention`.
+        num_features: M, of the feature maps with a projection; default D ln D. The projection is a
+            buffer, kept in ``state_dict``, drawn anew by :meth:`redraw_projection`.
+        bias: Whether the query, key and value projections have one; the output's always does.
+        dropout: Probability of dropping a channel of the heads' output, in training.
+
+    Example:
+        >>> import torch
+        >>> from fastgt.nn import LinearAttention
+        >>> attention = LinearAttention(64, heads=4, feature_map="softmax")
+        >>> attention(torch.randn(10, 64), torch.tensor([0, 3, 10])).shape
+        torch.Size([10, 64])
+    """
+
+    projection: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        head_dim: int | None = None,
+        feature_map: FeatureMap = "elu",
+        num_features: int | None = None,
+        eps: float = 1e-6,
+        normalize: bool = True,
+        bias: bool = True,
+        dropout: float = 0.0,
+        impl: Impl | None = None,
+    ):
+        super().__init__()
+        if head_dim is None:
+            if heads < 1 or dim % heads:
+                raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
+            head_dim = dim // heads
+        check_impl(impl)
+        self.heads, self.feature_map, self.impl = heads, feature_map, impl
+        self.eps, self.normalize = eps, normalize
+        self.q = nn.Linear(dim, heads * head_dim, bias=bias)
+        self.k = nn.Linear(dim, heads * head_dim, bias=bias)
+        self.v = nn.Linear(dim, heads * head_dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(heads * head_dim, dim)
+        self.norms: Literal["gaussian", "unit"] = "unit"
+        projection = None
+        if feature_map in ("softmax", "relu_random"):
+            self.norms = "gaussian" if feature_map == "softmax" else "unit"
+            num_features = _default_features(head_dim) if num_features is None else num_features
+            projection = random_features(num_features, head_dim, norms=self.norms)
+        elif num_features is not None:
+            raise ValueError(f"feature_map={feature_map!r} has no random features to be counted")
+        self.register_buffer("projection", projection)
+
+    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """x ``[N, dim]``; offsets ``[G + 1]``, None for one graph."""
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))
+        attended = linear_attention(
+            q,
+            k,
+            v,
+            offsets,
+            feature_map=self.feature_map,
+            projection=self.projection,
+            eps=self.eps,
+            normalize=self.normalize,
+            impl=self.impl,
+        )
+        return self.out(self.dropout(attended.flatten(-2)))
+
+    def redraw_projection(self, generator: torch.Generator | None = None) -> None:
+        """New random features, in place."""
+        _redraw(self.projection, self.norms, generator)
+
+
+class PerformerAttention(nn.Module):
+    """``torch_geometric.nn.attention.PerformerAttention`` on ragged batches, from its state_dict.
+
+    Where torch-geometric's takes a padded batch and counts padded keys in the denominator, this one
+    takes nodes as they lie: on a single graph, or one without padding, both are equal.
+
+    Args:
+        channels: Width of the input and the output.
+        heads: Attention heads.
+        head_channels: Width of a head.
+        feature_map: ``"relu_random"`` is torch-geometric's default; ``"softmax"`` is FAVOR+.
+        qkv_bias, attn_out_bias: Whether the projections have a bias.
+        dropout: Probability of dropping an element of the output, in training.
+        impl: As for :func:`fastgt.linear_attention`.
+
+    Source:
+        Choromanski et al., arXiv 2009.14794, as in torch-geometric 2.8.
+
+    Example:
+        >>> import torch
+        >>> from fastgt.nn import PerformerAttention
+        >>> attention = PerformerAttention(64, heads=4, head_channels=16)
+        >>> attention(torch.randn(10, 64), torch.tensor([0, 3, 10])).shape
+        torch.Size([10, 64])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        head_channels: int = 64,
+        *,
+        feature_map: Literal["relu_random", "softmax"] = "relu_random",
+        qkv_bias: bool = False,
+        attn_out_bias: bool = True,
+        dropout: float = 0.0,
+        impl: Impl | None = None,
+    ):
+        super().__init__()
+        check_impl(impl)
+        if feature_map not in ("relu_random", "softmax"):
+            raise ValueError(f"feature_map must be 'relu_random' or 'softmax', got {feature_map!r}")
+        self.heads, self.feature_map, self.impl = heads, feature_map, impl
+        inner = heads * head_channels
+        self.fast_attn = _Projection(
+            head_channels, "gaussian" if feature_map == "softmax" else "unit"
+        )
+        self.q = nn.Linear(channels, inner, bias=qkv_bias)
+        self.k = nn.Linear(channels, inner, bias=qkv_bias)
+        self.v = nn.Linear(channels, inner, bias=qkv_bias)
+        self.attn_out = nn.Linear(inner, channels, bias=attn_out_bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """x ``[N, channels]``; offsets ``[G + 1]``, None for one graph."""
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))
+        attended = linear_attention(
+            q,
+            k,
+            v,
+            offsets,
+            feature_map=self.feature_map,
+            projection=self.fast_attn.projection_matrix,
+            eps=0.0,  # features are positive
+            impl=self.impl,
+        )
+        return self.dropout(self.attn_out(attended.flatten(-2)))
+
+    def redraw_projection_matrix(self, generator: torch.Generator | None = None) -> None:
+        """New random features, in place."""
+        _redraw(self.fast_attn.projection_matrix, self.fast_attn.norms, generator)
+
+
+class _Projection(nn.Module):
+    """Holds the projection where torch-geometric's state_dict has it."""
+
+    projection_matrix: Tensor
+
+    def __init__(self, width: int, norms: Literal["gaussian", "unit"]):
+        super().__init__()
+        self.norms: Literal["gaussian", "unit"] = norms
+        projection = random_features(_default_features(width), width, norms=norms)
+        self.register_buffer("projection_matrix", projection)
+
+
+def _default_features(width: int) -> int:
+    return max(1, int(width * math.log(width)))
+
+
+def _redraw(
+    projection: Tensor | None,
+    norms: Literal["gaussian", "unit"],
+    generator: torch.Generator | None,
+) -> None:
+    if projection is None:
+        raise ValueError("this feature map has no projection to be drawn anew")
+    projection.copy_(random_features(*projection.shape, norms=norms, generator=generator))

@@ -1,0 +1,358 @@
+"""linear_attention: public function -> checks -> autograd -> registered ops -> launchers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastgt import reference
+from fastgt.ops._arguments import (
+    accumulator,
+    autocast,
+    autocasts,
+    check_float,
+    check_nodes,
+    check_numbers,
+    check_offsets,
+    check_widths,
+    number,
+    refuse_forward_mode,
+)
+from fastgt.ops._impl import Impl, choose, require_triton
+from fastgt.ops.segment_pool import segment_sum
+
+FeatureMap = Literal["identity", "relu", "elu", "sigmoid", "softmax", "relu_random"]
+_RANDOM = ("softmax", "relu_random")  # those with a projection
+MAX_FEATURES = 1024
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    feature_map: FeatureMap = "elu",
+    projection: Tensor | None = None,
+    eps: float = 1e-6,
+    normalize: bool = True,
+    impl: Impl | None = None,
+) -> Tensor:
+    """Attention of every node over all nodes of its graph, in time linear in their number.
+
+    For node i of graph g and head h, with a feature map phi from D to M channels::
+
+        S_g   = sum_j phi(k_j) v_j^T,   z_g = sum_j phi(k_j)        j over the nodes of g
+        out_i = phi(q_i)^T S_g / (phi(q_i)^T z_g + eps)
+
+    Graphs lie one after another, of any size, without padding: what is in one graph, NaN included,
+    reaches no other. The result is the same, bit for bit, every time; gradients too.
+
+    The feature maps, element by element but for the last two, which have a projection w [M, D]::
+
+        "identity"     x
+        "relu"         max(x, 0)
+        "elu"          elu(x) + 1
+        "sigmoid"      1 / (1 + exp(-x))
+        "softmax"      (exp(w . x D^-1/4 - |x|^2 D^-1/2 / 2 - c) + 1e-4) M^-1/2
+        "relu_random"  max(w . x, 0) + 1e-3
+
+    c keeps exp() in range: of a query, the largest of its own w . x D^-1/4; of keys, the largest of
+    all keys of the graph, for each head. It counts as a constant: no gradient goes through it.
+
+    Args:
+        q: ``[N, H, D]`` float16, bfloat16, float32 or float64; D from 1 to 256. As all tensors, of
+            any strides.
+        k: ``[N, H, D]``, as q.
+        v: ``[N, H, Dv]``, as q; Dv from 1 to 256.
+        offsets: ``[G + 1]`` int32 or int64: nodes ``offsets[g]`` to ``offsets[g + 1]`` are those of
+            graph g, which may have none (``Graph.graph_ptr``, or ``ptr`` of a PyG batch). Their
+            values are checked on a CPU. None: all nodes are one graph.
+        feature_map: phi, above.
+        projection: ``[M, D]`` for the last two, of any float dtype, M from 1 to 1024:
+            :func:`fastgt.nn.random_features` draws one. It gets no gradient here.
+        eps: eps above, relative to the features as they are.
+        normalize: False: ``out_i = phi(q_i)^T S_g``.
+        impl: As in :func:`fastgt.neighborhood_attention`.
+
+    Returns:
+        ``[N, H, Dv]`` in the dtype of q. Sums are kept in float32 (float64 for float64). Memory
+        beside the result is O(N H (D + Dv)), nothing of size N H M is stored. Under
+        ``torch.autocast`` the inputs are cast first. Second derivatives go through the plain
+        definition; ``torch.func`` transforms, forward-mode derivatives and a gradient of the
+        projection need ``impl="reference"``.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit; its name and both numbers are given.
+        RuntimeError: ``impl`` cannot run here.
+
+    Source:
+        Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236, eqs. 4-7 ("elu"); Choromanski
+        et al., Rethinking Attention with Performers, arXiv 2009.14794, eq. 5 and section 2.4
+        ("softmax", "relu_random", with the constants of their code); Deng et al., Polynormer,
+        arXiv 2403.01232 ("sigmoid").
+
+    Example:
+        >>> import torch
+        >>> from fastgt import linear_attention
+        >>> q, k, v = torch.randn(3, 10, 4, 16)
+        >>> offsets = torch.tensor([0, 3, 3, 10])  # graphs of 3, 0 and 7 nodes
+        >>> linear_attention(q, k, v, offsets).shape
+        torch.Size([10, 4, 16])
+    """
+    if isinstance(q, Tensor) and autocasts(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (autocast(x, dtype) for x in (q, k, v))
+    eps = number("eps", eps)
+    _check(q, k, v, offsets, feature_map, projection)
+    check_numbers(q, None, eps, 0.0)
+    impl = choose(impl, q)
+    if impl == "reference":
+        return reference.linear_attention(
+            q,
+            k,
+            v,
+            offsets,
+            feature_map=feature_map,
+            projection=projection,
+            eps=eps,
+            normalize=normalize,
+        )
+    if torch.is_grad_enabled() and projection is not None and projection.requires_grad:
+        raise NotImplementedError(
+            "projection requires a gradient, which only impl='reference' gives: detach it, or make "
+            "learnt features outside, with feature_map='relu' or 'identity'"
+        )
+    if torch.compiler.is_compiling():
+        # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
+        k, v = k.view_as(k), v.view_as(v)
+    refuse_forward_mode(q, k, v)
+    settings = feature_map, eps, bool(normalize)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return _LinearAttention.apply(q, k, v, offsets, projection, impl, settings)[0]
+    return _fwd(impl, q, k, v, offsets, projection, *settings)[0]
+
+
+def sgformer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    impl: Impl | None = None,
+) -> Tensor:
+    """SGFormer's global attention: linear, with every node's own value added.
+
+    For node i of graph g, which has n nodes, with q and k divided by their Frobenius norms over
+    nodes, heads and channels of that graph::
+
+        out_i = (sum_j (q_i . k_j) v_j + n v_i) / (sum_j q_i . k_j + n)
+
+    Args:
+        q, k, v, offsets, impl: As in :func:`linear_attention`. A graph's q or k that is all zero
+            stays zero.
+
+    Returns:
+        ``[N, H, Dv]`` in the dtype of q; memory beside it is O(N H (D + Dv)).
+
+    Raises:
+        TypeError, ValueError: An argument does not fit; its name and both numbers are given.
+        RuntimeError: ``impl`` cannot run here.
+
+    Source:
+        Wu et al., SGFormer, arXiv 2306.10759, eq. 3, as in their code.
+
+    Example:
+        >>> import torch
+        >>> from fastgt import sgformer_attention
+        >>> q, k, v = torch.randn(3, 10, 1, 64)
+        >>> sgformer_attention(q, k, v, torch.tensor([0, 3, 10])).shape
+        torch.Size([10, 1, 64])
+    """
+    _check(q, k, v, offsets, "identity", None)
+    if offsets is None:
+        offsets = torch.arange(2, device=q.device) * q.shape[0]
+    sizes = offsets.diff()
+
+    def of_node(x: Tensor) -> Tensor:
+        """What a graph has, for each of its nodes, [N, ...]."""
+        return x.repeat_interleave(sizes, 0, output_size=q.shape[0])
+
+    wide = accumulator(q)
+    normed = []
+    for x in (q, k):
+        square = segment_sum(x.to(wide).square().sum((1, 2)), offsets, impl=impl)
+        norm = square.clamp(min=torch.finfo(wide).tiny).rsqrt()
+        normed.append((x * of_node(norm)[:, None, None]).to(q.dtype))
+    q, k = normed
+    total = of_node(segment_sum(k.to(wide), offsets, impl=impl))  # [N, H, D]
+    n = of_node(sizes.to(wide))[:, None, None]
+    linear = linear_attention(q, k, v, offsets, feature_map="identity", normalize=False, impl=impl)
+    share = (q * total).sum(2, keepdim=True) + n
+    return ((linear + n * v) / share).to(q.dtype)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor | None,
+    feature_map: str,
+    projection: Tensor | None,
+) -> None:
+    check_nodes(q, k, v)
+    nodes, heads, width = q.shape
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[0] != nodes:
+            raise ValueError(f"{name} has {x.shape[0]} nodes but q has {nodes}")
+        if x.shape[1] != heads:
+            raise ValueError(f"{name} has {x.shape[1]} heads but q has {heads}")
+    if not heads:
+        raise ValueError("q has no heads")
+    if k.shape[2] != width:
+        raise ValueError(f"k has head width {k.shape[2]} but q has {width}")
+    check_widths(q, v)
+    if offsets is not None:
+        check_offsets(offsets, nodes, q.device)
+    if feature_map not in get_args(FeatureMap):
+        raise ValueError(
+            f"feature_map must be one of {list(get_args(FeatureMap))}, got {feature_map!r}"
+        )
+    if (projection is not None) != (feature_map in _RANDOM):
+        needs = "needs" if feature_map in _RANDOM else "takes no"
+        raise ValueError(f"feature_map={feature_map!r} {needs} projection [M, D]")
+    if projection is None:
+        return
+    check_float("projection", projection)
+    if projection.ndim != 2 or projection.shape[1] != width:
+        raise ValueError(f"projection must be [M, D] = [M, {width}], got {list(projection.shape)}")
+    if not 1 <= projection.shape[0] <= MAX_FEATURES:
+        raise ValueError(
+            f"projection has {projection.shape[0]} features; supported are 1 to {MAX_FEATURES}"
+        )
+    if projection.device != q.device:
+        raise ValueError(f"projection is on {projection.device} but q is on {q.device}")
+
+
+class _LinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        offsets: Tensor | None,
+        projection: Tensor | None,
+        impl: str,
+        settings: tuple[str, float, bool],
+    ) -> tuple[Tensor, Tensor]:
+        o, tops = _fwd(impl, q, k, v, offsets, projection, *settings)
+        ctx.save_for_backward(q, k, v, tops, offsets, projection)
+        ctx.impl, ctx.settings = impl, settings
+        ctx.mark_non_differentiable(tops)
+        return o, tops
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, _: None) -> tuple:
+        q, k, v, tops, offsets, projection = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            # create_graph=True: the gradient must itself be differentiable
+            grads = _reference_grads(do, (q, k, v), offsets, projection, ctx.settings, needs)
+        else:
+            walk = tops, offsets, projection
+            found = _bwd(ctx.impl, do, q, k, v, *walk, *ctx.settings, *needs)
+            grads = [x if need else None for x, need in zip(found, needs, strict=True)]
+        return (*grads, None, None, None, None)
+
+
+def _reference_grads(
+    do: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    offsets: Tensor | None,
+    projection: Tensor | None,
+    settings: tuple[str, float, bool],
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    # aliases: where k was made from q, the partial derivatives are asked for, not the total ones
+    aliases = [x.view_as(x) for x in inputs]
+    wide = accumulator(inputs[0])
+    q, k, v = (x.to(wide) for x in aliases)
+    feature_map, eps, normalize = settings
+    out = reference.linear_attention(
+        q,
+        k,
+        v,
+        offsets,
+        feature_map=feature_map,
+        projection=projection,
+        eps=eps,
+        normalize=normalize,
+    )
+    wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
+    # without nodes, the output hangs on v alone
+    found = iter(
+        torch.autograd.grad(out, wanted, do.to(wide), create_graph=True, materialize_grads=True)
+        if out.requires_grad
+        else map(torch.zeros_like, wanted)
+    )
+    return [next(found) if need else None for need in needs]
+
+
+# tops are the stabilisers of "softmax" keys [G, H]: a CPU makes them anew, and has none [0, H]
+_REST = "Tensor? offsets, Tensor? projection, str feature_map, float eps, bool normalize"
+torch.library.define(
+    "fastgt::linear_attention_fwd",
+    f"(str impl, Tensor q, Tensor k, Tensor v, {_REST}) -> (Tensor o, Tensor tops)",
+)
+torch.library.define(
+    "fastgt::linear_attention_bwd",
+    f"(str impl, Tensor do, Tensor q, Tensor k, Tensor v, Tensor tops, {_REST}, bool need_q,"
+    " bool need_k, bool need_v) -> (Tensor dq, Tensor dk, Tensor dv)",
+)
+
+
+@torch.library.register_fake("fastgt::linear_attention_fwd")
+def _(impl, q, k, v, offsets, projection, feature_map, eps, normalize):  # type: ignore[no-untyped-def]
+    graphs = 0
+    if impl == "triton" and feature_map == "softmax":
+        graphs = 1 if offsets is None else offsets.shape[0] - 1
+    return q.new_empty(v.shape), q.new_empty(graphs, q.shape[1], dtype=accumulator(q))
+
+
+@torch.library.register_fake("fastgt::linear_attention_bwd")
+def _(impl, do, q, k, v, *rest):  # type: ignore[no-untyped-def]
+    needs = rest[-3:]
+    return tuple(
+        x.new_empty(x.shape if need else (0,)) for x, need in zip((q, k, v), needs, strict=True)
+    )
+
+
+def _launch_fwd(impl: str, q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    if impl == "torch":
+        from fastgt.cpu import linear_attention as cpu
+
+        return cpu.linear_attention_fwd(q, *args)
+    require_triton(q)
+    from fastgt.kernels.linear_attention import linear_attention_fwd
+
+    return linear_attention_fwd(q, *args)
+
+
+def _launch_bwd(impl: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if impl == "torch":
+        from fastgt.cpu import linear_attention as cpu
+
+        return cpu.linear_attention_bwd(*args)
+    from fastgt.kernels.linear_attention_backward import linear_attention_bwd
+
+    return linear_attention_bwd(*args)
+
+
+torch.library.impl("fastgt::linear_attention_fwd", "CompositeExplicitAutograd", _launch_fwd)
+torch.library.impl("fastgt::linear_attention_bwd", "CompositeExplicitAutograd", _launch_bwd)
+
+_fwd = torch.ops.fastgt.linear_attention_fwd.default
+_bwd = torch.ops.fastgt.linear_attention_bwd.default

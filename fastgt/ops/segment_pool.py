@@ -1,0 +1,146 @@
+"""segment_sum, segment_mean, segment_max and virtual_node: aggregations over the graphs of a batch.
+
+The graphs of a batch are the rows of a bipartite graph whose edges are the nodes, each on its own,
+in order: everything else is ``aggregate``'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgt.graph import ColumnWalk, Graph
+from fastgt.ops._arguments import check_float, check_offsets
+from fastgt.ops._impl import Impl
+from fastgt.ops.aggregate import aggregate
+
+
+def segment_sum(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tensor:
+    """The sum over the nodes of each graph of a ragged batch.
+
+    For graph g, channel by channel, ``out_g = sum_i x_i`` over nodes ``offsets[g]`` to
+    ``offsets[g + 1]``: 0 for a graph without nodes. The result is the same, bit for bit, every
+    time, and what is in one graph, NaN included, reaches no other.
+
+    Args:
+        x: ``[N, ...]``: float16, bfloat16, float32 or float64, any strides.
+        offsets: ``[G + 1]`` int32 or int64 boundaries (``Graph.graph_ptr``, or ``ptr`` of a PyG
+            batch); values are checked on a CPU.
+        impl: As in :func:`fastgt.neighborhood_attention`.
+
+    Returns:
+        ``[G, ...]`` in x's dtype, summed in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: An argument does not fit; its name and both numbers are given.
+
+    Source:
+        ``torch_geometric.nn.global_add_pool``.
+
+    Example:
+        >>> import torch
+        >>> from fastgt import segment_sum
+        >>> segment_sum(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 2, 3])).tolist()
+        [3.0, 0.0, 3.0]
+    """
+    _check(x, offsets)
+    return aggregate(None, _batch(offsets, x.shape[0]), edge_value=x, impl=impl)
+
+
+def segment_mean(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tensor:
+    """The mean over the nodes of each graph of a ragged batch: 0 for a graph without nodes.
+
+    See :func:`segment_sum`; source ``torch_geometric.nn.global_mean_pool``.
+
+    Example:
+        >>> import torch
+        >>> from fastgt import segment_mean
+        >>> segment_mean(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 2, 3])).tolist()
+        [1.5, 0.0, 3.0]
+    """
+    _check(x, offsets)
+    return aggregate(None, _batch(offsets, x.shape[0]), edge_value=x, reduce="mean", impl=impl)
+
+
+def segment_max(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tensor:
+    """The maximum over the nodes of each graph of a ragged batch: 0 for a graph without nodes.
+
+    Its gradient goes to the first of the largest. See :func:`segment_sum`; source
+    ``torch_geometric.nn.global_max_pool``.
+
+    Example:
+        >>> import torch
+        >>> from fastgt import segment_max
+        >>> segment_max(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 2, 3])).tolist()
+        [2.0, 0.0, 3.0]
+    """
+    _check(x, offsets)
+    return aggregate(None, _batch(offsets, x.shape[0]), edge_value=x, reduce="max", impl=impl)
+
+
+def virtual_node(
+    x: Tensor, state: Tensor, offsets: Tensor, *, impl: Impl | None = None
+) -> tuple[Tensor, Tensor]:
+    """What a virtual node of each graph gives to its nodes, and what it receives from them.
+
+    For node i of graph g, channel by channel::
+
+        y_i = x_i + state_g,   pooled_g = state_g + sum_i y_i      i over the nodes of g
+
+    Args:
+        x: ``[N, ...]``: float16, bfloat16, float32 or float64, any strides.
+        state: ``[G, ...]`` the virtual nodes, of x's channels and dtype.
+        offsets, impl: As in :func:`segment_sum`.
+
+    Returns:
+        ``(y, pooled)``, like x and like state: y goes on to the message passing, pooled to the
+        virtual nodes' own update (:class:`fastgt.nn.VirtualNode`).
+
+    Raises:
+        TypeError, ValueError: An argument does not fit; its name and both numbers are given.
+
+    Source:
+        Cai et al., On the Connection Between MPNN and Graph Transformer, arXiv 2301.11956,
+        section 3, and Gilmer et al., arXiv 1704.01212, section 5.2; with the residuals of the
+        former's code.
+
+    Example:
+        >>> import torch
+        >>> from fastgt import virtual_node
+        >>> x, state = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0])
+        >>> [t.tolist() for t in virtual_node(x, state, torch.tensor([0, 2, 3]))]
+        [[11.0, 12.0, 23.0], [33.0, 43.0]]
+    """
+    _check(x, offsets)
+    check_float("state", state)
+    graphs = offsets.shape[0] - 1
+    if state.dtype != x.dtype:
+        raise TypeError(f"state is {state.dtype} but x is {x.dtype}")
+    if state.shape != (graphs, *x.shape[1:]):
+        raise ValueError(
+            f"state must be {[graphs, *x.shape[1:]]}, of G graphs and x's channels, got "
+            f"{list(state.shape)}"
+        )
+    batch = _batch(offsets, x.shape[0])
+    y = aggregate(state, batch.transpose(), edge_value=x, impl=impl)
+    return y, state + aggregate(None, batch, edge_value=y, impl=impl)
+
+
+def _check(x: Tensor, offsets: Tensor) -> None:
+    check_float("x", x)
+    if x.ndim == 0:
+        raise ValueError("x must be [N, ...], got a scalar")
+    check_offsets(offsets, x.shape[0], x.device)
+
+
+def _batch(offsets: Tensor, nodes: int) -> Graph:
+    """Rows are graphs, columns and edges nodes."""
+    graphs = offsets.shape[0] - 1
+    like: Any = {"dtype": offsets.dtype, "device": offsets.device}
+    node, ends = torch.arange(nodes, **like), torch.arange(nodes + 1, **like)
+    graph_of = torch.arange(graphs, **like).repeat_interleave(offsets.diff(), output_size=nodes)
+    rows, cols = (torch.arange(2, **like) * n for n in (graphs, nodes))
+    columns = ColumnWalk(ends, graph_of, node, node)
+    return Graph(graphs, nodes, offsets, node, node, rows, cols, {"columns": columns})

@@ -1,0 +1,538 @@
+"""Linear attention on ragged batches, forward: one state for every graph and head.
+
+    S_g = sum_j phi(k_j) v_j^T,   z_g = sum_j phi(k_j)
+    o_i = phi(q_i)^T S_g / (phi(q_i)^T z_g + eps)
+
+Nodes of a graph lie one after another; nothing is gathered. A graph of at least ``small`` nodes is
+cut into pieces of ``piece`` nodes, of which each adds up a state of its own, [M, DV] at a time
+BLOCK_M features; the states of a graph's pieces are added in order (no atomics: the same bits every
+time), then every piece makes the output of its nodes:
+
+    graphs   |0 0 0 0 0 0 0 0 0 0|1 1|2 2 2 2 2 2|
+    pieces   |  0   |  1   |  2  |   |  3   |  4 |      graph 1 is small
+    states    S_0    S_1    S_2        S_3    S_4    ->  S_0 + S_1 + S_2,  S_3 + S_4
+
+A graph of fewer nodes than a state has rows, about (``small`` = 2 M DV / (M + DV)), is multiplied
+in the quadratic form by one program a head: it has no state, so that states never take more memory
+than N H (M + DV) / 2 numbers. Which graphs are small is known on the device alone. Outputs are made
+by the same kernel, launched over pieces and over graphs: each form has tiles of its own, and the
+registers of one do not weigh on the other.
+
+Features are made of tiles [BLOCK_N, BLOCK_M], from channels of x or from its products with
+BLOCK_M rows of the projection, wherever they are needed, and never stored.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import accumulator, alignment, linear_precision, linear_tile, power_of_2
+from .prims import dot, load_rows, scalar, store_rows
+
+COUNTS = ["num_graphs", "num_pieces", "piece", "small", "tiles"]
+
+
+@triton.jit
+def find_graph(piece_ptr, pid, num_graphs):
+    """The graph that piece ``pid`` belongs to: the last whose pieces begin at it or before."""
+    low = tl.full((), 0, tl.int64)
+    high = tl.full((), num_graphs, tl.int64)
+    while low + 1 < high:
+        middle = (low + high) // 2
+        before = tl.load(piece_ptr + middle) <= pid
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
+def find_piece(offsets_ptr, piece_ptr, pid, num_graphs, piece):
+    """-> graph, its first piece, begin and end of this piece's nodes."""
+    graph = find_graph(piece_ptr, pid, num_graphs)
+    first = tl.load(piece_ptr + graph)
+    begin = tl.load(offsets_ptr + graph).to(tl.int64) + (pid - first).to(tl.int64) * piece
+    end = tl.minimum(begin + piece, tl.load(offsets_ptr + graph + 1).to(tl.int64))
+    return graph, first, begin, end
+
+
+@triton.jit
+def project(
+    x, projection_ptr, tile, D: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """-> products of x [N, D] with BLOCK_M rows of the projection, and these rows [M, D]."""
+    m, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    mask = (m < M)[:, None] & (d < D)[None, :]
+    w = tl.load(projection_ptr + m[:, None] * D + d[None, :], mask=mask, other=0.0)
+    return dot(x, tl.trans(w), None, ACC, ACC, PRECISION), w
+
+
+@triton.jit
+def half_square(x, D: tl.constexpr):
+    """|x|^2 D^-1/2 / 2 of rows [N, D]."""
+    return tl.sum(x * x, 1) * (0.5 / D**0.5)
+
+
+@triton.jit
+def features(
+    x_ptr, x_stride, x, half, top, row, live, head, tile, projection_ptr,
+    D: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """-> phi(x) [N, BLOCK_M], 0 where there is no node or feature, and what its gradient takes:
+    the channels of x themselves, or the exponentials or products; and rows of the projection.
+
+    ``x`` [N, D] with its ``half`` square and its stabiliser ``top`` are those of random features;
+    for the others channels are loaded.
+    """
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = live[:, None] & (m < M)[None, :]
+    w = 0.0
+    if MAP == "softmax":
+        product, w = project(x, projection_ptr, tile, D, M, MAP, BLOCK_D, BLOCK_M, ACC, PRECISION)
+        # beyond the last feature or node, exp() may be infinite
+        inner = tl.where(inside, tl.exp(product - (half + top)[:, None]), 0.0)
+        phi = (inner + 1e-4) * (1 / M**0.5)
+    elif MAP == "relu_random":
+        product, w = project(x, projection_ptr, tile, D, M, MAP, BLOCK_D, BLOCK_M, ACC, PRECISION)
+        inner = positive(product)
+        phi = inner + 1e-3
+    else:
+        inner = load_columns(x_ptr, x_stride, row, live, head, tile, D, BLOCK_M, ALIGN).to(ACC)
+        if MAP == "identity":
+            phi = inner
+        elif MAP == "relu":
+            phi = positive(inner)
+        elif MAP == "elu":
+            phi = tl.where(inner > 0, inner + 1, tl.exp(inner))
+        else:
+            phi = 1 / (1 + tl.exp(-inner))
+    return tl.where(inside, phi, 0.0), inner, w
+
+
+@triton.jit
+def positive(x):
+    """max(x, 0); NaN stays."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def load_columns(
+    ptr, stride, row, live, head, tile, D: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Channels ``tile`` of rows ``row`` [N] of one head: -> [N, BLOCK_M], 0 beyond."""
+    first = row.to(tl.int64)[:, None] * (stride[0] // ALIGN) + head.to(tl.int64) * (
+        stride[1] // ALIGN
+    )
+    first *= ALIGN
+    d = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = live[:, None] & (d < D)[None, :]
+    return tl.load(ptr + first + d.to(tl.int64)[None, :] * stride[2], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_inputs(
+    ptr, stride, row, live, head, D: tl.constexpr, RANDOM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """-> x [N, D] and its half square, where random features take them."""
+    x, half = 0.0, 0.0
+    if RANDOM:
+        x = load_rows(ptr, stride, row, live, head, D, BLOCK_D, ALIGN).to(ACC)
+        half = half_square(x, D)
+    return x, half
+
+
+@triton.jit
+def largest_product(
+    x, projection_ptr, tiles,
+    D: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The stabiliser of rows x [N, D], each alone: [N]."""
+    top = tl.full([BLOCK_N], float("-inf"), ACC)
+    for tile in range(tiles):
+        product, _w = project(x, projection_ptr, tile, D, M, MAP, BLOCK_D, BLOCK_M, ACC, PRECISION)
+        m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        product = tl.where((m < M)[None, :], product, float("-inf"))
+        top = tl.maximum(top, tl.max(product, 1))
+    return top
+
+
+@triton.jit
+def load_state(
+    state_ptr, z_ptr, slot, head, tile, H: tl.constexpr, M: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """-> BLOCK_M rows of a state, [M, DV], and of its last column, [M]."""
+    m, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
+    at = (slot.to(tl.int64) * H + head) * M + m
+    s = tl.load(
+        state_ptr + at[:, None] * DV + d[None, :],
+        mask=(m < M)[:, None] & (d < DV)[None, :],
+        other=0.0,
+    )
+    return s, tl.load(z_ptr + at, mask=m < M, other=0.0)
+
+
+@triton.jit
+def store_state(
+    state_ptr, z_ptr, slot, head, tile, s, z, H: tl.constexpr, M: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Inverse of ``load_state``."""
+    m, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
+    at = (slot.to(tl.int64) * H + head) * M + m
+    mask = (m < M)[:, None] & (d < DV)[None, :]
+    tl.store(state_ptr + at[:, None] * DV + d[None, :], s, mask=mask)
+    tl.store(z_ptr + at, z, mask=m < M)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _linear_top_kernel(
+    k_ptr, projection_ptr,  # [N, H, D], [M, D]
+    top_ptr,  # [P, H]
+    offsets_ptr, piece_ptr,  # [G + 1], [G + 1]
+    k_stride, num_graphs, num_pieces, piece, small, tiles,
+    H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Grid (pieces + graphs, heads): the stabiliser of the keys of a piece, or a small graph."""
+    ACC: tl.constexpr = top_ptr.dtype.element_ty
+    pid, head = tl.program_id(0), tl.program_id(1)
+    begin = tl.full((), 0, tl.int64)
+    end = tl.full((), 0, tl.int64)
+    if pid < num_pieces:
+        if pid < tl.load(piece_ptr + num_graphs):
+            _graph, _first, begin, end = find_piece(offsets_ptr, piece_ptr, pid, num_graphs, piece)
+    else:
+        begin = tl.load(offsets_ptr + pid - num_pieces).to(tl.int64)
+        end = tl.load(offsets_ptr + pid - num_pieces + 1).to(tl.int64)
+        end = tl.where(end - begin < small, end, begin)
+    top = tl.full([BLOCK_N], float("-inf"), ACC)
+    for step in range(0, end - begin, BLOCK_N):
+        row = begin + step + tl.arange(0, BLOCK_N)
+        live = row < end
+        x = load_rows(k_ptr, k_stride, row, live, head, D, BLOCK_D, ALIGN).to(ACC)
+        found = largest_product(
+            x, projection_ptr, tiles, D, M, MAP, BLOCK_N, BLOCK_D, BLOCK_M, ACC, PRECISION
+        )
+        top = tl.maximum(top, tl.where(live, found, float("-inf")))
+    tl.store(top_ptr + pid.to(tl.int64) * H + head, tl.max(top, 0))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _linear_top_of_graph_kernel(
+    piece_top_ptr, top_ptr,  # [P + G, H], [G, H]
+    piece_ptr, num_graphs, num_pieces, H: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Grid (graphs,): the largest of a graph's pieces' stabilisers, of all heads."""
+    graph = tl.program_id(0)
+    head = tl.arange(0, BLOCK_H)
+    begin, end = tl.load(piece_ptr + graph), tl.load(piece_ptr + graph + 1)
+    at = (num_pieces + graph).to(tl.int64) * H + head
+    top = tl.load(piece_top_ptr + at, mask=head < H, other=0.0)
+    for step in range(end - begin):
+        at = (begin + step).to(tl.int64) * H + head
+        top = tl.maximum(top, tl.load(piece_top_ptr + at, mask=head < H, other=0.0))
+    tl.store(top_ptr + graph.to(tl.int64) * H + head, top, mask=head < H)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _linear_state_kernel(
+    x_ptr, y_ptr, projection_ptr,  # [N, H, D], [N, H, DV], [M, D]
+    top_ptr, stat_ptr,  # stabilisers: [G, H] of keys; of queries in [N, H, 3]: share, down, top
+    state_ptr, z_ptr,  # [P, H, M, DV], [P, H, M]
+    offsets_ptr, piece_ptr,
+    x_stride, y_stride, num_graphs, piece,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
+    OF_QUERIES: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Grid (pieces, heads, feature tiles): a piece's state, of keys and values; or its gradient,
+    of queries and do', which is do times share, and down in the last column."""
+    ACC: tl.constexpr = state_ptr.dtype.element_ty
+    RANDOM: tl.constexpr = projection_ptr is not None
+    pid, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if pid < tl.load(piece_ptr + num_graphs):
+        graph, _first, begin, end = find_piece(offsets_ptr, piece_ptr, pid, num_graphs, piece)
+        key_top = 0.0
+        if MAP == "softmax" and not OF_QUERIES:
+            key_top = tl.load(top_ptr + graph * H + head)
+        s = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
+        z = tl.zeros([BLOCK_M], ACC)
+        for step in range(0, end - begin, BLOCK_N):
+            row = begin + step + tl.arange(0, BLOCK_N)
+            live = row < end
+            x, half = load_inputs(x_ptr, x_stride, row, live, head, D, RANDOM, BLOCK_D, ALIGN, ACC)
+            y = load_rows(y_ptr, y_stride, row, live, head, DV, BLOCK_DV, ALIGN).to(ACC)
+            last = tl.full([BLOCK_N], 1.0, ACC)
+            top = tl.zeros([BLOCK_N], ACC) + key_top
+            if OF_QUERIES:
+                share, last, top = load_stat(stat_ptr, row, live, head, H)
+                y = y * share[:, None]
+            phi, _inner, _w = features(
+                x_ptr, x_stride, x, half, top, row, live, head, tile, projection_ptr,
+                D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+            )  # fmt: skip
+            s = dot(tl.trans(phi), y, s, ACC, ACC, PRECISION)
+            z += tl.sum(phi * last[:, None], 0)
+        store_state(state_ptr, z_ptr, pid, head, tile, s, z, H, M, DV, BLOCK_M, BLOCK_DV)
+
+
+@triton.jit
+def load_stat(stat_ptr, row, live, head, H: tl.constexpr):
+    """-> share, down and stabiliser of queries [N]."""
+    at = stat_ptr + (row.to(tl.int64) * H + head) * 3
+    share = tl.load(at, mask=live, other=0.0)
+    return share, tl.load(at + 1, mask=live, other=0.0), tl.load(at + 2, mask=live, other=0.0)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _linear_combine_kernel(
+    state_ptr, z_ptr,  # [P, H, M, DV], [P, H, M]
+    piece_ptr, num_graphs,
+    H: tl.constexpr, DV: tl.constexpr, M: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Grid (pieces, heads, feature tiles): a graph's first piece adds those of the others to its
+    own, in order."""
+    pid, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if pid < tl.load(piece_ptr + num_graphs):
+        graph = find_graph(piece_ptr, pid, num_graphs)
+        first = tl.load(piece_ptr + graph)
+        count = tl.load(piece_ptr + graph + 1) - first
+        if (pid == first) & (count > 1):
+            s, z = load_state(state_ptr, z_ptr, pid, head, tile, H, M, DV, BLOCK_M, BLOCK_DV)
+            for step in range(1, count):
+                more_s, more_z = load_state(
+                    state_ptr, z_ptr, first + step, head, tile, H, M, DV, BLOCK_M, BLOCK_DV
+                )
+                s += more_s
+                z += more_z
+            store_state(state_ptr, z_ptr, pid, head, tile, s, z, H, M, DV, BLOCK_M, BLOCK_DV)
+
+
+@triton.jit
+def take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL: tl.constexpr):
+    """What this program makes, a piece or a small graph: -> graph, slot of its state, begin and end
+    of its nodes. No nodes where there is nothing to do."""
+    pid = tl.program_id(0)
+    graph = tl.full((), 0, tl.int64)
+    slot = tl.full((), 0, tl.int64)
+    begin = tl.full((), 0, tl.int64)
+    end = tl.full((), 0, tl.int64)
+    if SMALL:
+        graph += pid
+        begin += tl.load(offsets_ptr + graph)
+        end += tl.load(offsets_ptr + graph + 1)
+        end = tl.where(end - begin < small, end, begin)
+    elif pid < tl.load(piece_ptr + num_graphs):
+        graph, first, begin, end = find_piece(offsets_ptr, piece_ptr, pid, num_graphs, piece)
+        slot += first
+    return graph, slot, begin, end
+
+
+@triton.jit
+def attend(
+    q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, projection_ptr, q, half, top, key_top,
+    row, live, head, slot, begin, end, state_ptr, z_ptr, tiles,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
+    RANDOM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    SMALL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """phi(q) S [N, DV] and phi(q) z [N]: from a state, or key by key where ``SMALL``."""
+    num = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
+    den = tl.zeros([BLOCK_N], ACC)
+    if not SMALL:
+        for tile in range(tiles):
+            f, f_inner, f_w = features(
+                q_ptr, q_stride, q, half, top, row, live, head, tile, projection_ptr,
+                D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+            )  # fmt: skip
+            s, z = load_state(state_ptr, z_ptr, slot, head, tile, H, M, DV, BLOCK_M, BLOCK_DV)
+            num = dot(f, s, num, ACC, ACC, PRECISION)
+            den += tl.sum(f * z[None, :], 1)
+    else:
+        for step in range(0, end - begin, BLOCK_N):
+            key = begin + step + tl.arange(0, BLOCK_N)
+            there = key < end
+            k, k_half = load_inputs(
+                k_ptr, k_stride, key, there, head, D, RANDOM, BLOCK_D, ALIGN, ACC
+            )
+            a = tl.zeros([BLOCK_N, BLOCK_N], ACC)
+            for tile in range(tiles):
+                f, _f_inner, _f_w = features(
+                    q_ptr, q_stride, q, half, top, row, live, head, tile, projection_ptr,
+                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                )  # fmt: skip
+                g, _g_inner, _g_w = features(
+                    k_ptr, k_stride, k, k_half, key_top, key, there, head, tile, projection_ptr,
+                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                )  # fmt: skip
+                a = dot(f, tl.trans(g), a, ACC, ACC, PRECISION)
+            v = load_rows(v_ptr, v_stride, key, there, head, DV, BLOCK_DV, ALIGN).to(ACC)
+            num = dot(a, v, num, ACC, ACC, PRECISION)
+            den += tl.sum(a, 1)
+    return num, den
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _linear_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, projection_ptr,  # [N, H, D], [N, H, D], [N, H, DV], [M, D]
+    top_ptr, state_ptr, z_ptr,  # [G, H], [P, H, M, DV], [P, H, M]
+    o_ptr,  # [N, H, DV]
+    offsets_ptr, piece_ptr,
+    q_stride, k_stride, v_stride, num_graphs, piece, small, tiles, eps: tl.float64,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
+    NORMALIZE: tl.constexpr, SMALL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Grid (pieces or graphs, heads): the output of a piece, or of a small graph."""
+    ACC: tl.constexpr = state_ptr.dtype.element_ty
+    RANDOM: tl.constexpr = projection_ptr is not None
+    head = tl.program_id(1)
+    graph, slot, begin, end = take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL)
+    key_top = tl.zeros([BLOCK_N], ACC)
+    if MAP == "softmax":
+        key_top += tl.load(top_ptr + graph * H + head)
+    for step in range(0, end - begin, BLOCK_N):
+        row = begin + step + tl.arange(0, BLOCK_N)
+        live = row < end
+        q, half = load_inputs(q_ptr, q_stride, row, live, head, D, RANDOM, BLOCK_D, ALIGN, ACC)
+        top = tl.zeros([BLOCK_N], ACC)
+        if MAP == "softmax":
+            top = largest_product(
+                q, projection_ptr, tiles, D, M, MAP, BLOCK_N, BLOCK_D, BLOCK_M, ACC, PRECISION
+            )
+        num, den = attend(
+            q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, projection_ptr, q, half, top,
+            key_top, row, live, head, slot, begin, end, state_ptr, z_ptr,
+            tiles, H, D, DV, M, MAP, RANDOM, ALIGN, PRECISION, ACC, SMALL,
+            BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_M,
+        )  # fmt: skip
+        if NORMALIZE:
+            num = num / (den + scalar(eps, ACC))[:, None]
+        store_rows(o_ptr, row, live, head, H, DV, BLOCK_DV, num)
+
+
+def linear_attention_fwd(q, k, v, offsets, projection, feature_map, eps, normalize):
+    """-> o [N, H, DV], and for "softmax" the stabilisers of the keys [G, H] (else [0, H])."""
+    n, heads, _ = q.shape
+    o = q.new_empty(v.shape)
+    plan = linear_plan(q, k, v, offsets, projection, feature_map)
+    softmax = feature_map == "softmax"
+    tops = q.new_empty(plan.graphs if softmax else 0, heads, dtype=accumulator(q))
+    if not n:
+        # stabilisers of no keys
+        return o, tops.fill_(float("-inf"))
+    if softmax:
+        _tops(k, plan, tops)
+    states = linear_states(k, v, plan, tops, None)
+    strides = q.stride(), k.stride(), v.stride()
+    for programs, tiles, meta in plan.passes:
+        _linear_fwd_kernel[programs, heads](
+            q, k, v, plan.projection, tops, *states, o, *plan.walk, *strides,
+            plan.graphs, plan.piece, plan.small, tiles, eps,
+            H=heads, NORMALIZE=normalize, ALIGN=alignment((q, k, v)), **meta,
+        )  # fmt: skip
+    return o, tops
+
+
+class Plan(NamedTuple):
+    """How a batch is cut, and the constants of the passes over its pieces and small graphs."""
+
+    walk: tuple[torch.Tensor, torch.Tensor]  # offsets; pieces of the graphs before, [G + 1]
+    projection: torch.Tensor | None
+    graphs: int
+    pieces: int  # at most: how many there are, only the device knows
+    piece: int  # nodes of a piece
+    small: int  # nodes from which a graph is cut into pieces
+    meta: dict[str, Any]  # of what goes through pieces
+    # programs, feature tiles (no constant: they would be unrolled, and spill) and constants of a
+    # pass over pieces and one over small graphs, as far as there may be any
+    passes: list[tuple[int, int, dict[str, Any]]]
+
+
+def linear_plan(q, k, v, offsets, projection, feature_map) -> Plan:
+    n, heads, d = q.shape
+    m, dv = d if projection is None else projection.shape[0], v.shape[2]
+    if offsets is None:
+        offsets = torch.arange(2, device=q.device) * n
+    if projection is not None:
+        projection = projection.to(accumulator(q)).contiguous()
+        if feature_map == "softmax":
+            projection = projection * d**-0.25
+    shape = {
+        "D": d,
+        "DV": dv,
+        "M": m,
+        "MAP": feature_map,
+        "PRECISION": linear_precision(q),
+        "BLOCK_D": max(16, power_of_2(d)),
+        "BLOCK_DV": max(16, power_of_2(dv)),
+        "num_stages": 1,
+    }
+    metas = []
+    for whole in (False, True):
+        tile = linear_tile(m, 1 if projection is None else d, dv, q.element_size(), whole)
+        named = {"BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m, "num_warps": tile.num_warps}
+        metas.append(shape | named)
+    graphs, small = offsets.shape[0] - 1, max(1, 2 * m * dv // (m + dv))
+    piece = max(power_of_2(small), power_of_2(n * heads // _PROGRAMS), metas[0]["BLOCK_N"])
+    pieces = n // piece + min(graphs, n // small)
+    sizes = offsets.diff()
+    counts = (sizes + (piece - 1)).div_(piece, rounding_mode="floor")
+    piece_ptr = offsets.new_zeros(graphs + 1)
+    torch.cumsum(counts.masked_fill_(sizes < small, 0), 0, out=piece_ptr[1:])
+    passes = [
+        (programs, -(-m // meta["BLOCK_M"]), meta | {"SMALL": whole})
+        for programs, meta, whole in zip((pieces, graphs), metas, (False, True), strict=True)
+        if programs
+    ]
+    walk = offsets.contiguous(), piece_ptr
+    return Plan(walk, projection, graphs, pieces, piece, small, metas[0], passes)
+
+
+# of a pass over one graph: enough to fill a device of some 150 processors a few times
+_PROGRAMS = 2048
+
+
+def linear_states(x, y, plan, tops, stat):
+    """-> states [P, H, M, DV] and their last columns [P, H, M], a graph's in its first piece's
+    place: of keys and values, or with ``stat`` the gradients, of queries and upstream gradients."""
+    heads, meta = x.shape[1], plan.meta
+    m, dv = meta["M"], meta["DV"]
+    state = x.new_empty(plan.pieces, heads, m, dv, dtype=accumulator(x))
+    z = state.new_empty(plan.pieces, heads, m)
+    if plan.pieces:
+        grid = plan.pieces, heads, -(-m // meta["BLOCK_M"])
+        _linear_state_kernel[grid](
+            x, y, plan.projection, tops, stat, state, z, *plan.walk,
+            x.stride(), y.stride(), plan.graphs, plan.piece,
+            H=heads, OF_QUERIES=stat is not None, ALIGN=alignment((x, y)), **meta,
+        )  # fmt: skip
+        _linear_combine_kernel[grid](
+            state, z, plan.walk[1], plan.graphs,
+            H=heads, DV=dv, M=m, BLOCK_DV=meta["BLOCK_DV"], BLOCK_M=meta["BLOCK_M"],
+        )  # fmt: skip
+    return state, z
+
+
+def _tops(k, plan, tops):
+    heads, meta = k.shape[1], dict(plan.meta)
+    del meta["DV"], meta["BLOCK_DV"]
+    programs = plan.pieces + plan.graphs
+    piece_tops = tops.new_empty(programs, heads)
+    _linear_top_kernel[programs, heads](
+        k, plan.projection, piece_tops, *plan.walk, k.stride(),
+        plan.graphs, plan.pieces, plan.piece, plan.small, -(-meta["M"] // meta["BLOCK_M"]),
+        H=heads, ALIGN=alignment((k,)), **meta,
+    )  # fmt: skip
+    _linear_top_of_graph_kernel[plan.graphs,](
+        piece_tops, tops, plan.walk[1], plan.graphs, plan.pieces,
+        H=heads, BLOCK_H=power_of_2(heads),
+    )  # fmt: skip

@@ -1,0 +1,291 @@
+"""Backward of linear attention; pieces, states and tiles as in ``linear_attention.py``.
+
+With o' = phi(q)^T [S, z], its gradient do' = [share do, down], where share = 1 / (phi(q)^T z + eps)
+and down = -share (do . o), or 1 and 0 where nothing is divided:
+
+    dphi(q)_i = S (share_i do_i) + down_i z              from the states, as the forward made them
+    dS = sum_i phi(q_i) share_i do_i^T,  dz = sum_i phi(q_i) down_i      made as states are
+    dphi(k)_j = dS v_j + dz,   dv_j = dS^T phi(k_j)
+
+Small graphs do without: with b_ji = phi(k_j) . phi(q_i) and db_ji = share_i do_i . v_j + down_i,
+dphi(q)_i = sum_j db_ji phi(k_j), dphi(k)_j = sum_i db_ji phi(q_i), dv_j = sum_i b_ji share_i do_i.
+"""
+
+import triton
+import triton.language as tl
+
+from .configs import alignment
+from .linear_attention import (
+    COUNTS,
+    attend,
+    features,
+    largest_product,
+    linear_plan,
+    linear_states,
+    load_inputs,
+    load_stat,
+    load_state,
+    take_nodes,
+)
+from .prims import dot, load_rows, scalar, store_rows
+
+
+@triton.jit
+def before_features(dphi, phi, inner, M: tl.constexpr, MAP: tl.constexpr):
+    """The gradient of channels, or of products with the projection, for that of the features."""
+    if MAP == "identity":
+        flow = dphi
+    elif MAP == "elu":
+        flow = tl.where(inner > 0, dphi, dphi * phi)
+    elif MAP == "sigmoid":
+        flow = dphi * phi * (1 - phi)
+    elif MAP == "softmax":
+        flow = dphi * inner * (1 / M**0.5)
+    else:
+        flow = tl.where(inner > 0, dphi, 0.0)
+    return flow
+
+
+@triton.jit
+def store_columns(
+    ptr, row, live, head, tile, x, H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Channels ``tile`` of rows of one head of a contiguous [N, H, D] tensor."""
+    d = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = (row.to(tl.int64) * H + head)[:, None] * D + d[None, :]
+    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def store_inputs(
+    ptr, row, live, head, dx, x, total, H: tl.constexpr, D: tl.constexpr, MAP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x [N, D], for those of its products with the projection."""
+    if MAP == "softmax":
+        dx -= x * (total * (1 / D**0.5))[:, None]
+    store_rows(ptr, row, live, head, H, D, BLOCK_D, dx)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _linear_bwd_dq_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, projection_ptr,
+    top_ptr, state_ptr, z_ptr,  # [G, H], [P, H, M, DV], [P, H, M]
+    dq_ptr, stat_ptr,  # [N, H, D]; [N, H, 3]: share, down and stabiliser of the query
+    offsets_ptr, piece_ptr,
+    do_stride, q_stride, k_stride, v_stride,
+    num_graphs, piece, small, tiles, eps: tl.float64,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
+    NORMALIZE: tl.constexpr, NEED_Q: tl.constexpr, SMALL: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Grid (pieces or graphs, heads): dq of a piece's or a small graph's nodes, and what dk and dv
+    need to know of them."""
+    ACC: tl.constexpr = state_ptr.dtype.element_ty
+    RANDOM: tl.constexpr = projection_ptr is not None
+    head = tl.program_id(1)
+    graph, slot, begin, end = take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL)
+    key_top = tl.zeros([BLOCK_N], ACC)
+    if MAP == "softmax":
+        key_top += tl.load(top_ptr + graph * H + head)
+    for step in range(0, end - begin, BLOCK_N):
+        row = begin + step + tl.arange(0, BLOCK_N)
+        live = row < end
+        q, half = load_inputs(q_ptr, q_stride, row, live, head, D, RANDOM, BLOCK_D, ALIGN, ACC)
+        top = tl.zeros([BLOCK_N], ACC)
+        if MAP == "softmax":
+            top = largest_product(
+                q, projection_ptr, tiles, D, M, MAP, BLOCK_N, BLOCK_D, BLOCK_M, ACC, PRECISION
+            )
+        do = load_rows(do_ptr, do_stride, row, live, head, DV, BLOCK_DV, ALIGN).to(ACC)
+        share = tl.full([BLOCK_N], 1.0, ACC)
+        down = tl.zeros([BLOCK_N], ACC)
+        if NORMALIZE:
+            num, den = attend(
+                q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, projection_ptr, q, half, top,
+                key_top, row, live, head, slot, begin, end, state_ptr, z_ptr,
+                tiles, H, D, DV, M, MAP,
+                RANDOM, ALIGN, PRECISION, ACC, SMALL, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_M,
+            )  # fmt: skip
+            share = 1 / (den + scalar(eps, ACC))
+            down = -share * tl.sum(do * share[:, None] * num, 1)
+        at = stat_ptr + (row * H + head) * 3
+        tl.store(at, share, mask=live)
+        tl.store(at + 1, down, mask=live)
+        tl.store(at + 2, top, mask=live)
+        if NEED_Q:
+            flow = do * share[:, None]
+            dx = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+            total = tl.zeros([BLOCK_N], ACC)
+            for tile in range(tiles):
+                df = tl.zeros([BLOCK_N, BLOCK_M], ACC)
+                if not SMALL:
+                    s, z = load_state(
+                        state_ptr, z_ptr, slot, head, tile, H, M, DV, BLOCK_M, BLOCK_DV
+                    )
+                    df = dot(flow, tl.trans(s), down[:, None] * z[None, :], ACC, ACC, PRECISION)
+                else:
+                    for key_step in range(0, end - begin, BLOCK_N):
+                        key = begin + key_step + tl.arange(0, BLOCK_N)
+                        there = key < end
+                        k, k_half = load_inputs(
+                            k_ptr, k_stride, key, there, head, D, RANDOM, BLOCK_D, ALIGN, ACC
+                        )
+                        g, _g_inner, _g_w = features(
+                            k_ptr, k_stride, k, k_half, key_top, key, there, head, tile,
+                            projection_ptr, D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                        )  # fmt: skip
+                        v = load_rows(v_ptr, v_stride, key, there, head, DV, BLOCK_DV, ALIGN)
+                        each = down[:, None] + tl.zeros([BLOCK_N, BLOCK_N], ACC)
+                        db = dot(flow, tl.trans(v.to(ACC)), each, ACC, ACC, PRECISION)
+                        df = dot(db, g, df, ACC, ACC, PRECISION)
+                f, inner, w = features(
+                    q_ptr, q_stride, q, half, top, row, live, head, tile, projection_ptr,
+                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                )  # fmt: skip
+                gradient = before_features(df, f, inner, M, MAP)
+                if RANDOM:
+                    dx = dot(gradient, w, dx, ACC, ACC, PRECISION)
+                    total += tl.sum(gradient, 1)
+                else:
+                    store_columns(dq_ptr, row, live, head, tile, gradient, H, D, BLOCK_M)
+            if RANDOM:
+                store_inputs(dq_ptr, row, live, head, dx, q, total, H, D, MAP, BLOCK_D)
+
+
+@triton.jit
+def query_tile(
+    do_ptr, q_ptr, do_stride, q_stride, stat_ptr, query, there, head, tile, projection_ptr,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
+    RANDOM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """-> phi(q) [N, BLOCK_M], share do [N, DV] and down [N] of some queries."""
+    q, half = load_inputs(q_ptr, q_stride, query, there, head, D, RANDOM, BLOCK_D, ALIGN, ACC)
+    share, down, top = load_stat(stat_ptr, query, there, head, H)
+    f, _, _ = features(
+        q_ptr, q_stride, q, half, top, query, there, head, tile, projection_ptr,
+        D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+    )  # fmt: skip
+    do = load_rows(do_ptr, do_stride, query, there, head, DV, BLOCK_DV, ALIGN)
+    return f, do.to(ACC) * share[:, None], down
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _linear_bwd_dkv_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, projection_ptr,
+    top_ptr, dstate_ptr, dz_ptr,  # [G, H], [P, H, M, DV], [P, H, M]
+    dk_ptr, dv_ptr, stat_ptr,  # [N, H, D], [N, H, DV], [N, H, 3]
+    offsets_ptr, piece_ptr,
+    do_stride, q_stride, k_stride, v_stride,
+    num_graphs, piece, small, tiles,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
+    NEED_K: tl.constexpr, NEED_V: tl.constexpr, SMALL: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Grid (pieces or graphs, heads): dk and dv of a piece's or a small graph's nodes."""
+    ACC: tl.constexpr = dstate_ptr.dtype.element_ty
+    RANDOM: tl.constexpr = projection_ptr is not None
+    head = tl.program_id(1)
+    graph, slot, begin, end = take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL)
+    key_top = tl.zeros([BLOCK_N], ACC)
+    if MAP == "softmax":
+        key_top += tl.load(top_ptr + graph * H + head)
+    for step in range(0, end - begin, BLOCK_N):
+        row = begin + step + tl.arange(0, BLOCK_N)
+        live = row < end
+        k, half = load_inputs(k_ptr, k_stride, row, live, head, D, RANDOM, BLOCK_D, ALIGN, ACC)
+        v = load_rows(v_ptr, v_stride, row, live, head, DV, BLOCK_DV, ALIGN).to(ACC)
+        dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
+        dx = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+        total = tl.zeros([BLOCK_N], ACC)
+        for tile in range(tiles):
+            if NEED_V:
+                g, inner, w = features(
+                    k_ptr, k_stride, k, half, key_top, row, live, head, tile, projection_ptr,
+                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                )  # fmt: skip
+                if not SMALL:
+                    ds, dz = load_state(
+                        dstate_ptr, dz_ptr, slot, head, tile, H, M, DV, BLOCK_M, BLOCK_DV
+                    )
+                    dv = dot(g, ds, dv, ACC, ACC, PRECISION)
+                else:
+                    for query_step in range(0, end - begin, BLOCK_N):
+                        query = begin + query_step + tl.arange(0, BLOCK_N)
+                        f, flow, down = query_tile(
+                            do_ptr, q_ptr, do_stride, q_stride, stat_ptr, query, query < end,
+                            head, tile, projection_ptr, H, D, DV, M, MAP, RANDOM, ALIGN,
+                            PRECISION, ACC, BLOCK_D, BLOCK_DV, BLOCK_M,
+                        )  # fmt: skip
+                        # this tile's part of b: the other tiles add theirs
+                        b = dot(g, tl.trans(f), None, ACC, ACC, PRECISION)
+                        dv = dot(b, flow, dv, ACC, ACC, PRECISION)
+            if NEED_K:
+                dg = tl.zeros([BLOCK_N, BLOCK_M], ACC)
+                if not SMALL:
+                    ds, dz = load_state(
+                        dstate_ptr, dz_ptr, slot, head, tile, H, M, DV, BLOCK_M, BLOCK_DV
+                    )
+                    dg = dot(v, tl.trans(ds), dg, ACC, ACC, PRECISION) + dz[None, :]
+                else:
+                    for query_step in range(0, end - begin, BLOCK_N):
+                        query = begin + query_step + tl.arange(0, BLOCK_N)
+                        f, flow, down = query_tile(
+                            do_ptr, q_ptr, do_stride, q_stride, stat_ptr, query, query < end,
+                            head, tile, projection_ptr, H, D, DV, M, MAP, RANDOM, ALIGN,
+                            PRECISION, ACC, BLOCK_D, BLOCK_DV, BLOCK_M,
+                        )  # fmt: skip
+                        each = down[None, :] + tl.zeros([BLOCK_N, BLOCK_N], ACC)
+                        db = dot(v, tl.trans(flow), each, ACC, ACC, PRECISION)
+                        dg = dot(db, f, dg, ACC, ACC, PRECISION)
+                # made anew rather than held meanwhile
+                g, inner, w = features(
+                    k_ptr, k_stride, k, half, key_top, row, live, head, tile, projection_ptr,
+                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                )  # fmt: skip
+                gradient = before_features(dg, g, inner, M, MAP)
+                if RANDOM:
+                    dx = dot(gradient, w, dx, ACC, ACC, PRECISION)
+                    total += tl.sum(gradient, 1)
+                else:
+                    store_columns(dk_ptr, row, live, head, tile, gradient, H, D, BLOCK_M)
+        if NEED_K and RANDOM:
+            store_inputs(dk_ptr, row, live, head, dx, k, total, H, D, MAP, BLOCK_D)
+        if NEED_V:
+            store_rows(dv_ptr, row, live, head, H, DV, BLOCK_DV, dv)
+
+
+def linear_attention_bwd(
+    do, q, k, v, tops, offsets, projection, feature_map, eps, normalize, need_q, need_k, need_v
+):
+    """-> dq, dk [N, H, D], dv [N, H, DV]; empty where not needed."""
+    n, heads, _ = q.shape
+    dq, dk, dv = (
+        x.new_empty(x.shape if need else (0,))
+        for x, need in ((q, need_q), (k, need_k), (v, need_v))
+    )
+    if not n:
+        return dq, dk, dv
+    plan = linear_plan(q, k, v, offsets, projection, feature_map)
+    inputs = do, q, k, v, plan.projection, tops
+    strides = do.stride(), q.stride(), k.stride(), v.stride()
+    counts = plan.graphs, plan.piece, plan.small
+    same = {"H": heads, "ALIGN": alignment((do, q, k, v))}
+    states = linear_states(k, v, plan, tops, None)
+    stat = states[0].new_empty(n, heads, 3)
+    for programs, tiles, meta in plan.passes:
+        _linear_bwd_dq_kernel[programs, heads](
+            *inputs, *states, dq, stat, *plan.walk, *strides, *counts, tiles, eps,
+            NORMALIZE=normalize, NEED_Q=need_q, **same, **meta,
+        )  # fmt: skip
+    if need_k or need_v:
+        states = linear_states(q, do, plan, tops, stat)
+        for programs, tiles, meta in plan.passes:
+            _linear_bwd_dkv_kernel[programs, heads](
+                *inputs, *states, dk, dv, stat, *plan.walk, *strides, *counts, tiles,
+                NEED_K=need_k, NEED_V=need_v, **same, **meta,
+            )  # fmt: skip
+    return dq, dk, dv

@@ -28,6 +28,7 @@ bench: $(VENV)/test.stamp
 	  --json bench/results/graphs-cpu.json
 	$(BIN)/python -m fastgt.bench.transformer_conv --problem power_law --problem molecules \
 	  --json bench/results/transformer_conv-cpu.json
+	$(BIN)/python -m fastgt.bench.linear_attention --json bench/results/linear_attention-cpu.json
 	$(BIN)/python -m fastgt.bench.reordering $(ORDERED:%=--problem %) \
 	  --json bench/results/reordering-cpu.json
 	$(BIN)/python -m fastgt.bench.traffic --json bench/results/traffic.json

@@ -35,12 +35,13 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines = []
     problem = None
     for row in rows:
-        key = [row[name] for name in ("problem", "rows", "edges", "heads", "width", "dtype")]
+        key = [row.get(x) for x in ("problem", "rows", "edges", "heads", "width", "dtype")]
         if key != problem:
             problem = key
+            parts = f"{row['edges']:,} edges" if "edges" in row else f"{row['graphs']} graphs"
             lines += [
                 "" if lines else None,
-                f"`{row['problem']}`: {row['rows']:,} nodes, {row['edges']:,} edges, "
+                f"`{row['problem']}`: {row['rows']:,} nodes, {parts}, "
                 f"H={row['heads']}, D={row['width']}, {row['dtype']}; {row['device']}, "
                 f"torch {row['torch']}, {row['date']}, commit {row['commit']}.",
                 "",

@@ -59,9 +59,10 @@ def show(target: str, kernels: dict[str, dict[str, int]]) -> str:
         f"{'dots':>5} {'wgmma':>5} {'regs':>4} {'stack':>5} {'shared':>6} {'warps':>9}"
     ]
     for name, k in kernels.items():
-        ratio = k["step_bytes"] / k["step_bytes_design"]
+        design = k.get("step_bytes_design")
+        ratio = f"{k['step_bytes'] / design:5.2f}" if design else "     "
         lines.append(
-            f"{name:{wide}} {k['step_bytes']:6} {k['step_bytes_design']:6} {ratio:5.2f} "
+            f"{name:{wide}} {k['step_bytes']:6} {design or '':6} {ratio} "
             f"{k['wide_loads']:4} {k['row_load']:3} {k['tensor_core_products']:5} {k['wgmma']:5} "
             f"{k['registers']:4} {k['stack']:5} {k['shared']:6} {k['resident_warps']:3} of {most}"
         )

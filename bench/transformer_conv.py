@@ -142,18 +142,21 @@ def _verdict(names: list[str], *results: tuple[Tensor, ...]) -> dict[str, Any]:
 
 def show(rows: list[dict[str, Any]]) -> str:
     """The rows as a table for a terminal."""
-    head = f"{'provider':10} {'match':5} {'forward':>20} {'fwd+bwd':>20} {'peak memory':>20}"
-    lines = [f"{head} {'/ E H D':>8}"]
+    name = max(10, *(len(row["provider"]) for row in rows))
+    head = f"{'provider':{name}} {'match':5} {'forward':>20} {'fwd+bwd':>20} {'peak memory':>20}"
+    unit = "both_peak_edge_tensors" if "edges" in rows[0] else "both_peak_inputs"
+    lines = [f"{head} {'/ E H D' if 'edges' in rows[0] else '/ N H D':>8}"]
     for row in rows:
+        label = f"{row['provider']:{name}}"
         if not row["match"]:
-            lines.append(f"{row['provider']:10} {row['match']!s:5} {row['error'].splitlines()[0]}")
+            lines.append(f"{label} {row['match']!s:5} {row['error'].splitlines()[0]}")
             continue
         lines.append(
-            f"{row['provider']:10} {'yes':5} "
+            f"{label} {'yes':5} "
             f"{row['forward_s'] * 1e3:9.1f} ms {row.get('forward_x', 1):6.2f}x "
             f"{row['both_s'] * 1e3:9.1f} ms {row.get('both_x', 1):6.2f}x "
             f"{row['forward_peak_bytes'] / 1e6:8.1f} {row['both_peak_bytes'] / 1e6:8.1f} MB "
-            f"{row['both_peak_edge_tensors']:8.2f}"
+            f"{row[unit]:8.2f}"
         )
     return "\n".join(lines)
 

@@ -14,9 +14,9 @@ time), then every piece makes the output of its nodes:
 
 A graph of fewer nodes than a state has rows, about (``small`` = 2 M DV / (M + DV)), is multiplied
 in the quadratic form by one program a head: it has no state, so that states never take more memory
-than N H (M + DV) / 2 numbers. Which graphs are small is known on the device alone. Outputs are made
-by the same kernel, launched over pieces and over graphs: each form has tiles of its own, and the
-registers of one do not weigh on the other.
+than about N H (M + DV) numbers. Which graphs are small is known on the device alone. Outputs are
+made by the same kernel, launched over pieces and over graphs: each form has tiles of its own, and
+the registers of one do not weigh on the other.
 
 Features are made of tiles [BLOCK_N, BLOCK_M], from channels of x or from its products with
 BLOCK_M rows of the projection, wherever they are needed, and never stored.
@@ -349,7 +349,7 @@ def attend(
     den = tl.zeros([BLOCK_N], ACC)
     if not SMALL:
         for tile in range(tiles):
-            f, f_inner, f_w = features(
+            f, _f_inner, _f_w = features(
                 q_ptr, q_stride, q, half, top, row, live, head, tile, projection_ptr,
                 D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
             )  # fmt: skip

@@ -46,7 +46,8 @@ def resources(kernel, meta: dict, target: str) -> dict[str, int]:
       at once of a row of channels, in the loops over edges.
     - ``tensor_core_products`` and, of those, ``wgmma``: instructions.
     - ``step_bytes``: loaded in the loop for an edge (all heads of the program), an entry of a
-      window (one head) or a segment; ``step_bytes_design``: what has to be.
+      window (one head), a segment or a node of linear attention; ``step_bytes_design``: what has
+      to be (not of linear attention, whose steps load tiles of states).
     """
     name = kernel.metadata.name.strip("_")
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
@@ -68,6 +69,9 @@ def resources(kernel, meta: dict, target: str) -> dict[str, int]:
         products = len(re.findall(r"\s(?:mma|wgmma|tcgen05)\.(?:sync|mma)\S*", ptx))
         wgmma = len(re.findall(r"\swgmma\.mma_async", ptx))
     ttir = kernel.asm["ttir"]
+    step = {"step_bytes": _step_bytes(ttir, meta)}
+    if not name.startswith("linear"):
+        step["step_bytes_design"] = _designed_bytes(name, meta, _pointers(ttir))
     return {
         "registers": registers,
         "stack": stack,
@@ -80,8 +84,7 @@ def resources(kernel, meta: dict, target: str) -> dict[str, int]:
         "row_load": _row_load(kernel.asm["ttgir"]),
         "tensor_core_products": products,
         "wgmma": wgmma,
-        "step_bytes": _step_bytes(ttir, meta),
-        "step_bytes_design": _designed_bytes(name, meta, _pointers(ttir)),
+        **step,
     }
 
 
@@ -163,8 +166,6 @@ def _designed_bytes(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
     """
     if kernel.startswith("channelwise"):
         return _designed_bytes_channelwise(kernel, meta, pointers)
-    if kernel.startswith("linear"):
-        return 0
     if kernel in _TILES:
         return _designed_bytes_aggregate(kernel, meta, pointers)
     heads, group = meta.get("BLOCK_H", 1), meta.get("GROUP", 1)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_NUMBERS = 2**19  # features of a group
+_NUMBERS = 2**18  # features of a group
 _FILL = 0.75  # of the largest graph of a group has the smallest, at least
 
 
@@ -32,7 +32,9 @@ class Group(NamedTuple):
     nodes: Tensor | None  # which of rows are nodes; None: all
 
 
-@torch.no_grad()  # called by an exported module, gradients may be on
+# called by an exported module, gradients may be on; and autocast, which would round the products
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def linear_attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -60,6 +62,7 @@ def linear_attention_fwd(
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def linear_attention_bwd(
     do: Tensor,
     q: Tensor,
@@ -91,8 +94,9 @@ def linear_attention_bwd(
         top = phi.top(k, groups)
         if _quadratic(groups, phi.width, width):
             (group,) = groups
-            qs, ks, vs = _take(q, group), _take(k, group), _values(v, group, normalize)
-            (f, f_inner), (g, g_inner) = phi.both(qs), phi.both(ks, top)
+            qs = _take(q, group)
+            f, f_inner = phi.both(qs)
+            ks, g, g_inner, vs = _keys(phi, k, v, group, top, normalize)
             a = f @ g.mT
             flow = _upstream(do, group, a @ vs, eps, normalize)
             da = flow @ vs.mT
@@ -103,7 +107,11 @@ def linear_attention_bwd(
             if need_v:
                 _put(dv, group, (a.mT @ flow)[..., :width])
             continue
-        state = _state(phi, k, v, groups, top, normalize)
+        # slices of a graph are made anew, what is whole is kept meanwhile
+        whole = None if len(groups) > 1 else _keys(phi, k, v, groups[0], top, normalize)
+        state = (
+            _state(phi, k, v, groups, top, normalize) if whole is None else whole[1].mT @ whole[3]
+        )
         dstate: Tensor | None = None
         for group in groups:
             qs = _take(q, group)
@@ -117,11 +125,9 @@ def linear_attention_bwd(
         if dstate is None:
             continue
         for group in groups:
-            ks = _take(k, group)
-            g, inner = phi.both(ks, top)
+            ks, g, inner, vs = whole or _keys(phi, k, v, group, top, normalize)
             if need_k:
-                dg = _values(v, group, normalize) @ dstate.mT
-                _put(dk, group, phi.gradient(dg, ks, g, inner))
+                _put(dk, group, phi.gradient(vs @ dstate.mT, ks, g, inner))
             if need_v:
                 _put(dv, group, g @ dstate[..., :width])
     return dq, dk, dv
@@ -167,14 +173,14 @@ class Features:
         if self.name == "identity":
             return dphi
         if self.name == "relu":
-            return dphi * (x > 0)
+            return torch.ops.aten.threshold_backward(dphi, x, 0.0)
         if self.name == "elu":
             return dphi * phi.clamp(max=1.0)
         if self.name == "sigmoid":
             return dphi * phi * (1 - phi)
         assert inner is not None
         if self.name == "relu_random":
-            return (dphi * (inner > 0)) @ self.projection
+            return torch.ops.aten.threshold_backward(dphi, inner, 0.0) @ self.projection
         flow = (dphi * inner).mul_(self.width**-0.5)
         return flow @ self.projection - x * flow.sum(-1, keepdim=True).mul_(self.d**-0.5)
 
@@ -240,6 +246,14 @@ def _state(
     return functools.reduce(Tensor.add_, products)
 
 
+def _keys(
+    phi: Features, k: Tensor, v: Tensor, group: Group, top: Tensor | None, ones: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Keys, their features with what the gradient of these needs, and v'."""
+    ks = _take(k, group)
+    return ks, *phi.both(ks, top), _values(v, group, ones)
+
+
 def _quadratic(groups: list[Group], m: int, d: int) -> bool:
     return len(groups) == 1 and groups[0].length * (m + d) < 2 * m * d
 
@@ -268,8 +282,11 @@ def _upstream(do: Tensor, group: Group, out: Tensor, eps: float, normalize: bool
     if normalize:
         share = 1 / (out[..., -1:] + eps)
         flow *= share
-        down = (flow * out[..., :-1]).sum(-1, keepdim=True).mul_(share).neg_()
-        flow = torch.cat([flow, down], -1)
+        # out is not needed any more: its last column, the denominator, becomes that of do'
+        torch.sum(flow * out[..., :-1], -1, keepdim=True, out=out[..., -1:])
+        out[..., -1:].mul_(share).neg_()
+        out[..., :-1] = flow
+        flow = out
     return flow if group.padding is None else flow.masked_fill_(group.padding, 0.0)
 
 

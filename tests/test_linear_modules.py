@@ -1,0 +1,149 @@
+"""LinearAttention, PerformerAttention, VirtualNode and their random features."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from attention_cases import DEVICE, close
+
+from fastgt.nn import LinearAttention, PerformerAttention, VirtualNode, random_features
+
+
+def batch(seed=0, sizes=(5, 0, 12, 1), dim=16):
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    return torch.randn(sum(sizes), dim, generator=generator).to(DEVICE), offsets.to(DEVICE)
+
+
+@pytest.mark.parametrize(("m", "d"), [(3, 5), (5, 5), (13, 5), (44, 16), (1, 1)])
+def test_random_features_are_orthogonal_in_blocks(m, d):
+    for norms in ("gaussian", "unit"):
+        w = random_features(m, d, norms=norms, generator=torch.Generator().manual_seed(0))
+        assert w.shape == (m, d)
+        for block in w.double().split(d):
+            gram = block @ block.T
+            assert (gram - gram.diagonal().diag()).abs().max() < 1e-5 * gram.diagonal().max()
+        lengths = w.norm(dim=1)
+        if norms == "unit":
+            torch.testing.assert_close(lengths, torch.ones(m))
+    again = random_features(m, d, norms="unit", generator=torch.Generator().manual_seed(0))
+    assert torch.equal(w, again)
+
+
+def test_gaussian_lengths_are_those_of_gaussian_vectors():
+    w = random_features(4000, 8, generator=torch.Generator().manual_seed(0))
+    assert abs(float(w.square().sum(1).mean()) - 8) < 0.3
+    assert float(w.mean(0).abs().max()) < 0.1
+
+
+def test_softmax_features_approach_softmax():
+    """Performers, section 2.3: the expected product of features is exp(q . k / sqrt(d))."""
+    from fastgt import linear_attention
+
+    d, n = 4, 12
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, 1, d, generator=generator) * 0.5 for _ in range(3))
+    truth = torch.softmax((q[:, 0] @ k[:, 0].T) / math.sqrt(d), 1) @ v[:, 0]
+    errors = []
+    for m in (16, 1024):
+        w = random_features(m, d, generator=generator)
+        o = linear_attention(q, k, v, feature_map="softmax", projection=w, impl="reference")
+        errors.append(float((o[:, 0] - truth).abs().max()))
+    assert errors[1] < min(0.02, errors[0])
+
+
+def test_random_features_refuse():
+    with pytest.raises(ValueError, match="must be positive, got 0, 4"):
+        random_features(0, 4)
+    with pytest.raises(ValueError, match="norms must be"):
+        random_features(4, 4, norms="large")
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "softmax", "relu_random"])
+def test_linear_attention_module(feature_map):
+    torch.manual_seed(0)
+    module = LinearAttention(16, 4, feature_map=feature_map, dropout=0.5).to(DEVICE).eval()
+    x, offsets = batch()
+    out = module(x, offsets)
+    assert out.shape == x.shape
+    for begin, end in ((0, 5), (5, 17), (17, 18)):
+        close(module(x[begin:end]), out[begin:end], tolerance=1e-5)
+    out.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    other = LinearAttention(16, 4, feature_map=feature_map).to(DEVICE).eval()
+    other.load_state_dict(module.state_dict())
+    for twin in (other, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(x, offsets), out)
+    if feature_map != "elu":
+        before = module.projection.clone()
+        module.redraw_projection(torch.Generator().manual_seed(1))
+        assert not torch.equal(module.projection, before)
+        assert "projection" in module.state_dict()
+    else:
+        with pytest.raises(ValueError, match="no projection"):
+            module.redraw_projection()
+
+
+def test_linear_attention_module_refuses():
+    with pytest.raises(ValueError, match="heads must divide dim, got dim=10 and heads=4"):
+        LinearAttention(10, 4)
+    with pytest.raises(ValueError, match="'elu' has no random features"):
+        LinearAttention(16, 4, num_features=8)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        LinearAttention(16, 4, impl="cuda")
+    with pytest.raises(ValueError, match="feature_map must be 'relu_random' or 'softmax'"):
+        PerformerAttention(16, 4, feature_map="elu")
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("nodes", [1, 20])
+def test_performer_is_torch_geometrics_where_nothing_is_padded(nodes, qkv_bias):
+    attention = pytest.importorskip("torch_geometric.nn.attention")
+    torch.manual_seed(0)
+    theirs = attention.PerformerAttention(32, 4, 8, qkv_bias=qkv_bias).to(DEVICE)
+    ours = PerformerAttention(32, 4, 8, qkv_bias=qkv_bias).to(DEVICE)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, nodes, 32, device=DEVICE)
+    offsets = (torch.arange(4) * nodes).to(DEVICE)
+    mask = torch.ones(3, nodes, dtype=torch.bool, device=DEVICE)
+    found = []
+    for f in (lambda t: theirs(t, mask).flatten(0, 1), lambda t: ours(t.flatten(0, 1), offsets)):
+        leaf = x.clone().requires_grad_()
+        out = f(leaf)
+        module = theirs if not found else ours
+        found.append([out, *torch.autograd.grad(out.square().sum(), [leaf, *module.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_performer_does_not_see_padding():
+    """Where torch-geometric's does."""
+    torch.manual_seed(0)
+    module = PerformerAttention(32, 4, 8).to(DEVICE)
+    x, offsets = batch(sizes=(4, 9), dim=32)
+    close(module(x, offsets)[:4], module(x[:4]), tolerance=1e-5)
+    before = module.fast_attn.projection_matrix.clone()
+    module.redraw_projection_matrix()
+    assert not torch.equal(before, module.fast_attn.projection_matrix)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_virtual_node_module(residual):
+    """OGB's loop: read, sum, update."""
+    torch.manual_seed(0)
+    node = VirtualNode(16, residual=residual).to(DEVICE)
+    x, offsets = batch(sizes=(5, 3, 12))
+    state = node.initial(3)
+    assert torch.equal(state, torch.zeros_like(state))
+    state = torch.randn(3, 16, device=DEVICE)
+    y, new = node(x, state, offsets)
+    graph = torch.arange(3, device=DEVICE).repeat_interleave(offsets.diff())
+    h = x + state[graph]
+    pooled = torch.zeros_like(state).index_add(0, graph, h) + state
+    wanted = node.update(pooled) + (state if residual else 0)
+    close(y, h, tolerance=1e-5)
+    torch.testing.assert_close(new, wanted, rtol=1e-4, atol=1e-4)
+    (y.sum() + new.sum() + node.initial(3).sum()).backward()
+    assert all(p.grad is not None for p in node.parameters())

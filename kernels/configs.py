@@ -113,7 +113,9 @@ def linear_tile(
     block_m = min(32, max(16, power_of_2(features)))
     if whole:
         return LinearTile(16, block_m, 4)
-    return LinearTile(64 if itemsize == 2 and widest <= 256 else 32, block_m, 8)
+    if widest > 128:
+        return LinearTile(32, 16, 8)
+    return LinearTile(64 if itemsize == 2 else 32, block_m, 8)
 
 
 def power_of_2(n: int) -> int:

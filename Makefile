@@ -27,7 +27,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m fastgt.bench.attention $(GRAPHS:%=--problem %) --repeats 5 \
 	  --json bench/results/graphs-cpu.json
 	$(BIN)/python -m fastgt.bench.transformer_conv --problem power_law --problem molecules \
-	  --json bench/results/transformer_conv-cpu.json
+	  --repeats 31 --json bench/results/transformer_conv-cpu.json
 	$(BIN)/python -m fastgt.bench.linear_attention --json bench/results/linear_attention-cpu.json
 	$(BIN)/python -m fastgt.bench.reordering $(ORDERED:%=--problem %) \
 	  --json bench/results/reordering-cpu.json

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def run(
 
     oracle = reference.neighborhood_attention(q.double(), k.double(), v.double(), graph)
     eager = reference.neighborhood_attention(q, k, v, graph)
-    forward, both, rows, wrong = {}, {}, [], []
+    forward, both, wrong = {}, {}, []
     for name, attention in attentions.items():
         try:
             assert_as_accurate(attention(q, k, v), eager, oracle, name)
@@ -62,26 +61,12 @@ def run(
         forward[name] = lambda attention=attention: attention(q, k, v)
         both[name] = _with_backward(attention, q, k, v, do)
     graph.columns  # noqa: B018  built once for a graph, not at every call
-    forward_s = harness.measure(forward, device, repeats=repeats)
-    both_s = harness.measure(both, device, repeats=repeats)
-    for name in forward:
-        rows.append(
-            {
-                "provider": name,
-                "match": True,
-                "forward_s": statistics.median(forward_s[name]),
-                "both_s": statistics.median(both_s[name]),
-                "forward_peak_bytes": harness.peak_extra_memory(forward[name], device),
-                "both_peak_bytes": harness.peak_extra_memory(both[name], device),
-            }
+    rows = [{"provider": name, "match": True} for name in forward]
+    harness.time_rows(rows, forward, both, device, repeats=repeats)
+    if "fastgt" in forward and device.type == "cuda":
+        rows[0] |= traffic.predicted(
+            graph, torch.cuda.get_device_name(device), heads=heads, width=width, dtype=dtype
         )
-        if name == "fastgt" and device.type == "cuda":
-            rows[-1] |= traffic.predicted(
-                graph, torch.cuda.get_device_name(device), heads=heads, width=width, dtype=dtype
-            )
-        if "fastgt" in forward:
-            rows[-1]["forward_x"] = harness.ratio(forward_s[name], forward_s["fastgt"])
-            rows[-1]["both_x"] = harness.ratio(both_s[name], both_s["fastgt"])
     shape = _shape(problem, graph, heads, width, dtype)
     missing = [{"provider": name, "match": None, "error": "not installed"} for name in absent]
     return [shape | row | harness.environment(device) for row in rows + wrong + missing]

@@ -15,8 +15,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from fastgt.testing import assert_as_accurate
 
 Provider = Callable[[], Any]
+
+
+def verdict(names: list[str], *results: tuple[Tensor, ...]) -> dict[str, Any]:
+    """Whether a provider's results, the first of ``names`` an output and the others gradients, are
+    as accurate as eager ones; ``results``: its own, eager ones and those in float64."""
+    try:
+        for name, *tensors in zip(names, *results, strict=True):
+            assert_as_accurate(*tensors, name, factor=2.0 if name == names[0] else 3.0)
+    except AssertionError as error:
+        return {"match": False, "error": str(error)}
+    return {"match": True}
+
+
+def time_rows(
+    rows: list[dict[str, Any]],
+    forward: dict[str, Provider],
+    both: dict[str, Provider],
+    device: torch.device,
+    *,
+    repeats: int = 9,
+) -> None:
+    """Fill the rows of those who match: seconds, peak extra bytes, and ratios to "fastgt"."""
+    forward_s = measure(forward, device, repeats=repeats)
+    both_s = measure(both, device, repeats=repeats)
+    for row in rows:
+        name = row["provider"]
+        if not row["match"]:
+            continue
+        row["forward_s"] = statistics.median(forward_s[name])
+        row["both_s"] = statistics.median(both_s[name])
+        row["forward_peak_bytes"] = peak_extra_memory(forward[name], device)
+        row["both_peak_bytes"] = peak_extra_memory(both[name], device)
+        if "fastgt" in forward:
+            row["forward_x"] = ratio(forward_s[name], forward_s["fastgt"])
+            row["both_x"] = ratio(both_s[name], both_s["fastgt"])
 
 
 def measure(

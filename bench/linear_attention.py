@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from fastgt import implementation
 from fastgt.bench import harness
 from fastgt.bench.attention import DTYPES
-from fastgt.bench.transformer_conv import _verdict, show
+from fastgt.bench.transformer_conv import show
 from fastgt.nn import PerformerAttention
 
 
@@ -77,27 +76,18 @@ def run(
     forward, both = {}, {}
     for name, (module, f) in calls.items():
         backward = _with_backward(module, f, x, do)
-        row = {"provider": name, **_verdict(names, backward(), eager, oracle)}
+        row = {"provider": name, **harness.verdict(names, backward(), eager, oracle)}
         rows.append(row)
         if row["match"]:
             forward[name], both[name] = torch.no_grad()(lambda f=f: f(x)), backward
     del eager, oracle
-    forward_s = harness.measure(forward, device, repeats=repeats)
-    both_s = harness.measure(both, device, repeats=repeats)
+    harness.time_rows(rows, forward, both, device, repeats=repeats)
     for row in rows:
-        name = row["provider"]
-        if not row["match"]:
-            continue
-        row["forward_s"] = statistics.median(forward_s[name])
-        row["both_s"] = statistics.median(both_s[name])
-        row["forward_peak_bytes"] = harness.peak_extra_memory(forward[name], device)
-        row["both_peak_bytes"] = harness.peak_extra_memory(both[name], device)
-        # of queries, keys, values and outputs
-        row["both_peak_inputs"] = row["both_peak_bytes"] / (
-            nodes * heads * width * x.element_size()
-        )
-        row["forward_x"] = harness.ratio(forward_s[name], forward_s["fastgt"])
-        row["both_x"] = harness.ratio(both_s[name], both_s["fastgt"])
+        if row["match"]:
+            # queries, keys, values and outputs are one each
+            one = nodes * heads * width * x.element_size()
+            row["both_peak_inputs"] = row["both_peak_bytes"] / one
+    rows.sort(key=lambda row: row["provider"] != "fastgt")
     return [shape | row | harness.environment(device) for row in rows]
 
 

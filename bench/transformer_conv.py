@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from fastgt import Graph, implementation
 from fastgt.bench import harness
 from fastgt.bench.attention import DTYPES
 from fastgt.nn import TransformerConv
-from fastgt.testing import PROBLEMS, assert_as_accurate
+from fastgt.testing import PROBLEMS
 
 
 def run(
@@ -77,26 +76,16 @@ def run(
     forward, both = {}, {}
     for name, (conv, edges) in convs.items():
         backward = _with_backward(conv, edges, x, edge_attr, do)
-        row = {"provider": name, **_verdict(names, backward(), eager, oracle)}
+        row = {"provider": name, **harness.verdict(names, backward(), eager, oracle)}
         rows.append(row)
         if row["match"]:
             forward[name], both[name] = _forward(conv, edges, x, edge_attr), backward
     del eager, oracle
-    forward_s = harness.measure(forward, device, repeats=repeats)
-    both_s = harness.measure(both, device, repeats=repeats)
+    harness.time_rows(rows, forward, both, device, repeats=repeats)
     for row in rows:
-        name = row["provider"]
-        if not row["match"]:
-            continue
-        row["forward_s"] = statistics.median(forward_s[name])
-        row["both_s"] = statistics.median(both_s[name])
-        row["forward_peak_bytes"] = harness.peak_extra_memory(forward[name], device)
-        row["both_peak_bytes"] = harness.peak_extra_memory(both[name], device)
-        one = graph.num_edges * heads * width * x.element_size()
-        row["both_peak_edge_tensors"] = row["both_peak_bytes"] / one
-        if "fastgt" in forward:
-            row["forward_x"] = harness.ratio(forward_s[name], forward_s["fastgt"])
-            row["both_x"] = harness.ratio(both_s[name], both_s["fastgt"])
+        if row["match"]:
+            one = graph.num_edges * heads * width * x.element_size()
+            row["both_peak_edge_tensors"] = row["both_peak_bytes"] / one
     rows.sort(key=lambda row: row["provider"] != "fastgt")
     return [shape | row | harness.environment(device) for row in rows]
 
@@ -129,15 +118,6 @@ def _with_backward(
         return out.detach(), *torch.autograd.grad(out, [*conv.parameters(), *inputs], do)
 
     return fn
-
-
-def _verdict(names: list[str], *results: tuple[Tensor, ...]) -> dict[str, Any]:
-    try:
-        for name, *tensors in zip(names, *results, strict=True):
-            assert_as_accurate(*tensors, name, factor=2.0 if name == "output" else 3.0)
-    except AssertionError as error:
-        return {"match": False, "error": str(error)}
-    return {"match": True}
 
 
 def show(rows: list[dict[str, Any]]) -> str:

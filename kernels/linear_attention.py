@@ -29,9 +29,10 @@ import triton
 import triton.language as tl
 
 from .configs import accumulator, alignment, linear_precision, linear_tile, power_of_2
+from .linear_features import features, load_inputs, load_stabilised
 from .prims import dot, load_rows, scalar, store_rows
 
-COUNTS = ["num_graphs", "num_pieces", "piece", "small", "tiles"]
+COUNTS = ["num_graphs", "piece", "small", "tiles"]
 
 
 @triton.jit
@@ -51,113 +52,40 @@ def find_graph(piece_ptr, pid, num_graphs):
 def find_piece(offsets_ptr, piece_ptr, pid, num_graphs, piece):
     """-> graph, its first piece, begin and end of this piece's nodes."""
     graph = find_graph(piece_ptr, pid, num_graphs)
-    first = tl.load(piece_ptr + graph)
-    begin = tl.load(offsets_ptr + graph).to(tl.int64) + (pid - first).to(tl.int64) * piece
+    first = tl.load(piece_ptr + graph).to(tl.int64)
+    begin = tl.load(offsets_ptr + graph).to(tl.int64) + (pid - first) * piece
     end = tl.minimum(begin + piece, tl.load(offsets_ptr + graph + 1).to(tl.int64))
     return graph, first, begin, end
 
 
 @triton.jit
-def project(
-    x, projection_ptr, tile, D: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """-> products of x [N, D] with BLOCK_M rows of the projection, and these rows [M, D]."""
-    m, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    mask = (m < M)[:, None] & (d < D)[None, :]
-    w = tl.load(projection_ptr + m[:, None] * D + d[None, :], mask=mask, other=0.0)
-    return dot(x, tl.trans(w), None, ACC, ACC, PRECISION), w
+def take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL: tl.constexpr):
+    """What this program makes, a piece or a small graph: -> graph, slot of its state, begin and end
+    of its nodes. No nodes where there is nothing to do."""
+    pid = tl.program_id(0)
+    graph = tl.full((), 0, tl.int64)
+    slot = tl.full((), 0, tl.int64)
+    begin = tl.full((), 0, tl.int64)
+    end = tl.full((), 0, tl.int64)
+    if SMALL:
+        graph += pid
+        begin += tl.load(offsets_ptr + graph)
+        end += tl.load(offsets_ptr + graph + 1)
+        end = tl.where(end - begin < small, end, begin)
+    elif pid < tl.load(piece_ptr + num_graphs):
+        graph, slot, begin, end = find_piece(offsets_ptr, piece_ptr, pid, num_graphs, piece)
+    return graph, slot, begin, end
 
 
 @triton.jit
-def half_square(x, D: tl.constexpr):
-    """|x|^2 D^-1/2 / 2 of rows [N, D]."""
-    return tl.sum(x * x, 1) * (0.5 / D**0.5)
-
-
-@triton.jit
-def features(
-    x_ptr, x_stride, x, half, top, row, live, head, tile, projection_ptr,
-    D: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+def load_key_top(
+    top_ptr, graph, head, H: tl.constexpr, MAP: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """-> phi(x) [N, BLOCK_M], 0 where there is no node or feature, and what its gradient takes:
-    the channels of x themselves, or the exponentials or products; and rows of the projection.
-
-    ``x`` [N, D] with its ``half`` square and its stabiliser ``top`` are those of random features;
-    for the others channels are loaded.
-    """
-    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = live[:, None] & (m < M)[None, :]
-    w = 0.0
+    """The stabiliser of a graph's keys, for each of N nodes."""
+    top = tl.zeros([BLOCK_N], ACC)
     if MAP == "softmax":
-        product, w = project(x, projection_ptr, tile, D, M, MAP, BLOCK_D, BLOCK_M, ACC, PRECISION)
-        # beyond the last feature or node, exp() may be infinite
-        inner = tl.where(inside, tl.exp(product - (half + top)[:, None]), 0.0)
-        phi = (inner + 1e-4) * (1 / M**0.5)
-    elif MAP == "relu_random":
-        product, w = project(x, projection_ptr, tile, D, M, MAP, BLOCK_D, BLOCK_M, ACC, PRECISION)
-        inner = positive(product)
-        phi = inner + 1e-3
-    else:
-        inner = load_columns(x_ptr, x_stride, row, live, head, tile, D, BLOCK_M, ALIGN).to(ACC)
-        if MAP == "identity":
-            phi = inner
-        elif MAP == "relu":
-            phi = positive(inner)
-        elif MAP == "elu":
-            phi = tl.where(inner > 0, inner + 1, tl.exp(inner))
-        else:
-            phi = 1 / (1 + tl.exp(-inner))
-    return tl.where(inside, phi, 0.0), inner, w
-
-
-@triton.jit
-def positive(x):
-    """max(x, 0); NaN stays."""
-    return tl.where(x < 0, 0.0, x)
-
-
-@triton.jit
-def load_columns(
-    ptr, stride, row, live, head, tile, D: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr
-):
-    """Channels ``tile`` of rows ``row`` [N] of one head: -> [N, BLOCK_M], 0 beyond."""
-    first = row.to(tl.int64)[:, None] * (stride[0] // ALIGN) + head.to(tl.int64) * (
-        stride[1] // ALIGN
-    )
-    first *= ALIGN
-    d = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask = live[:, None] & (d < D)[None, :]
-    return tl.load(ptr + first + d.to(tl.int64)[None, :] * stride[2], mask=mask, other=0.0)
-
-
-@triton.jit
-def load_inputs(
-    ptr, stride, row, live, head, D: tl.constexpr, RANDOM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ALIGN: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """-> x [N, D] and its half square, where random features take them."""
-    x, half = 0.0, 0.0
-    if RANDOM:
-        x = load_rows(ptr, stride, row, live, head, D, BLOCK_D, ALIGN).to(ACC)
-        half = half_square(x, D)
-    return x, half
-
-
-@triton.jit
-def largest_product(
-    x, projection_ptr, tiles,
-    D: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The stabiliser of rows x [N, D], each alone: [N]."""
-    top = tl.full([BLOCK_N], float("-inf"), ACC)
-    for tile in range(tiles):
-        product, _w = project(x, projection_ptr, tile, D, M, MAP, BLOCK_D, BLOCK_M, ACC, PRECISION)
-        m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        product = tl.where((m < M)[None, :], product, float("-inf"))
-        top = tl.maximum(top, tl.max(product, 1))
+        top += tl.load(top_ptr + graph * H + head)
     return top
 
 
@@ -193,51 +121,44 @@ def store_state(
 @triton.jit(do_not_specialize=COUNTS)
 def _linear_top_kernel(
     k_ptr, projection_ptr,  # [N, H, D], [M, D]
-    top_ptr,  # [P, H]
+    top_ptr,  # [P, H] or [G, H]
     offsets_ptr, piece_ptr,  # [G + 1], [G + 1]
-    k_stride, num_graphs, num_pieces, piece, small, tiles,
-    H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    k_stride, num_graphs, piece, small, tiles,
+    H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr, SMALL: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pieces + graphs, heads): the stabiliser of the keys of a piece, or a small graph."""
+    """Grid (pieces or graphs, heads): the stabiliser of the keys of a piece, or of a small graph;
+    -inf for a graph that has pieces."""
     ACC: tl.constexpr = top_ptr.dtype.element_ty
-    pid, head = tl.program_id(0), tl.program_id(1)
-    begin = tl.full((), 0, tl.int64)
-    end = tl.full((), 0, tl.int64)
-    if pid < num_pieces:
-        if pid < tl.load(piece_ptr + num_graphs):
-            _graph, _first, begin, end = find_piece(offsets_ptr, piece_ptr, pid, num_graphs, piece)
-    else:
-        begin = tl.load(offsets_ptr + pid - num_pieces).to(tl.int64)
-        end = tl.load(offsets_ptr + pid - num_pieces + 1).to(tl.int64)
-        end = tl.where(end - begin < small, end, begin)
+    head = tl.program_id(1)
+    _graph, _slot, begin, end = take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL)
     top = tl.full([BLOCK_N], float("-inf"), ACC)
     for step in range(0, end - begin, BLOCK_N):
         row = begin + step + tl.arange(0, BLOCK_N)
         live = row < end
-        x = load_rows(k_ptr, k_stride, row, live, head, D, BLOCK_D, ALIGN).to(ACC)
-        found = largest_product(
-            x, projection_ptr, tiles, D, M, MAP, BLOCK_N, BLOCK_D, BLOCK_M, ACC, PRECISION
-        )
+        _x, _half, found = load_stabilised(
+            k_ptr, k_stride, row, live, head, projection_ptr, tiles,
+            D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, ACC, PRECISION,
+        )  # fmt: skip
         top = tl.maximum(top, tl.where(live, found, float("-inf")))
-    tl.store(top_ptr + pid.to(tl.int64) * H + head, tl.max(top, 0))
+    tl.store(top_ptr + tl.program_id(0).to(tl.int64) * H + head, tl.max(top, 0))
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _linear_top_of_graph_kernel(
-    piece_top_ptr, top_ptr,  # [P + G, H], [G, H]
-    piece_ptr, num_graphs, num_pieces, H: tl.constexpr, BLOCK_H: tl.constexpr,
+    piece_top_ptr, top_ptr,  # [P, H], [G, H]
+    piece_ptr, H: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Grid (graphs,): the largest of a graph's pieces' stabilisers, of all heads."""
-    graph = tl.program_id(0)
+    """Grid (graphs,): the largest stabiliser of a graph's pieces, of all heads."""
+    graph = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, BLOCK_H)
     begin, end = tl.load(piece_ptr + graph), tl.load(piece_ptr + graph + 1)
-    at = (num_pieces + graph).to(tl.int64) * H + head
-    top = tl.load(piece_top_ptr + at, mask=head < H, other=0.0)
+    top = tl.load(top_ptr + graph * H + head, mask=head < H, other=0.0)
     for step in range(end - begin):
         at = (begin + step).to(tl.int64) * H + head
         top = tl.maximum(top, tl.load(piece_top_ptr + at, mask=head < H, other=0.0))
-    tl.store(top_ptr + graph.to(tl.int64) * H + head, top, mask=head < H)
+    tl.store(top_ptr + graph * H + head, top, mask=head < H)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -255,12 +176,13 @@ def _linear_state_kernel(
     of queries and do', which is do times share, and down in the last column."""
     ACC: tl.constexpr = state_ptr.dtype.element_ty
     RANDOM: tl.constexpr = projection_ptr is not None
-    pid, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if pid < tl.load(piece_ptr + num_graphs):
-        graph, _first, begin, end = find_piece(offsets_ptr, piece_ptr, pid, num_graphs, piece)
-        key_top = 0.0
-        if MAP == "softmax" and not OF_QUERIES:
-            key_top = tl.load(top_ptr + graph * H + head)
+    head, tile = tl.program_id(1), tl.program_id(2)
+    slot = tl.program_id(0).to(tl.int64)
+    if slot < tl.load(piece_ptr + num_graphs):
+        graph, _first, begin, end = find_piece(offsets_ptr, piece_ptr, slot, num_graphs, piece)
+        key_top = tl.zeros([BLOCK_N], ACC)
+        if not OF_QUERIES:
+            key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
         s = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
         z = tl.zeros([BLOCK_M], ACC)
         for step in range(0, end - begin, BLOCK_N):
@@ -269,7 +191,7 @@ def _linear_state_kernel(
             x, half = load_inputs(x_ptr, x_stride, row, live, head, D, RANDOM, BLOCK_D, ALIGN, ACC)
             y = load_rows(y_ptr, y_stride, row, live, head, DV, BLOCK_DV, ALIGN).to(ACC)
             last = tl.full([BLOCK_N], 1.0, ACC)
-            top = tl.zeros([BLOCK_N], ACC) + key_top
+            top = key_top
             if OF_QUERIES:
                 share, last, top = load_stat(stat_ptr, row, live, head, H)
                 y = y * share[:, None]
@@ -279,7 +201,7 @@ def _linear_state_kernel(
             )  # fmt: skip
             s = dot(tl.trans(phi), y, s, ACC, ACC, PRECISION)
             z += tl.sum(phi * last[:, None], 0)
-        store_state(state_ptr, z_ptr, pid, head, tile, s, z, H, M, DV, BLOCK_M, BLOCK_DV)
+        store_state(state_ptr, z_ptr, slot, head, tile, s, z, H, M, DV, BLOCK_M, BLOCK_DV)
 
 
 @triton.jit
@@ -299,40 +221,20 @@ def _linear_combine_kernel(
 ):  # fmt: skip
     """Grid (pieces, heads, feature tiles): a graph's first piece adds those of the others to its
     own, in order."""
-    pid, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if pid < tl.load(piece_ptr + num_graphs):
-        graph = find_graph(piece_ptr, pid, num_graphs)
-        first = tl.load(piece_ptr + graph)
-        count = tl.load(piece_ptr + graph + 1) - first
-        if (pid == first) & (count > 1):
-            s, z = load_state(state_ptr, z_ptr, pid, head, tile, H, M, DV, BLOCK_M, BLOCK_DV)
-            for step in range(1, count):
+    head, tile = tl.program_id(1), tl.program_id(2)
+    slot = tl.program_id(0).to(tl.int64)
+    if slot < tl.load(piece_ptr + num_graphs):
+        graph = find_graph(piece_ptr, slot, num_graphs)
+        first, last = tl.load(piece_ptr + graph), tl.load(piece_ptr + graph + 1)
+        if (slot == first) & (last - first > 1):
+            s, z = load_state(state_ptr, z_ptr, slot, head, tile, H, M, DV, BLOCK_M, BLOCK_DV)
+            for step in range(1, last - first):
                 more_s, more_z = load_state(
                     state_ptr, z_ptr, first + step, head, tile, H, M, DV, BLOCK_M, BLOCK_DV
                 )
                 s += more_s
                 z += more_z
-            store_state(state_ptr, z_ptr, pid, head, tile, s, z, H, M, DV, BLOCK_M, BLOCK_DV)
-
-
-@triton.jit
-def take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL: tl.constexpr):
-    """What this program makes, a piece or a small graph: -> graph, slot of its state, begin and end
-    of its nodes. No nodes where there is nothing to do."""
-    pid = tl.program_id(0)
-    graph = tl.full((), 0, tl.int64)
-    slot = tl.full((), 0, tl.int64)
-    begin = tl.full((), 0, tl.int64)
-    end = tl.full((), 0, tl.int64)
-    if SMALL:
-        graph += pid
-        begin += tl.load(offsets_ptr + graph)
-        end += tl.load(offsets_ptr + graph + 1)
-        end = tl.where(end - begin < small, end, begin)
-    elif pid < tl.load(piece_ptr + num_graphs):
-        graph, first, begin, end = find_piece(offsets_ptr, piece_ptr, pid, num_graphs, piece)
-        slot += first
-    return graph, slot, begin, end
+            store_state(state_ptr, z_ptr, slot, head, tile, s, z, H, M, DV, BLOCK_M, BLOCK_DV)
 
 
 @triton.jit
@@ -396,18 +298,14 @@ def _linear_fwd_kernel(
     RANDOM: tl.constexpr = projection_ptr is not None
     head = tl.program_id(1)
     graph, slot, begin, end = take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL)
-    key_top = tl.zeros([BLOCK_N], ACC)
-    if MAP == "softmax":
-        key_top += tl.load(top_ptr + graph * H + head)
+    key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
     for step in range(0, end - begin, BLOCK_N):
         row = begin + step + tl.arange(0, BLOCK_N)
         live = row < end
-        q, half = load_inputs(q_ptr, q_stride, row, live, head, D, RANDOM, BLOCK_D, ALIGN, ACC)
-        top = tl.zeros([BLOCK_N], ACC)
-        if MAP == "softmax":
-            top = largest_product(
-                q, projection_ptr, tiles, D, M, MAP, BLOCK_N, BLOCK_D, BLOCK_M, ACC, PRECISION
-            )
+        q, half, top = load_stabilised(
+            q_ptr, q_stride, row, live, head, projection_ptr, tiles,
+            D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, ACC, PRECISION,
+        )  # fmt: skip
         num, den = attend(
             q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, projection_ptr, q, half, top,
             key_top, row, live, head, slot, begin, end, state_ptr, z_ptr,
@@ -523,16 +421,15 @@ def linear_states(x, y, plan, tops, stat):
 
 
 def _tops(k, plan, tops):
-    heads, meta = k.shape[1], dict(plan.meta)
-    del meta["DV"], meta["BLOCK_DV"]
-    programs = plan.pieces + plan.graphs
-    piece_tops = tops.new_empty(programs, heads)
-    _linear_top_kernel[programs, heads](
-        k, plan.projection, piece_tops, *plan.walk, k.stride(),
-        plan.graphs, plan.pieces, plan.piece, plan.small, -(-meta["M"] // meta["BLOCK_M"]),
-        H=heads, ALIGN=alignment((k,)), **meta,
-    )  # fmt: skip
-    _linear_top_of_graph_kernel[plan.graphs,](
-        piece_tops, tops, plan.walk[1], plan.graphs, plan.pieces,
-        H=heads, BLOCK_H=power_of_2(heads),
-    )  # fmt: skip
+    heads = k.shape[1]
+    piece_tops = tops.new_empty(plan.pieces, heads)
+    for programs, tiles, meta in plan.passes:
+        meta = {name: x for name, x in meta.items() if name not in ("DV", "BLOCK_DV")}
+        _linear_top_kernel[programs, heads](
+            k, plan.projection, tops if meta["SMALL"] else piece_tops, *plan.walk, k.stride(),
+            plan.graphs, plan.piece, plan.small, tiles, H=heads, ALIGN=alignment((k,)), **meta,
+        )  # fmt: skip
+    if plan.pieces:
+        _linear_top_of_graph_kernel[plan.graphs,](
+            piece_tops, tops, plan.walk[1], H=heads, BLOCK_H=power_of_2(heads)
+        )

@@ -18,53 +18,21 @@ from .configs import alignment
 from .linear_attention import (
     COUNTS,
     attend,
-    features,
-    largest_product,
     linear_plan,
     linear_states,
-    load_inputs,
+    load_key_top,
     load_stat,
     load_state,
     take_nodes,
 )
+from .linear_features import (
+    before_features,
+    features,
+    load_inputs,
+    load_stabilised,
+    store_inputs,
+)
 from .prims import dot, load_rows, scalar, store_rows
-
-
-@triton.jit
-def before_features(dphi, phi, inner, M: tl.constexpr, MAP: tl.constexpr):
-    """The gradient of channels, or of products with the projection, for that of the features."""
-    if MAP == "identity":
-        flow = dphi
-    elif MAP == "elu":
-        flow = tl.where(inner > 0, dphi, dphi * phi)
-    elif MAP == "sigmoid":
-        flow = dphi * phi * (1 - phi)
-    elif MAP == "softmax":
-        flow = dphi * inner * (1 / M**0.5)
-    else:
-        flow = tl.where(inner > 0, dphi, 0.0)
-    return flow
-
-
-@triton.jit
-def store_columns(
-    ptr, row, live, head, tile, x, H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """Channels ``tile`` of rows of one head of a contiguous [N, H, D] tensor."""
-    d = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    at = (row.to(tl.int64) * H + head)[:, None] * D + d[None, :]
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
-
-
-@triton.jit
-def store_inputs(
-    ptr, row, live, head, dx, x, total, H: tl.constexpr, D: tl.constexpr, MAP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The gradient of x [N, D], for those of its products with the projection."""
-    if MAP == "softmax":
-        dx -= x * (total * (1 / D**0.5))[:, None]
-    store_rows(ptr, row, live, head, H, D, BLOCK_D, dx)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -86,18 +54,14 @@ def _linear_bwd_dq_kernel(
     RANDOM: tl.constexpr = projection_ptr is not None
     head = tl.program_id(1)
     graph, slot, begin, end = take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL)
-    key_top = tl.zeros([BLOCK_N], ACC)
-    if MAP == "softmax":
-        key_top += tl.load(top_ptr + graph * H + head)
+    key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
     for step in range(0, end - begin, BLOCK_N):
         row = begin + step + tl.arange(0, BLOCK_N)
         live = row < end
-        q, half = load_inputs(q_ptr, q_stride, row, live, head, D, RANDOM, BLOCK_D, ALIGN, ACC)
-        top = tl.zeros([BLOCK_N], ACC)
-        if MAP == "softmax":
-            top = largest_product(
-                q, projection_ptr, tiles, D, M, MAP, BLOCK_N, BLOCK_D, BLOCK_M, ACC, PRECISION
-            )
+        q, half, top = load_stabilised(
+            q_ptr, q_stride, row, live, head, projection_ptr, tiles,
+            D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, ACC, PRECISION,
+        )  # fmt: skip
         do = load_rows(do_ptr, do_stride, row, live, head, DV, BLOCK_DV, ALIGN).to(ACC)
         share = tl.full([BLOCK_N], 1.0, ACC)
         down = tl.zeros([BLOCK_N], ACC)
@@ -149,7 +113,7 @@ def _linear_bwd_dq_kernel(
                     dx = dot(gradient, w, dx, ACC, ACC, PRECISION)
                     total += tl.sum(gradient, 1)
                 else:
-                    store_columns(dq_ptr, row, live, head, tile, gradient, H, D, BLOCK_M)
+                    store_rows(dq_ptr, row, live, head, H, D, BLOCK_M, gradient, tile * BLOCK_M)
             if RANDOM:
                 store_inputs(dq_ptr, row, live, head, dx, q, total, H, D, MAP, BLOCK_D)
 
@@ -190,9 +154,7 @@ def _linear_bwd_dkv_kernel(
     RANDOM: tl.constexpr = projection_ptr is not None
     head = tl.program_id(1)
     graph, slot, begin, end = take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL)
-    key_top = tl.zeros([BLOCK_N], ACC)
-    if MAP == "softmax":
-        key_top += tl.load(top_ptr + graph * H + head)
+    key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
     for step in range(0, end - begin, BLOCK_N):
         row = begin + step + tl.arange(0, BLOCK_N)
         live = row < end
@@ -251,7 +213,7 @@ def _linear_bwd_dkv_kernel(
                     dx = dot(gradient, w, dx, ACC, ACC, PRECISION)
                     total += tl.sum(gradient, 1)
                 else:
-                    store_columns(dk_ptr, row, live, head, tile, gradient, H, D, BLOCK_M)
+                    store_rows(dk_ptr, row, live, head, H, D, BLOCK_M, gradient, tile * BLOCK_M)
         if NEED_K and RANDOM:
             store_inputs(dk_ptr, row, live, head, dx, k, total, H, D, MAP, BLOCK_D)
         if NEED_V:

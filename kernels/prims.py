@@ -265,32 +265,38 @@ def kept(seed_ptr, threshold, edge, head, ACC: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    ptr, stride, row, live, head, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr
-):
-    """Rows ``row`` [M] of one head of an [N, H, D] tensor: -> [M, D], 0 where not ``live``."""
-    offset, mask = _row_address(stride, row, live, head, D, BLOCK_D, ALIGN)
+    ptr, stride, row, live, head, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+    first=0,
+):  # fmt: skip
+    """Rows ``row`` [M] of one head of an [N, H, D] tensor: -> [M, D], 0 where not ``live``.
+
+    Or BLOCK_D of the channels, from the ``first`` on.
+    """
+    offset, mask = _row_address(stride, row, live, head, D, BLOCK_D, ALIGN, first)
     return tl.load(ptr + offset, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(ptr, row, live, head, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, x):
+def store_rows(
+    ptr, row, live, head, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, x, first=0
+):
     """Inverse of ``load_rows`` for a contiguous tensor; casts [M, D] to its dtype."""
-    offset, mask = _row_address((H * D, D, 1), row, live, head, D, BLOCK_D, 1)
+    offset, mask = _row_address((H * D, D, 1), row, live, head, D, BLOCK_D, 1, first)
     tl.store(ptr + offset, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _row_address(
-    stride, row, live, head, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr
+    stride, row, live, head, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, first
 ):
-    d = tl.arange(0, BLOCK_D)
-    first = row.to(tl.int64)[:, None] * (stride[0] // ALIGN)
-    first += head.to(tl.int64) * (stride[1] // ALIGN)
-    first *= ALIGN  # see _address
+    d = first + tl.arange(0, BLOCK_D)
+    start = row.to(tl.int64)[:, None] * (stride[0] // ALIGN)
+    start += head.to(tl.int64) * (stride[1] // ALIGN)
+    start *= ALIGN  # see _address
     mask = live[:, None]
     if D != BLOCK_D:
         mask &= (d < D)[None, :]
-    return first + d.to(tl.int64)[None, :] * stride[2], mask
+    return start + d.to(tl.int64)[None, :] * stride[2], mask
 
 
 @triton.jit

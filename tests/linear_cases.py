@@ -4,6 +4,7 @@ Hypothesis draws sizes, shapes, dtype, layout and a seed; arrays come from the s
 """
 
 import itertools
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
@@ -17,8 +18,8 @@ from fastgt import linear_attention
 ELEMENTWISE = ["identity", "relu", "elu", "sigmoid"]
 RANDOM = ["softmax", "relu_random"]
 MAPS = [*ELEMENTWISE, *RANDOM]
-# "small tiles" and "pieces" are Triton's kernels with several tiles of features, and several pieces
-# to a graph
+# "slices" is the CPU path with several slices to a graph; "pieces" are Triton's kernels with
+# several tiles of features and pieces to a graph
 FORMS = ["torch", "slices", "triton", "pieces"] if DEVICE == "cpu" else ["triton", "pieces"]
 
 
@@ -132,39 +133,33 @@ def examples(count, **fixed):
     return wrap
 
 
-def attend(x, form, **changes):
-    """The public function on a case; ``form`` is an ``impl`` or one of FORMS."""
-    options = x.options | changes
+@contextmanager
+def run_as(form):
+    """-> the ``impl`` of one of FORMS, or of an ``impl``, forward and backward."""
     with pytest.MonkeyPatch.context() as patch:
         if form == "slices":
-            # graphs of more than a few nodes come in slices
-            patch.setattr("fastgt.cpu.linear_attention._NUMBERS", 60 * x.q.shape[1])
+            patch.setattr("fastgt.cpu.linear_attention._NUMBERS", 128)
         if form == "pieces":
-            in_pieces(patch)
-        impl = {"slices": "torch", "pieces": "triton"}.get(form, form)
-        return linear_attention(x.q, x.k, x.v, x.offsets, **options, impl=impl)
+            from fastgt.kernels import linear_attention as kernels
+            from fastgt.kernels.configs import LinearTile
+
+            patch.setattr(kernels, "linear_tile", lambda *args: LinearTile(16, 16, 4))
+            patch.setattr(kernels, "_PROGRAMS", 2**40)
+        yield {"slices": "torch", "pieces": "triton"}.get(form, form)
 
 
-def in_pieces(patch):
-    """Triton's kernels with tiles of 16, and pieces as short as can be."""
-    from fastgt.kernels import linear_attention as kernels
-    from fastgt.kernels.configs import LinearTile
-
-    patch.setattr(kernels, "linear_tile", lambda *args: LinearTile(16, 16, 4))
-    patch.setattr(kernels, "_PROGRAMS", 2**40)
+def attend(x, form, **changes):
+    """The public function on a case."""
+    with run_as(form) as impl:
+        return linear_attention(x.q, x.k, x.v, x.offsets, **x.options | changes, impl=impl)
 
 
 def evaluate(x, form, dtype=None):
     """Output and gradients by name; ``dtype`` casts the inputs first."""
     cast = x.q.dtype if dtype is None else dtype
     leaves = [t.detach().to(cast).requires_grad_() for t in (x.q, x.k, x.v)]
-    y = replace(x, q=leaves[0], k=leaves[1], v=leaves[2])
-    with pytest.MonkeyPatch.context() as patch:
-        if form == "slices":
-            patch.setattr("fastgt.cpu.linear_attention._NUMBERS", 60 * x.q.shape[1])
-        if form == "pieces":
-            in_pieces(patch)
-        o = attend(y, form)
+    with run_as(form):
+        o = attend(replace(x, q=leaves[0], k=leaves[1], v=leaves[2]), form)
         grads = torch.autograd.grad(o, leaves, x.do.to(cast), materialize_grads=True)
     found = {"o": o.detach()}
     return found | {f"d{name}": g for name, g in zip("qkv", grads, strict=True)}

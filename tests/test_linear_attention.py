@@ -3,17 +3,18 @@
 import itertools
 import math
 from dataclasses import replace
+from typing import get_args
 
-import linear_cases
 import pytest
 import torch
 from attention_cases import BF16, DEVICE, FAST, FP16, FP32, FP64, all_close, close, same_bits
-from linear_cases import ELEMENTWISE, FORMS, MAPS, RANDOM, attend, case, evaluate, examples
+from linear_cases import FORMS, MAPS, attend, case, evaluate, examples, run_as
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastgt
 from fastgt import linear_attention, reference, segment_sum, sgformer_attention
 from fastgt.bench.harness import peak_extra_memory
+from fastgt.ops.linear_attention import FeatureMap
 from fastgt.testing import assert_as_accurate
 
 
@@ -187,11 +188,8 @@ def test_only_what_is_asked_for(form, wanted):
     x = case(1, (3, 25), d=12, dv=9, feature_map="softmax", m=9)
     whole = evaluate(x, form)
     leaves = {n: getattr(x, n).detach().clone().requires_grad_(n in wanted) for n in "qkv"}
-    with pytest.MonkeyPatch.context() as patch:
-        if form == "pieces":
-            linear_cases.in_pieces(patch)
-        o = attend(replace(x, **leaves), form)
-        o.backward(x.do)
+    with run_as(form):
+        attend(replace(x, **leaves), form).backward(x.do)
     for name, leaf in leaves.items():
         if name in wanted:
             close(leaf.grad, whole[f"d{name}"], name)
@@ -245,7 +243,7 @@ def test_the_same_bits_every_time(form):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="threads are the CPU's")
 @pytest.mark.parametrize("form", ["torch", "slices"])
-def test_threads_do_not_change_a_bit(form):
+def test_threads_change_rounding_only(form):
     x = case(0, (400, 30, 900), d=16, dv=16, dtype=FP32, feature_map="softmax", m=20)
     threads, found = torch.get_num_threads(), []
     try:
@@ -465,8 +463,9 @@ def test_torch_func_and_forward_mode():
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("impl", ["reference", *FAST])
 def test_a_virtual_node_computes_linear_attention(impl, name):
-    """Cai et al., theorem 4.1: nodes send [phi(k) v^T ; phi(k)] to the virtual node of their graph,
-    which sums and sends the sum back; the node's update multiplies with phi(q) and divides."""
+    """Cai et al., arXiv 2301.11956, section 4: nodes send [phi(k) v^T ; phi(k)] to the virtual node
+    of their graph, which sums and sends the sum back; a node's update multiplies with phi(q) and
+    divides."""
     x = case(1, (3, 0, 14, 1), feature_map=name, eps=0.1)
     phi, w = reference._features, x.options.get("projection")
     parts = [[], []]
@@ -536,5 +535,5 @@ def test_a_forced_implementation_runs():
     assert torch.equal(o, attend(x, "reference"))
 
 
-def test_names_of_the_maps():
-    assert sorted(ELEMENTWISE + RANDOM) == sorted(MAPS)
+def test_every_map_is_tested():
+    assert set(get_args(FeatureMap)) == set(MAPS)

@@ -1,13 +1,16 @@
 """LinearAttention, PerformerAttention, VirtualNode and their random features."""
 
 import copy
+import json
 import math
 import pickle
+import sys
 
 import pytest
 import torch
 from attention_cases import DEVICE, close
 
+from fastgt.bench import linear_attention as bench
 from fastgt.nn import LinearAttention, PerformerAttention, VirtualNode, random_features
 
 
@@ -147,3 +150,30 @@ def test_virtual_node_module(residual):
     torch.testing.assert_close(new, wanted, rtol=1e-4, atol=1e-4)
     (y.sum() + new.sum() + node.initial(3).sum()).backward()
     assert all(p.grad is not None for p in node.parameters())
+
+
+def test_benchmark_times_who_agrees(capsys, monkeypatch, tmp_path):
+    """torch-geometric's module as released disagrees, and is not timed."""
+    pytest.importorskip("torch_geometric.nn")
+    rows = bench.run(graphs=4, smallest=2, largest=9, channels=8, heads=2, width=4, repeats=1)
+    assert [(row["provider"], row["match"]) for row in rows] == [
+        ("fastgt", True),
+        ("pyg", False),
+        ("pyg, padded keys zeroed", True),
+    ]
+    assert rows[0]["both_x"] == 1
+    assert "both_s" not in rows[1]
+    assert rows[2]["both_s"] > 0
+    path = tmp_path / "new" / "rows.json"
+    sizes = ["--graphs", "4", "--smallest", "2", "--largest", "9", "--channels", "8"]
+    monkeypatch.setattr("sys.argv", ["bench", *sizes, "--repeats", "1", "--json", str(path)])
+    bench.main()
+    assert "pyg                     False" in capsys.readouterr().out
+    assert len(json.loads(path.read_text())) == 3
+
+
+def test_benchmark_without_torch_geometric(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_geometric.nn.attention", None)
+    rows = bench.run(graphs=4, smallest=2, largest=9, channels=8, heads=2, width=4, repeats=1)
+    assert [(row["provider"], row["match"]) for row in rows] == [("fastgt", True), ("pyg", None)]
+    assert "not installed" in bench.show(rows)

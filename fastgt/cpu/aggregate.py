@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgt.cpu.sparse import bags, make_walk, segment_of, spmm
+from fastgt.cpu.sparse import accumulator, bags, make_walk, segment_of, spmm
 
 _ELEMENTS = 2**18  # of the messages of a chunk
 
@@ -55,7 +55,7 @@ def _chunks(cut: Tensor, width: int) -> Iterator[_Chunk]:
 def segment_softmax_fwd(x: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
     """-> y [E, D] in the caller's edge order."""
     row_ptr, _, edge = rows
-    walk, row, wide = make_walk(row_ptr, edge), segment_of(row_ptr, edge), _wide(x)
+    walk, row, wide = make_walk(row_ptr, edge), segment_of(row_ptr, edge), accumulator(x)
     pieces, width = walk.cut.shape[0] - 1, x.shape[1]
     top = x.new_full((pieces, width), -torch.inf, dtype=wide)
     total = top.new_zeros(pieces, width)
@@ -82,7 +82,7 @@ def segment_softmax_fwd(x: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
 def segment_softmax_bwd(dy: Tensor, y: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
     """-> dx [E, D] in the caller's edge order."""
     row_ptr, _, edge = rows
-    walk, row, wide = make_walk(row_ptr, edge), segment_of(row_ptr, edge), _wide(y)
+    walk, row, wide = make_walk(row_ptr, edge), segment_of(row_ptr, edge), accumulator(y)
     pieces, width = walk.cut.shape[0] - 1, y.shape[1]
     total = y.new_zeros(pieces, width, dtype=wide)
     delta = torch.zeros_like(total)
@@ -111,7 +111,7 @@ def aggregate_fwd(
     row_ptr, col, edge = rows
     like = edge_value if x is None else x
     assert like is not None
-    wide, (n, width) = _wide(like), (row_ptr.shape[0] - 1, like.shape[1])
+    wide, (n, width) = accumulator(like), (row_ptr.shape[0] - 1, like.shape[1])
     o = like.new_empty(n, width)
     if reduce == "max":
         value, first = _first_largest(x, edge_value, rows, relu)
@@ -148,7 +148,7 @@ def aggregate_bwd(
     """-> dx [M, D], dedge [E, D] in the caller's edge order; empty where not needed."""
     row_ptr, col, edge = rows
     col_ptr, col_row, _, col_edge = columns
-    (n, width), num_edges, m, wide = do.shape, edge.shape[0], col_ptr.shape[0] - 1, _wide(do)
+    (n, width), num_edges, m, wide = do.shape, edge.shape[0], col_ptr.shape[0] - 1, accumulator(do)
     dx = do.new_empty((m, width) if need_x else (0,))
     dedge = do.new_empty((num_edges, width) if need_edge else (0,))
     if reduce == "max":
@@ -206,7 +206,7 @@ def gated_aggregate_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> o [N, D], e [E, D] in the caller's edge order; total and mean [N, D] to be kept."""
     row_ptr, col, edge = rows
-    wide, (n, width) = _wide(x), (row_ptr.shape[0] - 1, x.shape[1])
+    wide, (n, width) = accumulator(x), (row_ptr.shape[0] - 1, x.shape[1])
     o, e = x.new_empty(n, width), x.new_empty(edge.shape[0] if return_gate else 0, width)
     walk, row, number = make_walk(row_ptr, edge), segment_of(row_ptr, edge), edge.long()
     mean = x.new_zeros(walk.cut.shape[0] - 1, width, dtype=wide)
@@ -250,7 +250,7 @@ def gated_aggregate_bwd(
     """-> dx [M, D], dgate [E, D], drow [N, D], dcol [M, D]; empty where not needed."""
     row_ptr, col, edge = rows
     col_ptr, col_row, _, col_edge = columns
-    (m, width), n, wide = x.shape, row_ptr.shape[0] - 1, _wide(x)
+    (m, width), n, wide = x.shape, row_ptr.shape[0] - 1, accumulator(x)
     dx = x.new_empty((m, width) if need_x else (0,))
     dgate = x.new_empty((edge.shape[0], width) if need_gate else (0,))
     drow = x.new_empty((n, width) if need_row else (0,))
@@ -304,10 +304,6 @@ def gated_aggregate_bwd(
             sum_row[chunk.pieces] = chunk.sum(ds)
         drow.copy_(_joined(walk.joint, sum_row))
     return dx, dgate, drow, dcol
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _take(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -384,7 +380,7 @@ def _first_largest(
     row_ptr, col, edge = rows
     like = edge_value if x is None else x
     assert like is not None
-    wide, width, walk = _wide(like), like.shape[1], make_walk(row_ptr, edge)
+    wide, width, walk = accumulator(like), like.shape[1], make_walk(row_ptr, edge)
     pieces = walk.cut.shape[0] - 1
     value = like.new_full((pieces, width), -torch.inf, dtype=wide)
     none = torch.iinfo(edge.dtype).max

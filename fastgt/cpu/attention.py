@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastgt.cpu.edge_terms import Head, Terms, attributes, slots
 from fastgt.cpu.sparse import (
+    accumulator,
     bags,
     diagonal,
     make_walk,
@@ -67,7 +68,7 @@ def attention_fwd(
     """
     n, heads, d = q.shape
     num_edges, caller = col.shape[0], edge.long()
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = accumulator(q)
     o = q.new_empty(n, heads, v.shape[2])
     lse = q.new_empty(n, heads, dtype=wide)
     weights = q.new_empty(num_edges if return_weights else 0, heads)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgt.cpu.sparse import make_walk, pivots, segment_of, spmm
+from fastgt.cpu.sparse import accumulator, make_walk, pivots, segment_of, spmm
 
 _CHUNK = 2**19  # numbers of a temporary
 _WIDE, _NARROW = 64, 16  # channels at a time; where a row has more edges than a chunk
@@ -38,7 +38,7 @@ def channelwise_attention_fwd(
     the backward, stat [N, 3, C] (or [0, 3, C]). C may be [H, D]."""
     row_ptr, col, edge = rows
     n, channels = row_ptr.shape[0] - 1, logits.shape[1:]
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = accumulator(logits)
     o = logits.new_empty(n, *channels)
     lse = logits.new_empty(n, *channels, dtype=wide)
     stat = lse.new_empty(n if keep else 0, 3, channels.numel())

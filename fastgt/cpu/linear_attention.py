@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastgt.cpu.sparse import accumulator
+
 _NUMBERS = 2**18  # features of a group
 _FILL = 0.75  # of the largest graph of a group has the smallest, at least
 
@@ -58,7 +60,7 @@ def linear_attention_fwd(
         state = _state(phi, k, v, groups, top, normalize)
         for group in groups:
             _put(out, group, _divided(phi(_take(q, group)) @ state, eps, normalize))
-    return out, q.new_empty(0, q.shape[1], dtype=_wide(q))
+    return out, q.new_empty(0, q.shape[1], dtype=accumulator(q))
 
 
 @torch.no_grad()
@@ -141,7 +143,7 @@ class Features:
         self.width = self.d
         if projection is not None:
             self.width = projection.shape[0]
-            self.projection = projection.to(_wide(q))
+            self.projection = projection.to(accumulator(q))
             if name == "softmax":
                 self.projection = self.projection * self.d**-0.25
 
@@ -260,7 +262,7 @@ def _quadratic(groups: list[Group], m: int, d: int) -> bool:
 
 def _take(x: Tensor, group: Group) -> Tensor:
     """[B * H, T, D] of x [N, H, D]."""
-    taken = x.reshape(-1, x.shape[2]).index_select(0, group.rows).to(_wide(x))
+    taken = x.reshape(-1, x.shape[2]).index_select(0, group.rows).to(accumulator(x))
     return taken.view(group.batch, group.length, x.shape[2])
 
 
@@ -296,7 +298,3 @@ def _put(out: Tensor, group: Group, x: Tensor) -> None:
     if group.nodes is not None:
         rows, x = rows.index_select(0, group.nodes), x.index_select(0, group.nodes)
     out.view(-1, out.shape[2]).index_copy_(0, rows, x.to(out.dtype))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

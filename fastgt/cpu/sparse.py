@@ -22,6 +22,11 @@ _LONG = 2**14  # edges of a segment beyond which it is summed in pieces
 _ORDINARY = 20.0  # logits up to which any of a row's keeps exp() in range
 
 
+def accumulator(x: Tensor) -> torch.dtype:
+    """What sums over ``x`` are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 class Walk(NamedTuple):
     """Segments of edges, the other end of each edge, and how long segments are cut for sums."""
 

@@ -100,10 +100,9 @@ class LinearAttention(nn.Module):
         self.v = nn.Linear(dim, heads * head_dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(heads * head_dim, dim)
-        self.norms: Literal["gaussian", "unit"] = "unit"
+        self.norms: Literal["gaussian", "unit"] = "gaussian" if feature_map == "softmax" else "unit"
         projection = None
         if feature_map in ("softmax", "relu_random"):
-            self.norms = "gaussian" if feature_map == "softmax" else "unit"
             num_features = _default_features(head_dim) if num_features is None else num_features
             projection = random_features(num_features, head_dim, norms=self.norms)
         elif num_features is not None:

@@ -48,7 +48,8 @@ def linear_attention(
         out_i = phi(q_i)^T S_g / (phi(q_i)^T z_g + eps)
 
     Graphs lie one after another, of any size, without padding: what is in one graph, NaN included,
-    reaches no other. The result is the same, bit for bit, every time; gradients too.
+    reaches no other. The result is the same, bit for bit, every time; gradients too (on a CPU, with
+    the same number of threads).
 
     The feature maps, element by element but for the last two, which have a projection w [M, D]::
 
@@ -69,7 +70,7 @@ def linear_attention(
         v: ``[N, H, Dv]``, as q; Dv from 1 to 256.
         offsets: ``[G + 1]`` int32 or int64: nodes ``offsets[g]`` to ``offsets[g + 1]`` are those of
             graph g, which may have none (``Graph.graph_ptr``, or ``ptr`` of a PyG batch). Their
-            values are checked on a CPU. None: all nodes are one graph.
+            values are checked on a CPU only. None: all nodes are one graph.
         feature_map: phi, above.
         projection: ``[M, D]`` for the last two, of any float dtype, M from 1 to 1024:
             :func:`fastgt.nn.random_features` draws one. It gets no gradient here.
@@ -78,8 +79,9 @@ def linear_attention(
         impl: As in :func:`fastgt.neighborhood_attention`.
 
     Returns:
-        ``[N, H, Dv]`` in the dtype of q. Sums are kept in float32 (float64 for float64). Memory
-        beside the result is O(N H (D + Dv)), nothing of size N H M is stored. Under
+        ``[N, H, Dv]`` in the dtype of q. Sums are kept in float32 (float64 for float64). No
+        features are stored. Memory beside the result is O(N H (D + Dv)) on a CPU; Triton's kernels
+        keep states, of at most about N H (M + Dv) numbers, and far fewer for large graphs. Under
         ``torch.autocast`` the inputs are cast first. Second derivatives go through the plain
         definition; ``torch.func`` transforms, forward-mode derivatives and a gradient of the
         projection need ``impl="reference"``.
@@ -155,14 +157,14 @@ def sgformer_attention(
             stays zero.
 
     Returns:
-        ``[N, H, Dv]`` in the dtype of q; memory beside it is O(N H (D + Dv)).
+        ``[N, H, Dv]`` in the dtype of q; memory beside it as there.
 
     Raises:
         TypeError, ValueError: An argument does not fit; its name and both numbers are given.
         RuntimeError: ``impl`` cannot run here.
 
     Source:
-        Wu et al., SGFormer, arXiv 2306.10759, eq. 3, as in their code.
+        Wu et al., SGFormer, arXiv 2306.10759, its simple global attention, as in their code.
 
     Example:
         >>> import torch

@@ -27,7 +27,7 @@ def segment_sum(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tens
     Args:
         x: ``[N, ...]``: float16, bfloat16, float32 or float64, any strides.
         offsets: ``[G + 1]`` int32 or int64 boundaries (``Graph.graph_ptr``, or ``ptr`` of a PyG
-            batch); values are checked on a CPU.
+            batch); values are checked on a CPU only.
         impl: As in :func:`fastgt.neighborhood_attention`.
 
     Returns:

@@ -109,7 +109,8 @@ def test_every_size_around_a_tile(form, size):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_is_its_graphs_alone(form, name):
     """Neighbours full of NaN change nothing, gradients included."""
-    x = case(5, (4, 13, 0, 30, 2), d=12, dv=9, feature_map=name, m=9)
+    # 13 and 12, 5 and 4 share a product on a CPU, filled up
+    x = case(5, (4, 13, 0, 12, 30, 5, 1), d=12, dv=9, feature_map=name, m=9)
     alone = {name: [] for name in ("o", "dq", "dk", "dv")}
     for begin, end in x.bounds():
         q, k, v, do = (t[begin:end] for t in (x.q, x.k, x.v, x.do))
@@ -123,6 +124,41 @@ def test_a_batch_is_its_graphs_alone(form, name):
         found = evaluate(replace(x, q=q, k=k, v=v, do=do), form)
         for key, t in found.items():
             close(t[begin:end], alone[key][number], key)
+
+
+@pytest.mark.parametrize("m", [1, 3, 17])
+@pytest.mark.parametrize("form", FORMS)
+def test_stabilisers_are_those_of_products_alone(form, m):
+    """Where all products are far below 0, that of a feature which is not there would stand out."""
+    x = case(7, (5, 24), d=4, dv=3, feature_map="softmax", m=m, eps=0.01)
+    x = replace(x, q=-6 * x.q.abs(), k=-6 * x.k.abs())
+    x.options["projection"].abs_()
+    all_close(evaluate(x, form), evaluate(x, "reference"), 1e-8)
+
+
+def test_a_graph_is_either_small_or_in_pieces(monkeypatch):
+    """Never both, or two programs would write its output."""
+    pytest.importorskip("triton")
+    from fastgt.kernels import linear_attention as kernels
+
+    x = case(0, (15, 16, 17), d=16, dv=16)
+    offsets = x.offsets.tolist()
+    plan = kernels.linear_plan
+    for small in (False, True):
+
+        def one_pass(*args, small=small):
+            found = plan(*args)
+            assert found.small == 16
+            return found._replace(passes=[p for p in found.passes if p[2]["SMALL"] == small])
+
+        monkeypatch.setattr(kernels, "linear_plan", one_pass)
+        written = ~attend(x, "triton").isnan().any(2).any(1)
+        sizes = {
+            n: bool(written[b:e].all())
+            for n, b, e in zip((15, 16, 17), offsets, offsets[1:], strict=False)
+        }
+        assert sizes == {15: small, 16: not small, 17: not small}
+        assert int(written.sum()) in (15, 33)
 
 
 @pytest.mark.parametrize("name", ["elu", "softmax"])

@@ -163,3 +163,17 @@ def evaluate(x, form, dtype=None):
         grads = torch.autograd.grad(o, leaves, x.do.to(cast), materialize_grads=True)
     found = {"o": o.detach()}
     return found | {f"d{name}": g for name, g in zip("qkv", grads, strict=True)}
+
+
+def terms(x):
+    """Sizes of what dq and dk are differences of: the share of the numerator, and of the
+    denominator, in float64. A row whose features are small has large ones, which cancel."""
+    if not (x.options["normalize"] and len(x.q)):
+        return {}
+    leaves = [t.detach().double().requires_grad_() for t in (x.q, x.k)]
+    y = replace(x, q=leaves[0], k=leaves[1], v=x.v.double())
+    num = attend(y, "reference", normalize=False)
+    ones = replace(y, v=torch.ones_like(y.v))
+    den = attend(ones, "reference", normalize=False).detach() + x.options["eps"]
+    grads = torch.autograd.grad(num / den, leaves, x.do.double(), materialize_grads=True)
+    return {name: g.abs() for name, g in zip(("dq", "dk"), grads, strict=True)}

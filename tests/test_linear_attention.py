@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 from attention_cases import BF16, DEVICE, FAST, FP16, FP32, FP64, all_close, close, same_bits
-from linear_cases import FORMS, MAPS, attend, case, evaluate, examples, run_as
+from linear_cases import FORMS, MAPS, attend, case, evaluate, examples, run_as, terms
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastgt
@@ -90,10 +90,10 @@ def test_as_accurate_as_eager(form, dtype):
     @examples(24, dtype=dtype)
     def check(form, case):
         actual, eager = evaluate(case, form), evaluate(case, "reference")
-        truth = evaluate(case, "reference", FP64)
+        truth, sizes = evaluate(case, "reference", FP64), terms(case)
         for name, x in actual.items():
             factor = 3.0 if name.startswith("d") else 2.0
-            assert_as_accurate(x, eager[name], truth[name], name, factor)
+            assert_as_accurate(x, eager[name], truth[name], name, factor, sizes.get(name))
 
     check(form)
 

@@ -26,6 +26,15 @@ def test_accuracy_gate_can_fail(spoil):
         assert_as_accurate(x.nan_to_num(neginf=0.0), x, x.double(), "x")
 
 
+def test_accuracy_gate_knows_what_cancels():
+    x = torch.zeros(2, dtype=torch.float64)
+    off = torch.tensor([1e-4, 0.0])
+    terms = torch.tensor([100.0, 1.0])
+    assert_as_accurate(off, x.float(), x, "x", terms=terms)
+    with pytest.raises(AssertionError, match=r"x is off by .* at \[1\]"):
+        assert_as_accurate(off.flip(0), x.float(), x, "x", terms=terms)
+
+
 def test_library_memory_is_poisoned():
     source = "import torch\ndef f(x): return x.new_empty(3), torch.empty(3, dtype=torch.int32)"
     for name, poisoned in (("fastgt.somewhere", True), ("elsewhere", False)):

@@ -324,6 +324,9 @@ LINEAR_CASES = {
     "linear_softmax_d64_m266_fp32": LinearCase(64, torch.float32, "softmax", 266),
     "linear_softmax_d128_m512_bf16": LinearCase(128, torch.bfloat16, "softmax", 512),
     "linear_softmax_d256_m1024_bf16": LinearCase(256, torch.bfloat16, "softmax", 1024),
+    "linear_softmax_d128_m512_fp32": LinearCase(128, torch.float32, "softmax", 512),
+    "linear_softmax_d256_m1024_fp32": LinearCase(256, torch.float32, "softmax", 1024),
+    "linear_softmax_d256_m1024_fp64": LinearCase(256, torch.float64, "softmax", 1024),
     "linear_softmax_d32_m96_fp64": LinearCase(32, torch.float64, "softmax", 96),
 }
 

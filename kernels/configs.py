@@ -93,29 +93,37 @@ def window_tile(direction: str, width: int, itemsize: int, edges: bool) -> Windo
 
 
 class LinearTile(NamedTuple):
-    """Nodes and features of a tile, and warps."""
+    """Nodes and features of a tile, channels of a product, and warps."""
 
     block_n: int
     block_m: int
+    channels: int
     num_warps: int
+
+
+# (bytes of a number, channels) -> of passes over pieces of graphs, through their state, and over
+# whole small graphs, in the quadratic form: what no target spills
+_LINEAR_TILES = {
+    (2, 64): (LinearTile(64, 32, 64, 8), LinearTile(16, 32, 64, 4)),
+    (2, 128): (LinearTile(64, 16, 64, 8), LinearTile(16, 16, 64, 4)),
+    (2, 256): (LinearTile(32, 16, 32, 8), LinearTile(16, 16, 64, 8)),
+    (4, 64): (LinearTile(32, 32, 64, 8), LinearTile(16, 16, 16, 4)),
+    (4, 128): (LinearTile(32, 16, 32, 8), LinearTile(16, 16, 32, 8)),
+    (4, 256): (LinearTile(16, 16, 32, 4), LinearTile(16, 16, 32, 8)),
+    (8, 64): (LinearTile(16, 32, 32, 4), LinearTile(16, 32, 16, 4)),
+    (8, 256): (LinearTile(16, 16, 16, 8), LinearTile(16, 16, 16, 8)),
+}
 
 
 @cache
 def linear_tile(
     features: int, width: int, value_width: int, itemsize: int, whole: bool
 ) -> LinearTile:
-    """Tile of linear attention: ``width`` of the inputs that are projected, 1 where none are.
-
-    Of a pass over pieces of graphs, through their state, or over ``whole`` small graphs, in the
-    quadratic form.
-    """
-    widest = max(power_of_2(width), power_of_2(value_width))
-    block_m = min(32, max(16, power_of_2(features)))
-    if whole:
-        return LinearTile(16, block_m, 4)
-    if widest > 128:
-        return LinearTile(32, 16, 8)
-    return LinearTile(64 if itemsize == 2 else 32, block_m, 8)
+    """Tile of linear attention: ``width`` of the inputs that are projected, 1 where none are."""
+    widest = max(width, value_width)
+    key = min(key for key in _LINEAR_TILES if key[0] == itemsize and key[1] >= widest)
+    tile = _LINEAR_TILES[key][whole]
+    return tile._replace(block_m=min(tile.block_m, max(16, power_of_2(features))))
 
 
 def power_of_2(n: int) -> int:

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from .configs import accumulator, alignment, linear_precision, linear_tile, power_of_2
-from .linear_features import features, load_inputs, load_stabilised
+from .linear_features import features, load_inputs, load_matrix, load_stabilised
 from .prims import dot, load_rows, scalar, store_rows
 
 COUNTS = ["num_graphs", "piece", "small", "tiles"]
@@ -90,19 +90,21 @@ def load_key_top(
 
 
 @triton.jit
+def state_rows(slot, head, tile, H: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr):
+    """-> which rows of all states [P * H * M] are a tile of features, and which of them exist."""
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    return (slot.to(tl.int64) * H + head) * M + m, m < M
+
+
+@triton.jit
 def load_state(
     state_ptr, z_ptr, slot, head, tile, H: tl.constexpr, M: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """-> BLOCK_M rows of a state, [M, DV], and of its last column, [M]."""
-    m, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
-    at = (slot.to(tl.int64) * H + head) * M + m
-    s = tl.load(
-        state_ptr + at[:, None] * DV + d[None, :],
-        mask=(m < M)[:, None] & (d < DV)[None, :],
-        other=0.0,
-    )
-    return s, tl.load(z_ptr + at, mask=m < M, other=0.0)
+    m, there = state_rows(slot, head, tile, H, M, BLOCK_M)
+    s = load_matrix(state_ptr, m, there, 0, DV, BLOCK_DV)
+    return s, tl.load(z_ptr + m, mask=there, other=0.0)
 
 
 @triton.jit
@@ -111,11 +113,11 @@ def store_state(
     BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Inverse of ``load_state``."""
-    m, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
-    at = (slot.to(tl.int64) * H + head) * M + m
-    mask = (m < M)[:, None] & (d < DV)[None, :]
-    tl.store(state_ptr + at[:, None] * DV + d[None, :], s, mask=mask)
-    tl.store(z_ptr + at, z, mask=m < M)
+    m, there = state_rows(slot, head, tile, H, M, BLOCK_M)
+    d = tl.arange(0, BLOCK_DV)
+    mask = there[:, None] & (d < DV)[None, :]
+    tl.store(state_ptr + m[:, None] * DV + d[None, :], s, mask=mask)
+    tl.store(z_ptr + m, z, mask=there)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -126,7 +128,7 @@ def _linear_top_kernel(
     k_stride, num_graphs, piece, small, tiles,
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr, SMALL: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Grid (pieces or graphs, heads): the stabiliser of the keys of a piece, or of a small graph;
     -inf for a graph that has pieces."""
@@ -139,7 +141,7 @@ def _linear_top_kernel(
         live = row < end
         _x, _half, found = load_stabilised(
             k_ptr, k_stride, row, live, head, projection_ptr, tiles,
-            D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, ACC, PRECISION,
+            D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
         )  # fmt: skip
         top = tl.maximum(top, tl.where(live, found, float("-inf")))
     tl.store(top_ptr + tl.program_id(0).to(tl.int64) * H + head, tl.max(top, 0))
@@ -171,6 +173,7 @@ def _linear_state_kernel(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
     OF_QUERIES: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     """Grid (pieces, heads, feature tiles): a piece's state, of keys and values; or its gradient,
     of queries and do', which is do times share, and down in the last column."""
@@ -188,16 +191,18 @@ def _linear_state_kernel(
         for step in range(0, end - begin, BLOCK_N):
             row = begin + step + tl.arange(0, BLOCK_N)
             live = row < end
-            x, half = load_inputs(x_ptr, x_stride, row, live, head, D, RANDOM, BLOCK_D, ALIGN, ACC)
+            x, half = load_inputs(
+                x_ptr, x_stride, row, live, head, D, RANDOM, BLOCK_D, SLICE, ALIGN, ACC
+            )
             y = load_rows(y_ptr, y_stride, row, live, head, DV, BLOCK_DV, ALIGN).to(ACC)
             last = tl.full([BLOCK_N], 1.0, ACC)
             top = key_top
             if OF_QUERIES:
                 share, last, top = load_stat(stat_ptr, row, live, head, H)
                 y = y * share[:, None]
-            phi, _inner, _w = features(
+            phi, _inner = features(
                 x_ptr, x_stride, x, half, top, row, live, head, tile, projection_ptr,
-                D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
             )  # fmt: skip
             s = dot(tl.trans(phi), y, s, ACC, ACC, PRECISION)
             z += tl.sum(phi * last[:, None], 0)
@@ -245,15 +250,16 @@ def attend(
     RANDOM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     SMALL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     """phi(q) S [N, DV] and phi(q) z [N]: from a state, or key by key where ``SMALL``."""
     num = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
     den = tl.zeros([BLOCK_N], ACC)
     if not SMALL:
         for tile in range(tiles):
-            f, _f_inner, _f_w = features(
+            f, _f_inner = features(
                 q_ptr, q_stride, q, half, top, row, live, head, tile, projection_ptr,
-                D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
             )  # fmt: skip
             s, z = load_state(state_ptr, z_ptr, slot, head, tile, H, M, DV, BLOCK_M, BLOCK_DV)
             num = dot(f, s, num, ACC, ACC, PRECISION)
@@ -263,17 +269,17 @@ def attend(
             key = begin + step + tl.arange(0, BLOCK_N)
             there = key < end
             k, k_half = load_inputs(
-                k_ptr, k_stride, key, there, head, D, RANDOM, BLOCK_D, ALIGN, ACC
+                k_ptr, k_stride, key, there, head, D, RANDOM, BLOCK_D, SLICE, ALIGN, ACC
             )
             a = tl.zeros([BLOCK_N, BLOCK_N], ACC)
             for tile in range(tiles):
-                f, _f_inner, _f_w = features(
+                f, _f_inner = features(
                     q_ptr, q_stride, q, half, top, row, live, head, tile, projection_ptr,
-                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
                 )  # fmt: skip
-                g, _g_inner, _g_w = features(
+                g, _g_inner = features(
                     k_ptr, k_stride, k, k_half, key_top, key, there, head, tile, projection_ptr,
-                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
                 )  # fmt: skip
                 a = dot(f, tl.trans(g), a, ACC, ACC, PRECISION)
             v = load_rows(v_ptr, v_stride, key, there, head, DV, BLOCK_DV, ALIGN).to(ACC)
@@ -292,6 +298,7 @@ def _linear_fwd_kernel(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
     NORMALIZE: tl.constexpr, SMALL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     """Grid (pieces or graphs, heads): the output of a piece, or of a small graph."""
     ACC: tl.constexpr = state_ptr.dtype.element_ty
@@ -304,13 +311,13 @@ def _linear_fwd_kernel(
         live = row < end
         q, half, top = load_stabilised(
             q_ptr, q_stride, row, live, head, projection_ptr, tiles,
-            D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, ACC, PRECISION,
+            D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
         )  # fmt: skip
         num, den = attend(
             q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, projection_ptr, q, half, top,
             key_top, row, live, head, slot, begin, end, state_ptr, z_ptr,
             tiles, H, D, DV, M, MAP, RANDOM, ALIGN, PRECISION, ACC, SMALL,
-            BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_M,
+            BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_M, SLICE,
         )  # fmt: skip
         if NORMALIZE:
             num = num / (den + scalar(eps, ACC))[:, None]
@@ -377,7 +384,12 @@ def linear_plan(q, k, v, offsets, projection, feature_map) -> Plan:
     metas = []
     for whole in (False, True):
         tile = linear_tile(m, 1 if projection is None else d, dv, q.element_size(), whole)
-        named = {"BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m, "num_warps": tile.num_warps}
+        named = {
+            "BLOCK_N": tile.block_n,
+            "BLOCK_M": tile.block_m,
+            "SLICE": tile.channels,
+            "num_warps": tile.num_warps,
+        }
         metas.append(shape | named)
     graphs, small = offsets.shape[0] - 1, max(1, 2 * m * dv // (m + dv))
     piece = max(power_of_2(small), power_of_2(n * heads // _PROGRAMS), metas[0]["BLOCK_N"])

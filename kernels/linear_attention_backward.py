@@ -23,14 +23,19 @@ from .linear_attention import (
     load_key_top,
     load_stat,
     load_state,
+    state_rows,
     take_nodes,
 )
 from .linear_features import (
     before_features,
     features,
+    load_held,
     load_inputs,
+    load_projection,
     load_stabilised,
     store_inputs,
+    times_matrix,
+    times_rows,
 )
 from .prims import dot, load_rows, scalar, store_rows
 
@@ -47,6 +52,7 @@ def _linear_bwd_dq_kernel(
     NORMALIZE: tl.constexpr, NEED_Q: tl.constexpr, SMALL: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     """Grid (pieces or graphs, heads): dq of a piece's or a small graph's nodes, and what dk and dv
     need to know of them."""
@@ -60,9 +66,8 @@ def _linear_bwd_dq_kernel(
         live = row < end
         q, half, top = load_stabilised(
             q_ptr, q_stride, row, live, head, projection_ptr, tiles,
-            D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, ACC, PRECISION,
+            D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
         )  # fmt: skip
-        do = load_rows(do_ptr, do_stride, row, live, head, DV, BLOCK_DV, ALIGN).to(ACC)
         share = tl.full([BLOCK_N], 1.0, ACC)
         down = tl.zeros([BLOCK_N], ACC)
         if NORMALIZE:
@@ -70,70 +75,81 @@ def _linear_bwd_dq_kernel(
                 q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, projection_ptr, q, half, top,
                 key_top, row, live, head, slot, begin, end, state_ptr, z_ptr,
                 tiles, H, D, DV, M, MAP,
-                RANDOM, ALIGN, PRECISION, ACC, SMALL, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_M,
+                RANDOM, ALIGN, PRECISION, ACC, SMALL, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_M, SLICE,
             )  # fmt: skip
             share = 1 / (den + scalar(eps, ACC))
+            do = load_rows(do_ptr, do_stride, row, live, head, DV, BLOCK_DV, ALIGN).to(ACC)
             down = -share * tl.sum(do * share[:, None] * num, 1)
         at = stat_ptr + (row * H + head) * 3
         tl.store(at, share, mask=live)
         tl.store(at + 1, down, mask=live)
         tl.store(at + 2, top, mask=live)
         if NEED_Q:
-            flow = do * share[:, None]
+            flow = load_held(do_ptr, do_stride, row, live, head, DV, BLOCK_DV, SLICE, ALIGN, ACC)
             dx = tl.zeros([BLOCK_N, BLOCK_D], ACC)
             total = tl.zeros([BLOCK_N], ACC)
             for tile in range(tiles):
                 df = tl.zeros([BLOCK_N, BLOCK_M], ACC)
                 if not SMALL:
-                    s, z = load_state(
-                        state_ptr, z_ptr, slot, head, tile, H, M, DV, BLOCK_M, BLOCK_DV
-                    )
-                    df = dot(flow, tl.trans(s), down[:, None] * z[None, :], ACC, ACC, PRECISION)
+                    m, inside = state_rows(slot, head, tile, H, M, BLOCK_M)
+                    df += times_matrix(
+                        flow, do_ptr, do_stride, row, live, head, state_ptr, m, inside,
+                        DV, ALIGN, BLOCK_DV, SLICE, ACC, PRECISION,
+                    )  # fmt: skip
+                    z = tl.load(z_ptr + m, mask=inside, other=0.0)
+                    df = df * share[:, None] + down[:, None] * z[None, :]
                 else:
                     for key_step in range(0, end - begin, BLOCK_N):
                         key = begin + key_step + tl.arange(0, BLOCK_N)
                         there = key < end
                         k, k_half = load_inputs(
-                            k_ptr, k_stride, key, there, head, D, RANDOM, BLOCK_D, ALIGN, ACC
+                            k_ptr, k_stride, key, there, head, D, RANDOM, BLOCK_D, SLICE, ALIGN, ACC
                         )
-                        g, _g_inner, _g_w = features(
+                        g, _g_inner = features(
                             k_ptr, k_stride, k, k_half, key_top, key, there, head, tile,
-                            projection_ptr, D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                            projection_ptr, D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC,
+                            PRECISION,
                         )  # fmt: skip
-                        v = load_rows(v_ptr, v_stride, key, there, head, DV, BLOCK_DV, ALIGN)
-                        each = down[:, None] + tl.zeros([BLOCK_N, BLOCK_N], ACC)
-                        db = dot(flow, tl.trans(v.to(ACC)), each, ACC, ACC, PRECISION)
+                        db = times_rows(
+                            flow, do_ptr, do_stride, row, live, v_ptr, v_stride, key, there, head,
+                            DV, ALIGN, BLOCK_DV, SLICE, ACC, PRECISION,
+                        )  # fmt: skip
+                        db = db * share[:, None] + down[:, None]
                         df = dot(db, g, df, ACC, ACC, PRECISION)
-                f, inner, w = features(
+                f, inner = features(
                     q_ptr, q_stride, q, half, top, row, live, head, tile, projection_ptr,
-                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
                 )  # fmt: skip
                 gradient = before_features(df, f, inner, M, MAP)
                 if RANDOM:
+                    w = load_projection(projection_ptr, tile, D, M, BLOCK_D, BLOCK_M)
                     dx = dot(gradient, w, dx, ACC, ACC, PRECISION)
                     total += tl.sum(gradient, 1)
                 else:
                     store_rows(dq_ptr, row, live, head, H, D, BLOCK_M, gradient, tile * BLOCK_M)
             if RANDOM:
-                store_inputs(dq_ptr, row, live, head, dx, q, total, H, D, MAP, BLOCK_D)
+                store_inputs(
+                    dq_ptr, q_ptr, q_stride, row, live, head, dx, total,
+                    H, D, MAP, ALIGN, BLOCK_D, ACC,
+                )  # fmt: skip
 
 
 @triton.jit
-def query_tile(
-    do_ptr, q_ptr, do_stride, q_stride, stat_ptr, query, there, head, tile, projection_ptr,
-    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
-    RANDOM: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+def query_features(
+    q_ptr, q_stride, top, query, there, head, tile, projection_ptr,
+    D: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr, RANDOM: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """-> phi(q) [N, BLOCK_M], share do [N, DV] and down [N] of some queries."""
-    q, half = load_inputs(q_ptr, q_stride, query, there, head, D, RANDOM, BLOCK_D, ALIGN, ACC)
-    share, down, top = load_stat(stat_ptr, query, there, head, H)
-    f, _, _ = features(
+    """phi(q) [N, BLOCK_M] of some queries."""
+    q, half = load_inputs(
+        q_ptr, q_stride, query, there, head, D, RANDOM, BLOCK_D, SLICE, ALIGN, ACC
+    )
+    f, _ = features(
         q_ptr, q_stride, q, half, top, query, there, head, tile, projection_ptr,
-        D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+        D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
     )  # fmt: skip
-    do = load_rows(do_ptr, do_stride, query, there, head, DV, BLOCK_DV, ALIGN)
-    return f, do.to(ACC) * share[:, None], down
+    return f
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -148,6 +164,7 @@ def _linear_bwd_dkv_kernel(
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, SMALL: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     """Grid (pieces or graphs, heads): dk and dv of a piece's or a small graph's nodes."""
     ACC: tl.constexpr = dstate_ptr.dtype.element_ty
@@ -158,16 +175,18 @@ def _linear_bwd_dkv_kernel(
     for step in range(0, end - begin, BLOCK_N):
         row = begin + step + tl.arange(0, BLOCK_N)
         live = row < end
-        k, half = load_inputs(k_ptr, k_stride, row, live, head, D, RANDOM, BLOCK_D, ALIGN, ACC)
-        v = load_rows(v_ptr, v_stride, row, live, head, DV, BLOCK_DV, ALIGN).to(ACC)
+        k, half = load_inputs(
+            k_ptr, k_stride, row, live, head, D, RANDOM, BLOCK_D, SLICE, ALIGN, ACC
+        )
+        v = load_held(v_ptr, v_stride, row, live, head, DV, BLOCK_DV, SLICE, ALIGN, ACC)
         dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
         dx = tl.zeros([BLOCK_N, BLOCK_D], ACC)
         total = tl.zeros([BLOCK_N], ACC)
         for tile in range(tiles):
             if NEED_V:
-                g, inner, w = features(
+                g, inner = features(
                     k_ptr, k_stride, k, half, key_top, row, live, head, tile, projection_ptr,
-                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
                 )  # fmt: skip
                 if not SMALL:
                     ds, dz = load_state(
@@ -177,45 +196,57 @@ def _linear_bwd_dkv_kernel(
                 else:
                     for query_step in range(0, end - begin, BLOCK_N):
                         query = begin + query_step + tl.arange(0, BLOCK_N)
-                        f, flow, down = query_tile(
-                            do_ptr, q_ptr, do_stride, q_stride, stat_ptr, query, query < end,
-                            head, tile, projection_ptr, H, D, DV, M, MAP, RANDOM, ALIGN,
-                            PRECISION, ACC, BLOCK_D, BLOCK_DV, BLOCK_M,
+                        there = query < end
+                        share, _down, top = load_stat(stat_ptr, query, there, head, H)
+                        f = query_features(
+                            q_ptr, q_stride, top, query, there, head, tile, projection_ptr,
+                            D, M, MAP, RANDOM, ALIGN, PRECISION, ACC, BLOCK_D, BLOCK_M, SLICE,
                         )  # fmt: skip
                         # this tile's part of b: the other tiles add theirs
-                        b = dot(g, tl.trans(f), None, ACC, ACC, PRECISION)
-                        dv = dot(b, flow, dv, ACC, ACC, PRECISION)
+                        b = dot(g, tl.trans(f), None, ACC, ACC, PRECISION) * share[None, :]
+                        do = load_rows(do_ptr, do_stride, query, there, head, DV, BLOCK_DV, ALIGN)
+                        dv = dot(b, do.to(ACC), dv, ACC, ACC, PRECISION)
             if NEED_K:
                 dg = tl.zeros([BLOCK_N, BLOCK_M], ACC)
                 if not SMALL:
-                    ds, dz = load_state(
-                        dstate_ptr, dz_ptr, slot, head, tile, H, M, DV, BLOCK_M, BLOCK_DV
-                    )
-                    dg = dot(v, tl.trans(ds), dg, ACC, ACC, PRECISION) + dz[None, :]
+                    m, inside = state_rows(slot, head, tile, H, M, BLOCK_M)
+                    dz = tl.load(dz_ptr + m, mask=inside, other=0.0)
+                    dg += dz[None, :] + times_matrix(
+                        v, v_ptr, v_stride, row, live, head, dstate_ptr, m, inside,
+                        DV, ALIGN, BLOCK_DV, SLICE, ACC, PRECISION,
+                    )  # fmt: skip
                 else:
                     for query_step in range(0, end - begin, BLOCK_N):
                         query = begin + query_step + tl.arange(0, BLOCK_N)
-                        f, flow, down = query_tile(
-                            do_ptr, q_ptr, do_stride, q_stride, stat_ptr, query, query < end,
-                            head, tile, projection_ptr, H, D, DV, M, MAP, RANDOM, ALIGN,
-                            PRECISION, ACC, BLOCK_D, BLOCK_DV, BLOCK_M,
+                        there = query < end
+                        share, down, top = load_stat(stat_ptr, query, there, head, H)
+                        f = query_features(
+                            q_ptr, q_stride, top, query, there, head, tile, projection_ptr,
+                            D, M, MAP, RANDOM, ALIGN, PRECISION, ACC, BLOCK_D, BLOCK_M, SLICE,
                         )  # fmt: skip
-                        each = down[None, :] + tl.zeros([BLOCK_N, BLOCK_N], ACC)
-                        db = dot(v, tl.trans(flow), each, ACC, ACC, PRECISION)
+                        db = times_rows(
+                            v, v_ptr, v_stride, row, live, do_ptr, do_stride, query, there, head,
+                            DV, ALIGN, BLOCK_DV, SLICE, ACC, PRECISION,
+                        )  # fmt: skip
+                        db = db * share[None, :] + down[None, :]
                         dg = dot(db, f, dg, ACC, ACC, PRECISION)
                 # made anew rather than held meanwhile
-                g, inner, w = features(
+                g, inner = features(
                     k_ptr, k_stride, k, half, key_top, row, live, head, tile, projection_ptr,
-                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
                 )  # fmt: skip
                 gradient = before_features(dg, g, inner, M, MAP)
                 if RANDOM:
+                    w = load_projection(projection_ptr, tile, D, M, BLOCK_D, BLOCK_M)
                     dx = dot(gradient, w, dx, ACC, ACC, PRECISION)
                     total += tl.sum(gradient, 1)
                 else:
                     store_rows(dk_ptr, row, live, head, H, D, BLOCK_M, gradient, tile * BLOCK_M)
         if NEED_K and RANDOM:
-            store_inputs(dk_ptr, row, live, head, dx, k, total, H, D, MAP, BLOCK_D)
+            store_inputs(
+                dk_ptr, k_ptr, k_stride, row, live, head, dx, total,
+                H, D, MAP, ALIGN, BLOCK_D, ACC,
+            )  # fmt: skip
         if NEED_V:
             store_rows(dv_ptr, row, live, head, H, DV, BLOCK_DV, dv)
 

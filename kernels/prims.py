@@ -294,7 +294,7 @@ def _row_address(
     start += head.to(tl.int64) * (stride[1] // ALIGN)
     start *= ALIGN  # see _address
     mask = live[:, None]
-    if D != BLOCK_D:
+    if D % BLOCK_D:
         mask &= (d < D)[None, :]
     return start + d.to(tl.int64)[None, :] * stride[2], mask
 

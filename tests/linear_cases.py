@@ -143,7 +143,7 @@ def run_as(form):
             from fastgt.kernels import linear_attention as kernels
             from fastgt.kernels.configs import LinearTile
 
-            patch.setattr(kernels, "linear_tile", lambda *args: LinearTile(16, 16, 4))
+            patch.setattr(kernels, "linear_tile", lambda *args: LinearTile(16, 16, 16, 4))
             patch.setattr(kernels, "_PROGRAMS", 2**40)
         yield {"slices": "torch", "pieces": "triton"}.get(form, form)
 

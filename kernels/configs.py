@@ -104,9 +104,9 @@ class LinearTile(NamedTuple):
 # (bytes of a number, channels) -> of passes over pieces of graphs, through their state, and over
 # whole small graphs, in the quadratic form: what no target spills
 _LINEAR_TILES = {
-    (2, 64): (LinearTile(64, 32, 64, 8), LinearTile(16, 32, 64, 4)),
-    (2, 128): (LinearTile(64, 16, 64, 8), LinearTile(16, 16, 64, 4)),
-    (2, 256): (LinearTile(32, 16, 32, 8), LinearTile(16, 16, 64, 8)),
+    (2, 64): (LinearTile(32, 32, 64, 4), LinearTile(16, 32, 64, 4)),
+    (2, 128): (LinearTile(32, 32, 64, 4), LinearTile(16, 16, 64, 4)),
+    (2, 256): (LinearTile(32, 16, 32, 8), LinearTile(16, 16, 64, 4)),
     (4, 64): (LinearTile(32, 32, 64, 8), LinearTile(16, 16, 16, 4)),
     (4, 128): (LinearTile(32, 16, 32, 8), LinearTile(16, 16, 32, 8)),
     (4, 256): (LinearTile(16, 16, 32, 4), LinearTile(16, 16, 32, 8)),

@@ -14,9 +14,10 @@ time), then every piece makes the output of its nodes:
 
 A graph of fewer nodes than a state has rows, about (``small`` = 2 M DV / (M + DV)), is multiplied
 in the quadratic form by one program a head: it has no state, so that states never take more memory
-than about N H (M + DV) numbers. Which graphs are small is known on the device alone. Outputs are
-made by the same kernel, launched over pieces and over graphs: each form has tiles of its own, and
-the registers of one do not weigh on the other.
+than about N H (M + DV) numbers. Which graphs are small is known on the device alone, and so is how
+many pieces there are: as many programs as fill it take them in turns. Outputs are made by the same
+kernel, launched over pieces and over graphs: each form has tiles of its own, and the registers of
+one do not weigh on the other.
 
 Features are made of tiles [BLOCK_N, BLOCK_M], from channels of x or from its products with
 BLOCK_M rows of the projection, wherever they are needed, and never stored.
@@ -59,21 +60,30 @@ def find_piece(offsets_ptr, piece_ptr, pid, num_graphs, piece):
 
 
 @triton.jit
-def take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL: tl.constexpr):
-    """What this program makes, a piece or a small graph: -> graph, slot of its state, begin and end
-    of its nodes. No nodes where there is nothing to do."""
-    pid = tl.program_id(0)
-    graph = tl.full((), 0, tl.int64)
-    slot = tl.full((), 0, tl.int64)
-    begin = tl.full((), 0, tl.int64)
-    end = tl.full((), 0, tl.int64)
+def find_turns(piece_ptr, num_graphs, SMALL: tl.constexpr):
+    """-> end and step of what a program takes in turns, from its own number on: pieces, of which
+    the host knows only how many there may be; of graphs, one."""
     if SMALL:
-        graph += pid
-        begin += tl.load(offsets_ptr + graph)
-        end += tl.load(offsets_ptr + graph + 1)
+        end = tl.program_id(0) + 1
+        step = 1
+    else:
+        end = tl.load(piece_ptr + num_graphs).to(tl.int32)
+        step = tl.num_programs(0)
+    return end, step
+
+
+@triton.jit
+def take_nodes(offsets_ptr, piece_ptr, at, num_graphs, piece, small, SMALL: tl.constexpr):
+    """Piece or graph ``at``: -> graph, slot of its state, begin and end of its nodes. No nodes
+    where a graph is not small."""
+    if SMALL:
+        graph = tl.full((), at, tl.int64)
+        slot = graph
+        begin = tl.load(offsets_ptr + graph).to(tl.int64)
+        end = tl.load(offsets_ptr + graph + 1).to(tl.int64)
         end = tl.where(end - begin < small, end, begin)
-    elif pid < tl.load(piece_ptr + num_graphs):
-        graph, slot, begin, end = find_piece(offsets_ptr, piece_ptr, pid, num_graphs, piece)
+    else:
+        graph, slot, begin, end = find_piece(offsets_ptr, piece_ptr, at, num_graphs, piece)
     return graph, slot, begin, end
 
 
@@ -130,21 +140,25 @@ def _linear_top_kernel(
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pieces or graphs, heads): the stabiliser of the keys of a piece, or of a small graph;
+    """Grid (programs or graphs, heads): the stabiliser of the keys of a piece, or of a small graph;
     -inf for a graph that has pieces."""
     ACC: tl.constexpr = top_ptr.dtype.element_ty
     head = tl.program_id(1)
-    _graph, _slot, begin, end = take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL)
-    top = tl.full([BLOCK_N], float("-inf"), ACC)
-    for step in range(0, end - begin, BLOCK_N):
-        row = begin + step + tl.arange(0, BLOCK_N)
-        live = row < end
-        _x, _half, found = load_stabilised(
-            k_ptr, k_stride, row, live, head, projection_ptr, tiles,
-            D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
-        )  # fmt: skip
-        top = tl.maximum(top, tl.where(live, found, float("-inf")))
-    tl.store(top_ptr + tl.program_id(0).to(tl.int64) * H + head, tl.max(top, 0))
+    turns, stride = find_turns(piece_ptr, num_graphs, SMALL)
+    for turn in range(tl.program_id(0), turns, stride):
+        _graph, _slot, begin, end = take_nodes(
+            offsets_ptr, piece_ptr, turn, num_graphs, piece, small, SMALL
+        )
+        top = tl.full([BLOCK_N], float("-inf"), ACC)
+        for step in range(0, end - begin, BLOCK_N):
+            row = begin + step + tl.arange(0, BLOCK_N)
+            live = row < end
+            _x, _half, found = load_stabilised(
+                k_ptr, k_stride, row, live, head, projection_ptr, tiles,
+                D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
+            )  # fmt: skip
+            top = tl.maximum(top, tl.where(live, found, float("-inf")))
+        tl.store(top_ptr + tl.full((), turn, tl.int64) * H + head, tl.max(top, 0))
 
 
 @triton.jit
@@ -175,13 +189,14 @@ def _linear_state_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     SLICE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pieces, heads, feature tiles): a piece's state, of keys and values; or its gradient,
+    """Grid (programs, heads, feature tiles): a piece's state, of keys and values; or its gradient,
     of queries and do', which is do times share, and down in the last column."""
     ACC: tl.constexpr = state_ptr.dtype.element_ty
     RANDOM: tl.constexpr = projection_ptr is not None
     head, tile = tl.program_id(1), tl.program_id(2)
-    slot = tl.program_id(0).to(tl.int64)
-    if slot < tl.load(piece_ptr + num_graphs):
+    turns, stride = find_turns(piece_ptr, num_graphs, False)
+    for turn in range(tl.program_id(0), turns, stride):
+        slot = tl.full((), turn, tl.int64)
         graph, _first, begin, end = find_piece(offsets_ptr, piece_ptr, slot, num_graphs, piece)
         key_top = tl.zeros([BLOCK_N], ACC)
         if not OF_QUERIES:
@@ -224,16 +239,17 @@ def _linear_combine_kernel(
     H: tl.constexpr, DV: tl.constexpr, M: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pieces, heads, feature tiles): a graph's first piece adds those of the others to its
+    """Grid (programs, heads, feature tiles): a graph's first piece adds those of the others to its
     own, in order."""
     head, tile = tl.program_id(1), tl.program_id(2)
-    slot = tl.program_id(0).to(tl.int64)
-    if slot < tl.load(piece_ptr + num_graphs):
+    turns, stride = find_turns(piece_ptr, num_graphs, False)
+    for turn in range(tl.program_id(0), turns, stride):
+        slot = tl.full((), turn, tl.int64)
         graph = find_graph(piece_ptr, slot, num_graphs)
-        first, last = tl.load(piece_ptr + graph), tl.load(piece_ptr + graph + 1)
-        if (slot == first) & (last - first > 1):
+        first, after = tl.load(piece_ptr + graph), tl.load(piece_ptr + graph + 1)
+        if (slot == first) & (after - first > 1):
             s, z = load_state(state_ptr, z_ptr, slot, head, tile, H, M, DV, BLOCK_M, BLOCK_DV)
-            for step in range(1, last - first):
+            for step in range(1, after - first):
                 more_s, more_z = load_state(
                     state_ptr, z_ptr, first + step, head, tile, H, M, DV, BLOCK_M, BLOCK_DV
                 )
@@ -300,28 +316,32 @@ def _linear_fwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     SLICE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pieces or graphs, heads): the output of a piece, or of a small graph."""
+    """Grid (programs or graphs, heads): the output of a piece, or of a small graph."""
     ACC: tl.constexpr = state_ptr.dtype.element_ty
     RANDOM: tl.constexpr = projection_ptr is not None
     head = tl.program_id(1)
-    graph, slot, begin, end = take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL)
-    key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
-    for step in range(0, end - begin, BLOCK_N):
-        row = begin + step + tl.arange(0, BLOCK_N)
-        live = row < end
-        q, half, top = load_stabilised(
-            q_ptr, q_stride, row, live, head, projection_ptr, tiles,
-            D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
-        )  # fmt: skip
-        num, den = attend(
-            q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, projection_ptr, q, half, top,
-            key_top, row, live, head, slot, begin, end, state_ptr, z_ptr,
-            tiles, H, D, DV, M, MAP, RANDOM, ALIGN, PRECISION, ACC, SMALL,
-            BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_M, SLICE,
-        )  # fmt: skip
-        if NORMALIZE:
-            num = num / (den + scalar(eps, ACC))[:, None]
-        store_rows(o_ptr, row, live, head, H, DV, BLOCK_DV, num)
+    turns, stride = find_turns(piece_ptr, num_graphs, SMALL)
+    for turn in range(tl.program_id(0), turns, stride):
+        graph, slot, begin, end = take_nodes(
+            offsets_ptr, piece_ptr, turn, num_graphs, piece, small, SMALL
+        )
+        key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
+        for step in range(0, end - begin, BLOCK_N):
+            row = begin + step + tl.arange(0, BLOCK_N)
+            live = row < end
+            q, half, top = load_stabilised(
+                q_ptr, q_stride, row, live, head, projection_ptr, tiles,
+                D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
+            )  # fmt: skip
+            num, den = attend(
+                q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, projection_ptr, q, half, top,
+                key_top, row, live, head, slot, begin, end, state_ptr, z_ptr,
+                tiles, H, D, DV, M, MAP, RANDOM, ALIGN, PRECISION, ACC, SMALL,
+                BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_M, SLICE,
+            )  # fmt: skip
+            if NORMALIZE:
+                num = num / (den + scalar(eps, ACC))[:, None]
+            store_rows(o_ptr, row, live, head, H, DV, BLOCK_DV, num)
 
 
 def linear_attention_fwd(q, k, v, offsets, projection, feature_map, eps, normalize):
@@ -400,7 +420,10 @@ def linear_plan(q, k, v, offsets, projection, feature_map) -> Plan:
     torch.cumsum(counts.masked_fill_(sizes < small, 0), 0, out=piece_ptr[1:])
     passes = [
         (programs, -(-m // meta["BLOCK_M"]), meta | {"SMALL": whole})
-        for programs, meta, whole in zip((pieces, graphs), metas, (False, True), strict=True)
+        for programs, meta, whole in (
+            (_programs(pieces, heads), metas[0], False),
+            (graphs, metas[1], True),
+        )
         if programs
     ]
     walk = offsets.contiguous(), piece_ptr
@@ -411,6 +434,12 @@ def linear_plan(q, k, v, offsets, projection, feature_map) -> Plan:
 _PROGRAMS = 2048
 
 
+def _programs(pieces, others):
+    """As many as fill a device, of which each takes some pieces in turns: most of those that there
+    may be are not there, where graphs are small."""
+    return min(pieces, max(1, 2 * _PROGRAMS // others))
+
+
 def linear_states(x, y, plan, tops, stat):
     """-> states [P, H, M, DV] and their last columns [P, H, M], a graph's in its first piece's
     place: of keys and values, or with ``stat`` the gradients, of queries and upstream gradients."""
@@ -419,7 +448,8 @@ def linear_states(x, y, plan, tops, stat):
     state = x.new_empty(plan.pieces, heads, m, dv, dtype=accumulator(x))
     z = state.new_empty(plan.pieces, heads, m)
     if plan.pieces:
-        grid = plan.pieces, heads, -(-m // meta["BLOCK_M"])
+        tiles = -(-m // meta["BLOCK_M"])
+        grid = _programs(plan.pieces, heads * tiles), heads, tiles
         _linear_state_kernel[grid](
             x, y, plan.projection, tops, stat, state, z, *plan.walk,
             x.stride(), y.stride(), plan.graphs, plan.piece,

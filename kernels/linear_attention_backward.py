@@ -18,6 +18,7 @@ from .configs import alignment
 from .linear_attention import (
     COUNTS,
     attend,
+    find_turns,
     linear_plan,
     linear_states,
     load_key_top,
@@ -54,84 +55,100 @@ def _linear_bwd_dq_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     SLICE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pieces or graphs, heads): dq of a piece's or a small graph's nodes, and what dk and dv
-    need to know of them."""
+    """Grid (programs or graphs, heads): dq of a piece's or a small graph's nodes, and what dk
+    and dv need to know of them."""
     ACC: tl.constexpr = state_ptr.dtype.element_ty
     RANDOM: tl.constexpr = projection_ptr is not None
     head = tl.program_id(1)
-    graph, slot, begin, end = take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL)
-    key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
-    for step in range(0, end - begin, BLOCK_N):
-        row = begin + step + tl.arange(0, BLOCK_N)
-        live = row < end
-        q, half, top = load_stabilised(
-            q_ptr, q_stride, row, live, head, projection_ptr, tiles,
-            D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
-        )  # fmt: skip
-        share = tl.full([BLOCK_N], 1.0, ACC)
-        down = tl.zeros([BLOCK_N], ACC)
-        if NORMALIZE:
-            num, den = attend(
-                q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, projection_ptr, q, half, top,
-                key_top, row, live, head, slot, begin, end, state_ptr, z_ptr,
-                tiles, H, D, DV, M, MAP,
-                RANDOM, ALIGN, PRECISION, ACC, SMALL, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_M, SLICE,
+    turns, stride = find_turns(piece_ptr, num_graphs, SMALL)
+    for turn in range(tl.program_id(0), turns, stride):
+        graph, slot, begin, end = take_nodes(
+            offsets_ptr, piece_ptr, turn, num_graphs, piece, small, SMALL
+        )
+        key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
+        for step in range(0, end - begin, BLOCK_N):
+            row = begin + step + tl.arange(0, BLOCK_N)
+            live = row < end
+            q, half, top = load_stabilised(
+                q_ptr, q_stride, row, live, head, projection_ptr, tiles,
+                D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
             )  # fmt: skip
-            share = 1 / (den + scalar(eps, ACC))
-            do = load_rows(do_ptr, do_stride, row, live, head, DV, BLOCK_DV, ALIGN).to(ACC)
-            down = -share * tl.sum(do * share[:, None] * num, 1)
-        at = stat_ptr + (row * H + head) * 3
-        tl.store(at, share, mask=live)
-        tl.store(at + 1, down, mask=live)
-        tl.store(at + 2, top, mask=live)
-        if NEED_Q:
-            flow = load_held(do_ptr, do_stride, row, live, head, DV, BLOCK_DV, SLICE, ALIGN, ACC)
-            dx = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-            total = tl.zeros([BLOCK_N], ACC)
-            for tile in range(tiles):
-                df = tl.zeros([BLOCK_N, BLOCK_M], ACC)
-                if not SMALL:
-                    m, inside = state_rows(slot, head, tile, H, M, BLOCK_M)
-                    df += times_matrix(
-                        flow, do_ptr, do_stride, row, live, head, state_ptr, m, inside,
-                        DV, ALIGN, BLOCK_DV, SLICE, ACC, PRECISION,
-                    )  # fmt: skip
-                    z = tl.load(z_ptr + m, mask=inside, other=0.0)
-                    df = df * share[:, None] + down[:, None] * z[None, :]
-                else:
-                    for key_step in range(0, end - begin, BLOCK_N):
-                        key = begin + key_step + tl.arange(0, BLOCK_N)
-                        there = key < end
-                        k, k_half = load_inputs(
-                            k_ptr, k_stride, key, there, head, D, RANDOM, BLOCK_D, SLICE, ALIGN, ACC
-                        )
-                        g, _g_inner = features(
-                            k_ptr, k_stride, k, k_half, key_top, key, there, head, tile,
-                            projection_ptr, D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC,
-                            PRECISION,
-                        )  # fmt: skip
-                        db = times_rows(
-                            flow, do_ptr, do_stride, row, live, v_ptr, v_stride, key, there, head,
+            share = tl.full([BLOCK_N], 1.0, ACC)
+            down = tl.zeros([BLOCK_N], ACC)
+            if NORMALIZE:
+                num, den = attend(
+                    q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, projection_ptr, q, half, top,
+                    key_top, row, live, head, slot, begin, end, state_ptr, z_ptr,
+                    tiles, H, D, DV, M, MAP, RANDOM, ALIGN, PRECISION, ACC, SMALL,
+                    BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_M, SLICE,
+                )  # fmt: skip
+                share = 1 / (den + scalar(eps, ACC))
+                do = load_rows(do_ptr, do_stride, row, live, head, DV, BLOCK_DV, ALIGN).to(ACC)
+                down = -share * tl.sum(do * share[:, None] * num, 1)
+            at = stat_ptr + (row * H + head) * 3
+            tl.store(at, share, mask=live)
+            tl.store(at + 1, down, mask=live)
+            tl.store(at + 2, top, mask=live)
+            if NEED_Q:
+                flow = load_held(
+                    do_ptr, do_stride, row, live, head, DV, BLOCK_DV, SLICE, ALIGN, ACC
+                )
+                dx = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+                total = tl.zeros([BLOCK_N], ACC)
+                for tile in range(tiles):
+                    df = tl.zeros([BLOCK_N, BLOCK_M], ACC)
+                    if not SMALL:
+                        m, inside = state_rows(slot, head, tile, H, M, BLOCK_M)
+                        df += times_matrix(
+                            flow, do_ptr, do_stride, row, live, head, state_ptr, m, inside,
                             DV, ALIGN, BLOCK_DV, SLICE, ACC, PRECISION,
                         )  # fmt: skip
-                        db = db * share[:, None] + down[:, None]
-                        df = dot(db, g, df, ACC, ACC, PRECISION)
-                f, inner = features(
-                    q_ptr, q_stride, q, half, top, row, live, head, tile, projection_ptr,
-                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
-                )  # fmt: skip
-                gradient = before_features(df, f, inner, M, MAP)
+                        z = tl.load(z_ptr + m, mask=inside, other=0.0)
+                        df = df * share[:, None] + down[:, None] * z[None, :]
+                    else:
+                        for key_step in range(0, end - begin, BLOCK_N):
+                            key = begin + key_step + tl.arange(0, BLOCK_N)
+                            there = key < end
+                            k, k_half = load_inputs(
+                                k_ptr,
+                                k_stride,
+                                key,
+                                there,
+                                head,
+                                D,
+                                RANDOM,
+                                BLOCK_D,
+                                SLICE,
+                                ALIGN,
+                                ACC,
+                            )
+                            g, _g_inner = features(
+                                k_ptr, k_stride, k, k_half, key_top, key, there, head, tile,
+                                projection_ptr, D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC,
+                                PRECISION,
+                            )  # fmt: skip
+                            db = times_rows(
+                                flow, do_ptr, do_stride, row, live, v_ptr, v_stride, key, there,
+                                head, DV, ALIGN, BLOCK_DV, SLICE, ACC, PRECISION,
+                            )  # fmt: skip
+                            db = db * share[:, None] + down[:, None]
+                            df = dot(db, g, df, ACC, ACC, PRECISION)
+                    f, inner = features(
+                        q_ptr, q_stride, q, half, top, row, live, head, tile, projection_ptr,
+                        D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
+                    )  # fmt: skip
+                    gradient = before_features(df, f, inner, M, MAP)
+                    if RANDOM:
+                        w = load_projection(projection_ptr, tile, D, M, BLOCK_D, BLOCK_M)
+                        dx = dot(gradient, w, dx, ACC, ACC, PRECISION)
+                        total += tl.sum(gradient, 1)
+                    else:
+                        store_rows(dq_ptr, row, live, head, H, D, BLOCK_M, gradient, tile * BLOCK_M)
                 if RANDOM:
-                    w = load_projection(projection_ptr, tile, D, M, BLOCK_D, BLOCK_M)
-                    dx = dot(gradient, w, dx, ACC, ACC, PRECISION)
-                    total += tl.sum(gradient, 1)
-                else:
-                    store_rows(dq_ptr, row, live, head, H, D, BLOCK_M, gradient, tile * BLOCK_M)
-            if RANDOM:
-                store_inputs(
-                    dq_ptr, q_ptr, q_stride, row, live, head, dx, total,
-                    H, D, MAP, ALIGN, BLOCK_D, ACC,
-                )  # fmt: skip
+                    store_inputs(
+                        dq_ptr, q_ptr, q_stride, row, live, head, dx, total,
+                        H, D, MAP, ALIGN, BLOCK_D, ACC,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -166,89 +183,95 @@ def _linear_bwd_dkv_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     SLICE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pieces or graphs, heads): dk and dv of a piece's or a small graph's nodes."""
+    """Grid (programs or graphs, heads): dk and dv of a piece's or a small graph's nodes."""
     ACC: tl.constexpr = dstate_ptr.dtype.element_ty
     RANDOM: tl.constexpr = projection_ptr is not None
     head = tl.program_id(1)
-    graph, slot, begin, end = take_nodes(offsets_ptr, piece_ptr, num_graphs, piece, small, SMALL)
-    key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
-    for step in range(0, end - begin, BLOCK_N):
-        row = begin + step + tl.arange(0, BLOCK_N)
-        live = row < end
-        k, half = load_inputs(
-            k_ptr, k_stride, row, live, head, D, RANDOM, BLOCK_D, SLICE, ALIGN, ACC
+    turns, stride = find_turns(piece_ptr, num_graphs, SMALL)
+    for turn in range(tl.program_id(0), turns, stride):
+        graph, slot, begin, end = take_nodes(
+            offsets_ptr, piece_ptr, turn, num_graphs, piece, small, SMALL
         )
-        v = load_held(v_ptr, v_stride, row, live, head, DV, BLOCK_DV, SLICE, ALIGN, ACC)
-        dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
-        dx = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-        total = tl.zeros([BLOCK_N], ACC)
-        for tile in range(tiles):
-            if NEED_V:
-                g, inner = features(
-                    k_ptr, k_stride, k, half, key_top, row, live, head, tile, projection_ptr,
-                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
-                )  # fmt: skip
-                if not SMALL:
-                    ds, dz = load_state(
-                        dstate_ptr, dz_ptr, slot, head, tile, H, M, DV, BLOCK_M, BLOCK_DV
-                    )
-                    dv = dot(g, ds, dv, ACC, ACC, PRECISION)
-                else:
-                    for query_step in range(0, end - begin, BLOCK_N):
-                        query = begin + query_step + tl.arange(0, BLOCK_N)
-                        there = query < end
-                        share, _down, top = load_stat(stat_ptr, query, there, head, H)
-                        f = query_features(
-                            q_ptr, q_stride, top, query, there, head, tile, projection_ptr,
-                            D, M, MAP, RANDOM, ALIGN, PRECISION, ACC, BLOCK_D, BLOCK_M, SLICE,
-                        )  # fmt: skip
-                        # this tile's part of b: the other tiles add theirs
-                        b = dot(g, tl.trans(f), None, ACC, ACC, PRECISION) * share[None, :]
-                        do = load_rows(do_ptr, do_stride, query, there, head, DV, BLOCK_DV, ALIGN)
-                        dv = dot(b, do.to(ACC), dv, ACC, ACC, PRECISION)
-            if NEED_K:
-                dg = tl.zeros([BLOCK_N, BLOCK_M], ACC)
-                if not SMALL:
-                    m, inside = state_rows(slot, head, tile, H, M, BLOCK_M)
-                    dz = tl.load(dz_ptr + m, mask=inside, other=0.0)
-                    dg += dz[None, :] + times_matrix(
-                        v, v_ptr, v_stride, row, live, head, dstate_ptr, m, inside,
-                        DV, ALIGN, BLOCK_DV, SLICE, ACC, PRECISION,
+        key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
+        for step in range(0, end - begin, BLOCK_N):
+            row = begin + step + tl.arange(0, BLOCK_N)
+            live = row < end
+            k, half = load_inputs(
+                k_ptr, k_stride, row, live, head, D, RANDOM, BLOCK_D, SLICE, ALIGN, ACC
+            )
+            v = load_held(v_ptr, v_stride, row, live, head, DV, BLOCK_DV, SLICE, ALIGN, ACC)
+            dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
+            dx = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+            total = tl.zeros([BLOCK_N], ACC)
+            for tile in range(tiles):
+                if NEED_V:
+                    g, inner = features(
+                        k_ptr, k_stride, k, half, key_top, row, live, head, tile, projection_ptr,
+                        D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
                     )  # fmt: skip
-                else:
-                    for query_step in range(0, end - begin, BLOCK_N):
-                        query = begin + query_step + tl.arange(0, BLOCK_N)
-                        there = query < end
-                        share, down, top = load_stat(stat_ptr, query, there, head, H)
-                        f = query_features(
-                            q_ptr, q_stride, top, query, there, head, tile, projection_ptr,
-                            D, M, MAP, RANDOM, ALIGN, PRECISION, ACC, BLOCK_D, BLOCK_M, SLICE,
-                        )  # fmt: skip
-                        db = times_rows(
-                            v, v_ptr, v_stride, row, live, do_ptr, do_stride, query, there, head,
+                    if not SMALL:
+                        ds, dz = load_state(
+                            dstate_ptr, dz_ptr, slot, head, tile, H, M, DV, BLOCK_M, BLOCK_DV
+                        )
+                        dv = dot(g, ds, dv, ACC, ACC, PRECISION)
+                    else:
+                        for query_step in range(0, end - begin, BLOCK_N):
+                            query = begin + query_step + tl.arange(0, BLOCK_N)
+                            there = query < end
+                            share, _down, top = load_stat(stat_ptr, query, there, head, H)
+                            f = query_features(
+                                q_ptr, q_stride, top, query, there, head, tile, projection_ptr,
+                                D, M, MAP, RANDOM, ALIGN, PRECISION, ACC, BLOCK_D, BLOCK_M, SLICE,
+                            )  # fmt: skip
+                            # this tile's part of b: the other tiles add theirs
+                            b = dot(g, tl.trans(f), None, ACC, ACC, PRECISION) * share[None, :]
+                            do = load_rows(
+                                do_ptr, do_stride, query, there, head, DV, BLOCK_DV, ALIGN
+                            )
+                            dv = dot(b, do.to(ACC), dv, ACC, ACC, PRECISION)
+                if NEED_K:
+                    dg = tl.zeros([BLOCK_N, BLOCK_M], ACC)
+                    if not SMALL:
+                        m, inside = state_rows(slot, head, tile, H, M, BLOCK_M)
+                        dz = tl.load(dz_ptr + m, mask=inside, other=0.0)
+                        dg += dz[None, :] + times_matrix(
+                            v, v_ptr, v_stride, row, live, head, dstate_ptr, m, inside,
                             DV, ALIGN, BLOCK_DV, SLICE, ACC, PRECISION,
                         )  # fmt: skip
-                        db = db * share[None, :] + down[None, :]
-                        dg = dot(db, f, dg, ACC, ACC, PRECISION)
-                # made anew rather than held meanwhile
-                g, inner = features(
-                    k_ptr, k_stride, k, half, key_top, row, live, head, tile, projection_ptr,
-                    D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
+                    else:
+                        for query_step in range(0, end - begin, BLOCK_N):
+                            query = begin + query_step + tl.arange(0, BLOCK_N)
+                            there = query < end
+                            share, down, top = load_stat(stat_ptr, query, there, head, H)
+                            f = query_features(
+                                q_ptr, q_stride, top, query, there, head, tile, projection_ptr,
+                                D, M, MAP, RANDOM, ALIGN, PRECISION, ACC, BLOCK_D, BLOCK_M, SLICE,
+                            )  # fmt: skip
+                            db = times_rows(
+                                v, v_ptr, v_stride, row, live, do_ptr, do_stride, query, there,
+                                head, DV, ALIGN, BLOCK_DV, SLICE, ACC, PRECISION,
+                            )  # fmt: skip
+                            db = db * share[None, :] + down[None, :]
+                            dg = dot(db, f, dg, ACC, ACC, PRECISION)
+                    # made anew rather than held meanwhile
+                    g, inner = features(
+                        k_ptr, k_stride, k, half, key_top, row, live, head, tile, projection_ptr,
+                        D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
+                    )  # fmt: skip
+                    gradient = before_features(dg, g, inner, M, MAP)
+                    if RANDOM:
+                        w = load_projection(projection_ptr, tile, D, M, BLOCK_D, BLOCK_M)
+                        dx = dot(gradient, w, dx, ACC, ACC, PRECISION)
+                        total += tl.sum(gradient, 1)
+                    else:
+                        store_rows(dk_ptr, row, live, head, H, D, BLOCK_M, gradient, tile * BLOCK_M)
+            if NEED_K and RANDOM:
+                store_inputs(
+                    dk_ptr, k_ptr, k_stride, row, live, head, dx, total,
+                    H, D, MAP, ALIGN, BLOCK_D, ACC,
                 )  # fmt: skip
-                gradient = before_features(dg, g, inner, M, MAP)
-                if RANDOM:
-                    w = load_projection(projection_ptr, tile, D, M, BLOCK_D, BLOCK_M)
-                    dx = dot(gradient, w, dx, ACC, ACC, PRECISION)
-                    total += tl.sum(gradient, 1)
-                else:
-                    store_rows(dk_ptr, row, live, head, H, D, BLOCK_M, gradient, tile * BLOCK_M)
-        if NEED_K and RANDOM:
-            store_inputs(
-                dk_ptr, k_ptr, k_stride, row, live, head, dx, total,
-                H, D, MAP, ALIGN, BLOCK_D, ACC,
-            )  # fmt: skip
-        if NEED_V:
-            store_rows(dv_ptr, row, live, head, H, DV, BLOCK_DV, dv)
+            if NEED_V:
+                store_rows(dv_ptr, row, live, head, H, DV, BLOCK_DV, dv)
 
 
 def linear_attention_bwd(
@@ -274,6 +297,7 @@ def linear_attention_bwd(
             *inputs, *states, dq, stat, *plan.walk, *strides, *counts, tiles, eps,
             NORMALIZE=normalize, NEED_Q=need_q, **same, **meta,
         )  # fmt: skip
+    del states  # the next ones may take their place
     if need_k or need_v:
         states = linear_states(q, do, plan, tops, stat)
         for programs, tiles, meta in plan.passes:

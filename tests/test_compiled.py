@@ -38,9 +38,9 @@ def test_kernels_stay_within_their_budget(report):
     found, budget = report
     assert found.keys() == budget.keys()
     for name, used in found.items():
-        # windows of float32 and of very wide heads spill; nothing that is chosen unasked does, but
-        # for linear attention with wide heads, or many random features
-        spills = "windows" in name or "linear" in name
+        # windows of float32 and of very wide heads spill, and 256 channels of float64; nothing else
+        # that is chosen unasked does
+        spills = "windows" in name or "d256_m1024_fp64" in name
         allowed = budget[name]["stack"] if spills else 0
         assert used["stack"] <= allowed + STACK_SLACK, f"{name} spills {used['stack']} bytes"
         assert used["registers"] <= budget[name]["registers"] + REGISTER_SLACK, name

@@ -5,6 +5,7 @@ from fastgt.ops._impl import implementation
 from fastgt.ops.aggregate import aggregate, gated_aggregate, segment_softmax
 from fastgt.ops.attention import neighborhood_attention
 from fastgt.ops.channelwise_attention import channelwise_attention
+from fastgt.ops.head_projection import head_projection
 from fastgt.ops.linear_attention import linear_attention, sgformer_attention
 from fastgt.ops.segment_pool import segment_max, segment_mean, segment_sum, virtual_node
 
@@ -14,6 +15,7 @@ __all__ = [
     "aggregate",
     "channelwise_attention",
     "gated_aggregate",
+    "head_projection",
     "implementation",
     "linear_attention",
     "neighborhood_attention",

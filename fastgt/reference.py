@@ -265,3 +265,16 @@ def _features(
     half = x.square().sum(-1, keepdim=True) * (d**-0.5 / 2)
     top = product.detach().amax(stabilise_over, keepdim=True)
     return ((product - half - top).exp() + 1e-4) * m**-0.5
+
+
+def head_projection(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
+    """The definition of :func:`fastgt.head_projection`, for a mask [H] of heads."""
+    keep = mask[:, None]
+    if x.ndim == 3:
+        x = torch.where(keep, x, 0)
+        out = torch.einsum("nhd,chd->nc", x, torch.where(keep, weight, 0))
+        return out if bias is None else out + bias
+    out = torch.einsum("nc,hdc->nhd", x, torch.where(keep[..., None], weight, 0))
+    if bias is not None:
+        out = out + bias
+    return torch.where(keep, out, 0)

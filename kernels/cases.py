@@ -14,6 +14,7 @@ from .attention_backward import attention_bwd, attention_edges_bwd
 from .attention_windows import windows_bwd, windows_fwd
 from .channelwise_attention import channelwise_attention_bwd, channelwise_attention_fwd
 from .configs import FILLERS
+from .head_projection import head_contract, head_expand, head_outer
 from .linear_attention import linear_attention_fwd
 from .linear_attention_backward import linear_attention_bwd
 from .segment_softmax import segment_softmax_bwd, segment_softmax_fwd
@@ -343,10 +344,33 @@ def _launch_linear(case: LinearCase) -> None:
     linear_attention_bwd(o, q, k, v, tops, *how, True, True, True)
 
 
+# heads, their channels, the others
+PROJECTION_CASES = {
+    "head_h8_d16_c128_fp32": (8, 16, 128, torch.float32),
+    "head_h8_d64_c512_fp32": (8, 64, 512, torch.float32),
+    "head_h24_d64_c512_bf16": (24, 64, 512, torch.bfloat16),
+    "head_h4_d10_c70_fp16": (4, 10, 70, torch.float16),
+    "head_h4_d16_c64_fp64": (4, 16, 64, torch.float64),
+}
+
+
+def _launch_projection(case: tuple[int, int, int, torch.dtype]) -> None:
+    heads, width, channels, dtype = case
+    n = 256
+    x, y = torch.zeros(n, channels, dtype=dtype), torch.zeros(n, heads, width, dtype=dtype)
+    into = torch.zeros(heads, width, channels, dtype=dtype)
+    out = torch.zeros(channels, heads, width, dtype=dtype).permute(1, 2, 0)
+    active = torch.arange(heads + 1, dtype=torch.int32)
+    head_expand(x, into, torch.zeros(heads, width, dtype=dtype), active)
+    head_contract(y, out, torch.zeros(channels, dtype=dtype), active)
+    head_outer(y, x, active)
+
+
 CASES: dict[str, Callable[[], None]] = {
     name: partial(_launch_attention, case) for name, case in ATTENTION_CASES.items()
 }
 CASES |= {name: partial(_launch_channelwise, case) for name, case in CHANNELWISE_CASES.items()}
 CASES |= {name: partial(_launch_aggregate, case) for name, case in AGGREGATE_CASES.items()}
 CASES |= {name: partial(_launch_linear, case) for name, case in LINEAR_CASES.items()}
+CASES |= {name: partial(_launch_projection, case) for name, case in PROJECTION_CASES.items()}
 """Name -> a call that launches all kernels of that configuration, forward and backward."""

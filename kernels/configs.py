@@ -126,6 +126,28 @@ def linear_tile(
     return tile._replace(block_m=min(tile.block_m, max(16, power_of_2(features))))
 
 
+class ProjectionTile(NamedTuple):
+    """Nodes, channels of heads and other channels of a tile, warps, and loads in flight ahead."""
+
+    block_n: int
+    block_j: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+_PROJECTION_TILES = {
+    2: ProjectionTile(64, 64, 64, 4, 3),
+    4: ProjectionTile(64, 64, 32, 8, 2),
+    8: ProjectionTile(32, 32, 16, 4, 1),
+}
+
+
+def projection_tile(itemsize: int) -> ProjectionTile:
+    """Tile of projections into and out of heads."""
+    return _PROJECTION_TILES[itemsize]
+
+
 def power_of_2(n: int) -> int:
     """The next one, 1 for 0. Triton's own costs 4 microseconds a call on the host, this 0.1."""
     return 1 << max(n - 1, 0).bit_length()

@@ -47,7 +47,7 @@ def resources(kernel, meta: dict, target: str) -> dict[str, int]:
     - ``tensor_core_products`` and, of those, ``wgmma``: instructions.
     - ``step_bytes``: loaded in the loop for an edge (all heads of the program), an entry of a
       window (one head), a segment or a node of linear attention; ``step_bytes_design``: what has
-      to be (not of linear attention, whose steps load tiles of states).
+      to be (not of linear attention, whose steps load tiles of states, or of projections).
     """
     name = kernel.metadata.name.strip("_")
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
@@ -70,7 +70,7 @@ def resources(kernel, meta: dict, target: str) -> dict[str, int]:
         wgmma = len(re.findall(r"\swgmma\.mma_async", ptx))
     ttir = kernel.asm["ttir"]
     step = {"step_bytes": _step_bytes(ttir, meta)}
-    if not name.startswith("linear"):
+    if not name.startswith(("linear", "head")):
         step["step_bytes_design"] = _designed_bytes(name, meta, _pointers(ttir))
     return {
         "registers": registers,

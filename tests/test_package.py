@@ -162,6 +162,7 @@ def test_kernels_refuse_their_folder_name():
         "fastgt.ops.aggregate",
         "fastgt.ops.attention",
         "fastgt.ops.channelwise_attention",
+        "fastgt.ops.head_projection",
         "fastgt.ops.linear_attention",
         "fastgt.ops.segment_pool",
         "fastgt.nn.attention",

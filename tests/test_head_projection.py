@@ -148,10 +148,25 @@ def test_nan_of_a_node_stays_out_of_masked_heads_and_other_nodes(impl, into):
     x = inputs[0].detach().clone()
     x[3] = torch.nan
     found = head_projection(x, *inputs[1:4], impl=impl)
-    assert found[3, inputs[3] != 0].isnan().all() if into else found[3].isnan().all()
+    on = inputs[3] != 0
+    assert found[3, on].isnan().all() if into else found[3].isnan().all()
+    assert not into or not found[3, ~on].any()
     found = found.detach().clone()
     found[3] = torch.where(found[3].isnan(), clean[3], found[3])
     close(found, clean.detach(), "out")
+
+
+@pytest.mark.parametrize("into", [True, False])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_of_a_node_stays_out_of_the_gradients_of_masked_heads(impl, into):
+    x, weight, bias, gate, do = case(1, 70, (1, 0, 0.5, 0), 9, 13, into=into)
+    nodes = x.detach().clone()
+    (nodes if into else do)[3] = torch.nan
+    found = evaluate((nodes.requires_grad_(), weight, bias, gate, do), impl)
+    off = gate == 0
+    for name in ("dweight", "dbias") if into else ("dweight",):
+        g = found[name] if into else found[name].transpose(0, 1)
+        assert not g[off].any(), name
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -169,10 +184,11 @@ def test_all_masked_or_none(impl):
         close(head_projection(x, weight, bias, ones != 0, impl=impl), dense, "out")
 
 
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
 @pytest.mark.parametrize("impl", FAST)
-def test_a_sum_over_many_nodes_is_made_in_chunks(impl):
+def test_a_sum_over_many_nodes_is_made_in_chunks(impl, dtype):
     """Of which the last one is not full; and the same bits every time."""
-    inputs = case(3, 1203, (1, 0, 1), 5, 6, dtype=FP32)
+    inputs = case(3, 1203, (1, 0, 1), 5, 6, dtype=dtype)
     found = evaluate(inputs, impl)
     truth, eager = evaluate(inputs, "reference", FP64), evaluate(inputs, "reference")
     for name, x in found.items():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from attention_cases import DEVICE, close
 
+from fastgt import Graph
 from fastgt.bench import linear_attention as bench
 from fastgt.nn import LinearAttention, PerformerAttention, VirtualNode, random_features
 
@@ -177,3 +178,37 @@ def test_benchmark_without_torch_geometric(monkeypatch):
     rows = bench.run(graphs=4, smallest=2, largest=9, channels=8, heads=2, width=4, repeats=1)
     assert [(row["provider"], row["match"]) for row in rows] == [("fastgt", True), ("pyg", None)]
     assert "not installed" in bench.show(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_virtual_nodes_layers_within_autocast(residual, dtype):
+    """The first state is a float32 parameter, the next comes from a layer that was cast down."""
+    node = VirtualNode(8, residual=residual).to(DEVICE)
+    x, offsets = torch.randn(9, 8, device=DEVICE), torch.tensor([0, 4, 9], device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        state = node.initial(2)
+        for _ in range(2):
+            y, state = node(x.to(dtype), state, offsets)
+    # float32 only where x and the state have not both been cast down
+    assert y.dtype == (torch.float32 if residual or dtype == torch.float32 else torch.bfloat16)
+    (y.sum() + state.sum()).backward()
+    assert node.start.grad.isfinite().all()
+
+
+def test_modules_refuse_by_name():
+    padded = torch.zeros(2, 5, 16)
+    offsets = torch.tensor([0, 10])
+    for attention in (LinearAttention(16, 4), PerformerAttention(16, 4)):
+        assert "heads=4" in repr(attention)
+        with pytest.raises(ValueError, match=r"x must be \[N, 16\], got \[2, 5, 16\].*x\[mask\]"):
+            attention(padded)
+        with pytest.raises(ValueError, match=r"x must be \[N, 16\], got \[10, 15\]"):
+            attention(torch.zeros(10, 15), offsets)
+        with pytest.raises(ValueError, match=r"batch\.ptr, not batch\.batch"):
+            attention(torch.zeros(10, 16), torch.zeros(10, dtype=torch.long))
+        graph = Graph.from_edge_index(torch.tensor([[0], [1]]))
+        with pytest.raises(TypeError, match=r"got Graph: its graph_ptr is"):
+            attention(torch.zeros(10, 16), graph)
+    with pytest.raises(ValueError, match="feature_map must be one of"):
+        LinearAttention(16, 4, feature_map="gelu")

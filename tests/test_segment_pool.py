@@ -130,3 +130,11 @@ def test_bad_input():
         virtual_node(x, torch.zeros(3, 3, dtype=FP64, device=DEVICE), offsets)
     with pytest.raises(TypeError, match=r"state is torch\.float32 but x is torch\.float64"):
         virtual_node(x, s.float(), offsets)
+
+
+@pytest.mark.parametrize("pool", [segment_sum, segment_mean, segment_max])
+def test_autocast_casts_no_sum_down(pool):
+    x, offsets = torch.randn(2001, 3, device=DEVICE), torch.tensor([0, 1, 2001], device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = pool(x, offsets)
+    assert torch.equal(found, pool(x, offsets))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,10 @@ class LinearAttention(nn.Module):
             if heads < 1 or dim % heads:
                 raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
             head_dim = dim // heads
+        if feature_map not in get_args(FeatureMap):
+            raise ValueError(
+                f"feature_map must be one of {list(get_args(FeatureMap))}, got {feature_map!r}"
+            )
         check_impl(impl)
         self.heads, self.feature_map, self.impl = heads, feature_map, impl
         self.eps, self.normalize = eps, normalize
@@ -111,6 +115,7 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """x ``[N, dim]``; offsets ``[G + 1]``, None for one graph."""
+        _check_nodes(x, self.q.in_features)
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))
         attended = linear_attention(
             q,
@@ -129,12 +134,19 @@ class LinearAttention(nn.Module):
         """New random features, in place."""
         _redraw(self.projection, self.norms, generator)
 
+    def extra_repr(self) -> str:
+        features = "" if self.projection is None else f", num_features={len(self.projection)}"
+        return f"heads={self.heads}, feature_map={self.feature_map!r}{features}"
+
 
 class PerformerAttention(nn.Module):
     """``torch_geometric.nn.attention.PerformerAttention`` on ragged batches, from its state_dict.
 
     Where torch-geometric's takes a padded batch and counts padded keys in the denominator, this one
-    takes nodes as they lie: on a single graph, or one without padding, both are equal.
+    takes nodes as they lie: on a single graph, or one without padding, both are equal. Of their
+    kernels, ReLU and the softmax one are here (``feature_map``): a state_dict does not tell which
+    it was. ``torch_geometric.nn.GPSConv`` calls only its own attention classes, whatever its
+    ``attn`` is set to: this one is for layers that call it themselves.
 
     Args:
         channels: Width of the input and the output.
@@ -185,6 +197,7 @@ class PerformerAttention(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """x ``[N, channels]``; offsets ``[G + 1]``, None for one graph."""
+        _check_nodes(x, self.q.in_features)
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))
         attended = linear_attention(
             q,
@@ -202,6 +215,10 @@ class PerformerAttention(nn.Module):
         """New random features, in place."""
         _redraw(self.fast_attn.projection_matrix, self.fast_attn.norms, generator)
 
+    def extra_repr(self) -> str:
+        features = len(self.fast_attn.projection_matrix)
+        return f"heads={self.heads}, feature_map={self.feature_map!r}, num_features={features}"
+
 
 class _Projection(nn.Module):
     """Holds the projection where torch-geometric's state_dict has it."""
@@ -213,6 +230,12 @@ class _Projection(nn.Module):
         self.norms: Literal["gaussian", "unit"] = norms
         projection = random_features(_default_features(width), width, norms=norms)
         self.register_buffer("projection_matrix", projection)
+
+
+def _check_nodes(x: Tensor, width: int) -> None:
+    if x.ndim != 2 or x.shape[1] != width:
+        padded = ": of a padded batch, x[mask], with batch.ptr for offsets" if x.ndim == 3 else ""
+        raise ValueError(f"x must be [N, {width}], got {list(x.shape)}{padded}")
 
 
 def _default_features(width: int) -> int:

@@ -111,7 +111,8 @@ def check_widths(q: Tensor, v: Tensor) -> None:
 def check_offsets(offsets: object, nodes: int, device: torch.device) -> None:
     """Boundaries of the graphs of a batch of so many nodes; values only where they are at hand."""
     if not isinstance(offsets, Tensor):
-        raise TypeError(f"offsets must be a tensor of integers, got {type(offsets).__name__}")
+        hint = ": its graph_ptr is" if isinstance(offsets, Graph) else ""
+        raise TypeError(f"offsets must be a tensor of integers, got {type(offsets).__name__}{hint}")
     if offsets.dtype not in (torch.int32, torch.int64) or offsets.layout != torch.strided:
         raise TypeError(f"offsets must be int32 or int64, got {offsets.dtype} ({offsets.layout})")
     if offsets.ndim != 1 or offsets.shape[0] == 0:
@@ -120,6 +121,11 @@ def check_offsets(offsets: object, nodes: int, device: torch.device) -> None:
         raise ValueError(f"offsets is on {offsets.device} but the nodes are on {device}")
     tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     if device.type == "cpu" and not tracing:
+        if offsets.shape[0] == nodes and int(offsets[-1]) != nodes:
+            raise ValueError(
+                f"offsets has an entry for each of the {nodes} nodes: it takes the boundaries of "
+                "the graphs (PyG's batch.ptr, not batch.batch)"
+            )
         check_boundaries(offsets, "offsets", nodes, "nodes")
 
 

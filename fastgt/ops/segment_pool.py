@@ -6,15 +6,16 @@ in order: everything else is ``aggregate``'s.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgt.graph import ColumnWalk, Graph
-from fastgt.ops._arguments import check_float, check_offsets
+from fastgt.ops._arguments import autocasts, check_float, check_offsets
 from fastgt.ops._impl import Impl
-from fastgt.ops.aggregate import aggregate
+from fastgt.ops.aggregate import Reduce, aggregate
 
 
 def segment_sum(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tensor:
@@ -31,7 +32,8 @@ def segment_sum(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tens
         impl: As in :func:`fastgt.neighborhood_attention`.
 
     Returns:
-        ``[G, ...]`` in x's dtype, summed in float32 (float64 for float64).
+        ``[G, ...]`` in x's dtype, summed in float32 (float64 for float64), also within
+        ``torch.autocast``: as for PyTorch's own sums, nothing is cast down.
 
     Raises:
         TypeError, ValueError: An argument does not fit; its name and both numbers are given.
@@ -46,7 +48,7 @@ def segment_sum(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tens
         [3.0, 0.0, 3.0]
     """
     _check(x, offsets)
-    return aggregate(None, _batch(offsets, x.shape[0]), edge_value=x, impl=impl)
+    return _aggregate(None, _batch(offsets, x.shape[0]), x, "sum", impl)
 
 
 def segment_mean(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tensor:
@@ -61,7 +63,7 @@ def segment_mean(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Ten
         [1.5, 0.0, 3.0]
     """
     _check(x, offsets)
-    return aggregate(None, _batch(offsets, x.shape[0]), edge_value=x, reduce="mean", impl=impl)
+    return _aggregate(None, _batch(offsets, x.shape[0]), x, "mean", impl)
 
 
 def segment_max(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tensor:
@@ -77,7 +79,7 @@ def segment_max(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tens
         [2.0, 0.0, 3.0]
     """
     _check(x, offsets)
-    return aggregate(None, _batch(offsets, x.shape[0]), edge_value=x, reduce="max", impl=impl)
+    return _aggregate(None, _batch(offsets, x.shape[0]), x, "max", impl)
 
 
 def virtual_node(
@@ -91,7 +93,8 @@ def virtual_node(
 
     Args:
         x: ``[N, ...]``: float16, bfloat16, float32 or float64, any strides.
-        state: ``[G, ...]`` the virtual nodes, of x's channels and dtype.
+        state: ``[G, ...]`` the virtual nodes, of x's channels and dtype. Within ``torch.autocast``
+            the dtypes may differ, and the wider one is taken for both.
         offsets, impl: As in :func:`segment_sum`.
 
     Returns:
@@ -115,6 +118,9 @@ def virtual_node(
     """
     _check(x, offsets)
     check_float("state", state)
+    if autocasts(x.device.type):
+        dtype = torch.promote_types(x.dtype, state.dtype)
+        x, state = x.to(dtype), state.to(dtype)
     graphs = offsets.shape[0] - 1
     if state.dtype != x.dtype:
         raise TypeError(f"state is {state.dtype} but x is {x.dtype}")
@@ -124,8 +130,22 @@ def virtual_node(
             f"{list(state.shape)}"
         )
     batch = _batch(offsets, x.shape[0])
-    y = aggregate(state, batch.transpose(), edge_value=x, impl=impl)
-    return y, state + aggregate(None, batch, edge_value=y, impl=impl)
+    y = _aggregate(state, batch.transpose(), x, "sum", impl)
+    return y, state + _aggregate(None, batch, y, "sum", impl)
+
+
+def _aggregate(
+    state: Tensor | None,
+    batch: Graph,
+    x: Tensor,
+    reduce: Reduce,
+    impl: Impl | None,
+) -> Tensor:
+    """``aggregate`` in the dtype of x."""
+    device = x.device.type
+    plain = torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
+    with plain:
+        return aggregate(state, batch, edge_value=x, reduce=reduce, impl=impl)
 
 
 def _check(x: Tensor, offsets: Tensor) -> None:

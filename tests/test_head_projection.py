@@ -197,6 +197,22 @@ def test_a_sum_over_many_nodes_is_made_in_chunks(impl, dtype):
         same_bits(evaluate(inputs, impl), found)
 
 
+@pytest.mark.parametrize("impl", FAST)
+def test_chunks_that_cancel_are_not_rounded_before(impl):
+    x, weight, bias, gate, do = case(3, 1203, (1, 0, 1), 5, 6, dtype=FP16)
+    sign = torch.where(torch.arange(1203, device=DEVICE) < 600, 6.0, -6.0)
+    inputs = (
+        (x.detach() + 6).requires_grad_(),
+        weight,
+        bias,
+        gate,
+        (do + sign[:, None, None]).half(),
+    )
+    found, eager = evaluate(inputs, impl), evaluate(inputs, "reference")
+    name = "dweight"
+    assert_as_accurate(found[name], eager[name], evaluate(inputs, "reference", FP64)[name], name)
+
+
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("into", [True, False])
 @pytest.mark.parametrize("impl", IMPLS)

@@ -455,7 +455,7 @@ def test_bad_input():
     )
     many = torch.zeros(1025, 8)
     refused(ValueError, "1025 features", projection=many, feature_map="relu_random")
-    refused(ValueError, "eps must be finite and not negative, got -1", eps=-1.0)
+    refused(ValueError, "^eps must be finite and not negative, got -1", eps=-1.0)
     refused(TypeError, "eps must be a number, got str", eps="small")
     with pytest.raises(ValueError, match="impl must be one of"):
         linear_attention(x.q, x.k, x.v, impl="cuda")
@@ -494,6 +494,12 @@ def test_torch_func_and_forward_mode():
             with pytest.raises(NotImplementedError, match="impl='reference'"):
                 attend(replace(x, q=dual), impl)
         attend(replace(x, q=dual), "reference")
+        x = case(0, (5,), dtype=FP32, feature_map="softmax")
+        w = x.options["projection"]
+        x.options["projection"] = torch.autograd.forward_ad.make_dual(w, w)
+        for impl in FAST:
+            with pytest.raises(NotImplementedError, match="impl='reference'"):
+                attend(x, impl)
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -548,8 +554,15 @@ def test_sgformer(impl, heads):
         found.append([o, *torch.autograd.grad(o, leaves, x.do)])
     for a, b in zip(*found, strict=True):
         close(a, b)
-    zero = torch.zeros_like(x.q)
-    close(sgformer_attention(zero, zero, x.v, x.offsets, impl=impl), x.v)
+    zero = torch.zeros_like(x.q).requires_grad_()
+    o = sgformer_attention(zero, zero, x.v, x.offsets, impl=impl)
+    close(o, x.v)
+    assert not torch.autograd.grad(o.sum(), zero)[0].any()
+    q, k, v = (t.float() * 200 for t in (x.q, x.k, x.v))
+    with torch.autocast(DEVICE, dtype=FP16):  # squares that 16 bits do not hold
+        found = sgformer_attention(q, k, v, x.offsets, impl=impl).half()
+    truth = sgformer(*(t.double() for t in (q, k, v)), x.offsets)
+    assert_as_accurate(found, sgformer(q, k, v, x.offsets).half(), truth, "o")
     with pytest.raises(ValueError, match="k has 20 nodes"):
         sgformer_attention(x.q, x.k[:20], x.v, impl=impl)
 

@@ -212,3 +212,17 @@ def test_modules_refuse_by_name():
             attention(torch.zeros(10, 16), graph)
     with pytest.raises(ValueError, match="feature_map must be one of"):
         LinearAttention(16, 4, feature_map="gelu")
+    for heads in (0, 3):
+        with pytest.raises(ValueError, match=f"heads must divide dim.*heads={heads}"):
+            LinearAttention(16, heads)
+    for heads, width in ((0, 4), (4, 0)):
+        with pytest.raises(ValueError, match=f"must be positive, got {heads} and {width}"):
+            PerformerAttention(16, heads, width)
+    with pytest.raises(ValueError, match="head_channels=256 has 1419 random features"):
+        PerformerAttention(16, 1, 256)
+
+
+def test_wide_heads_have_as_many_features_as_there_may_be():
+    attention = LinearAttention(256, 1, feature_map="softmax").to(DEVICE)
+    assert attention.projection.shape == (1024, 256)
+    assert attention(torch.randn(3, 256, device=DEVICE)).isfinite().all()

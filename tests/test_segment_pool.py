@@ -98,6 +98,17 @@ def test_sums_are_kept_in_float32(impl, dtype):
     assert segment_mean(x, offsets, impl=impl).tolist() == [[0.25]]
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_offsets_of_any_stride(impl):
+    x, s, offsets, _, _ = made(0, (3, 0, 2))
+    strided = torch.stack([offsets, offsets + 7], 1)[:, 0]
+    for pool in (*POOLS.values(), lambda x, o, impl: virtual_node(x, s, o, impl=impl)[1]):
+        found = [pool(x, o, impl=impl) for o in (strided, offsets)]
+        assert torch.equal(*found)
+        grads = [torch.autograd.grad(f.square().sum(), x)[0] for f in found]
+        assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("impl", FAST)
 def test_second_derivatives(impl):
     x, s, offsets, _, _ = made(0, (2, 0, 3), (2,))
@@ -128,6 +139,8 @@ def test_bad_input():
                 f(x, torch.tensor([0, 4, 3, 5]))
     with pytest.raises(ValueError, match=r"state must be \[2, 3\].*got \[3, 3\]"):
         virtual_node(x, torch.zeros(3, 3, dtype=FP64, device=DEVICE), offsets)
+    with pytest.raises(ValueError, match=f"state is on meta but x is on {DEVICE}"):
+        virtual_node(x, s.to("meta"), offsets)
     with pytest.raises(TypeError, match=r"state is torch\.float32 but x is torch\.float64"):
         virtual_node(x, s.float(), offsets)
 

@@ -50,6 +50,8 @@ def linear_attention_fwd(
     """-> o [N, H, DV], and nothing for the backward."""
     out = q.new_empty(v.shape)
     phi = Features(feature_map, q, projection)
+    # looked through row by row: a copy is made once, not for every group
+    q, k, v = (x.contiguous() for x in (q, k, v))
     for groups in _groups(q, offsets, phi.width):
         top = phi.top(k, groups)
         if _quadratic(groups, phi.width, v.shape[2]):
@@ -92,6 +94,7 @@ def linear_attention_bwd(
     )
     width = v.shape[2]
     phi = Features(feature_map, q, projection)
+    do, q, k, v = (x.contiguous() for x in (do, q, k, v))
     for groups in _groups(q, offsets, phi.width):
         top = phi.top(k, groups)
         if _quadratic(groups, phi.width, width):
@@ -262,7 +265,7 @@ def _quadratic(groups: list[Group], m: int, d: int) -> bool:
 
 def _take(x: Tensor, group: Group) -> Tensor:
     """[B * H, T, D] of x [N, H, D]."""
-    taken = x.reshape(-1, x.shape[2]).index_select(0, group.rows).to(accumulator(x))
+    taken = x.view(-1, x.shape[2]).index_select(0, group.rows).to(accumulator(x))
     return taken.view(group.batch, group.length, x.shape[2])
 
 

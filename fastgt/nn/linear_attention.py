@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.ops._impl import Impl, check_impl
-from fastgt.ops.linear_attention import FeatureMap, linear_attention
+from fastgt.ops.linear_attention import MAX_FEATURES, FeatureMap, linear_attention
 
 
 def random_features(
@@ -58,8 +58,8 @@ class LinearAttention(nn.Module):
         heads: Attention heads.
         head_dim: Width of a head; default ``dim / heads``.
         feature_map, eps, normalize, impl: As for :func:`fastgt.linear_attention`.
-        num_features: M, of the feature maps with a projection; default D ln D. The projection is a
-            buffer, kept in ``state_dict``, drawn anew by :meth:`redraw_projection`.
+        num_features: M, of the feature maps with a projection; default D ln D, at most 1,024. The
+            projection is a buffer, kept in ``state_dict``, drawn anew by :meth:`redraw_projection`.
         bias: Whether the query, key and value projections have one; the output's always does.
         dropout: Probability of dropping a channel of the heads' output, in training.
 
@@ -88,10 +88,9 @@ class LinearAttention(nn.Module):
         impl: Impl | None = None,
     ):
         super().__init__()
-        if head_dim is None:
-            if heads < 1 or dim % heads:
-                raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
-            head_dim = dim // heads
+        if heads < 1 or (head_dim is None and dim % heads):
+            raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
+        head_dim = dim // heads if head_dim is None else head_dim
         if feature_map not in get_args(FeatureMap):
             raise ValueError(
                 f"feature_map must be one of {list(get_args(FeatureMap))}, got {feature_map!r}"
@@ -107,7 +106,8 @@ class LinearAttention(nn.Module):
         self.norms: Literal["gaussian", "unit"] = "gaussian" if feature_map == "softmax" else "unit"
         projection = None
         if feature_map in ("softmax", "relu_random"):
-            num_features = _default_features(head_dim) if num_features is None else num_features
+            if num_features is None:
+                num_features = min(MAX_FEATURES, _default_features(head_dim))
             projection = random_features(num_features, head_dim, norms=self.norms)
         elif num_features is not None:
             raise ValueError(f"feature_map={feature_map!r} has no random features to be counted")
@@ -184,6 +184,15 @@ class PerformerAttention(nn.Module):
         check_impl(impl)
         if feature_map not in ("relu_random", "softmax"):
             raise ValueError(f"feature_map must be 'relu_random' or 'softmax', got {feature_map!r}")
+        if heads < 1 or head_channels < 1:
+            raise ValueError(
+                f"heads and head_channels must be positive, got {heads} and {head_channels}"
+            )
+        if (features := _default_features(head_channels)) > MAX_FEATURES:
+            raise ValueError(
+                f"head_channels={head_channels} has {features} random features; supported are up "
+                f"to {MAX_FEATURES}"
+            )
         self.heads, self.feature_map, self.impl = heads, feature_map, impl
         inner = heads * head_channels
         self.fast_attn = _Projection(

@@ -14,7 +14,7 @@ class VirtualNode(nn.Module):
 
     ``y_i = x_i + s_g`` goes on to the layer's message passing, and
     ``s'_g = dropout(MLP(s_g + sum_i y_i))`` to the next layer's virtual node, where MLP is twice
-    Linear, BatchNorm and ReLU.
+    Linear, BatchNorm and ReLU: in training a batch has two graphs at least.
 
     Args:
         dim: Width of nodes and virtual nodes.

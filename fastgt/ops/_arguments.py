@@ -181,11 +181,13 @@ def check_gate(edge_gate: Tensor, q: Tensor, edges: int) -> None:
         )
 
 
-def check_numbers(q: Tensor, scale: float | None, eps: float, dropout_p: float) -> None:
+def check_numbers(
+    q: Tensor, scale: float | None, eps: float, dropout_p: float, eps_name: str = "denominator_eps"
+) -> None:
     if scale is not None and not abs(scale) <= largest(q):
         raise ValueError(f"scale must be finite, got {scale} for {q.dtype}")
     if not 0 <= eps < math.inf:
-        raise ValueError(f"denominator_eps must be finite and not negative, got {eps}")
+        raise ValueError(f"{eps_name} must be finite and not negative, got {eps}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be from 0 to 1, got {dropout_p}")
 

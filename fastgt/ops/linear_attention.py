@@ -84,7 +84,7 @@ def linear_attention(
         keep states, of at most about N H (M + Dv) numbers, and far fewer for large graphs. Under
         ``torch.autocast`` the inputs are cast first. Second derivatives go through the plain
         definition; ``torch.func`` transforms, forward-mode derivatives and a gradient of the
-        projection need ``impl="reference"``.
+        projection need ``impl="reference"``; a model exported by ``torch.export`` is for inference.
 
     Raises:
         TypeError, ValueError: An argument does not fit; its name and both numbers are given.
@@ -109,7 +109,7 @@ def linear_attention(
         q, k, v = (autocast(x, dtype) for x in (q, k, v))
     eps = number("eps", eps)
     _check(q, k, v, offsets, feature_map, projection)
-    check_numbers(q, None, eps, 0.0)
+    check_numbers(q, None, eps, 0.0, "eps")
     impl = choose(impl, q)
     if impl == "reference":
         return reference.linear_attention(
@@ -130,7 +130,7 @@ def linear_attention(
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
         k, v = k.view_as(k), v.view_as(v)
-    refuse_forward_mode(q, k, v)
+    refuse_forward_mode(q, k, v, *(() if projection is None else (projection,)))
     settings = feature_map, eps, bool(normalize)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return _LinearAttention.apply(q, k, v, offsets, projection, impl, settings)[0]
@@ -154,7 +154,7 @@ def sgformer_attention(
 
     Args:
         q, k, v, offsets, impl: As in :func:`linear_attention`. A graph's q or k that is all zero
-            stays zero.
+            stays zero, with a gradient of 0.
 
     Returns:
         ``[N, H, Dv]`` in the dtype of q; memory beside it as there.
@@ -186,7 +186,8 @@ def sgformer_attention(
     normed = []
     for x in (q, k):
         square = segment_sum(x.to(wide).square().sum((1, 2)), offsets, impl=impl)
-        norm = square.clamp(min=torch.finfo(wide).tiny).rsqrt()
+        tiny = torch.finfo(wide).tiny
+        norm = torch.where(square > tiny, square.clamp(min=tiny).rsqrt(), 0)
         normed.append((x * of_node(norm)[:, None, None]).to(q.dtype))
     q, k = normed
     total = of_node(segment_sum(k.to(wide), offsets, impl=impl))  # [N, H, D]

@@ -124,6 +124,8 @@ def virtual_node(
     graphs = offsets.shape[0] - 1
     if state.dtype != x.dtype:
         raise TypeError(f"state is {state.dtype} but x is {x.dtype}")
+    if state.device != x.device:
+        raise ValueError(f"state is on {state.device} but x is on {x.device}")
     if state.shape != (graphs, *x.shape[1:]):
         raise ValueError(
             f"state must be {[graphs, *x.shape[1:]]}, of G graphs and x's channels, got "
@@ -157,6 +159,7 @@ def _check(x: Tensor, offsets: Tensor) -> None:
 
 def _batch(offsets: Tensor, nodes: int) -> Graph:
     """Rows are graphs, columns and edges nodes."""
+    offsets = offsets.contiguous()  # kernels read it as it lies
     graphs = offsets.shape[0] - 1
     like: Any = {"dtype": offsets.dtype, "device": offsets.device}
     node, ends = torch.arange(nodes, **like), torch.arange(nodes + 1, **like)

@@ -10,10 +10,13 @@ import torch
 from attention_cases import BF16, DEVICE, FAST, FP16, FP32, FP64, all_close, close, same_bits
 from linear_cases import FORMS, MAPS, attend, case, evaluate, examples, run_as, terms
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastgt
 from fastgt import linear_attention, reference, segment_sum, sgformer_attention
 from fastgt.bench.harness import peak_extra_memory
+from fastgt.cpu import linear_attention as cpu
 from fastgt.ops.linear_attention import FeatureMap
 from fastgt.testing import assert_as_accurate
 
@@ -565,6 +568,58 @@ def test_sgformer(impl, heads):
     assert_as_accurate(found, sgformer(q, k, v, x.offsets).half(), truth, "o")
     with pytest.raises(ValueError, match="k has 20 nodes"):
         sgformer_attention(x.q, x.k[:20], x.v, impl=impl)
+
+
+def test_sgformer_takes_several_dtypes_within_autocast():
+    x = case(0, (3, 11), heads=1, d=9, dv=7, dtype=FP32)
+    with torch.autocast(DEVICE, dtype=BF16):
+        found = sgformer_attention(x.q.to(BF16), x.k, x.v, x.offsets)
+    assert found.dtype == FP32
+    wanted = sgformer(x.q.to(BF16).float(), x.k, x.v, x.offsets)
+    assert (found - wanted).abs().max() < 0.05
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU path")
+def test_strided_inputs_are_copied_once_not_for_every_group(monkeypatch):
+    monkeypatch.setattr("fastgt.cpu.linear_attention._NUMBERS", 128)
+    q, k, v = torch.randn(200, 3, 2, 8).unbind(1)
+    copies = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.clone.default:
+                copies.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    how = None, None, "elu", 1e-6, True
+    with Count():
+        found, _ = cpu.linear_attention_fwd(q, k, v, *how)
+    assert [n for n in copies if n == q.numel()] == [q.numel()] * 3
+    assert torch.equal(found, linear_attention(*(t.contiguous() for t in (q, k, v))))
+    copies.clear()
+    with Count():
+        cpu.linear_attention_bwd(k, q, k, v, q.new_empty(0, 2), *how, True, True, True)
+    assert [n for n in copies if n == q.numel()] == [q.numel()] * 4
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU path")
+def test_a_small_graph_of_many_features_has_no_state():
+    """Its features are more numbers than a group may have, its state would be many times more."""
+    q, k, v = (torch.randn(5, 64, d) for d in (4, 4, 256))
+    w = torch.randn(1024, 4)
+
+    def call():
+        return linear_attention(q, k, v, feature_map="softmax", projection=w)
+
+    call()
+    assert peak_extra_memory(call, torch.device(DEVICE)) < 0.1 * 64 * 1024 * 256 * 4
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on a CPU")
+def test_offsets_are_checked_within_a_dispatch_mode():
+    x = case(0, (5,), dtype=FP32)
+    with FlopCounterMode(display=False), pytest.raises(ValueError, match="offsets ends at 3"):
+        linear_attention(x.q, x.k, x.v, torch.tensor([0, 3]))
 
 
 @pytest.mark.parametrize("impl", ["reference", *FAST])

@@ -52,9 +52,9 @@ def linear_attention_fwd(
     phi = Features(feature_map, q, projection)
     # looked through row by row: a copy is made once, not for every group
     q, k, v = (x.contiguous() for x in (q, k, v))
-    for groups in _groups(q, offsets, phi.width):
+    for groups in _groups(q, offsets, phi.width, v.shape[2]):
         top = phi.top(k, groups)
-        if _quadratic(groups, phi.width, v.shape[2]):
+        if len(groups) == 1 and _quadratic(groups[0].length, phi.width, v.shape[2]):
             (group,) = groups
             f, g = phi(_take(q, group)), phi(_take(k, group), top)
             _put(out, group, _divided(f @ g.mT @ _values(v, group, normalize), eps, normalize))
@@ -95,9 +95,9 @@ def linear_attention_bwd(
     width = v.shape[2]
     phi = Features(feature_map, q, projection)
     do, q, k, v = (x.contiguous() for x in (do, q, k, v))
-    for groups in _groups(q, offsets, phi.width):
+    for groups in _groups(q, offsets, phi.width, v.shape[-1]):
         top = phi.top(k, groups)
-        if _quadratic(groups, phi.width, width):
+        if len(groups) == 1 and _quadratic(groups[0].length, phi.width, width):
             (group,) = groups
             qs = _take(q, group)
             f, f_inner = phi.both(qs)
@@ -205,19 +205,20 @@ class Features:
         return inner.sub_(half + top).exp_()
 
 
-def _groups(q: Tensor, offsets: Tensor | None, width: int) -> Iterator[list[Group]]:
-    """Graphs that are multiplied together, largest first; a list has several slices of one."""
+def _groups(q: Tensor, offsets: Tensor | None, m: int, d: int) -> Iterator[list[Group]]:
+    """Graphs that are multiplied together, largest first; a list has several slices of one, which
+    has a state: one that has none, in the quadratic form, stays whole."""
     n, heads, _ = q.shape
     offsets = torch.tensor([0, n]) if offsets is None else offsets.long()
     sizes = offsets.diff()
     order = sizes.argsort(descending=True, stable=True)
     ordered: list[int] = sizes[order].tolist()
-    limit = max(1, _NUMBERS // max(1, heads * width))
+    limit = max(1, _NUMBERS // max(1, heads * m))
     i = 0
     while i < len(ordered) and ordered[i]:
         largest = ordered[i]
         first = offsets[order[i]]
-        if largest > limit:
+        if largest > limit and not _quadratic(largest, m, d):
             slices = torch.arange(largest).split(limit)
             yield [_group(first + part[None], heads, None) for part in slices]
             i += 1
@@ -259,8 +260,8 @@ def _keys(
     return ks, *phi.both(ks, top), _values(v, group, ones)
 
 
-def _quadratic(groups: list[Group], m: int, d: int) -> bool:
-    return len(groups) == 1 and groups[0].length * (m + d) < 2 * m * d
+def _quadratic(length: int, m: int, d: int) -> bool:
+    return length * (m + d) < 2 * m * d
 
 
 def _take(x: Tensor, group: Group) -> Tensor:

@@ -7,6 +7,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 from fastgt.graph import Graph, check_boundaries
@@ -119,14 +120,21 @@ def check_offsets(offsets: object, nodes: int, device: torch.device) -> None:
         raise ValueError(f"offsets must be [G + 1], got {list(offsets.shape)}")
     if offsets.device != device:
         raise ValueError(f"offsets is on {offsets.device} but the nodes are on {device}")
-    tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if device.type == "cpu" and not tracing:
+    if readable(offsets):
         if offsets.shape[0] == nodes and int(offsets[-1]) != nodes:
             raise ValueError(
                 f"offsets has an entry for each of the {nodes} nodes: it takes the boundaries of "
                 "the graphs (PyG's batch.ptr, not batch.batch)"
             )
         check_boundaries(offsets, "offsets", nodes, "nodes")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether x has values, and they are at hand: not on a GPU, nor while a call is traced."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return proxy is None and not is_fake(x)
 
 
 def check_edge_tensor(name: str, x: object, q: Tensor, letters: str, *shape: int) -> None:

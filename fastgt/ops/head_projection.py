@@ -19,7 +19,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastgt import reference
-from fastgt.ops._arguments import autocast, autocasts, check_float, refuse_forward_mode
+from fastgt.ops._arguments import (
+    autocast,
+    autocasts,
+    check_float,
+    readable,
+    refuse_forward_mode,
+)
 from fastgt.ops._impl import Impl, choose, require_triton
 
 
@@ -115,8 +121,7 @@ def check_gate(head_gate: object, heads: int, device: torch.device) -> None:
         raise ValueError(f"head_gate must be [H] = [{heads}], got {list(head_gate.shape)}")
     if head_gate.device != device:
         raise ValueError(f"head_gate is on {head_gate.device} but x is on {device}")
-    tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if device.type == "cpu" and not tracing and head_gate.isnan().any():
+    if readable(head_gate) and head_gate.isnan().any():
         at = head_gate.isnan().nonzero().flatten().tolist()
         raise ValueError(f"head_gate is NaN at heads {at}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, get_args
 
 import torch
@@ -157,7 +158,8 @@ def sgformer_attention(
             stays zero, with a gradient of 0.
 
     Returns:
-        ``[N, H, Dv]`` in the dtype of q; memory beside it as there.
+        ``[N, H, Dv]`` in the dtype of q; memory beside it as there. Within ``torch.autocast`` norms
+        and sums are not cast down; of several dtypes the widest is taken.
 
     Raises:
         TypeError, ValueError: An argument does not fit; its name and both numbers are given.
@@ -173,6 +175,9 @@ def sgformer_attention(
         >>> sgformer_attention(q, k, v, torch.tensor([0, 3, 10])).shape
         torch.Size([10, 1, 64])
     """
+    if isinstance(q, Tensor) and autocasts(q.device.type):
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
+        q, k, v = (x.to(dtype) for x in (q, k, v))
     _check(q, k, v, offsets, "identity", None)
     if offsets is None:
         offsets = torch.arange(2, device=q.device) * q.shape[0]

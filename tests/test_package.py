@@ -166,6 +166,7 @@ def test_kernels_refuse_their_folder_name():
         "fastgt.ops.linear_attention",
         "fastgt.ops.segment_pool",
         "fastgt.nn.attention",
+        "fastgt.nn.head_gate",
         "fastgt.nn.linear_attention",
         "fastgt.nn.transformer_conv",
         "fastgt.nn.virtual_node",

@@ -197,6 +197,22 @@ def test_a_sum_over_many_nodes_is_made_in_chunks(impl, dtype):
         same_bits(evaluate(inputs, impl), found)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU path")
+@pytest.mark.parametrize("into", [True, False])
+@pytest.mark.parametrize("active", [(1, 0, 1, 1), (0, 1, 1, 0), (1, 1, 1, 1)], ids=str)
+def test_a_cpu_takes_some_nodes_at_a_time(active, into, monkeypatch):
+    monkeypatch.setattr("fastgt.cpu.head_projection._NODES", 16)
+    for dtype in (FP64, FP16):
+        inputs = case(3, 50, active, 5, 6, into=into, dtype=dtype)
+        found, wanted = evaluate(inputs, "torch"), evaluate(inputs, "reference")
+        if dtype == FP64:
+            all_close(found, wanted)
+            continue
+        truth = evaluate(inputs, "reference", FP64)
+        for name, x in found.items():
+            assert_as_accurate(x, wanted[name], truth[name], name, 2.0 + (name != "out"))
+
+
 @pytest.mark.parametrize("impl", FAST)
 def test_chunks_that_cancel_are_not_rounded_before(impl):
     x, weight, bias, gate, do = (t.detach() for t in case(3, 1200, (1, 0, 1), 5, 6, dtype=FP16))

@@ -1,13 +1,16 @@
 """Projections of active heads on a CPU: one dense product of what they have.
 
-Active heads that stand one after another are multiplied where they are; of others, a copy of the
-active ones is. The symbols are those of ``fastgt.ops.head_projection``.
+Active heads that stand one after another are multiplied where they are. Others are copied together
+for some nodes at a time: the copies stay in a cache. The symbols are those of
+``fastgt.ops.head_projection``.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_NODES = 2048
 
 
 @torch.no_grad()
@@ -17,15 +20,15 @@ def head_expand(x: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor) -
     h, d, _ = weight.shape
     active, masked = _split(heads)
     y = x.new_empty(x.shape[0], h, d)
-    y[:, masked] = 0
     w = weight[active].flatten(0, 1).T
-    out = y[:, active].flatten(1) if isinstance(active, slice) else None
-    if bias is None:
-        part = torch.mm(x, w, out=out)
-    else:
-        part = torch.addmm(bias[active].flatten(), x, w, out=out)
-    if isinstance(active, Tensor):
-        y.index_copy_(1, active, part.view(len(x), len(active), d))
+    b = None if bias is None else bias[active].flatten()
+    if isinstance(active, slice):
+        y[:, masked] = 0
+        _product(x, w, b, out=y[:, active].flatten(1))
+        return y
+    for some, into in zip(x.split(_NODES), y.split(_NODES), strict=True):
+        into[:, masked] = 0
+        into.index_copy_(1, active, _product(some, w, b).view(len(some), len(active), d))
     return y
 
 
@@ -34,8 +37,13 @@ def head_expand(x: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor) -
 def head_contract(y: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor) -> Tensor:
     """-> z [N, C]."""
     active, _ = _split(heads)
-    y, w = y[:, active].flatten(1), weight[active].flatten(0, 1)
-    return torch.mm(y, w) if bias is None else torch.addmm(bias, y, w)
+    w = weight[active].flatten(0, 1)
+    if isinstance(active, slice):
+        return _product(y[:, active].flatten(1), w, bias)
+    z = y.new_empty(y.shape[0], w.shape[1])
+    for some, into in zip(y.split(_NODES), z.split(_NODES), strict=True):
+        _product(some[:, active].flatten(1), w, bias, out=into)
+    return z
 
 
 @torch.no_grad()
@@ -45,8 +53,17 @@ def head_outer(y: Tensor, x: Tensor, heads: Tensor) -> Tensor:
     active, masked = _split(heads)
     g = y.new_empty(*y.shape[1:], x.shape[1])
     g[masked] = 0
-    g[active] = torch.mm(y[:, active].flatten(1).T, x).view_as(g[active])
+    # a sum over some nodes at a time would be rounded between them
+    nodes = _NODES if y.element_size() > 2 and not isinstance(active, slice) else max(1, len(y))
+    part = y.new_zeros(g[active].shape).flatten(0, 1)
+    for some, of in zip(y.split(nodes), x.split(nodes), strict=True):
+        part.addmm_(some[:, active].flatten(1).T, of)
+    g[active] = part.view_as(g[active])
     return g
+
+
+def _product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    return torch.mm(x, w, out=out) if bias is None else torch.addmm(bias, x, w, out=out)
 
 
 def _split(heads: Tensor) -> tuple[slice | Tensor, Tensor]:

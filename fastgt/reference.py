@@ -225,9 +225,15 @@ def linear_attention(
     projection: Tensor | None = None,
     eps: float = 1e-6,
     normalize: bool = True,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`fastgt.linear_attention`."""
+    """See :func:`fastgt.linear_attention`; ``mask`` [1 or G, H] of its heads."""
     bounds = [0, len(q)] if offsets is None else offsets.tolist()
+    keep = None
+    if mask is not None:
+        sizes = torch.tensor(bounds, device=q.device).diff()
+        keep = mask.expand(len(sizes), -1).repeat_interleave(sizes, 0)[..., None]
+        q, k, v = (torch.where(keep, x, 0) for x in (q, k, v))
     outs = [v[:0]]
     for begin, end in pairwise(bounds):
         if begin == end:
@@ -239,7 +245,8 @@ def linear_attention(
         if normalize:
             out = out / (torch.einsum("nhm,hm->nh", f, g.sum(0)) + eps)[..., None]
         outs.append(out)
-    return torch.cat(outs)
+    whole = torch.cat(outs)
+    return whole if keep is None else torch.where(keep, whole, 0)
 
 
 def _features(

@@ -306,11 +306,13 @@ class LinearCase:
     v_width: int = 0  # 0: as wide as q
     heads: int = 4
     normalize: bool = True
+    masked: bool = False  # a mask of heads
 
 
 LINEAR_CASES = {
     "linear_elu_d16_fp32": LinearCase(16, torch.float32),
     "linear_elu_d64_bf16": LinearCase(64, torch.bfloat16),
+    "linear_masked_d64_bf16": LinearCase(64, torch.bfloat16, masked=True),
     "linear_elu_d32_fp64": LinearCase(32, torch.float64),
     "linear_elu_d10_fp32": LinearCase(10, torch.float32),
     "linear_identity_d64_fp16": LinearCase(64, torch.float16, "identity", normalize=False),
@@ -339,7 +341,8 @@ def _launch_linear(case: LinearCase) -> None:
     v = torch.zeros(n, case.heads, case.v_width or case.width, dtype=case.dtype)
     offsets = torch.tensor([0, 8, n])
     projection = torch.zeros(case.features, case.width) if case.features else None
-    how = offsets, projection, case.feature_map, 1e-6, case.normalize
+    mask = torch.ones(1, case.heads, dtype=torch.bool) if case.masked else None
+    how = offsets, projection, mask, case.feature_map, 1e-6, case.normalize
     o, tops = linear_attention_fwd(q, k, v, *how)
     linear_attention_bwd(o, q, k, v, tops, *how, True, True, True)
 

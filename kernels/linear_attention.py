@@ -73,9 +73,12 @@ def find_turns(piece_ptr, num_graphs, SMALL: tl.constexpr):
 
 
 @triton.jit
-def take_nodes(offsets_ptr, piece_ptr, at, num_graphs, piece, small, SMALL: tl.constexpr):
+def take_nodes(
+    offsets_ptr, piece_ptr, mask_ptr, mask_stride, head, at, num_graphs, piece, small,
+    SMALL: tl.constexpr,
+):  # fmt: skip
     """Piece or graph ``at``: -> graph, slot of its state, begin and end of its nodes. No nodes
-    where a graph is not small."""
+    where a graph is not small, or its head is masked."""
     if SMALL:
         graph = tl.full((), at, tl.int64)
         slot = graph
@@ -84,7 +87,15 @@ def take_nodes(offsets_ptr, piece_ptr, at, num_graphs, piece, small, SMALL: tl.c
         end = tl.where(end - begin < small, end, begin)
     else:
         graph, slot, begin, end = find_piece(offsets_ptr, piece_ptr, at, num_graphs, piece)
-    return graph, slot, begin, end
+    return graph, slot, begin, active_end(mask_ptr, mask_stride, graph, head, begin, end)
+
+
+@triton.jit
+def active_end(mask_ptr, mask_stride, graph, head, begin, end):
+    """The end of a graph's nodes for a head; the begin where ``mask`` [1 or G, H] is false."""
+    if mask_ptr is not None:
+        end = tl.where(tl.load(mask_ptr + graph * mask_stride + head), end, begin)
+    return end
 
 
 @triton.jit
@@ -134,8 +145,8 @@ def store_state(
 def _linear_top_kernel(
     k_ptr, projection_ptr,  # [N, H, D], [M, D]
     top_ptr,  # [P, H] or [G, H]
-    offsets_ptr, piece_ptr,  # [G + 1], [G + 1]
-    k_stride, num_graphs, piece, small, tiles,
+    offsets_ptr, piece_ptr, mask_ptr,  # [G + 1], [G + 1], [1 or G, H]
+    k_stride, mask_stride, num_graphs, piece, small, tiles,
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr, SMALL: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SLICE: tl.constexpr,
@@ -147,8 +158,9 @@ def _linear_top_kernel(
     turns, stride = find_turns(piece_ptr, num_graphs, SMALL)
     for turn in range(tl.program_id(0), turns, stride):
         _graph, _slot, begin, end = take_nodes(
-            offsets_ptr, piece_ptr, turn, num_graphs, piece, small, SMALL
-        )
+            offsets_ptr, piece_ptr, mask_ptr, mask_stride, head, turn, num_graphs, piece, small,
+            SMALL,
+        )  # fmt: skip
         top = tl.full([BLOCK_N], float("-inf"), ACC)
         for step in range(0, end - begin, BLOCK_N):
             row = begin + step + tl.arange(0, BLOCK_N)
@@ -182,8 +194,8 @@ def _linear_state_kernel(
     x_ptr, y_ptr, projection_ptr,  # [N, H, D], [N, H, DV], [M, D]
     top_ptr, stat_ptr,  # stabilisers: [G, H] of keys; of queries in [N, H, 3]: share, down, top
     state_ptr, z_ptr,  # [P, H, M, DV], [P, H, M]
-    offsets_ptr, piece_ptr,
-    x_stride, y_stride, num_graphs, piece,
+    offsets_ptr, piece_ptr, mask_ptr,
+    x_stride, y_stride, mask_stride, num_graphs, piece,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
     OF_QUERIES: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -198,6 +210,7 @@ def _linear_state_kernel(
     for turn in range(tl.program_id(0), turns, stride):
         slot = tl.full((), turn, tl.int64)
         graph, _first, begin, end = find_piece(offsets_ptr, piece_ptr, slot, num_graphs, piece)
+        end = active_end(mask_ptr, mask_stride, graph, head, begin, end)
         key_top = tl.zeros([BLOCK_N], ACC)
         if not OF_QUERIES:
             key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
@@ -309,8 +322,9 @@ def _linear_fwd_kernel(
     q_ptr, k_ptr, v_ptr, projection_ptr,  # [N, H, D], [N, H, D], [N, H, DV], [M, D]
     top_ptr, state_ptr, z_ptr,  # [G, H], [P, H, M, DV], [P, H, M]
     o_ptr,  # [N, H, DV]
-    offsets_ptr, piece_ptr,
-    q_stride, k_stride, v_stride, num_graphs, piece, small, tiles, eps: tl.float64,
+    offsets_ptr, piece_ptr, mask_ptr,
+    q_stride, k_stride, v_stride, mask_stride, num_graphs, piece, small, tiles,
+    eps: tl.float64,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
     NORMALIZE: tl.constexpr, SMALL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -323,8 +337,9 @@ def _linear_fwd_kernel(
     turns, stride = find_turns(piece_ptr, num_graphs, SMALL)
     for turn in range(tl.program_id(0), turns, stride):
         graph, slot, begin, end = take_nodes(
-            offsets_ptr, piece_ptr, turn, num_graphs, piece, small, SMALL
-        )
+            offsets_ptr, piece_ptr, mask_ptr, mask_stride, head, turn, num_graphs, piece, small,
+            SMALL,
+        )  # fmt: skip
         key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
         for step in range(0, end - begin, BLOCK_N):
             row = begin + step + tl.arange(0, BLOCK_N)
@@ -344,11 +359,11 @@ def _linear_fwd_kernel(
             store_rows(o_ptr, row, live, head, H, DV, BLOCK_DV, num)
 
 
-def linear_attention_fwd(q, k, v, offsets, projection, feature_map, eps, normalize):
+def linear_attention_fwd(q, k, v, offsets, projection, mask, feature_map, eps, normalize):
     """-> o [N, H, DV], and for "softmax" the stabilisers of the keys [G, H] (else [0, H])."""
     n, heads, _ = q.shape
-    o = q.new_empty(v.shape)
-    plan = linear_plan(q, k, v, offsets, projection, feature_map)
+    o = q.new_empty(v.shape) if mask is None else q.new_zeros(v.shape)
+    plan = linear_plan(q, k, v, offsets, projection, mask, feature_map)
     softmax = feature_map == "softmax"
     tops = q.new_empty(plan.graphs if softmax else 0, heads, dtype=accumulator(q))
     if not n:
@@ -361,7 +376,7 @@ def linear_attention_fwd(q, k, v, offsets, projection, feature_map, eps, normali
     for programs, tiles, meta in plan.passes:
         _linear_fwd_kernel[programs, heads](
             q, k, v, plan.projection, tops, *states, o, *plan.walk, *strides,
-            plan.graphs, plan.piece, plan.small, tiles, eps,
+            plan.mask_stride, plan.graphs, plan.piece, plan.small, tiles, eps,
             H=heads, NORMALIZE=normalize, ALIGN=alignment((q, k, v)), **meta,
         )  # fmt: skip
     return o, tops
@@ -370,7 +385,9 @@ def linear_attention_fwd(q, k, v, offsets, projection, feature_map, eps, normali
 class Plan(NamedTuple):
     """How a batch is cut, and the constants of the passes over its pieces and small graphs."""
 
-    walk: tuple[torch.Tensor, torch.Tensor]  # offsets; pieces of the graphs before, [G + 1]
+    # offsets; pieces of the graphs before, [G + 1]; active heads [1 or G, H]
+    walk: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    mask_stride: int
     projection: torch.Tensor | None
     graphs: int
     pieces: int  # at most: how many there are, only the device knows
@@ -382,7 +399,7 @@ class Plan(NamedTuple):
     passes: list[tuple[int, int, dict[str, Any]]]
 
 
-def linear_plan(q, k, v, offsets, projection, feature_map) -> Plan:
+def linear_plan(q, k, v, offsets, projection, mask, feature_map) -> Plan:
     n, heads, d = q.shape
     m, dv = d if projection is None else projection.shape[0], v.shape[2]
     if offsets is None:
@@ -426,8 +443,9 @@ def linear_plan(q, k, v, offsets, projection, feature_map) -> Plan:
         )
         if programs
     ]
-    walk = offsets.contiguous(), piece_ptr
-    return Plan(walk, projection, graphs, pieces, piece, small, metas[0], passes)
+    walk = offsets.contiguous(), piece_ptr, mask
+    stride = 0 if mask is None or len(mask) == 1 else heads
+    return Plan(walk, stride, projection, graphs, pieces, piece, small, metas[0], passes)
 
 
 # of a pass over one graph: enough to fill a device of some 150 processors a few times
@@ -452,7 +470,7 @@ def linear_states(x, y, plan, tops, stat):
         grid = _programs(plan.pieces, heads * tiles), heads, tiles
         _linear_state_kernel[grid](
             x, y, plan.projection, tops, stat, state, z, *plan.walk,
-            x.stride(), y.stride(), plan.graphs, plan.piece,
+            x.stride(), y.stride(), plan.mask_stride, plan.graphs, plan.piece,
             H=heads, OF_QUERIES=stat is not None, ALIGN=alignment((x, y)), **meta,
         )  # fmt: skip
         _linear_combine_kernel[grid](
@@ -469,7 +487,8 @@ def _tops(k, plan, tops):
         meta = {name: x for name, x in meta.items() if name not in ("DV", "BLOCK_DV")}
         _linear_top_kernel[programs, heads](
             k, plan.projection, tops if meta["SMALL"] else piece_tops, *plan.walk, k.stride(),
-            plan.graphs, plan.piece, plan.small, tiles, H=heads, ALIGN=alignment((k,)), **meta,
+            plan.mask_stride, plan.graphs, plan.piece, plan.small, tiles,
+            H=heads, ALIGN=alignment((k,)), **meta,
         )  # fmt: skip
     if plan.pieces:
         _linear_top_of_graph_kernel[plan.graphs,](

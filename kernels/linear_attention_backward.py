@@ -46,8 +46,8 @@ def _linear_bwd_dq_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, projection_ptr,
     top_ptr, state_ptr, z_ptr,  # [G, H], [P, H, M, DV], [P, H, M]
     dq_ptr, stat_ptr,  # [N, H, D]; [N, H, 3]: share, down and stabiliser of the query
-    offsets_ptr, piece_ptr,
-    do_stride, q_stride, k_stride, v_stride,
+    offsets_ptr, piece_ptr, mask_ptr,
+    do_stride, q_stride, k_stride, v_stride, mask_stride,
     num_graphs, piece, small, tiles, eps: tl.float64,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
     NORMALIZE: tl.constexpr, NEED_Q: tl.constexpr, SMALL: tl.constexpr,
@@ -63,8 +63,9 @@ def _linear_bwd_dq_kernel(
     turns, stride = find_turns(piece_ptr, num_graphs, SMALL)
     for turn in range(tl.program_id(0), turns, stride):
         graph, slot, begin, end = take_nodes(
-            offsets_ptr, piece_ptr, turn, num_graphs, piece, small, SMALL
-        )
+            offsets_ptr, piece_ptr, mask_ptr, mask_stride, head, turn, num_graphs, piece, small,
+            SMALL,
+        )  # fmt: skip
         key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
         for step in range(0, end - begin, BLOCK_N):
             row = begin + step + tl.arange(0, BLOCK_N)
@@ -174,8 +175,8 @@ def _linear_bwd_dkv_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, projection_ptr,
     top_ptr, dstate_ptr, dz_ptr,  # [G, H], [P, H, M, DV], [P, H, M]
     dk_ptr, dv_ptr, stat_ptr,  # [N, H, D], [N, H, DV], [N, H, 3]
-    offsets_ptr, piece_ptr,
-    do_stride, q_stride, k_stride, v_stride,
+    offsets_ptr, piece_ptr, mask_ptr,
+    do_stride, q_stride, k_stride, v_stride, mask_stride,
     num_graphs, piece, small, tiles,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, SMALL: tl.constexpr,
@@ -190,8 +191,9 @@ def _linear_bwd_dkv_kernel(
     turns, stride = find_turns(piece_ptr, num_graphs, SMALL)
     for turn in range(tl.program_id(0), turns, stride):
         graph, slot, begin, end = take_nodes(
-            offsets_ptr, piece_ptr, turn, num_graphs, piece, small, SMALL
-        )
+            offsets_ptr, piece_ptr, mask_ptr, mask_stride, head, turn, num_graphs, piece, small,
+            SMALL,
+        )  # fmt: skip
         key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
         for step in range(0, end - begin, BLOCK_N):
             row = begin + step + tl.arange(0, BLOCK_N)
@@ -275,20 +277,33 @@ def _linear_bwd_dkv_kernel(
 
 
 def linear_attention_bwd(
-    do, q, k, v, tops, offsets, projection, feature_map, eps, normalize, need_q, need_k, need_v
+    do,
+    q,
+    k,
+    v,
+    tops,
+    offsets,
+    projection,
+    mask,
+    feature_map,
+    eps,
+    normalize,
+    need_q,
+    need_k,
+    need_v,
 ):
     """-> dq, dk [N, H, D], dv [N, H, DV]; empty where not needed."""
     n, heads, _ = q.shape
     dq, dk, dv = (
-        x.new_empty(x.shape if need else (0,))
+        (x.new_empty if mask is None else x.new_zeros)(x.shape if need else (0,))
         for x, need in ((q, need_q), (k, need_k), (v, need_v))
     )
     if not n:
         return dq, dk, dv
-    plan = linear_plan(q, k, v, offsets, projection, feature_map)
+    plan = linear_plan(q, k, v, offsets, projection, mask, feature_map)
     inputs = do, q, k, v, plan.projection, tops
     strides = do.stride(), q.stride(), k.stride(), v.stride()
-    counts = plan.graphs, plan.piece, plan.small
+    counts = plan.mask_stride, plan.graphs, plan.piece, plan.small
     same = {"H": heads, "ALIGN": alignment((do, q, k, v))}
     states = linear_states(k, v, plan, tops, None)
     stat = states[0].new_empty(n, heads, 3)

@@ -350,7 +350,7 @@ GATE = torch.ones(2)
         ((X, W, B, torch.ones(2).long()), TypeError, "head_gate must be float16.*int64"),
         ((X, W, B, [1, 0]), TypeError, "head_gate must be a tensor, got list"),
         ((X, W, B, torch.tensor([1, torch.nan])), ValueError, r"head_gate is NaN at heads \[1\]"),
-        ((X, W, B, GATE.to("meta")), ValueError, "head_gate is on meta but x is on cpu"),
+        ((X, W, B, GATE.to("meta")), ValueError, "head_gate is on meta but the nodes are on cpu"),
     ],
 )
 def test_refusals(args, error, message):

@@ -300,7 +300,7 @@ def test_opcheck(impl, name):
     x = case(0, (3, 0, 20), d=12, dv=9, dtype=FP32, feature_map=name, m=9)
     fwd, bwd = torch.ops.fastgt.linear_attention_fwd, torch.ops.fastgt.linear_attention_bwd
     projection = x.options.get("projection")
-    how = x.offsets, projection, name, 1e-6, True
+    how = x.offsets, projection, None, name, 1e-6, True
     torch.library.opcheck(fwd.default, (impl, x.q, x.k, x.v, *how))
     o, tops = fwd(impl, x.q, x.k, x.v, *how)
     for needs in ((True, True, True), (False, True, False)):
@@ -408,7 +408,7 @@ def test_shapes_beyond_two_to_the_31_on_meta_tensors(impl):
     n, h, d = 3 * 2**30, 8, 32
     q, k, v = (torch.empty(n, h, d, device="meta", requires_grad=True) for _ in range(3))
     offsets = torch.empty(2**20 + 1, dtype=torch.int64, device="meta")
-    how = offsets, None, "elu", 1e-6, True
+    how = offsets, None, None, "elu", 1e-6, True
     o, tops = torch.ops.fastgt.linear_attention_fwd(impl, q, k, v, *how)
     assert o.shape == (n, h, d)
     args = impl, o, q, k, v, tops, *how, True, True, True
@@ -591,7 +591,7 @@ def test_strided_inputs_are_copied_once_not_for_every_group(monkeypatch):
                 copies.append(args[0].numel())
             return func(*args, **(kwargs or {}))
 
-    how = None, None, "elu", 1e-6, True
+    how = None, None, None, "elu", 1e-6, True
     with Count():
         found, _ = cpu.linear_attention_fwd(q, k, v, *how)
     assert [n for n in copies if n == q.numel()] == [q.numel()] * 3

@@ -27,7 +27,7 @@ _FILL = 0.75  # of the largest graph of a group has the smallest, at least
 class Group(NamedTuple):
     """B graphs side by side, or a slice of one; T rows each."""
 
-    rows: Tensor  # [B * H * T] rows of x [N * H, .]
+    rows: Tensor  # [B * H * T] rows of x [N * H, .], of active heads
     batch: int  # B * H
     length: int  # T
     padding: Tensor | None  # [B * H, T, 1] bool: not a node
@@ -43,16 +43,17 @@ def linear_attention_fwd(
     v: Tensor,
     offsets: Tensor | None,
     projection: Tensor | None,
+    mask: Tensor | None,
     feature_map: str,
     eps: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """-> o [N, H, DV], and nothing for the backward."""
-    out = q.new_empty(v.shape)
+    out = q.new_empty(v.shape) if mask is None else q.new_zeros(v.shape)
     phi = Features(feature_map, q, projection)
     # looked through row by row: a copy is made once, not for every group
     q, k, v = (x.contiguous() for x in (q, k, v))
-    for groups in _groups(q, offsets, phi.width, v.shape[2]):
+    for groups in _groups(q, offsets, mask, phi.width, v.shape[2]):
         top = phi.top(k, groups)
         if len(groups) == 1 and _quadratic(groups[0].length, phi.width, v.shape[2]):
             (group,) = groups
@@ -75,6 +76,7 @@ def linear_attention_bwd(
     tops: Tensor,
     offsets: Tensor | None,
     projection: Tensor | None,
+    mask: Tensor | None,
     feature_map: str,
     eps: float,
     normalize: bool,
@@ -89,13 +91,13 @@ def linear_attention_bwd(
         dphi(q) = do' S'^T,   dphi(k) = v' dS'^T,   dv' = phi(k) dS'
     """
     dq, dk, dv = (
-        x.new_empty(x.shape if need else (0,))
+        (x.new_empty if mask is None else x.new_zeros)(x.shape if need else (0,))
         for x, need in ((q, need_q), (k, need_k), (v, need_v))
     )
     width = v.shape[2]
     phi = Features(feature_map, q, projection)
     do, q, k, v = (x.contiguous() for x in (do, q, k, v))
-    for groups in _groups(q, offsets, phi.width, v.shape[-1]):
+    for groups in _groups(q, offsets, mask, phi.width, v.shape[-1]):
         top = phi.top(k, groups)
         if len(groups) == 1 and _quadratic(groups[0].length, phi.width, width):
             (group,) = groups
@@ -205,22 +207,41 @@ class Features:
         return inner.sub_(half + top).exp_()
 
 
-def _groups(q: Tensor, offsets: Tensor | None, m: int, d: int) -> Iterator[list[Group]]:
-    """Graphs that are multiplied together, largest first; a list has several slices of one, which
-    has a state: one that has none, in the quadratic form, stays whole."""
+def _groups(
+    q: Tensor, offsets: Tensor | None, mask: Tensor | None, m: int, d: int
+) -> Iterator[list[Group]]:
+    """Graphs that are multiplied together: of each set of active heads, those that have it."""
     n, heads, _ = q.shape
     offsets = torch.tensor([0, n]) if offsets is None else offsets.long()
-    sizes = offsets.diff()
+    starts, sizes = offsets[:-1], offsets.diff()
+    if mask is None:
+        yield from _graphs(starts, sizes, torch.arange(heads), heads, m, d)
+        return
+    sets, which = mask.expand(len(sizes), -1).unique(dim=0, return_inverse=True)
+    for i, active in enumerate(sets):
+        mine = which == i
+        if active.any():
+            active = active.nonzero().squeeze(1)
+            yield from _graphs(starts[mine], sizes[mine], active, heads, m, d)
+
+
+def _graphs(
+    starts: Tensor, sizes: Tensor, active: Tensor, of: int, m: int, d: int
+) -> Iterator[list[Group]]:
+    """Groups of these graphs, largest first, and of the heads ``active`` of so many; a list has
+    several slices of one graph, which has a state: one that has none, in the quadratic form, stays
+    whole."""
+    heads = len(active)
     order = sizes.argsort(descending=True, stable=True)
     ordered: list[int] = sizes[order].tolist()
     limit = max(1, _NUMBERS // max(1, heads * m))
     i = 0
     while i < len(ordered) and ordered[i]:
         largest = ordered[i]
-        first = offsets[order[i]]
+        first = starts[order[i]]
         if largest > limit and not _quadratic(largest, m, d):
             slices = torch.arange(largest).split(limit)
-            yield [_group(first + part[None], heads, None) for part in slices]
+            yield [_group(first + part[None], active, of, None) for part in slices]
             i += 1
             continue
         least = max(1, int(_FILL * largest))
@@ -228,15 +249,16 @@ def _groups(q: Tensor, offsets: Tensor | None, m: int, d: int) -> Iterator[list[
         j = min(j, i + max(1, limit // largest))
         within, counts = torch.arange(largest), sizes[order[i:j]]
         # a filler is a copy of its own graph's last node
-        at = torch.minimum(within, counts[:, None] - 1) + offsets[order[i:j]][:, None]
-        yield [_group(at, heads, None if ordered[j - 1] == largest else within >= counts[:, None])]
+        at = torch.minimum(within, counts[:, None] - 1) + starts[order[i:j]][:, None]
+        padding = None if ordered[j - 1] == largest else within >= counts[:, None]
+        yield [_group(at, active, of, padding)]
         i = j
 
 
-def _group(at: Tensor, heads: int, padding: Tensor | None) -> Group:
-    """``at`` [B, T]: the nodes."""
-    batch, count = at.shape
-    rows = (at[:, None] * heads + torch.arange(heads)[:, None]).flatten()
+def _group(at: Tensor, active: Tensor, of: int, padding: Tensor | None) -> Group:
+    """``at`` [B, T]: the nodes; of their heads those that are active."""
+    (batch, count), heads = at.shape, len(active)
+    rows = (at[:, None] * of + active[:, None]).flatten()
     nodes = None
     if padding is not None:
         padding = padding[:, None].expand(-1, heads, -1).reshape(batch * heads, count, 1)

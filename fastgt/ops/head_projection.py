@@ -19,13 +19,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastgt import reference
-from fastgt.ops._arguments import (
-    autocast,
-    autocasts,
-    check_float,
-    readable,
-    refuse_forward_mode,
-)
+from fastgt.ops._arguments import autocast, autocasts, check_float, refuse_forward_mode
+from fastgt.ops._head_gate import check_gate, head_mask
 from fastgt.ops._impl import Impl, choose, require_triton
 
 
@@ -96,7 +91,7 @@ def head_projection(
             return linear(x.flatten(1), weight.flatten(1), bias)
         flat = None if bias is None else bias.flatten()
         return linear(x, weight.flatten(0, 1), flat).unflatten(1, (heads, width))
-    mask = head_gate.detach() != 0 if head_gate is not None else x.new_ones(heads, dtype=torch.bool)
+    mask = x.new_ones(heads, dtype=torch.bool) if head_gate is None else head_mask(head_gate)[0]
     if impl == "reference":
         return reference.head_projection(x, weight, bias, mask)
     refuse_forward_mode(x, weight, *(() if bias is None else (bias,)))
@@ -109,21 +104,6 @@ def active_heads(mask: Tensor) -> Tensor:
     """``heads`` as above, of a mask [H]."""
     order = torch.sort(~mask, stable=True).indices
     return torch.cat([order, mask.sum()[None]]).int()
-
-
-def check_gate(head_gate: object, heads: int, device: torch.device) -> None:
-    """A gate for every head; values only where they are at hand."""
-    if not isinstance(head_gate, Tensor):
-        raise TypeError(f"head_gate must be a tensor, got {type(head_gate).__name__}")
-    if head_gate.dtype != torch.bool:
-        check_float("head_gate", head_gate)
-    if tuple(head_gate.shape) != (heads,):
-        raise ValueError(f"head_gate must be [H] = [{heads}], got {list(head_gate.shape)}")
-    if head_gate.device != device:
-        raise ValueError(f"head_gate is on {head_gate.device} but x is on {device}")
-    if readable(head_gate) and head_gate.isnan().any():
-        at = head_gate.isnan().nonzero().flatten().tolist()
-        raise ValueError(f"head_gate is NaN at heads {at}")
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

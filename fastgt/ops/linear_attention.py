@@ -21,6 +21,7 @@ from fastgt.ops._arguments import (
     number,
     refuse_forward_mode,
 )
+from fastgt.ops._head_gate import check_gate, gated, head_mask
 from fastgt.ops._impl import Impl, choose, require_triton
 from fastgt.ops.segment_pool import segment_sum
 
@@ -39,6 +40,8 @@ def linear_attention(
     projection: Tensor | None = None,
     eps: float = 1e-6,
     normalize: bool = True,
+    head_gate: Tensor | None = None,
+    dense_gate_grad: bool = False,
     impl: Impl | None = None,
 ) -> Tensor:
     """Attention of every node over all nodes of its graph, in time linear in their number.
@@ -46,7 +49,7 @@ def linear_attention(
     For node i of graph g and head h, with a feature map phi from D to M channels::
 
         S_g   = sum_j phi(k_j) v_j^T,   z_g = sum_j phi(k_j)        j over the nodes of g
-        out_i = phi(q_i)^T S_g / (phi(q_i)^T z_g + eps)
+        out_i = gate_gh phi(q_i)^T S_g / (phi(q_i)^T z_g + eps)
 
     Graphs lie one after another, of any size, without padding: what is in one graph, NaN included,
     reaches no other. The result is the same, bit for bit, every time; gradients too (on a CPU, with
@@ -77,6 +80,11 @@ def linear_attention(
             :func:`fastgt.nn.random_features` draws one. It gets no gradient here.
         eps: eps above, relative to the features as they are.
         normalize: False: ``out_i = phi(q_i)^T S_g``.
+        head_gate: ``[H]``, or ``[G, H]`` for each graph, floating point or bool. Where it is 0 the
+            head is masked: neither read nor computed, in the forward and in the backward, with an
+            output and gradients of 0, and NaN there changes nothing. A gate other than 0 gets its
+            gradient ``sum do . out / gate``, one of 0 gets 0. NaN is refused (on a CPU).
+        dense_gate_grad: Compute masked heads too, so that gates of 0 get the exact gradient.
         impl: As in :func:`fastgt.neighborhood_attention`.
 
     Returns:
@@ -111,31 +119,14 @@ def linear_attention(
     eps = number("eps", eps)
     _check(q, k, v, offsets, feature_map, projection)
     check_numbers(q, None, eps, 0.0, "eps")
+    mask = None
+    if head_gate is not None:
+        graphs = 1 if offsets is None else offsets.shape[0] - 1
+        check_gate(head_gate, q.shape[1], q.device, graphs)
+        mask = None if dense_gate_grad else head_mask(head_gate)
     impl = choose(impl, q)
-    if impl == "reference":
-        return reference.linear_attention(
-            q,
-            k,
-            v,
-            offsets,
-            feature_map=feature_map,
-            projection=projection,
-            eps=eps,
-            normalize=normalize,
-        )
-    if torch.is_grad_enabled() and projection is not None and projection.requires_grad:
-        raise NotImplementedError(
-            "projection requires a gradient, which only impl='reference' gives: detach it, or make "
-            "learnt features outside, with feature_map='relu' or 'identity'"
-        )
-    if torch.compiler.is_compiling():
-        # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
-        k, v = k.view_as(k), v.view_as(v)
-    refuse_forward_mode(q, k, v, *(() if projection is None else (projection,)))
-    settings = feature_map, eps, bool(normalize)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return _LinearAttention.apply(q, k, v, offsets, projection, impl, settings)[0]
-    return _fwd(impl, q, k, v, offsets, projection, *settings)[0]
+    out = _attend(q, k, v, offsets, projection, mask, impl, (feature_map, eps, bool(normalize)))
+    return out if head_gate is None else gated(out, head_gate, offsets)
 
 
 def sgformer_attention(
@@ -202,6 +193,43 @@ def sgformer_attention(
     return ((linear + n * v) / share).to(q.dtype)
 
 
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor | None,
+    projection: Tensor | None,
+    mask: Tensor | None,
+    impl: Impl,
+    settings: tuple[str, float, bool],
+) -> Tensor:
+    feature_map, eps, normalize = settings
+    if impl == "reference":
+        return reference.linear_attention(
+            q,
+            k,
+            v,
+            offsets,
+            feature_map=feature_map,
+            projection=projection,
+            eps=eps,
+            normalize=normalize,
+            mask=mask,
+        )
+    if torch.is_grad_enabled() and projection is not None and projection.requires_grad:
+        raise NotImplementedError(
+            "projection requires a gradient, which only impl='reference' gives: detach it, or make "
+            "learnt features outside, with feature_map='relu' or 'identity'"
+        )
+    if torch.compiler.is_compiling():
+        # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
+        k, v = k.view_as(k), v.view_as(v)
+    refuse_forward_mode(q, k, v, *(() if projection is None else (projection,)))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return _LinearAttention.apply(q, k, v, offsets, projection, mask, impl, settings)[0]
+    return _fwd(impl, q, k, v, offsets, projection, mask, *settings)[0]
+
+
 def _check(
     q: Tensor,
     k: Tensor,
@@ -253,27 +281,29 @@ class _LinearAttention(torch.autograd.Function):
         v: Tensor,
         offsets: Tensor | None,
         projection: Tensor | None,
+        mask: Tensor | None,
         impl: str,
         settings: tuple[str, float, bool],
     ) -> tuple[Tensor, Tensor]:
-        o, tops = _fwd(impl, q, k, v, offsets, projection, *settings)
-        ctx.save_for_backward(q, k, v, tops, offsets, projection)
+        o, tops = _fwd(impl, q, k, v, offsets, projection, mask, *settings)
+        ctx.save_for_backward(q, k, v, tops, offsets, projection, mask)
         ctx.impl, ctx.settings = impl, settings
         ctx.mark_non_differentiable(tops)
         return o, tops
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, _: None) -> tuple:
-        q, k, v, tops, offsets, projection = ctx.saved_tensors
+        q, k, v, tops, offsets, projection, mask = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable
-            grads = _reference_grads(do, (q, k, v), offsets, projection, ctx.settings, needs)
+            walk = offsets, projection, mask
+            grads = _reference_grads(do, (q, k, v), *walk, ctx.settings, needs)
         else:
-            walk = tops, offsets, projection
-            found = _bwd(ctx.impl, do, q, k, v, *walk, *ctx.settings, *needs)
+            rest = tops, offsets, projection, mask
+            found = _bwd(ctx.impl, do, q, k, v, *rest, *ctx.settings, *needs)
             grads = [x if need else None for x, need in zip(found, needs, strict=True)]
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 def _reference_grads(
@@ -281,6 +311,7 @@ def _reference_grads(
     inputs: tuple[Tensor, Tensor, Tensor],
     offsets: Tensor | None,
     projection: Tensor | None,
+    mask: Tensor | None,
     settings: tuple[str, float, bool],
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
@@ -298,6 +329,7 @@ def _reference_grads(
         projection=projection,
         eps=eps,
         normalize=normalize,
+        mask=mask,
     )
     wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
     # without nodes, the output hangs on v alone
@@ -310,7 +342,9 @@ def _reference_grads(
 
 
 # tops are the stabilisers of "softmax" keys [G, H]: a CPU makes them anew, and has none [0, H]
-_REST = "Tensor? offsets, Tensor? projection, str feature_map, float eps, bool normalize"
+_REST = (
+    "Tensor? offsets, Tensor? projection, Tensor? mask, str feature_map, float eps, bool normalize"
+)
 torch.library.define(
     "fastgt::linear_attention_fwd",
     f"(str impl, Tensor q, Tensor k, Tensor v, {_REST}) -> (Tensor o, Tensor tops)",
@@ -323,7 +357,7 @@ torch.library.define(
 
 
 @torch.library.register_fake("fastgt::linear_attention_fwd")
-def _(impl, q, k, v, offsets, projection, feature_map, eps, normalize):  # type: ignore[no-untyped-def]
+def _(impl, q, k, v, offsets, projection, mask, feature_map, eps, normalize):  # type: ignore[no-untyped-def]
     graphs = 0
     if impl == "triton" and feature_map == "softmax":
         graphs = 1 if offsets is None else offsets.shape[0] - 1

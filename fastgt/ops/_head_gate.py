@@ -1,0 +1,48 @@
+"""Gates of heads, as the attention operators take them: [H], or [G, H] for each graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgt.ops._arguments import check_float, readable
+
+
+def check_gate(
+    head_gate: object, heads: int, device: torch.device, graphs: int | None = None
+) -> None:
+    """``[H]``, or ``[G, H]`` where there are graphs; values only where they are at hand."""
+    if not isinstance(head_gate, Tensor):
+        raise TypeError(f"head_gate must be a tensor, got {type(head_gate).__name__}")
+    if head_gate.dtype != torch.bool:
+        check_float("head_gate", head_gate)
+    fits = head_gate.ndim == 1 or (
+        graphs is not None and head_gate.ndim == 2 and head_gate.shape[0] == graphs
+    )
+    if not fits or head_gate.shape[-1] != heads:
+        letters = f"[H] = [{heads}]"
+        if graphs is not None:
+            letters += f" or [G, H] = [{graphs}, {heads}]"
+        raise ValueError(f"head_gate must be {letters}, got {list(head_gate.shape)}")
+    if head_gate.device != device:
+        raise ValueError(f"head_gate is on {head_gate.device} but the nodes are on {device}")
+    if readable(head_gate) and head_gate.isnan().any():
+        at = head_gate.isnan().nonzero()
+        if head_gate.ndim == 1:
+            raise ValueError(f"head_gate is NaN at heads {at.flatten().tolist()}")
+        raise ValueError(f"head_gate is NaN at graph and head {at.tolist()}")
+
+
+def head_mask(head_gate: Tensor) -> Tensor:
+    """Which heads are active, [1 or G, H]."""
+    return torch.atleast_2d(head_gate.detach() != 0).contiguous()
+
+
+def gated(out: Tensor, head_gate: Tensor, offsets: Tensor | None) -> Tensor:
+    """out [N, H, D] times the gates of its heads."""
+    if head_gate.dtype == torch.bool:
+        return out
+    gate = head_gate.to(out.dtype)
+    if gate.ndim == 2 and offsets is not None:
+        gate = gate.repeat_interleave(offsets.diff(), 0, output_size=out.shape[0])
+    return out * gate[..., None]

@@ -395,7 +395,7 @@ def test_states_take_no_more_memory_than_the_inputs():
         q = torch.empty(n, heads, d, device="meta")
         offsets = torch.empty(graphs + 1, dtype=torch.int64, device="meta")
         projection = torch.empty(m, d, device="meta")
-        plan = linear_plan(q, q, q, offsets, projection, "softmax")
+        plan = linear_plan(q, q, q, offsets, projection, None, "softmax")
         # but for one piece, and small being rounded
         assert (plan.pieces - 1) * m * (d + 1) <= 1.05 * n * (m + d)
         if n == 1_000_000:

@@ -572,6 +572,8 @@ def test_sgformer(impl, heads):
 
 def test_sgformer_takes_several_dtypes_within_autocast():
     x = case(0, (3, 11), heads=1, d=9, dv=7, dtype=FP32)
+    with torch.autocast(DEVICE, dtype=BF16), pytest.raises(TypeError, match="k must be a tensor"):
+        sgformer_attention(x.q, [1.0], x.v)
     with torch.autocast(DEVICE, dtype=BF16):
         found = sgformer_attention(x.q.to(BF16), x.k, x.v, x.offsets)
     assert found.dtype == FP32

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastgt.ops._arguments import check_float, readable
 
 
-def check_gate(
+def check_head_gate(
     head_gate: object, heads: int, device: torch.device, graphs: int | None = None
 ) -> None:
     """``[H]``, or ``[G, H]`` where there are graphs; values only where they are at hand."""

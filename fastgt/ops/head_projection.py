@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from fastgt import reference
 from fastgt.ops._arguments import autocast, autocasts, check_float, refuse_forward_mode
-from fastgt.ops._head_gate import check_gate, head_mask
+from fastgt.ops._head_gate import check_head_gate, head_mask
 from fastgt.ops._impl import Impl, choose, require_triton
 
 
@@ -58,7 +58,8 @@ def head_projection(
 
     Returns:
         ``[N, H, D]`` into heads, ``[N, C]`` out of them, in x's dtype. Sums are kept in float32
-        (float64 for float64). Derivatives of any order.
+        (float64 for float64). Backward derivatives of any order; forward-mode ones need
+        ``impl="reference"``.
 
     Raises:
         TypeError, ValueError: An argument does not fit; its name and both numbers are given.
@@ -84,7 +85,7 @@ def head_projection(
     into = x.ndim == 2
     heads, width = weight.shape[:2] if into else weight.shape[1:]
     if head_gate is not None:
-        check_gate(head_gate, heads, x.device)
+        check_head_gate(head_gate, heads, x.device)
     impl = choose(impl, x)
     if head_gate is None and impl != "reference":
         if not into:

@@ -21,7 +21,7 @@ from fastgt.ops._arguments import (
     number,
     refuse_forward_mode,
 )
-from fastgt.ops._head_gate import check_gate, gated, head_mask
+from fastgt.ops._head_gate import check_head_gate, gated, head_mask
 from fastgt.ops._impl import Impl, choose, require_triton
 from fastgt.ops.segment_pool import segment_sum
 
@@ -79,7 +79,7 @@ def linear_attention(
         projection: ``[M, D]`` for the last two, of any float dtype, M from 1 to 1024:
             :func:`fastgt.nn.random_features` draws one. It gets no gradient here.
         eps: eps above, relative to the features as they are.
-        normalize: False: ``out_i = phi(q_i)^T S_g``.
+        normalize: False: ``out_i = gate_gh phi(q_i)^T S_g``.
         head_gate: ``[H]``, or ``[G, H]`` for each graph, floating point or bool. Where it is 0 the
             head is masked: neither read nor computed, in the forward and in the backward, with an
             output and gradients of 0, and NaN there changes nothing. A gate other than 0 gets its
@@ -122,7 +122,7 @@ def linear_attention(
     mask = None
     if head_gate is not None:
         graphs = 1 if offsets is None else offsets.shape[0] - 1
-        check_gate(head_gate, q.shape[1], q.device, graphs)
+        check_head_gate(head_gate, q.shape[1], q.device, graphs)
         mask = None if dense_gate_grad else head_mask(head_gate)
     impl = choose(impl, q)
     out = _attend(q, k, v, offsets, projection, mask, impl, (feature_map, eps, bool(normalize)))
@@ -166,7 +166,8 @@ def sgformer_attention(
         >>> sgformer_attention(q, k, v, torch.tensor([0, 3, 10])).shape
         torch.Size([10, 1, 64])
     """
-    if isinstance(q, Tensor) and autocasts(q.device.type):
+    given = all(isinstance(x, Tensor) for x in (q, k, v))
+    if given and autocasts(q.device.type):
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
         q, k, v = (x.to(dtype) for x in (q, k, v))
     _check(q, k, v, offsets, "identity", None)

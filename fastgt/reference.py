@@ -37,12 +37,24 @@ def neighborhood_attention(
     return_lse: bool = False,
     return_weights: bool = False,
     return_edge_scores: bool = False,
+    active: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """See :func:`fastgt.neighborhood_attention`."""
+    """See :func:`fastgt.neighborhood_attention`; ``active`` [1 or N_rows, H] are its heads."""
     key, query = graph.edge_index  # [E], in the caller's order
     rows, heads, group = q.shape[0], q.shape[1], q.shape[1] // max(k.shape[1], 1)
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     keys, values = (x.repeat_interleave(group, 1)[key] for x in (k, v))  # [E, H, .]
+    on = None
+    if active is not None:
+        on = active.expand(rows, -1)[query][..., None]  # [E, H, 1]
+        anywhere = active.any(0)[:, None]
+        q = torch.where(active[..., None], q, 0)
+        keys, values = torch.where(on, keys, 0), torch.where(on, values, 0)
+        edge_key, edge_value = _masked(edge_key, on), _masked(edge_value, on)
+        edge_key_weight = _masked(edge_key_weight, anywhere)
+        edge_value_weight = _masked(edge_value_weight, anywhere)
+        edge_bias = _masked(edge_bias, on[..., 0])
+        edge_gate = _masked(edge_gate, on[..., 0] if _by_head(edge_gate) else on)
     if edge_key is not None:
         keys = keys + edge_key
     if edge_value is not None:
@@ -54,13 +66,17 @@ def neighborhood_attention(
 
     product = q[query] * keys  # [E, H, D]
     if edge_gate is not None:
-        product = product * (edge_gate if edge_gate.ndim == 3 else edge_gate[..., None])
+        product = product * (edge_gate[..., None] if _by_head(edge_gate) else edge_gate)
+    if on is not None:
+        product = torch.where(on, product, 0)  # nor do its scores' gradients, whatever they are
     logit = product.sum(-1) * scale  # [E, H]
     if logit_clamp is not None:
         low, high = logit_clamp if isinstance(logit_clamp, tuple) else (-logit_clamp, logit_clamp)
         logit = logit.clamp(low, high)
     if edge_bias is not None:
         logit = logit + edge_bias
+    if on is not None:
+        logit = torch.where(on[..., 0], logit, -torch.inf)
 
     # any pivot gives the same result; the row maximum keeps exp() in range
     index = query[:, None].expand_as(logit)
@@ -93,6 +109,15 @@ def neighborhood_attention(
     if return_edge_scores:
         extras.append(product * scale)
     return (out, *extras) if extras else out
+
+
+def _masked(x: Tensor | None, on: Tensor) -> Tensor | None:
+    return None if x is None else torch.where(on, x, 0)
+
+
+def _by_head(edge_gate: Tensor | None) -> bool:
+    """Whether gates are [E, H], not [E, H, D]."""
+    return edge_gate is not None and edge_gate.ndim == 2
 
 
 def segment_softmax(x: Tensor, graph: Graph) -> Tensor:

@@ -31,6 +31,9 @@ meet in ``attention_combine.py``. The forward and the dq kernel walk the rows, t
 the same edges by columns, where it also writes what edges receive (``attention_backward.py``):
 every output element has one writer, in a fixed order, hence no atomics and the same bits every
 time. w and gamma come from p and dp in the accumulator's precision, never from a rounded output.
+
+Where heads may be masked, a program has one head (BLOCK_H = 1), and rows have no edges to a masked
+one. What is written edge by edge starts as zeros.
 """
 
 import math
@@ -58,6 +61,7 @@ from .prims import (
     joined,
     kept,
     kept_share,
+    load_active,
     load_attr,
     load_attr_q,
     load_factor,
@@ -91,6 +95,7 @@ def _attention_fwd_kernel(
     C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
     EDGES: tl.constexpr = False, SHARED: tl.constexpr = False,
     seed_ptr=None, threshold=0,  # of dropout
+    active_ptr=None, active_stride=None,  # [N, H], which heads are not masked
 ):  # fmt: skip
     """Grid (row groups, head blocks): one program owns BLOCK_R rows, or one, of BLOCK_H heads."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
@@ -103,15 +108,19 @@ def _attention_fwd_kernel(
         BUCKETS, BLOCK_R, BLOCK_E,
     )  # fmt: skip
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    read = mine
+    if active_ptr is not None:
+        read = load_active(active_ptr, active_stride, row, mine, tl.max(head, 0))
+        end = tl.where(read, end, begin)
     lane = tl.arange(0, BLOCK_E)
     low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
 
-    q = load_heads(q_ptr, q_stride, row[:, None], mine[:, None], head, H, D, BLOCK_D, ALIGN)
+    q = load_heads(q_ptr, q_stride, row[:, None], read[:, None], head, H, D, BLOCK_D, ALIGN)
     q = q.to(ACC)  # [R, 1, H, D]
     attr_q = 0.0
     if EDGES:
         attr_q = load_attr_q(
-            terms, row[:, None], mine[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
+            terms, row[:, None], read[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
         )  # [R, 1, H, C]
 
     lane_max = tl.full([BLOCK_R, BLOCK_E, BLOCK_H], float("-inf"), ACC)
@@ -219,6 +228,7 @@ def _attention_weights_kernel(
     BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
     EDGES: tl.constexpr = False,
+    active_ptr=None, active_stride=None,
 ):  # fmt: skip
     """Grid (row groups, head blocks): the weights of BLOCK_R rows, or one, of BLOCK_H heads.
 
@@ -232,14 +242,18 @@ def _attention_weights_kernel(
         BUCKETS, BLOCK_R, BLOCK_E,
     )  # fmt: skip
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    read = mine
+    if active_ptr is not None:
+        read = load_active(active_ptr, active_stride, row, mine, tl.max(head, 0))
+        end = tl.where(read, end, begin)
     lane = tl.arange(0, BLOCK_E)
     low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
-    q = load_heads(q_ptr, q_stride, row[:, None], mine[:, None], head, H, D, BLOCK_D, ALIGN)
+    q = load_heads(q_ptr, q_stride, row[:, None], read[:, None], head, H, D, BLOCK_D, ALIGN)
     q = q.to(ACC)
     attr_q = 0.0
     if EDGES:
         attr_q = load_attr_q(
-            terms, row[:, None], mine[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
+            terms, row[:, None], read[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
         )
     at = row[:, None] * H + head[None, :]
     mask = mine[:, None] & (head < H)[None, :]
@@ -277,12 +291,13 @@ class EdgeResults(NamedTuple):
 
 
 def attention_fwd(
-    q, k, v, edge_bias, rows, scale, low, high, eps, return_weights, scores=None, attr_o=None,
-    terms=None, edge_meta=_PLAIN,
+    q, k, v, edge_bias, on_rows, rows, scale, low, high, eps, return_weights,
+    scores=None, attr_o=None, terms=None, edge_meta=_PLAIN,
 ):  # fmt: skip
     """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order.
 
-    With ``terms``, ``scores [E, H, D]`` and ``attr_o [N, H, C]`` are filled where given.
+    To heads that are not in ``on_rows`` [1 or N, H] (None: all are) a row has no edges. With
+    ``terms``, ``scores [E, H, D]`` and ``attr_o [N, H, C]`` are filled where given.
     """
     n, heads, _ = q.shape
     row_ptr, col, edge, few, middle, segment, split = attention_walk(rows)
@@ -298,7 +313,7 @@ def attention_fwd(
     made = None if terms is None else EdgeResults(scores, attr_o, attr_part)
     if n and heads:
         meta, grid, counts = attention_plan(
-            q, k, v, (q, k, v), n, heads, few, middle, segment, edge_meta
+            q, k, v, (q, k, v), n, heads, few, middle, segment, edge_meta, on_rows
         )
         _attention_fwd_kernel[grid](
             q, k, v, edge_bias, o, lse, norm, part, stat, row_ptr, col, edge, few, middle, segment,
@@ -310,10 +325,10 @@ def attention_fwd(
             combine_outputs(o, lse, norm, part, stat, split, log(eps))
             if attr_o is not None:
                 combine_outputs(attr_o, lse, None, attr_part, stat, split, log(eps))
-    weights = q.new_empty(col.shape[0] if return_weights else 0, heads)
+    weights = on_edges(q, on_rows, col.shape[0] if return_weights else 0, heads)
     if return_weights and n and heads:
         meta, grid, counts = attention_plan(
-            q, k, k, (q, k), n, heads, few, middle, segment, edge_meta
+            q, k, k, (q, k), n, heads, few, middle, segment, edge_meta, on_rows
         )
         for name in ("DV", "BLOCK_DV", "SHARED", "seed_ptr", "threshold"):
             meta.pop(name, None)
@@ -326,17 +341,17 @@ def attention_fwd(
 
 
 def attention_edges_fwd(
-    q, k, v, edge_bias, terms, rows, scale, low, high, eps,
+    q, k, v, edge_bias, on_rows, terms, rows, scale, low, high, eps,
     dropout, shared, return_weights, return_scores, weigh_attr,
 ):  # fmt: skip
     """-> o, lse, weights, edge scores [E, H, D] (or [0, H, D]), attributes [N, H, C] (or 0)."""
     n, heads, width = q.shape
-    scores = q.new_empty(rows[1].shape[0] if return_scores else 0, heads, width)
+    scores = on_edges(q, on_rows, rows[1].shape[0] if return_scores else 0, heads, width)
     channels = terms[3].shape[1] if weigh_attr else 0
     attr_o = q.new_empty(n, heads, channels, dtype=accumulator(q))
     terms, edge_meta = attention_terms(q, terms, dropout, shared, ())
     found = attention_fwd(
-        q, k, v, edge_bias, rows, scale, low, high, eps, return_weights,
+        q, k, v, edge_bias, on_rows, rows, scale, low, high, eps, return_weights,
         scores if return_scores else None, attr_o if weigh_attr else None, terms, edge_meta,
     )  # fmt: skip
     return *found, scores, attr_o
@@ -370,13 +385,26 @@ def attention_walk(walk):
     return walk if len(walk) > 3 else (*walk, None, None, None, None)
 
 
-def attention_plan(q, k, v, aligned, num_rows, heads, few, middle, segment, edge_meta):
+def on_edges(like, active, *shape):
+    """Room for what kernels write edge by edge, in the dtype of ``like``: not where a head is
+    masked."""
+    return like.new_empty(shape) if active is None else like.new_zeros(shape)
+
+
+def active_heads(active):
+    """What kernels take with [1 or N, H]: where rows share their heads, a stride of 0."""
+    rows = active.stride(0) if active.shape[0] > 1 else 0
+    return {"active_ptr": active, "active_stride": (rows, active.stride(1))}
+
+
+def attention_plan(q, k, v, aligned, num_rows, heads, few, middle, segment, edge_meta, active):
     block_d, block_dv = power_of_2(q.shape[2]), power_of_2(v.shape[2])
     width = max(block_d, block_dv, edge_meta.get("BLOCK_C", 1))
+    together = heads if active is None else 1
     if edge_meta:
-        tile = attention_tile(heads, width, q.element_size(), True, warp_lanes())
+        tile = attention_tile(together, width, q.element_size(), True, warp_lanes())
     else:
-        tile = attention_tile(heads, width, q.element_size())
+        tile = attention_tile(together, width, q.element_size())
     counts = num_rows, 0, 0
     if few is not None:
         counts = tuple(x.shape[0] - FILLERS for x in (few, middle, segment))
@@ -394,5 +422,7 @@ def attention_plan(q, k, v, aligned, num_rows, heads, few, middle, segment, edge
         "num_warps": tile.num_warps,
         **edge_meta,
     }
+    if active is not None:
+        meta |= active_heads(active)
     programs = -(-counts[0] // tile.block_r) + counts[1] + counts[2]
     return meta, (programs, -(-heads // tile.block_h)), counts

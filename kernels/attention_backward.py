@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import COUNTS, attention_plan, attention_terms, attention_walk
+from .attention import COUNTS, attention_plan, attention_terms, attention_walk, on_edges
 from .attention_combine import combine_columns, combine_rows, finish_row
 from .configs import clamps, log, stride
 from .prims import (
@@ -24,6 +24,7 @@ from .prims import (
     add_edge_value,
     joined,
     kept,
+    load_active,
     load_attr,
     load_attr_q,
     load_factor,
@@ -56,6 +57,7 @@ def _attention_bwd_dq_kernel(
     C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
     EDGES: tl.constexpr = False, SHARED: tl.constexpr = False,
     seed_ptr=None, threshold=0,  # of dropout
+    active_ptr=None, active_stride=None,  # [N, H], which heads are not masked
 ):  # fmt: skip
     """Grid (row groups, head blocks): dq, w and gamma of BLOCK_R rows, or one, of BLOCK_H heads.
 
@@ -73,21 +75,25 @@ def _attention_bwd_dq_kernel(
         BUCKETS, BLOCK_R, BLOCK_E,
     )  # fmt: skip
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    read = mine
+    if active_ptr is not None:
+        read = load_active(active_ptr, active_stride, row, mine, tl.max(head, 0))
+        end = tl.where(read, end, begin)
     lane = tl.arange(0, BLOCK_E)
     low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
 
-    q = load_heads(q_ptr, q_stride, row[:, None], mine[:, None], head, H, D, BLOCK_D, ALIGN)
+    q = load_heads(q_ptr, q_stride, row[:, None], read[:, None], head, H, D, BLOCK_D, ALIGN)
     q = q.to(ACC)  # [R, 1, H, D]
-    do = load_heads(do_ptr, do_stride, row[:, None], mine[:, None], head, H, DV, BLOCK_DV, ALIGN)
+    do = load_heads(do_ptr, do_stride, row[:, None], read[:, None], head, H, DV, BLOCK_DV, ALIGN)
     do = do.to(ACC)  # [R, 1, H, DV]
     attr_q = 0.0
     if EDGES:
         attr_q = load_attr_q(
-            terms, row[:, None], mine[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
+            terms, row[:, None], read[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
         )  # [R, 1, H, C]
     if ATTR_DO:
         attr_do = load_heads(
-            grads.attr_do, (H * C, C, 1), row[:, None], mine[:, None], head, H, C, BLOCK_C,
+            grads.attr_do, (H * C, C, 1), row[:, None], read[:, None], head, H, C, BLOCK_C,
             EDGE_ALIGN,
         ).to(ACC)  # fmt: skip
     at = row[:, None] * H + head[None, :]
@@ -212,6 +218,7 @@ def _attention_bwd_dkv_kernel(
     C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
     EDGES: tl.constexpr = False, SHARED: tl.constexpr = False,
     seed_ptr=None, threshold=0,  # of dropout
+    active_ptr=None, active_stride=None,  # [N, H], which heads are not masked
     ADD: tl.constexpr = False,  # to what earlier launches made of the attributes' gradient
 ):  # fmt: skip
     """Grid (column groups, key head blocks): dk, dv of BLOCK_R columns, or of one, and what their
@@ -233,10 +240,18 @@ def _attention_bwd_dkv_kernel(
     lane = tl.arange(0, BLOCK_E)
     low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
     H_KV: tl.constexpr = H // GROUP
+    read = mine
+    if active_ptr is not None:
+        # heads of columns: no edge leaves its graph
+        first = tl.max(kv_head, 0) * GROUP
+        read = load_active(active_ptr, active_stride, col, mine, first)
+        for member in range(1, GROUP):
+            read |= load_active(active_ptr, active_stride, col, mine, first + member)
+        end = tl.where(read, end, begin)
 
-    k = load_heads(k_ptr, k_stride, col[:, None], mine[:, None], kv_head, H_KV, D, BLOCK_D, ALIGN)
+    k = load_heads(k_ptr, k_stride, col[:, None], read[:, None], kv_head, H_KV, D, BLOCK_D, ALIGN)
     k = k.to(ACC)  # [R, 1, H, D]
-    v = load_heads(v_ptr, v_stride, col[:, None], mine[:, None], kv_head, H_KV, DV, BLOCK_DV, ALIGN)
+    v = load_heads(v_ptr, v_stride, col[:, None], read[:, None], kv_head, H_KV, DV, BLOCK_DV, ALIGN)
     v = v.to(ACC)  # [R, 1, H, DV]
 
     dk = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_D], ACC)
@@ -256,19 +271,23 @@ def _attention_bwd_dkv_kernel(
             dattr = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_C], ACC)
         for member in range(GROUP):
             head = kv_head * GROUP + member  # H and beyond for the padded ones
-            q = load_heads(q_ptr, q_stride, row, live, head, H, D, BLOCK_D, ALIGN).to(ACC)
-            do = load_heads(do_ptr, do_stride, row, live, head, H, DV, BLOCK_DV, ALIGN).to(ACC)
+            here = live
+            if active_ptr is not None:
+                on = load_active(active_ptr, active_stride, col, mine, tl.max(head, 0))
+                here = live & on[:, None]
+            q = load_heads(q_ptr, q_stride, row, here, head, H, D, BLOCK_D, ALIGN).to(ACC)
+            do = load_heads(do_ptr, do_stride, row, here, head, H, DV, BLOCK_DV, ALIGN).to(ACC)
             key, value, gate, factor, attr_q = k, v, 1.0, 1.0, 0.0
             if EDGES:
-                key, edge_key = add_edge_key(k, terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
-                gate = load_gate(terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
+                key, edge_key = add_edge_key(k, terms, edge, here, head, H, D, BLOCK_D, EDGE_ALIGN)
+                gate = load_gate(terms, edge, here, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
                 value = add_edge_value(
-                    v, edge_key, terms, edge, live, head, H, DV, BLOCK_DV, EDGE_ALIGN, SHARED
+                    v, edge_key, terms, edge, here, head, H, DV, BLOCK_DV, EDGE_ALIGN, SHARED
                 )
-                attr_q = load_attr_q(terms, row, live, head, H, C, BLOCK_C, EDGE_ALIGN, ACC)
-                factor = load_factor(terms, edge, live, head, H, ACC)
+                attr_q = load_attr_q(terms, row, here, head, H, C, BLOCK_C, EDGE_ALIGN, ACC)
+                factor = load_factor(terms, edge, here, head, H, ACC)
             at = row.to(tl.int64)[:, :, None] * H + head[None, None, :]
-            mask = live[:, :, None] & (head < H)[None, None, :]
+            mask = here[:, :, None] & (head < H)[None, None, :]
             lse = load_lse(lse_ptr + at, mask)  # [R, E, H]
             # where no edge counts, neither do upstream gradients, finite or not
             counts = (lse < float("inf"))[:, :, :, None]
@@ -276,7 +295,7 @@ def _attention_bwd_dkv_kernel(
             w = tl.load(wgamma_ptr + 2 * at, mask=mask, other=0.0)
             gated = key * gate
             s, through, bare = logits(
-                q, gated, attr_q, attr, factor, live, edge, head, bias_ptr, bias_stride,
+                q, gated, attr_q, attr, factor, here, edge, head, bias_ptr, bias_stride,
                 scale, low, high, H, CLAMP, HAS_BIAS, ATTR_Q,
             )  # fmt: skip
             p = tl.exp(s - lse)
@@ -289,7 +308,7 @@ def _attention_bwd_dkv_kernel(
                 dp = tl.sum(do * value, 3)
                 if ATTR_DO:
                     attr_do = load_heads(
-                        grads.attr_do, (H * C, C, 1), row, live, head, H, C, BLOCK_C,
+                        grads.attr_do, (H * C, C, 1), row, here, head, H, C, BLOCK_C,
                         EDGE_ALIGN,
                     ).to(ACC)  # fmt: skip
                     attr_do = tl.where(counts, attr_do, 0.0)
@@ -302,7 +321,7 @@ def _attention_bwd_dkv_kernel(
                 dt = (ds * factor)[:, :, :, None]  # of every product of channels, but for scale
                 if DSCORES:
                     dscores = load_heads(
-                        grads.dscores, (H * D, D, 1), edge, live, head, H, D, BLOCK_D,
+                        grads.dscores, (H * D, D, 1), edge, here, head, H, D, BLOCK_D,
                         EDGE_ALIGN,
                     ).to(ACC)  # fmt: skip
                     dt = dt + dscores * factor[:, :, :, None]
@@ -318,14 +337,14 @@ def _attention_bwd_dkv_kernel(
                         tl.store(grads.dfactor + edge_at, dfactor, mask=mask)
                     if grads.dgate is not None:
                         dgate = dt * q * key * scale
-                        store_heads(grads.dgate, edge, live, head, H, D, BLOCK_D, dgate)
+                        store_heads(grads.dgate, edge, here, head, H, D, BLOCK_D, dgate)
                     if grads.dkey is not None:
                         dkey = dkey * scale
                         if SHARED:
                             dkey += dvalue
-                        store_heads(grads.dkey, edge, live, head, H, D, BLOCK_D, dkey)
+                        store_heads(grads.dkey, edge, here, head, H, D, BLOCK_D, dkey)
                     if grads.dvalue is not None:
-                        store_heads(grads.dvalue, edge, live, head, H, DV, BLOCK_DV, dvalue)
+                        store_heads(grads.dvalue, edge, here, head, H, DV, BLOCK_DV, dvalue)
                 if DATTR:
                     if ATTR_Q:
                         dattr += tl.sum((ds * factor * scale)[:, :, :, None] * attr_q, 2)
@@ -375,7 +394,7 @@ class EdgeGrads(NamedTuple):
 
 
 def attention_bwd(
-    do, dlse, q, k, v, edge_bias, lse, rows, columns,
+    do, dlse, q, k, v, edge_bias, on_rows, on_cols, lse, rows, columns,
     scale, low, high, eps, need_q, need_k, need_v, need_bias,
     terms=None, grads=None, edge_meta=_PLAIN,
 ):  # fmt: skip
@@ -389,7 +408,7 @@ def attention_bwd(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if need_q else q.new_empty(0)
     dk = torch.empty_like(k, memory_format=torch.contiguous_format) if need_k else q.new_empty(0)
     dv = torch.empty_like(v, memory_format=torch.contiguous_format) if need_v else q.new_empty(0)
-    dbias = q.new_empty(col.shape[0], heads) if need_bias else q.new_empty(0)
+    dbias = on_edges(q, on_rows, col.shape[0], heads) if need_bias else q.new_empty(0)
     wgamma = lse.new_empty(n, heads, 2)
     shared = {"CLAMP": clamps(low, high), "HAS_BIAS": edge_bias is not None}
     strides = q.stride(), k.stride(), v.stride(), stride(edge_bias), do.stride()
@@ -397,7 +416,7 @@ def attention_bwd(
     if n and heads:
         aligned = q, k, v, do
         meta, grid, counts = attention_plan(
-            q, k, v, aligned, n, heads, few, middle, segment, edge_meta
+            q, k, v, aligned, n, heads, few, middle, segment, edge_meta, on_rows
         )
         parts = part = stat = None
         if segment is not None:
@@ -423,7 +442,7 @@ def attention_bwd(
         col_ptr, col_row, col_edge, few, middle, segment, split = attention_walk(columns)
         aligned = q, k, v, do
         meta, grid, counts = attention_plan(
-            q, k, v, aligned, m, kv_heads, few, middle, segment, edge_meta
+            q, k, v, aligned, m, kv_heads, few, middle, segment, edge_meta, on_cols
         )
         parts = dk_part = dv_part = None
         if segment is not None:
@@ -439,7 +458,8 @@ def attention_bwd(
                 q, k, v, edge_bias, do, lse, wgamma, dk, dv, dbias, dk_part, dv_part,
                 col_ptr, col_row, col_edge, few, middle, segment, terms, grads,
                 *strides, *counts, first_block, *floats,
-                NEED_K=need_k, NEED_V=need_v, NEED_BIAS=need_bias, ADD=first_block > 0,
+                NEED_K=need_k, NEED_V=need_v, NEED_BIAS=need_bias,
+                ADD=first_block > 0 or on_cols is not None,
                 **shared, **meta,
             )  # fmt: skip
         if parts:
@@ -450,13 +470,13 @@ def attention_bwd(
 
 
 def attention_edges_bwd(
-    do, dlse, dscores, dattr_o, q, k, v, edge_bias, terms, lse, rows, columns,
+    do, dlse, dscores, dattr_o, q, k, v, edge_bias, on_rows, on_cols, terms, lse, rows, columns,
     scale, low, high, eps, dropout, shared, needs,
 ):  # fmt: skip
     """-> gradients of q, k, v, the bias, gate, key, value, attr, attr_q; empty where not needed."""
     gate, key, value, attr, attr_q, _ = terms
     dgate, dkey, dvalue, dattr, dattr_q = (
-        q.new_empty(0) if x is None or not need else x.new_empty(x.shape)
+        q.new_empty(0) if x is None or not need else on_edges(x, on_rows, *x.shape)
         for x, need in zip((gate, key, value, attr, attr_q), needs[4:], strict=True)
     )
     dscores, dattr_o = (None if x is None else x.contiguous() for x in (dscores, dattr_o))
@@ -467,7 +487,7 @@ def attention_edges_bwd(
         grad if needs[number] else None for grad, number in wanted
     )
     if dattr_wide is not None and dattr.dtype != lse.dtype:
-        dattr_wide = lse.new_empty(dattr.shape)
+        dattr_wide = on_edges(lse, on_rows, *dattr.shape)
     grads = EdgeGrads(
         dscores=dscores,
         attr_do=dattr_o,
@@ -480,7 +500,7 @@ def attention_edges_bwd(
         dattr=dattr_wide,
     )
     found = attention_bwd(
-        do, dlse, q, k, v, edge_bias, lse, rows, columns,
+        do, dlse, q, k, v, edge_bias, on_rows, on_cols, lse, rows, columns,
         scale, low, high, eps, *needs[:4], terms, grads, edge_meta,
     )  # fmt: skip
     if dattr_wide is not None and dattr_wide is not dattr:

@@ -21,6 +21,9 @@ it at the end:
 
     t ds = p (r dp - gamma_0) + p (gamma_0 - t gamma),   gamma_0 = r do . o - g
 
+Rows where a head is masked are computed with their window, unless it is masked in all of them,
+and not kept.
+
 A tile's products also meet edges that are not there: 0 * NaN would spread NaN to all rows of the
 window. Where a result is not finite, the window is computed again, column by column.
 """
@@ -29,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention import active_heads, on_edges
 from .configs import (
     accumulator,
     alignment,
@@ -40,7 +44,17 @@ from .configs import (
     stride,
     window_tile,
 )
-from .prims import dot, edge_slots, kept_share, load_lse, load_rows, scalar, store_rows, tile_mask
+from .prims import (
+    dot,
+    edge_slots,
+    kept_share,
+    load_active,
+    load_lse,
+    load_rows,
+    scalar,
+    store_rows,
+    tile_mask,
+)
 
 
 @triton.jit
@@ -54,6 +68,7 @@ def _windows_fwd_kernel(
     CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTS: tl.constexpr, DENSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ALIGN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    active_ptr=None, active_stride=None,  # [N, H], which heads are not masked
 ):  # fmt: skip
     """Grid (windows x heads): one program owns a window of rows and a head."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
@@ -61,9 +76,15 @@ def _windows_fwd_kernel(
     first, last, start, stop, full = _window(window_ptr, tl.program_id(0) // H)
     row = first + tl.arange(0, BLOCK_M)
     mine = row < last
+    read = mine
+    if active_ptr is not None:
+        read = load_active(active_ptr, active_stride, row, mine, head)
+        stop = tl.where(tl.max(read.to(tl.int32)) > 0, stop, start)
     low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
-    q = load_rows(q_ptr, q_stride, row, mine, head, D, BLOCK_D, ALIGN)  # [M, D]
+    q = load_rows(q_ptr, q_stride, row, read, head, D, BLOCK_D, ALIGN)  # [M, D]
     masked_from = start + full // BLOCK_N * BLOCK_N
+    if active_ptr is not None:
+        masked_from = tl.minimum(masked_from, stop)
 
     top = tl.full([BLOCK_M], float("-inf"), ACC)
     total = tl.zeros([BLOCK_M], ACC)
@@ -84,7 +105,7 @@ def _windows_fwd_kernel(
             GROUP, D, DV, CLAMP, HAS_BIAS, DENSE, True, False,
             BLOCK_N, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
         )  # fmt: skip
-    if _spoilt(acc, mine):
+    if _spoilt(acc, read):
         top = tl.full([BLOCK_M], float("-inf"), ACC)
         total = tl.zeros([BLOCK_M], ACC)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
@@ -97,6 +118,9 @@ def _windows_fwd_kernel(
                 16, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
             )  # fmt: skip
 
+    if active_ptr is not None:
+        # rows of which others in the window have the head
+        total = tl.where(read, total, 0.0)
     pivot = tl.where(top == float("-inf"), 0.0, top)
     empty = total == 0.0
     lse = pivot + tl.log(tl.where(empty, 1.0, total))
@@ -117,7 +141,7 @@ def _windows_fwd_kernel(
             )  # fmt: skip
             p = tl.exp(s - pivot[:, None]) * norm[:, None]
             place = weights_ptr + edge.to(tl.int64) * H + head
-            tl.store(place, p.to(weights_ptr.dtype.element_ty), mask=live)
+            tl.store(place, p.to(weights_ptr.dtype.element_ty), mask=live & read[:, None])
 
 
 @triton.jit
@@ -167,6 +191,7 @@ def _windows_bwd_dq_kernel(
     DENSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ALIGN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    active_ptr=None, active_stride=None,  # [N, H], which heads are not masked
 ):  # fmt: skip
     """Grid (windows x heads): dq, w and gamma of a window's rows."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
@@ -174,9 +199,13 @@ def _windows_bwd_dq_kernel(
     first, last, start, stop, full = _window(window_ptr, tl.program_id(0) // H)
     row = first + tl.arange(0, BLOCK_M)
     mine = row < last
+    read = mine
+    if active_ptr is not None:
+        read = load_active(active_ptr, active_stride, row, mine, head)
+        stop = tl.where(tl.max(read.to(tl.int32)) > 0, stop, start)
     low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
-    q = load_rows(q_ptr, q_stride, row, mine, head, D, BLOCK_D, ALIGN)  # [M, D]
-    do = load_rows(do_ptr, do_stride, row, mine, head, DV, BLOCK_DV, ALIGN)  # [M, DV]
+    q = load_rows(q_ptr, q_stride, row, read, head, D, BLOCK_D, ALIGN)  # [M, D]
+    do = load_rows(do_ptr, do_stride, row, read, head, DV, BLOCK_DV, ALIGN)  # [M, DV]
     o = load_rows(out_ptr, out_stride, row, mine, head, DV, BLOCK_DV, 1)
     at_row = row * H + head
     lse = load_lse(lse_ptr + at_row, mine)  # [M]
@@ -189,6 +218,8 @@ def _windows_bwd_dq_kernel(
     # any finite number will do
     guess = tl.where(tl.abs(guess) < float("inf"), guess, 0.0)
     masked_from = start + full // BLOCK_N * BLOCK_N
+    if active_ptr is not None:
+        masked_from = tl.minimum(masked_from, stop)
 
     total = tl.zeros([BLOCK_M], ACC)
     delta = tl.zeros([BLOCK_M], ACC)
@@ -211,7 +242,7 @@ def _windows_bwd_dq_kernel(
             BLOCK_N, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
         )  # fmt: skip
     if NEED_Q:  # noqa: SIM102  (a constant: "and" would compile both)
-        if _spoilt(dsk + pk, mine):
+        if _spoilt(dsk + pk, read):
             total = tl.zeros([BLOCK_M], ACC)
             delta = tl.zeros([BLOCK_M], ACC)
             dsk = tl.zeros([BLOCK_M, BLOCK_D], ACC)
@@ -289,6 +320,7 @@ def _windows_bwd_dkv_kernel(
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEED_BIAS: tl.constexpr, DENSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ALIGN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    active_ptr=None, active_stride=None,  # [N, H], which heads are not masked
 ):  # fmt: skip
     """Grid (windows of columns x key heads): dk, dv and dbias of a window's columns.
 
@@ -304,27 +336,35 @@ def _windows_bwd_dkv_kernel(
     k = load_rows(k_ptr, k_stride, col, mine, kv_head, D, BLOCK_D, ALIGN)  # [M, D]
     v = load_rows(v_ptr, v_stride, col, mine, kv_head, DV, BLOCK_DV, ALIGN)
     masked_from = start + full // BLOCK_N * BLOCK_N
+    GATED: tl.constexpr = active_ptr is not None
+    if active_ptr is not None:
+        masked_from = start
 
     dk = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
     for member in range(GROUP):
         head = kv_head * GROUP + member
+        end, read = stop, mine
+        if active_ptr is not None:
+            # heads of columns: no edge leaves its graph
+            read = load_active(active_ptr, active_stride, col, mine, head)
+            end = tl.where(tl.max(read.to(tl.int32)) > 0, stop, start)
         for at in range(start, masked_from, BLOCK_N):
             dk, dv = _dkv_tile(
-                k, v, dk, dv, mine, at, stop, start, head,
+                k, v, dk, dv, read, at, stop, start, head,
                 q_ptr, do_ptr, bias_ptr, lse_ptr, wgamma_ptr, dbias_ptr,
                 row_ptr, bits_ptr, base_ptr, edge_ptr,
                 q_stride, do_stride, bias_stride, scale, low, high,
-                H, D, DV, CLAMP, HAS_BIAS, NEED_K, NEED_V, NEED_BIAS, DENSE, False, False,
+                H, D, DV, CLAMP, HAS_BIAS, NEED_K, NEED_V, NEED_BIAS, DENSE, False, False, GATED,
                 BLOCK_N, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
             )  # fmt: skip
-        for at in range(masked_from, stop, BLOCK_N):
+        for at in range(masked_from, end, BLOCK_N):
             dk, dv = _dkv_tile(
-                k, v, dk, dv, mine, at, stop, start, head,
+                k, v, dk, dv, read, at, stop, start, head,
                 q_ptr, do_ptr, bias_ptr, lse_ptr, wgamma_ptr, dbias_ptr,
                 row_ptr, bits_ptr, base_ptr, edge_ptr,
                 q_stride, do_stride, bias_stride, scale, low, high,
-                H, D, DV, CLAMP, HAS_BIAS, NEED_K, NEED_V, NEED_BIAS, DENSE, True, False,
+                H, D, DV, CLAMP, HAS_BIAS, NEED_K, NEED_V, NEED_BIAS, DENSE, True, False, GATED,
                 BLOCK_N, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
             )  # fmt: skip
     if _spoilt(dk, mine) or _spoilt(dv, mine):
@@ -332,13 +372,17 @@ def _windows_bwd_dkv_kernel(
         dv = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
         for member in range(GROUP):
             head = kv_head * GROUP + member
-            for at in range(start, stop, 16):
+            end, read = stop, mine
+            if active_ptr is not None:
+                read = load_active(active_ptr, active_stride, col, mine, head)
+                end = tl.where(tl.max(read.to(tl.int32)) > 0, stop, start)
+            for at in range(start, end, 16):
                 dk, dv = _dkv_tile(
-                    k, v, dk, dv, mine, at, stop, start, head,
+                    k, v, dk, dv, read, at, stop, start, head,
                     q_ptr, do_ptr, bias_ptr, lse_ptr, wgamma_ptr, dbias_ptr,
                     row_ptr, bits_ptr, base_ptr, edge_ptr,
                     q_stride, do_stride, bias_stride, scale, low, high,
-                    H, D, DV, CLAMP, HAS_BIAS, NEED_K, NEED_V, NEED_BIAS, DENSE, True, True,
+                    H, D, DV, CLAMP, HAS_BIAS, NEED_K, NEED_V, NEED_BIAS, DENSE, True, True, GATED,
                     16, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
                 )  # fmt: skip
 
@@ -357,7 +401,7 @@ def _dkv_tile(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEED_BIAS: tl.constexpr, DENSE: tl.constexpr,
-    MASKED: tl.constexpr, EXACT: tl.constexpr,
+    MASKED: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ALIGN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -375,6 +419,10 @@ def _dkv_tile(
         bias_ptr, bias_stride, bits_ptr, base_ptr, edge_ptr, scale, low, high,
         CLAMP, HAS_BIAS, MASKED, NEED_BIAS, BLOCK_M,
     )  # fmt: skip
+    if GATED:
+        live &= mine[:, None]
+        through &= mine[:, None]
+        s = tl.where(live, s, float("-inf"))
     p = tl.exp(s - lse[None, :])  # [M, N]
     if NEED_V:
         a = p * w[None, :]
@@ -484,15 +532,16 @@ def _add_columns(
 
 
 def windows_fwd(
-    q, k, v, edge_bias, rows, height, dense, scale, low, high, eps, return_weights
+    q, k, v, edge_bias, on_rows, rows, height, dense, scale, low, high, eps, return_weights
 ):  # fmt: skip
     """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order."""
     n, heads, _ = q.shape
     tables = rows[3:]
     o = q.new_empty(n, heads, v.shape[2])
     lse = q.new_empty(n, heads, dtype=accumulator(q))
-    weights = q.new_empty(rows[1].shape[0] if return_weights else 0, heads)
-    meta = _plan("fwd", q, k, v, (q, k, v), height, dense, edge_bias is not None or return_weights)
+    weights = on_edges(q, on_rows, rows[1].shape[0] if return_weights else 0, heads)
+    edges = edge_bias is not None or return_weights
+    meta = _plan("fwd", q, k, v, (q, k, v), height, dense, edges, on_rows)
     _windows_fwd_kernel[(tables[0].shape[0] * heads,)](
         q, k, v, edge_bias, o, lse, weights, *tables,
         q.stride(), k.stride(), v.stride(), stride(edge_bias),
@@ -503,7 +552,7 @@ def windows_fwd(
 
 
 def windows_bwd(
-    do, dlse, q, k, v, edge_bias, lse, o, rows, columns, height, dense,
+    do, dlse, q, k, v, edge_bias, on_rows, on_cols, lse, o, rows, columns, height, dense,
     scale, low, high, eps, need_q, need_k, need_v, need_bias,
 ):  # fmt: skip
     """-> dq [N, H, D], dk [M, H_kv, D], dv [M, H_kv, DV], dbias [E, H]; empty where not needed."""
@@ -512,18 +561,20 @@ def windows_bwd(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if need_q else q.new_empty(0)
     dk = torch.empty_like(k, memory_format=torch.contiguous_format) if need_k else q.new_empty(0)
     dv = torch.empty_like(v, memory_format=torch.contiguous_format) if need_v else q.new_empty(0)
-    dbias = q.new_empty(rows[1].shape[0], heads) if need_bias else q.new_empty(0)
+    dbias = on_edges(q, on_rows, rows[1].shape[0], heads) if need_bias else q.new_empty(0)
     wgamma = lse.new_empty(n, heads, 2)
     shared = {"CLAMP": clamps(low, high), "HAS_BIAS": edge_bias is not None}
     strides = q.stride(), k.stride(), v.stride(), stride(edge_bias), do.stride()
     tables = rows[3:]
-    shared |= _plan("bwd", q, k, v, (q, k, v, do), height, dense, edge_bias is not None)
+    shared |= _plan("bwd", q, k, v, (q, k, v, do), height, dense, edge_bias is not None, on_rows)
     _windows_bwd_dq_kernel[(tables[0].shape[0] * heads,)](
         q, k, v, edge_bias, do, dlse, lse, o, dq, wgamma, *tables,
         *strides, o.stride(), stride(dlse),
         scale, low, high, log(eps),
         HAS_DLSE=dlse is not None, NEED_Q=need_q, **shared,
     )  # fmt: skip
+    if on_cols is not None:
+        shared |= active_heads(on_cols)
     if need_k or need_v or need_bias:
         _windows_bwd_dkv_kernel[(columns[0].shape[0] * kv_heads,)](
             q, k, v, edge_bias, do, lse, wgamma, dk, dv, dbias, *columns,
@@ -533,7 +584,7 @@ def windows_bwd(
     return dq, dk, dv, dbias
 
 
-def _plan(direction, q, k, v, aligned, height, dense, edges):
+def _plan(direction, q, k, v, aligned, height, dense, edges, active):
     # a dot product takes at least 16 channels
     block_d, block_dv = (max(16, power_of_2(x.shape[2])) for x in (q, v))
     tile = window_tile(direction, max(block_d, block_dv), q.element_size(), edges)
@@ -552,4 +603,5 @@ def _plan(direction, q, k, v, aligned, height, dense, edges):
         "PRECISION": dot_precision(q),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        **({} if active is None else active_heads(active)),
     }

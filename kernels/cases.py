@@ -38,6 +38,7 @@ class AttentionCase:
     dense: bool = False
     terms: str = ""  # on edges: words of "gate factor key value shared attr drop scores"
     channels: int = 16  # of the attributes
+    masked: bool = False  # heads of each row
 
 
 ATTENTION_CASES = {
@@ -56,6 +57,10 @@ ATTENTION_CASES = {
     "h4_d32_fp64": AttentionCase(4, 32, torch.float64, bias=True, clamp=True),
     "buckets_h8_d16_bf16": AttentionCase(8, 16, torch.bfloat16, buckets=True),
     "buckets_h8_d16_fp32": AttentionCase(8, 16, torch.float32, buckets=True, bias=True),
+    "masked_h8_d16_bf16": AttentionCase(8, 16, torch.bfloat16, masked=True),
+    "masked_h8_d64_fp32": AttentionCase(8, 64, torch.float32, bias=True, weights=True, masked=True),
+    "masked_gqa_h8_d64_bf16": AttentionCase(8, 64, torch.bfloat16, kv_heads=2, masked=True),
+    "masked_buckets_h8_d64_bf16": AttentionCase(8, 64, torch.bfloat16, buckets=True, masked=True),
     "buckets_h8_d128_bf16": AttentionCase(8, 128, torch.bfloat16, buckets=True),
     "edges_gt_zinc_d8_fp32": AttentionCase(
         8, 8, torch.float32, degree=3, clamp=True, terms="gate scores"
@@ -90,6 +95,12 @@ ATTENTION_CASES = {
     "edges_all_d32_fp64": AttentionCase(
         4, 32, torch.float64, bias=True, clamp=True, terms="factor key value attr drop scores"
     ),
+    "edges_masked_d16_fp32": AttentionCase(
+        8, 16, torch.float32, weights=True, terms="attr key value drop", masked=True
+    ),
+    "edges_masked_d64_bf16": AttentionCase(
+        8, 64, torch.bfloat16, terms="gate scores", clamp=True, masked=True
+    ),
     "windows_d16_bf16": AttentionCase(8, 16, torch.bfloat16, height=64),
     "windows_d32_fp16": AttentionCase(8, 32, torch.float16, height=64, clamp=True),
     "windows_d64_bf16": AttentionCase(8, 64, torch.bfloat16, height=64),
@@ -104,6 +115,12 @@ ATTENTION_CASES = {
     "windows_32_d128_fp32": AttentionCase(2, 128, torch.float32, height=32),
     "windows_16_d256_fp32": AttentionCase(2, 256, torch.float32, height=16),
     "windows_d32_fp64": AttentionCase(2, 32, torch.float64, height=64),
+    "windows_masked_d64_bf16": AttentionCase(
+        8, 64, torch.bfloat16, kv_heads=2, height=64, bias=True, masked=True
+    ),
+    "graphs_masked_d64_bf16": AttentionCase(
+        8, 64, torch.bfloat16, height=64, dense=True, masked=True
+    ),
     "graphs_d10_bf16": AttentionCase(8, 10, torch.bfloat16, height=64, dense=True, clamp=True),
     "graphs_d64_bf16": AttentionCase(8, 64, torch.bfloat16, height=64, dense=True),
 }
@@ -122,23 +139,25 @@ def _launch_attention(case: AttentionCase) -> None:
     low, high = (-5.0, 5.0) if case.clamp else (-torch.inf, torch.inf)
     numbers = 1.0, low, high, 0.0
     needs = (True, True, True, case.bias)
+    active = torch.ones(n, case.heads, dtype=torch.bool) if case.masked else None
     walk = ptr, index, index
     if case.height:
         window = index.new_tensor([[0, n, 0, n, 0]] * 2)
         tables = window, index, index.long(), index, index
         how = case.height, case.dense
-        o, lse, _ = windows_fwd(q, k, v, bias, (*walk, *tables), *how, *numbers, case.weights)
-        inputs = o, lse if case.bias else None, q, k, v, bias, lse, o
+        inputs = q, k, v, bias, active
+        o, lse, _ = windows_fwd(*inputs, (*walk, *tables), *how, *numbers, case.weights)
+        inputs = o, lse if case.bias else None, *inputs, active, lse, o
         windows_bwd(*inputs, (*walk, *tables), tables, *how, *numbers, *needs)
         return
     if case.buckets:
         rows, parts = index[: FILLERS + 2], index.new_zeros(FILLERS + 2, 3)
         walk = *walk, rows, rows, parts, parts
     if case.terms:
-        _launch_edges(case, q, k, v, bias, walk, numbers)
+        _launch_edges(case, q, k, v, bias, active, walk, numbers)
         return
-    o, lse, _ = attention_fwd(q, k, v, bias, walk, *numbers, case.weights)
-    inputs = o, lse if case.bias else None, q, k, v, bias, lse
+    o, lse, _ = attention_fwd(q, k, v, bias, active, walk, *numbers, case.weights)
+    inputs = o, lse if case.bias else None, q, k, v, bias, active, active, lse
     attention_bwd(*inputs, walk, walk, *numbers, *needs)
 
 
@@ -262,7 +281,7 @@ def _launch_aggregate(case: AggregateCase) -> None:
         aggregate_bwd(o, x, edge, first, walk, walk, *how, case.x, case.edge)
 
 
-def _launch_edges(case, q, k, v, bias, walk, numbers) -> None:
+def _launch_edges(case, q, k, v, bias, active, walk, numbers) -> None:
     edges, words = walk[1].shape[0], case.terms.split()
 
     def tensor(*shape, dtype=case.dtype):
@@ -286,13 +305,13 @@ def _launch_edges(case, q, k, v, bias, walk, numbers) -> None:
     terms = gate, key, value, attr, attr_q, seed
     more = 0.1 if "drop" in words else 0.0, "shared" in words
     wanted = case.weights, "scores" in words, attr is not None
-    o, lse, _, scores, attr_o = attention_edges_fwd(
-        q, k, v, bias, terms, walk, *numbers, *more, *wanted
-    )
+    inputs = q, k, v, bias, active, terms
+    o, lse, _, scores, attr_o = attention_edges_fwd(*inputs, walk, *numbers, *more, *wanted)
     attr_do = tensor(*attr_o.shape) if "attr" in words else None
     upstream = o, None, scores if "scores" in words else None, attr_do
     needs = [True] * 3 + [x is not None for x in (bias, *terms[:-1])]
-    attention_edges_bwd(*upstream, q, k, v, bias, terms, lse, walk, walk, *numbers, *more, needs)
+    inputs = q, k, v, bias, active, active, terms
+    attention_edges_bwd(*upstream, *inputs, lse, walk, walk, *numbers, *more, needs)
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,13 @@ def take_rows(
 
 
 @triton.jit
+def load_active(ptr, stride, row, live, head):
+    """Which of ``row``, of any shape, have that one head active, of an [N, H] tensor of bytes."""
+    at = row.to(tl.int64) * stride[0] + head.to(tl.int64) * stride[1]
+    return tl.load(ptr + at, mask=live, other=0) != 0
+
+
+@triton.jit
 def joined(x):
     """The sum over the R "rows" of [R, ...], where they are one, in the place of each of them."""
     return tl.sum(x, 0, keep_dims=True) + tl.zeros_like(x)

@@ -644,24 +644,27 @@ def test_opcheck(path, shared):
     terms = [gate, key, value, attr, attr_q if shared else None, seed]
     numbers = (0.5, -1.0, 1.0, 1e-6, 0.3, shared)
     inputs = (x.q, x.k, x.v, x.bias)
-    forward = (path, *inputs, *terms, rows, *numbers, True, not shared, True, False)
+    active = torch.rand(len(x.q), x.q.shape[1], device=DEVICE) < 0.7 if shared else None
+    forward = (path, *inputs, *terms, active, rows, *numbers, True, not shared, True, False)
     fwd, bwd = torch.ops.fastgt.attention_edges_fwd, torch.ops.fastgt.attention_edges_bwd
     torch.library.opcheck(fwd.default, forward)
     o, lse, _, scores, attr_o, _ = fwd(*forward)
     dscores = None if shared else scores
     needs = [t is not None for t in (*inputs, *terms[:-1])]
-    backward = (path, o, lse, dscores, attr_o, *inputs, *terms, lse, None, rows, columns, *numbers)
+    made = (*inputs, *terms, active, active, lse, None, rows, columns)
+    backward = (path, o, lse, dscores, attr_o, *made, *numbers)
     torch.library.opcheck(bwd.default, (*backward, needs))
     torch.library.opcheck(bwd.default, (*backward, [False, True, *needs[2:6], False, True, False]))
     if path == "torch":
         # a CPU keeps what it need not make again
         simple = (*inputs, None, key, value, attr, attr_q, seed)
         numbers = (0.5, -math.inf, math.inf, 1e-6, 0.3, shared)
-        forward = (path, *simple, rows, *numbers, False, False, True, True)
+        forward = (path, *simple, active, rows, *numbers, False, False, True, True)
         torch.library.opcheck(fwd.default, forward)
         o, lse, _, _, attr_o, exps = fwd(*forward)
         needs = [t is not None for t in simple[:-1]]
-        backward = (path, o, lse, None, attr_o, *simple, lse, exps, rows, columns, *numbers)
+        made = (*simple, active, active, lse, exps, rows, columns)
+        backward = (path, o, lse, None, attr_o, *made, *numbers)
         torch.library.opcheck(bwd.default, (*backward, needs))
 
 

@@ -267,9 +267,11 @@ def test_grids_stay_within_the_limits(heads, d, dtype, monkeypatch):
     for edges in (0, n, 40 * n):
         e = torch.empty(edges, dtype=torch.int64, device="meta")
         walk = ptr, e, e
-        kernels.attention_fwd(q, q, q, None, walk, *settings, False)
+        kernels.attention_fwd(q, q, q, None, None, walk, *settings, False)
         needs = (*(True,) * 3, False)
-        backward.attention_bwd(q, lse, q, q, q, None, lse, walk, walk, *settings, *needs)
+        backward.attention_bwd(
+            q, lse, q, q, q, None, None, None, lse, walk, walk, *settings, *needs
+        )
     assert len(grids) >= 9
     for grid in grids:
         assert 0 < grid[0] < 2**31
@@ -291,10 +293,11 @@ def test_opcheck(path, edges, layout, dtype):
         plan = x.graph.plan(path, height=height or None).choice
         rows, columns = x.graph.row_walk(plan), list(x.graph.column_walk(plan))
     settings = (0.5, -1.0, 1.0, 1e-6)
-    forward = (path, height, x.q, x.k, x.v, x.bias, list(rows), *settings)
+    inputs = x.q, x.k, x.v, x.bias, None
+    forward = (path, height, *inputs, list(rows), *settings)
     o, lse, _ = torch.ops.fastgt.attention_fwd(*forward, False)
     dlse = x.dlse if layout == "contiguous" else None
-    backward = (path, height, x.do, dlse, x.q, x.k, x.v, x.bias, lse, o if height else None)
+    backward = (path, height, x.do, dlse, *inputs, None, lse, o if height else None)
     torch.library.opcheck(
         torch.ops.fastgt.attention_fwd.default, (*forward, layout == "contiguous")
     )
@@ -468,7 +471,7 @@ def test_the_last_tile_of_two_to_the_31_edges(tmp_path):
     room = torch.from_file(str(tmp_path / "sparse"), shared=True, size=edges, dtype=torch.int32)
     x = case(3, 3, 5, dtype=FP32, biased=False)
     ptr, col = x.graph.row_ptr, x.graph.col
-    inputs = "gather", 0, x.q, x.k, x.v, None
+    inputs = "gather", 0, x.q, x.k, x.v, None, None
     settings = (0.5, -math.inf, math.inf, 0.0, False)
     wanted = torch.ops.fastgt.attention_fwd(*inputs, [ptr, col, col], *settings)
     room[-5:] = col
@@ -555,15 +558,19 @@ def test_nothing_waits_for_the_device(plan):
     """Launchers allocate and launch: no value comes back, so a CUDA graph can capture them."""
     pytest.importorskip("triton")
     from fastgt.ops import attention as ops
+    from fastgt.ops._head_gate import active_heads
 
     x = case(1, 20, 90, heads=2, group=2, d=8, dv=8, dtype=FP32, plan=plan)
     chosen = x.graph.choose(8, FP32)
     rows, columns = x.graph.row_walk(chosen), x.graph.column_walk(chosen)
     how, settings = chosen[:2], (0.3, -1.0, 1.0, 1e-6)
+    gate = torch.tensor([0.0, 1.0, 0.0, 0.0], device=DEVICE)
     with Calls() as calls:
-        o, lse, _ = ops._launch_fwd(*how, x.q, x.k, x.v, x.bias, rows, *settings, True)
-        inputs = x.do, x.dlse, x.q, x.k, x.v, x.bias, lse, o
-        ops._launch_bwd(*how, *inputs, rows, columns, *settings, *(True,) * 4)
+        for active in (None, active_heads(gate, x.graph).rows):
+            inputs = x.q, x.k, x.v, x.bias, active
+            o, lse, _ = ops._launch_fwd(*how, *inputs, rows, *settings, True)
+            inputs = x.do, x.dlse, *inputs, active, lse, o
+            ops._launch_bwd(*how, *inputs, rows, columns, *settings, *(True,) * 4)
     # the interpreter copies arguments and results; of the launchers only allocations remain
     assert not {"_local_scalar_dense", "nonzero", "item", "unique", "sort"} & calls.names
     assert "new_empty" in calls.names

@@ -95,12 +95,12 @@ def test_nothing_is_computed_for_gradients_not_asked_for(path):
         graph = graph.plan(path, height=height or None)
         rows, columns = graph.row_walk(graph.choice), graph.column_walk(graph.choice)
     settings = (0.3, -math.inf, math.inf, 0.0)
-    inputs = x.q, x.k, x.v, x.bias
+    inputs = x.q, x.k, x.v, x.bias, None
     o, lse, _ = torch.ops.fastgt.attention_fwd(path, height, *inputs, rows, *settings, False)
     for needs in itertools.product([False, True], repeat=4):
         walks = o if height else None, rows, columns
         grads = torch.ops.fastgt.attention_bwd(
-            path, height, x.do, x.dlse, *inputs, lse, *walks, *settings, *needs
+            path, height, x.do, x.dlse, *inputs, None, lse, *walks, *settings, *needs
         )
         for need, grad in zip(needs, grads, strict=True):
             assert bool(grad.numel()) == need

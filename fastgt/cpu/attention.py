@@ -5,7 +5,8 @@ output a sparse-dense product. On a large graph heads come one by one, so that n
 one [E] vector exists beside the result: the working memory is O(N D + E). On a small one, where
 the calls would cost more than the work, several heads are put side by side as one graph of
 several components; the result depends neither on that choice nor on the number of threads. What
-edges have besides a bias is in ``edge_terms.py``. The backward makes the logits anew, except where
+edges have besides a bias is in ``edge_terms.py``. A head that is masked in some rows goes alone,
+over the edges of the others. The backward makes the logits anew, except where
 that would take several products (edge keys, attributes): there [H, E] exponentials are kept. The
 symbols are those of ``kernels/attention.py``.
 """
@@ -14,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgt.cpu.edge_terms import Head, Terms, attributes, slots
 from fastgt.cpu.sparse import (
+    Walk,
     accumulator,
     bags,
     diagonal,
@@ -47,6 +49,7 @@ def attention_fwd(
     k: Tensor,
     v: Tensor,
     edge_bias: Tensor | None,
+    active: Tensor | None,
     row_ptr: Tensor,
     col: Tensor,
     edge: Tensor,
@@ -62,40 +65,46 @@ def attention_fwd(
 ) -> tuple[Tensor, ...]:
     """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order.
 
-    With ``terms`` also edge scores [E, H, D] (or [0, H, D]) in that order, the weighted sums of the
-    attributes [N, H, C] (or [N, H, 0]), and [H, E] (or [H, 0]) in row order what the backward need
-    not make again: exp(logit - a number of its row).
+    To heads that are not ``active`` [1 or N, H] a row has no edges. With ``terms`` also edge scores
+    [E, H, D] (or [0, H, D]) in that order, the weighted sums of the attributes [N, H, C] (or
+    [N, H, 0]), and [H, E] (or [H, 0]) in row order what the backward need not make again:
+    exp(logit - a number of its row).
     """
     n, heads, d = q.shape
-    num_edges, caller = col.shape[0], edge.long()
+    num_edges = col.shape[0]
     wide = accumulator(q)
-    o = q.new_empty(n, heads, v.shape[2])
-    lse = q.new_empty(n, heads, dtype=wide)
-    weights = q.new_empty(num_edges if return_weights else 0, heads)
-    results = [o, lse, weights]
-    attr: Any = attributes(terms, edge, wide)
+    results = [
+        q.new_empty(n, heads, v.shape[2]),
+        q.new_empty(n, heads, dtype=wide),
+        q.new_empty(num_edges if return_weights else 0, heads),
+    ]
+    whole = _edges(row_ptr, col, edge, attributes(terms, edge, wide))
     if terms is not None:
-        channels = attr.shape[1] if attr is not None and weigh_attr else 0
+        channels = terms.attr.shape[1] if terms.attr is not None and weigh_attr else 0
         results.append(q.new_empty(num_edges if return_scores else 0, heads, d))
         results.append(q.new_empty(n, heads, channels, dtype=wide))
         results.append(q.new_empty(heads, num_edges if keep else 0, dtype=wide))
+    o, lse, weights = results[:3]
+    if active is not None:
+        for result in results:
+            result.fill_(-math.inf if result is lse else 0)
     # the sum of the weights comes along with that of the values, unless dropout takes some away
     ones = 0 if terms is not None and terms.keep is not None else 1
-    row_walk, row = make_walk(row_ptr, col), segment_of(row_ptr, col)
-    for kv, members in _blocks(q, k, col):
+    for kv, members in _blocks(q, k, whole, active):
         kh, vh = stack(k, kv, wide), stack(v, kv, wide, ones=ones)
-        walk = diagonal(row_walk, k.shape[0], kv)
-        each = own(walk)
-        for h in members:
+        for h, on in members:
+            row, edge, attr, count = on.row, on.edge, on.attr, len(on.edge)
+            walk = diagonal(on.rows, k.shape[0], kv)
+            each = own(walk)
             qh = stack(q, h, wide)
             head = Head(qh, kh, walk, each, n, row, edge, h, terms, attr, return_scores)
             s, _ = head.logits(_bias(edge_bias, edge, h), scale, low, high)
             if return_scores:
-                results[3][caller, h] = unstack(head.scores(scale), num_edges).to(q.dtype)
+                results[3][on.caller, h] = unstack(head.scores(scale), count).to(q.dtype)
             top, dead = pivots(s, walk.ptr)
             p = s.sub_(per_edge(top, row, n)).exp_()
-            if keep and num_edges:
-                results[5][h] = p.unflatten(0, (-1, num_edges))
+            if keep and count:
+                results[5][h, :count] = p.unflatten(0, (-1, count))
             used = head.dropped(p)
             out = spmm(walk, used, vh)
             if ones:
@@ -119,7 +128,7 @@ def attention_fwd(
                 results[4][:, h] = unstack(out.div_(divisor[:, None]), n)
             if return_weights:
                 p.div_(per_edge(divisor, row, n))
-                weights[caller, h] = unstack(p, num_edges).to(q.dtype)
+                weights[on.caller, h] = unstack(p, count).to(q.dtype)
     return tuple(results)
 
 
@@ -131,6 +140,7 @@ def attention_bwd(
     k: Tensor,
     v: Tensor,
     edge_bias: Tensor | None,
+    active: Tensor | None,
     lse: Tensor,
     row_ptr: Tensor,
     col: Tensor,
@@ -155,10 +165,12 @@ def attention_bwd(
     ``exps``: what the forward kept.
     """
     n, m, num_edges = q.shape[0], k.shape[0], col.shape[0]
-    heads, wide, caller = q.shape[1], lse.dtype, edge.long()
+    heads, wide = q.shape[1], lse.dtype
     log_eps = math.log(eps) if eps else -math.inf
     grads = [
-        q.new_empty(0) if x is None or not need else x.new_empty(x.shape)
+        q.new_empty(0)
+        if x is None or not need
+        else (x.new_empty if active is None else x.new_zeros)(x.shape)
         for x, need in zip((q, k, v, edge_bias, *(terms or ())[:5]), needs, strict=True)
     ]
     dq, dk, dv, dbias, dgate, dkey, dvalue, dattr, dattr_q = grads + [q] * (9 - len(grads))
@@ -168,39 +180,42 @@ def attention_bwd(
     )
     need_logits = any((need_q, need_k, need_bias, need_gate, need_key, need_attr, need_attr_q))
     attr: Any = attributes(terms, edge, wide)
+    whole = _edges(row_ptr, col, edge, attr, (col_ptr, col_row, col_slot))
     if terms is not None and terms.value is terms.key:
         need_value, dvalue = need_key, dkey
     if need_attr:
         # of every edge: rows of attr_q by ds, rows of dattr_o by p
         attr_q: Any = None if terms is None else terms.attr_q
         kinds = (attr_q is not None) + (dattr_o is not None)
-        rates = q.new_empty(num_edges, kinds, heads, dtype=wide)
-        vectors = q.new_empty(n, kinds, heads, attr.shape[1], dtype=wide)
-        if attr_q is not None:
-            vectors[:, 0] = attr_q
-    row_walk, col_walk = make_walk(row_ptr, col), make_walk(col_ptr, col_row)
-    row, occupied = segment_of(row_ptr, col), row_ptr.diff() > 0
-    for kv, members in _blocks(q, k, col):
+        shape = kinds, heads
+        rates = q.new_empty(num_edges, *shape, dtype=wide)
+        vectors = q.new_empty(n, *shape, attr.shape[1], dtype=wide)
+        if active is not None:
+            rates.zero_(), vectors.zero_()
+    for kv, members in _blocks(q, k, whole, active):
         kh, vh = stack(k, kv, wide), stack(v, kv, wide)
         dkh = dvh = None
-        rows, cols = diagonal(row_walk, m, kv), diagonal(col_walk, n, kv)
-        each, slot = own(rows), shifted(col_slot, num_edges, kv)
         by_channel = dscores is not None
-        for h in members:
+        for h, on in members:
+            row, edge, attr, count = on.row, on.edge, on.attr, len(on.edge)
+            rows, cols = diagonal(on.rows, m, kv), diagonal(on.cols, n, kv)
+            each, slot = own(rows), shifted(on.slot, count, kv)
+            place: Any = slice(None) if on.place is None else on.place
+            mine: Any = slice(None) if on.active is None else on.active
             doh, qh = stack(do, h, wide), stack(q, h, wide)
             head = Head(qh, kh, rows, each, n, row, edge, h, terms, attr, by_channel)
             top, through = stack(lse, h, wide), None
             kept = 1 / (1 + (log_eps - top).exp()) if eps else None  # r
             # rows with edges but without a finite logit: exp(s - inf) = 0
             dead = top == -torch.inf
-            some_dead = bool(n) and bool((dead.unflatten(0, (-1, n)) & occupied).any())
+            some_dead = bool(n) and bool((dead.unflatten(0, (-1, n)) & on.occupied).any())
             if some_dead:
                 top.masked_fill_(dead, torch.inf)
             if exps is None:
                 s, through = head.logits(_bias(edge_bias, edge, h), scale, low, high)
                 p = s.sub_(per_edge(top, row, n)).exp_()
             else:
-                p = exps[h].flatten()
+                p = exps[h, :count].flatten()
             # from logits, 1 but for the rounding of the stored LSE, that of the largest logit
             total = segment_sum(each, p)
             norm = 1 / (total.masked_fill_(dead, 1.0) if some_dead else total)
@@ -215,13 +230,14 @@ def attention_bwd(
                 dvh = out if dvh is None else dvh.add_(out)
             if need_value:
                 through_value = per_edge(doh, row, n).mul_(used[:, None])
-                dvalue[caller, h] = unstack(through_value, num_edges).to(dvalue.dtype)
+                dvalue[on.caller, h] = unstack(through_value, count).to(dvalue.dtype)
             if dattr_o is not None:
                 dah = stack(dattr_o, h, wide).mul_(share)
                 if some_dead:
                     dah.masked_fill_(dead[:, None], 0.0)
                 if need_attr:
-                    vectors[:, -1, h], rates[:, -1, h] = unstack(dah, n), unstack(used, num_edges)
+                    vectors[mine, -1, h] = unstack(dah, n)[mine]
+                    rates[place, -1, h] = unstack(used, count)
             if not need_logits:
                 continue
             dp = sddmm(doh, vh, rows)
@@ -240,7 +256,7 @@ def attention_bwd(
                 gamma.masked_fill_(dead, 0.0)  # no edge counts, whatever the LSE's gradient
             ds = dp.sub_(per_edge(gamma, row, n)).mul_(p)
             if need_bias:
-                dbias[caller, h] = unstack(ds, num_edges).to(q.dtype)
+                dbias[on.caller, h] = unstack(ds, count).to(q.dtype)
             if through is not None:
                 ds.masked_fill_(~through, 0.0)
             head.take(ds, None if dscores is None else slots(dscores, edge, h, wide), scale)
@@ -254,25 +270,27 @@ def attention_bwd(
                 dkh = out if dkh is None else dkh.add_(out)
             if need_gate:
                 flow = head.dfactor if dgate.ndim == 2 else head.dgate()
-                dgate[caller, h] = unstack(flow, num_edges).to(q.dtype)
+                dgate[on.caller, h] = unstack(flow, count).to(q.dtype)
             if need_key:
                 flow = head.dkey()
                 if dvalue is dkey:
                     flow = flow + through_value
-                dkey[caller, h] = unstack(flow, num_edges).to(dkey.dtype)
+                dkey[on.caller, h] = unstack(flow, count).to(dkey.dtype)
             if need_attr_q:
                 out = spmm(head.common, head.ds, attr)
                 if some_dead:
                     out.masked_fill_(dead[:, None], 0.0)
                 dattr_q[:, h] = unstack(out, n)
             if need_attr and head.attr_q is not None:
-                rates[:, 0, h] = unstack(head.ds, num_edges)
+                vectors[mine, 0, h] = unstack(head.attr_q, n)[mine]
+                rates[place, 0, h] = unstack(head.ds, count)
         if dkh is not None:
             dk[:, kv] = unstack(dkh, m)
         if dvh is not None:
             dv[:, kv] = unstack(dvh, m)
     if need_attr:
-        _attribute_gradient(dattr, rates.flatten(1), vectors.flatten(1, 2), row, caller)
+        rates, vectors = rates.flatten(1), vectors.flatten(1, 2)
+        _attribute_gradient(dattr, rates, vectors, whole.row, whole.caller)
     return grads
 
 
@@ -293,15 +311,93 @@ def _attribute_gradient(
         dattr.index_copy_(0, number, total.to(dattr.dtype))
 
 
-def _blocks(q: Tensor, k: Tensor, col: Tensor) -> Iterator[tuple[slice, list[slice]]]:
-    """Key heads that go together, and for each member of a group the query heads on them."""
+class _Edges(NamedTuple):
+    """The edges that some heads go over: all, or those of the rows where a head is active."""
+
+    rows: Walk
+    row: Tensor  # [E]
+    edge: Tensor  # [E], the caller's number
+    caller: Tensor  # int64
+    occupied: Tensor  # [N], which rows have any
+    attr: Any = None  # [E, C]
+    cols: Any = None  # of the backward: the walk by columns
+    slot: Any = None  # [E], where an edge of it stands by rows
+    place: Any = None  # [E], where it stands among all edges
+    active: Any = None  # [N] bool, the rows they belong to
+
+    def of(self, active: Tensor) -> _Edges:
+        """Those of the ``active [N]`` rows."""
+        kept = active.index_select(0, self.row)
+        place = kept.nonzero().squeeze(1)
+        ptr = _summed(torch.where(active, self.rows.ptr.diff(), 0), self.rows.ptr)
+        cols = slot = None
+        if self.cols is not None:
+            by_col = kept.index_select(0, self.slot)
+            col_ptr = _summed(by_col, self.cols.ptr)[self.cols.ptr]
+            cols = make_walk(col_ptr, self.cols.other[by_col])
+            number = kept.cumsum(0, dtype=self.slot.dtype) - 1
+            slot = number.index_select(0, self.slot[by_col])
+        return _Edges(
+            make_walk(ptr, self.rows.other[place]),
+            self.row[place],
+            self.edge[place],
+            self.caller[place],
+            self.occupied & active,
+            None if self.attr is None else self.attr[place],
+            cols,
+            slot,
+            place,
+            active,
+        )
+
+
+def _edges(
+    ptr: Tensor,
+    col: Tensor,
+    edge: Tensor,
+    attr: Tensor | None,
+    columns: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> _Edges:
+    rows, row, occupied = make_walk(ptr, col), segment_of(ptr, col), ptr.diff() > 0
+    if columns is None:
+        return _Edges(rows, row, edge, edge.long(), occupied, attr)
+    col_ptr, col_row, slot = columns
+    cols = make_walk(col_ptr, col_row)
+    return _Edges(rows, row, edge, edge.long(), occupied, attr, cols, slot)
+
+
+def _summed(x: Tensor, like: Tensor) -> Tensor:
+    """The sums of the first 0, 1, ... of ``x``."""
+    return torch.cat([like[:1], x.cumsum(0, dtype=like.dtype)])
+
+
+def _blocks(
+    q: Tensor, k: Tensor, edges: _Edges, active: Tensor | None
+) -> Iterator[tuple[slice, list[tuple[slice, _Edges]]]]:
+    """Key heads that go together; for each member of a group the query heads on them, the edges."""
     kv_heads = k.shape[1]
     group = q.shape[1] // max(kv_heads, 1)
-    size = max(1, _TOGETHER // max(1, q.shape[0] + k.shape[0] + col.shape[0]))
-    for start in range(0, kv_heads, size):
-        stop = min(start + size, kv_heads)
-        members = [slice(start * group + i, stop * group, group) for i in range(group)]
-        yield slice(start, stop), members
+    size = max(1, _TOGETHER // max(1, q.shape[0] + k.shape[0] + len(edges.edge)))
+    # heads that are active in all rows go together, masked ones nowhere, others alone
+    full, some = [True] * q.shape[1], [True] * q.shape[1]
+    if active is not None:
+        full, some = active.all(0).tolist(), active.any(0).tolist()
+    start = 0
+    while start < kv_heads:
+        stop, last = start, min(start + size, kv_heads)
+        while stop < last and all(full[stop * group : (stop + 1) * group]):
+            stop += 1
+        if stop > start:
+            members = [slice(start * group + i, stop * group, group) for i in range(group)]
+            yield slice(start, stop), [(h, edges) for h in members]
+            start = stop
+            continue
+        heads = [h for h in range(start * group, (start + 1) * group) if some[h]]
+        if heads:
+            assert active is not None
+            found = [(h, edges if full[h] else edges.of(active[:, h])) for h in heads]
+            yield slice(start, start + 1), [(slice(h, h + 1), on) for h, on in found]
+        start += 1
 
 
 def _bias(edge_bias: Tensor | None, edge: Tensor, heads: slice) -> Tensor | None:

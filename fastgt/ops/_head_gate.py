@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from fastgt.graph import Graph
 from fastgt.ops._arguments import check_float, readable
 
 
@@ -36,6 +39,24 @@ def check_head_gate(
 def head_mask(head_gate: Tensor) -> Tensor:
     """Which heads are active, [1 or G, H]."""
     return torch.atleast_2d(head_gate.detach() != 0).contiguous()
+
+
+class Active(NamedTuple):
+    """Which heads are not masked: of each row, and of each column; edges stay within graphs."""
+
+    rows: Tensor  # [1 or N_rows, H] bool
+    cols: Tensor  # [1 or N_cols, H] bool
+
+
+def active_heads(head_gate: Tensor, graph: Graph) -> Active:
+    mask = head_mask(head_gate)
+    if mask.shape[0] == 1:
+        return Active(mask, mask)
+    rows = mask.repeat_interleave(graph.graph_ptr.diff(), 0, output_size=graph.num_rows)
+    if graph.graph_ptr is graph.col_graph_ptr:
+        return Active(rows, rows)
+    sizes = graph.col_graph_ptr.diff()
+    return Active(rows, mask.repeat_interleave(sizes, 0, output_size=graph.num_cols))
 
 
 def gated(out: Tensor, head_gate: Tensor, offsets: Tensor | None) -> Tensor:

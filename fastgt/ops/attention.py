@@ -22,6 +22,7 @@ from fastgt.ops._arguments import (
     number,
     refuse_forward_mode,
 )
+from fastgt.ops._head_gate import Active, active_heads, check_head_gate, gated
 from fastgt.ops._impl import Impl, choose, require_triton
 from fastgt.ops.attention_edges import (
     autocast_edges,
@@ -50,6 +51,8 @@ def neighborhood_attention(
     denominator_eps: float = 0.0,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    head_gate: Tensor | None = None,
+    dense_gate_grad: bool = False,
     return_lse: bool = False,
     return_weights: bool = False,
     return_edge_scores: bool = False,
@@ -62,7 +65,7 @@ def neighborhood_attention(
         t_ij  = scale * q_i * (k_j + edge_key_ij) * edge_gate_ij            [D]
         s_ij  = clamp(sum_d t_ij, low, high) + edge_bias_ij
         a_ij  = exp(s_ij) / (sum_j exp(s_ij) + eps)
-        out_i = sum_j dropout(a_ij) (v_j + edge_value_ij)
+        out_i = gate sum_j dropout(a_ij) (v_j + edge_value_ij)
 
     A row without edges, or whose logits are all -inf, gives exactly 0, an LSE of -inf and zero
     gradients. Duplicate edges count as often as they stand. NaN and infinities reach only the
@@ -93,6 +96,13 @@ def neighborhood_attention(
             and head (Philox): the same for every ``impl``. None draws one from PyTorch's
             generator of q's device, so that ``torch.manual_seed`` and checkpointing repeat it; a
             CPU and a GPU draw different ones, and so does code that Inductor compiled.
+        head_gate: ``[H]``, or ``[G, H]`` for the rows of each graph, floating point or bool. Where
+            it is 0 the head is masked: neither read nor computed, in the forward and in the
+            backward; a key head, where all query heads that read it are. To a masked head a row
+            has no edges: an output and gradients of 0, an LSE of -inf, weights and edge scores of
+            0, whatever stands there, NaN too. Other gates multiply the output alone, and get their
+            gradient ``sum do . out / gate``; one of 0 gets 0. NaN is refused (on a CPU).
+        dense_gate_grad: Compute masked heads too, so that gates of 0 get the exact gradient.
         return_lse: Also give ``lse_i = log sum_j exp(s_ij)``, natural, ``[N_rows, H]`` in
             float32 (float64 for float64), with its gradient. eps is not part of it.
         return_weights: Also give ``a_ij``, ``[E, H]`` before dropout, without gradient.
@@ -161,13 +171,51 @@ def neighborhood_attention(
     if edges:
         check_edges(q, v, graph.num_edges, **edges)
     check_numbers(q, scale, denominator_eps, dropout_p)
+    active = None
+    if head_gate is not None:
+        check_head_gate(head_gate, q.shape[1], q.device, graph.num_graphs)
+        if not dense_gate_grad:
+            active = active_heads(head_gate, graph)
     if logit_clamp is not None:
         low, high = (math.inf * x if abs(x) > largest(q) else x for x in (low, high))
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     seed = dropout_key(dropout_seed, q.device) if dropout_p or dropout_seed is not None else None
     impl = choose(impl, q)
+    wanted = return_lse, return_weights, return_edge_scores
+    o, *extras = _attend(
+        (q, k, v, edge_bias),
+        active,
+        edges,
+        graph,
+        (scale, low, high, denominator_eps),
+        dropout_p,
+        seed,
+        impl,
+        wanted,
+    )
+    if head_gate is not None:
+        o = gated(o, head_gate, graph.graph_ptr)
+    return (o, *extras) if extras else o
+
+
+def _attend(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    active: Active | None,
+    edges: dict[str, Tensor | None],
+    graph: Graph,
+    settings: tuple[float, float, float, float],
+    dropout_p: float,
+    seed: Tensor | None,
+    impl: Impl,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, ...]:
+    """-> o, and what is wanted besides: lse, weights, edge scores."""
+    q, k, v, edge_bias = inputs
+    on_rows, on_cols = active or (None, None)
+    return_lse, return_weights, return_edge_scores = wanted
     if impl == "reference":
-        return reference.neighborhood_attention(
+        scale, low, high, eps = settings
+        found = reference.neighborhood_attention(
             q,
             k,
             v,
@@ -175,14 +223,16 @@ def neighborhood_attention(
             scale=scale,
             edge_bias=edge_bias,
             **edges,
-            logit_clamp=None if logit_clamp is None else (low, high),
-            denominator_eps=denominator_eps,
+            logit_clamp=None if (low, high) == (-math.inf, math.inf) else (low, high),
+            denominator_eps=eps,
             dropout_p=dropout_p,
             dropout_seed=seed,
             return_lse=return_lse,
             return_weights=return_weights,
             return_edge_scores=return_edge_scores,
+            active=on_rows,
         )
+        return found if isinstance(found, tuple) else (found,)
     given: tuple[Tensor | None, ...] = (q, k, v, edge_bias, *edges.values())
     tensors = [x for x in given if x is not None]
     if torch.compiler.is_compiling():
@@ -190,7 +240,6 @@ def neighborhood_attention(
         k, v = k.view_as(k), v.view_as(v)
     refuse_forward_mode(*tensors)
     plan = _plan(impl, graph, q, v, bool(edges))
-    settings = (scale, low, high, denominator_eps)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     rows, columns = _rows(graph, plan), _columns(graph, plan) if differentiable else ()
     scores = None
@@ -201,6 +250,8 @@ def neighborhood_attention(
             k,
             v,
             edge_bias,
+            on_rows,
+            on_cols,
             edges,
             walks,
             settings,
@@ -212,14 +263,17 @@ def neighborhood_attention(
         )
     elif differentiable:
         o, lse, weights = _Attention.apply(
-            q, k, v, edge_bias, graph, plan, rows, columns, settings, return_weights
-        )
+            q, k, v, edge_bias, on_rows, on_cols, graph, plan, rows, columns, settings,
+            return_weights,
+        )  # fmt: skip
     else:
         path, height, _ = plan
-        o, lse, weights = _fwd(path, height, q, k, v, edge_bias, rows, *settings, return_weights)
+        o, lse, weights = _fwd(
+            path, height, q, k, v, edge_bias, on_rows, rows, *settings, return_weights
+        )
     extras: list[Any] = [x for x, asked in ((lse, return_lse), (weights, return_weights)) if asked]
     extras += [scores] if return_edge_scores else []
-    return (o, *extras) if extras else o
+    return o, *extras
 
 
 class _Attention(torch.autograd.Function):
@@ -230,6 +284,8 @@ class _Attention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         edge_bias: Tensor | None,
+        on_rows: Tensor | None,
+        on_cols: Tensor | None,
         graph: Graph,
         plan: Plan,
         rows: tuple[Tensor, ...],
@@ -238,10 +294,12 @@ class _Attention(torch.autograd.Function):
         return_weights: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         path, height, _ = plan
-        o, lse, weights = _fwd(path, height, q, k, v, edge_bias, rows, *settings, return_weights)
+        o, lse, weights = _fwd(
+            path, height, q, k, v, edge_bias, on_rows, rows, *settings, return_weights
+        )
         # only windows need the output: a first guess at the row's mean gradient
         kept = o if height else None
-        ctx.save_for_backward(q, k, v, edge_bias, lse, kept)
+        ctx.save_for_backward(q, k, v, edge_bias, on_rows, on_cols, lse, kept)
         ctx.graph, ctx.plan, ctx.rows, ctx.columns = graph, plan, rows, columns
         ctx.settings = settings
         ctx.mark_non_differentiable(weights)
@@ -250,21 +308,21 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> tuple:
-        q, k, v, edge_bias, lse, o = ctx.saved_tensors
+        q, k, v, edge_bias, on_rows, on_cols, lse, o = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable
             grads: list[Tensor | None] = reference_grads(
-                (do, dlse), (q, k, v, edge_bias), needs, ctx.graph, ctx.settings
+                (do, dlse), (q, k, v, edge_bias), needs, ctx.graph, ctx.settings, on_rows
             )
         else:
             if do is None:
                 do = q.new_zeros(()).expand(*q.shape[:2], v.shape[2])
             path, height, _ = ctx.plan
-            args = (do, dlse, q, k, v, edge_bias, lse, o, ctx.rows, ctx.columns)
-            found = _bwd(path, height, *args, *ctx.settings, *needs)
+            args = (do, dlse, q, k, v, edge_bias, on_rows, on_cols, lse, o)
+            found = _bwd(path, height, *args, ctx.rows, ctx.columns, *ctx.settings, *needs)
             grads = [x if need else None for x, need in zip(found, needs, strict=True)]
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, *[None] * 8)
 
 
 _CPU = Plan("torch", 0, "")
@@ -299,24 +357,25 @@ def _columns(graph: Graph, plan: Plan) -> tuple[Tensor, ...]:
     return graph.columns if plan.path == "torch" else graph.column_walk(plan)
 
 
-# path is "torch" (on a CPU) or one of Triton's; rows and columns are what it walks
+# path is "torch" (on a CPU) or one of Triton's; rows and columns are what it walks; on_rows and
+# on_cols [1 or N, H] are their heads that are not masked
 _SETTINGS = "float scale, float low, float high, float eps"
 torch.library.define(
     "fastgt::attention_fwd",
-    "(str path, int height, Tensor q, Tensor k, Tensor v, Tensor? edge_bias, Tensor[] rows,"
-    f" {_SETTINGS}, bool return_weights) -> (Tensor o, Tensor lse, Tensor weights)",
+    "(str path, int height, Tensor q, Tensor k, Tensor v, Tensor? edge_bias, Tensor? on_rows,"
+    f" Tensor[] rows, {_SETTINGS}, bool return_weights) -> (Tensor o, Tensor lse, Tensor weights)",
 )
 torch.library.define(
     "fastgt::attention_bwd",
     "(str path, int height, Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v,"
-    " Tensor? edge_bias, Tensor lse, Tensor? o, Tensor[] rows, Tensor[] columns,"
-    f" {_SETTINGS}, bool need_q, bool need_k, bool need_v, bool need_bias)"
+    " Tensor? edge_bias, Tensor? on_rows, Tensor? on_cols, Tensor lse, Tensor? o, Tensor[] rows,"
+    f" Tensor[] columns, {_SETTINGS}, bool need_q, bool need_k, bool need_v, bool need_bias)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
 )
 
 
 @torch.library.register_fake("fastgt::attention_fwd")
-def _(path, height, q, k, v, edge_bias, rows, scale, low, high, eps, return_weights):  # type: ignore[no-untyped-def]
+def _(path, height, q, k, v, edge_bias, on_rows, rows, scale, low, high, eps, return_weights):  # type: ignore[no-untyped-def]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return (
         q.new_empty(q.shape[0], q.shape[1], v.shape[2]),
@@ -326,7 +385,7 @@ def _(path, height, q, k, v, edge_bias, rows, scale, low, high, eps, return_weig
 
 
 @torch.library.register_fake("fastgt::attention_bwd")
-def _(path, height, do, dlse, q, k, v, edge_bias, lse, o, rows, columns, *rest):  # type: ignore[no-untyped-def]
+def _(path, height, do, dlse, q, k, v, edge_bias, on_rows, on_cols, lse, o, rows, columns, *rest):  # type: ignore[no-untyped-def]
     need_q, need_k, need_v, need_bias = rest[-4:]
     return (
         q.new_empty(q.shape if need_q else (0,)),
@@ -336,30 +395,30 @@ def _(path, height, do, dlse, q, k, v, edge_bias, lse, o, rows, columns, *rest):
     )
 
 
-def _launch_fwd(
-    path: str, height: int, q: Tensor, k: Any, v: Any, edge_bias: Any, rows: Any, *settings: Any
-) -> tuple[Tensor, ...]:
+def _launch_fwd(path: str, height: int, *args: Any) -> tuple[Tensor, ...]:
+    # q, k, v, edge_bias, on_rows, rows; the settings
     if path == "torch":
         from fastgt.cpu import attention
 
-        return attention.attention_fwd(q, k, v, edge_bias, *rows, *settings)
-    require_triton(q)
+        return attention.attention_fwd(*args[:5], *args[5], *args[6:])
+    require_triton(args[0])
     if height:
         from fastgt.kernels.attention_windows import windows_fwd
 
-        return windows_fwd(q, k, v, edge_bias, rows, height, path == "graphs", *settings)
+        return windows_fwd(*args[:6], height, path == "graphs", *args[6:])
     from fastgt.kernels.attention import attention_fwd
 
-    return attention_fwd(q, k, v, edge_bias, rows, *settings)
+    return attention_fwd(*args)
 
 
 def _launch_bwd(path: str, height: int, *args: Any) -> tuple[Tensor, ...]:
-    # do, dlse, q, k, v, edge_bias, lse; o, which only windows need; the walks; the settings
-    inputs, (o, rows, columns), settings = args[:7], args[7:10], args[10:]
+    # do, dlse, q, k, v, edge_bias, on_rows, on_cols, lse; o, for windows; walks; the settings
+    inputs, (o, rows, columns), settings = args[:9], args[9:12], args[12:]
     if path == "torch":
         from fastgt.cpu import attention
 
-        arguments: Any = (*inputs, *rows, *columns, *settings[:4], settings[4:])
+        # whole walks are cut by rows there
+        arguments: Any = (*inputs[:7], inputs[8], *rows, *columns, *settings[:4], settings[4:])
         return tuple(attention.attention_bwd(*arguments))
     if height:
         from fastgt.kernels.attention_windows import windows_bwd

@@ -31,6 +31,8 @@ def edge_attention(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    on_rows: Tensor | None,
+    on_cols: Tensor | None,
     edges: dict[str, Tensor | None],
     walks: tuple[Graph, str, tuple[Tensor, ...], tuple[Tensor, ...]],
     settings: _Settings,
@@ -48,6 +50,12 @@ def edge_attention(
     gate, key, value, attr, key_weight, value_weight = edges.values()
     shared = value is key and key is not None
     graph, path, rows, _ = walks
+    if on_rows is not None:
+        # what is masked everywhere takes no part in the products below: 0 * NaN is not 0
+        on = on_rows.any(0)[:, None]
+        key_weight, value_weight = (
+            None if x is None else x.masked_fill(~on, 0) for x in (key_weight, value_weight)
+        )
     attr_q = None
     if attr is not None and key_weight is not None:
         if return_scores or (gate is not None and gate.ndim == 3):
@@ -57,6 +65,7 @@ def edge_attention(
         else:
             # 0 in the place of what rows without edges hold, NaN perhaps, and of its gradient
             alone = (graph.row_degree == 0)[:, None, None]
+            alone = alone if on_rows is None else alone | ~on_rows[..., None]
             attr_q = _narrow(_wide_product("nhd,chd->nhc", q.masked_fill(alone, 0), key_weight), q)
     weigh_attr = value_weight is not None
     if attr_q is None and not weigh_attr:
@@ -69,9 +78,11 @@ def edge_attention(
     keep = path == "torch" and differentiable and simple and (attr is not None or key is not None)
     flags = dropout, shared, return_weights, return_scores, weigh_attr, keep
     if differentiable:
-        found = _EdgeAttention.apply(q, k, v, bias, *terms, seed, walks, settings, flags)
+        found = _EdgeAttention.apply(
+            q, k, v, bias, *terms, seed, on_rows, on_cols, walks, settings, flags
+        )
     else:
-        found = _fwd(path, q, k, v, bias, *terms, seed, rows, *settings, *flags)
+        found = _fwd(path, q, k, v, bias, *terms, seed, on_rows, rows, *settings, *flags)
     o, lse, weights, scores, attr_o, _ = found
     if value_weight is not None:
         projected = _wide_product("nhc,chd->nhd", attr_o, value_weight)
@@ -143,14 +154,16 @@ class _EdgeAttention(torch.autograd.Function):
         attr: Tensor | None,
         attr_q: Tensor | None,
         seed: Tensor | None,
+        on_rows: Tensor | None,
+        on_cols: Tensor | None,
         walks: tuple[Graph, str, tuple[Tensor, ...], tuple[Tensor, ...]],
         settings: _Settings,
         flags: tuple[float, bool, bool, bool, bool, bool],
     ) -> tuple[Tensor, ...]:
-        terms = [gate, key, value, attr, attr_q, seed]
+        terms = [gate, key, value, attr, attr_q, seed, on_rows]
         _, path, rows, _ = walks
         found = _fwd(path, q, k, v, bias, *terms, rows, *settings, *flags)
-        ctx.save_for_backward(q, k, v, bias, *terms, found[1], found[5])
+        ctx.save_for_backward(q, k, v, bias, *terms, on_cols, found[1], found[5])
         ctx.walks, ctx.settings, ctx.flags = walks, settings, flags
         ctx.mark_non_differentiable(found[2], found[5])
         ctx.set_materialize_grads(False)
@@ -162,6 +175,7 @@ class _EdgeAttention(torch.autograd.Function):
     ) -> tuple:
         q, k, v, bias, *terms, lse, exps = ctx.saved_tensors
         graph, path, rows, columns = ctx.walks
+        *terms, seed, on_rows, on_cols = terms
         dropout, shared, _, return_scores, weigh_attr, keep = ctx.flags
         needs = ctx.needs_input_grad[:9]
         upstream = [do, dlse, dscores if return_scores else None, dattr_o if weigh_attr else None]
@@ -170,21 +184,23 @@ class _EdgeAttention(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = reference_grads(
                 upstream,
-                [q, k, v, bias, *terms[:-1]],
+                [q, k, v, bias, *terms],
                 needs,
                 graph,
                 ctx.settings,
+                on_rows,
                 dropout,
-                terms[-1],
+                seed,
                 shared,
             )
         else:
             if do is None:
                 upstream[0] = q.new_zeros(()).expand(*q.shape[:2], v.shape[2])
-            inputs = q, k, v, bias, *terms, lse, exps if keep else None, rows, columns
+            kept = lse, exps if keep else None
+            inputs = q, k, v, bias, *terms, seed, on_rows, on_cols, *kept, rows, columns
             found = _bwd(path, *upstream, *inputs, *ctx.settings, dropout, shared, needs)
             grads = [x if need else None for x, need in zip(found, needs, strict=True)]
-        return (*grads, None, None, None, None)
+        return (*grads, *[None] * 6)
 
 
 def reference_grads(
@@ -193,6 +209,7 @@ def reference_grads(
     needs: Sequence[bool],
     graph: Graph,
     settings: _Settings,
+    active: Tensor | None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
     shared: bool = False,
@@ -235,6 +252,7 @@ def reference_grads(
         dropout_seed=seed,
         return_lse=True,
         return_edge_scores=True,
+        active=active,
     )
     o, lse, scores = found
     outputs = o[..., :dv], lse, scores[..., :d], o[..., dv:]
@@ -272,7 +290,7 @@ _NUMBERS = "float scale, float low, float high, float eps, float dropout, bool s
 torch.library.define(
     "fastgt::attention_edges_fwd",
     "(str path, Tensor q, Tensor k, Tensor v, Tensor? edge_bias, Tensor? gate, Tensor? key,"
-    " Tensor? value, Tensor? attr, Tensor? attr_q, Tensor? seed, Tensor[] rows,"
+    " Tensor? value, Tensor? attr, Tensor? attr_q, Tensor? seed, Tensor? on_rows, Tensor[] rows,"
     f" {_NUMBERS}, bool return_weights, bool return_scores, bool weigh_attr, bool keep)"
     " -> (Tensor o, Tensor lse, Tensor weights, Tensor scores, Tensor attr_o, Tensor exps)",
 )
@@ -280,13 +298,13 @@ torch.library.define(
     "fastgt::attention_edges_bwd",
     "(str path, Tensor do, Tensor? dlse, Tensor? dscores, Tensor? dattr_o, Tensor q, Tensor k,"
     " Tensor v, Tensor? edge_bias, Tensor? gate, Tensor? key, Tensor? value, Tensor? attr,"
-    " Tensor? attr_q, Tensor? seed, Tensor lse, Tensor? exps, Tensor[] rows, Tensor[] columns,"
-    f" {_NUMBERS}, bool[] needs) -> Tensor[]",
+    " Tensor? attr_q, Tensor? seed, Tensor? on_rows, Tensor? on_cols, Tensor lse, Tensor? exps,"
+    f" Tensor[] rows, Tensor[] columns, {_NUMBERS}, bool[] needs) -> Tensor[]",
 )
 
 
 @torch.library.register_fake("fastgt::attention_edges_fwd")
-def _(path, q, k, v, edge_bias, gate, key, value, attr, attr_q, seed, rows, *rest):  # type: ignore[no-untyped-def]
+def _(path, q, k, v, edge_bias, gate, key, value, attr, attr_q, seed, on_rows, rows, *rest):  # type: ignore[no-untyped-def]
     return_weights, return_scores, weigh_attr, keep = rest[-4:]
     n, heads, d = q.shape
     edges, wide = rows[1].shape[0], accumulator(q)
@@ -322,6 +340,7 @@ def _launch_fwd(
     attr: Any,
     attr_q: Any,
     seed: Any,
+    on_rows: Any,
     rows: Any,
     scale: float,
     low: float,
@@ -344,11 +363,12 @@ def _launch_fwd(
             attention.Terms, terms, dropout, shared, (rows[1].shape[0], q.shape[1])
         )
         extras = return_weights, on_edges, return_scores, weigh_attr, keep
-        return attention.attention_fwd(q, k, v, bias, *rows, *numbers, *extras)
+        return attention.attention_fwd(q, k, v, bias, on_rows, *rows, *numbers, *extras)
     require_triton(q)
     from fastgt.kernels.attention import attention_edges_fwd
 
-    found = attention_edges_fwd(q, k, v, bias, terms, rows, *numbers, dropout, shared, *extras)
+    inputs = q, k, v, bias, on_rows, terms
+    found = attention_edges_fwd(*inputs, rows, *numbers, dropout, shared, *extras)
     return *found, found[1].new_empty(q.shape[1], 0)
 
 
@@ -368,6 +388,8 @@ def _launch_bwd(
     attr: Any,
     attr_q: Any,
     seed: Any,
+    on_rows: Any,
+    on_cols: Any,
     lse: Tensor,
     exps: Any,
     rows: Any,
@@ -382,7 +404,7 @@ def _launch_bwd(
 ) -> list[Tensor]:
     terms = gate, key, value, attr, attr_q, seed
     numbers: Any = scale, low, high, eps
-    inputs = q, k, v, bias
+    inputs = q, k, v, bias, on_rows
     if path == "torch":
         from fastgt.cpu import attention
 
@@ -396,7 +418,9 @@ def _launch_bwd(
 
     upstream = do, dlse, dscores, dattr_o
     walks = lse, rows, columns
-    return attention_edges_bwd(*upstream, *inputs, terms, *walks, *numbers, dropout, shared, needs)
+    return attention_edges_bwd(
+        *upstream, *inputs, on_cols, terms, *walks, *numbers, dropout, shared, needs
+    )
 
 
 def _cpu_terms(

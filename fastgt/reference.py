@@ -206,16 +206,23 @@ def channelwise_attention(
     denominator_eps: float = 0.0,
     return_lse: bool = False,
     return_weights: bool = False,
+    active: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """See :func:`fastgt.channelwise_attention`."""
+    """See :func:`fastgt.channelwise_attention`; ``active`` [1 or N_rows, H] are its heads."""
     column, row = graph.edge_index
     logit = logits
+    on = None
+    if active is not None:
+        on = active.expand(graph.num_rows, -1)[row][..., None]  # [E, H, 1]
+        logit = torch.where(on, logit, 0)
     if logit_clamp is not None:
         low, high = logit_clamp if isinstance(logit_clamp, tuple) else (-logit_clamp, logit_clamp)
         logit = logit.clamp(low, high)
     terms = [] if v is None else [v[column]]
     terms += [] if edge_value is None else [edge_value]
     value = sum(terms[1:], start=terms[0])  # [E, ...]
+    if on is not None:
+        logit, value = torch.where(on, logit, -torch.inf), torch.where(on, value, 0)
 
     shape = graph.num_rows, *logit.shape[1:]
     # any pivot gives the same result; the row maximum keeps exp() in range

@@ -174,6 +174,7 @@ class ChannelwiseCase:
     clamp: bool = False
     weights: bool = False
     buckets: bool = False
+    masked: bool = False  # heads of each row
 
 
 CHANNELWISE_CASES = {
@@ -187,6 +188,10 @@ CHANNELWISE_CASES = {
     "channelwise_c64_fp64": ChannelwiseCase(1, 64, torch.float64, clamp=True),
     "channelwise_planes_h8_d8_fp32": ChannelwiseCase(8, 8, torch.float32, planes=True),
     "channelwise_planes_h8_d32_bf16": ChannelwiseCase(8, 32, torch.bfloat16, planes=True),
+    "channelwise_masked_h8_d16_fp32": ChannelwiseCase(
+        8, 16, torch.float32, weights=True, masked=True
+    ),
+    "channelwise_masked_h4_d48_bf16": ChannelwiseCase(4, 48, torch.bfloat16, masked=True),
     "channelwise_buckets_c64_fp32": ChannelwiseCase(1, 64, torch.float32, buckets=True),
     "channelwise_buckets_c128_bf16": ChannelwiseCase(1, 128, torch.bfloat16, buckets=True),
 }
@@ -209,10 +214,11 @@ def _launch_channelwise(case: ChannelwiseCase) -> None:
     low, high = (-5.0, 5.0) if case.clamp else (-torch.inf, torch.inf)
     numbers = low, high, 0.0
     inputs = logits, v, edge_value
-    o, lse, _, stat = channelwise_attention_fwd(*inputs, walk, *numbers, True, case.weights)
+    active = torch.ones(n, case.heads, dtype=torch.bool) if case.masked else None
+    o, lse, _, stat = channelwise_attention_fwd(*inputs, active, walk, *numbers, True, case.weights)
     needs = True, case.v, case.edge_value
     dlse = lse if case.clamp else None
-    channelwise_attention_bwd(o, dlse, *inputs, stat, walk, walk, *numbers, *needs)
+    channelwise_attention_bwd(o, dlse, *inputs, active, active, stat, walk, walk, *numbers, *needs)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ import math
 import triton
 import triton.language as tl
 
+from .attention import active_heads, on_edges
 from .attention_combine import combine_columns
 from .configs import FILLERS, accumulator, attention_tile, clamps, log, power_of_2
 from .prims import kept_share, scalar, take_rows
@@ -55,6 +56,7 @@ def _channelwise_attention_fwd_kernel(
     HAS_EDGE: tl.constexpr, KEEP: tl.constexpr, BUCKETS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
     S_ALIGN: tl.constexpr, ALIGN: tl.constexpr,
+    active_ptr=None, active_stride=None, WIDTH: tl.constexpr = 1,  # [N, H], channels of a head
 ):  # fmt: skip
     """Grid (row groups, channel blocks): one program owns BLOCK_R rows, or one, or a segment."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
@@ -63,6 +65,9 @@ def _channelwise_attention_fwd_kernel(
         BUCKETS, BLOCK_R, BLOCK_E,
     )  # fmt: skip
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if active_ptr is not None:
+        on = _load_active(active_ptr, active_stride, row, mine, channel, C, WIDTH)  # [R, C]
+        end = tl.where(tl.max(on.to(tl.int32), 1) > 0, end, begin)
     lane = tl.arange(0, BLOCK_E)
     low, high = scalar(low, ACC), scalar(high, ACC)
 
@@ -72,13 +77,16 @@ def _channelwise_attention_fwd_kernel(
     for step in range(0, tl.max(end - begin), stride):
         slot = begin[:, None] + step + lane[None, :]  # [R, E]
         live = slot < end[:, None]
+        here = live[:, :, None]
+        if active_ptr is not None:
+            here &= on[:, None, :]
         edge = tl.load(edge_ptr + slot, mask=live, other=0)
         col = tl.load(col_ptr + slot, mask=live, other=0) if HAS_V else edge
         s, _ = _logits(
-            s_ptr, s_stride, edge, live, channel, low, high, C, D, CLAMP, BLOCK_C, S_ALIGN, ACC
+            s_ptr, s_stride, edge, here, channel, low, high, C, D, CLAMP, BLOCK_C, S_ALIGN, ACC
         )
         x = _values(
-            v_ptr, v_stride, x_ptr, x_stride, col, edge, live, channel,
+            v_ptr, v_stride, x_ptr, x_stride, col, edge, here, channel,
             C, D, HAS_V, HAS_EDGE, BLOCK_C, ALIGN, ACC,
         )  # fmt: skip
         new_max = tl.maximum(lane_max, s)
@@ -134,7 +142,9 @@ def _channelwise_attention_combine_kernel(
     acc = tl.zeros([BLOCK_S, 1, BLOCK_C], ACC)
     for first in range(begin, end, BLOCK_S):
         part = (first + tl.arange(0, BLOCK_S).to(tl.int64))[:, None]
-        at, mask = _address((3 * C, 0, 1), part, part < end, channel, C, C, BLOCK_C, 1)
+        at, mask = _address(
+            (3 * C, 0, 1), part, (part < end)[:, :, None], channel, C, C, BLOCK_C, 1
+        )
         part_top = tl.load(part_ptr + at, mask=mask, other=float("-inf"))
         part_total = tl.load(part_ptr + at + C, mask=mask, other=0.0)
         part_acc = tl.load(part_ptr + at + 2 * C, mask=mask, other=0.0)
@@ -168,6 +178,7 @@ def _channelwise_attention_bwd_edges_kernel(
     NEED_EDGE: tl.constexpr, BUCKETS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
     S_ALIGN: tl.constexpr, ALIGN: tl.constexpr, DO_ALIGN: tl.constexpr,
+    active_ptr=None, active_stride=None, WIDTH: tl.constexpr = 1,
 ):  # fmt: skip
     """Grid (row groups, channel blocks): u of BLOCK_R rows, or of one, and ds and dx of their
     edges, or of those of one segment."""
@@ -177,14 +188,19 @@ def _channelwise_attention_bwd_edges_kernel(
         BUCKETS, BLOCK_R, BLOCK_E,
     )  # fmt: skip
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if active_ptr is not None:
+        on = _load_active(active_ptr, active_stride, row, mine, channel, C, WIDTH)  # [R, C]
+        end = tl.where(tl.max(on.to(tl.int32), 1) > 0, end, begin)
     lane = tl.arange(0, BLOCK_E)
     low, high = scalar(low, ACC), scalar(high, ACC)
 
-    at, mask = _address((3 * C, 0, 1), row[:, None], mine[:, None], channel, C, C, BLOCK_C, 1)
+    at, mask = _address((3 * C, 0, 1), row[:, None], mine[:, None, None], channel, C, C, BLOCK_C, 1)
     pivot = tl.load(stat_ptr + at, mask=mask, other=0.0)  # [R, 1, C]
     norm = tl.load(stat_ptr + at + C, mask=mask, other=0.0)
     mean = tl.load(stat_ptr + at + 2 * C, mask=mask, other=0.0)
-    at, mask = _address(do_stride, row[:, None], mine[:, None], channel, C, D, BLOCK_C, DO_ALIGN)
+    at, mask = _address(
+        do_stride, row[:, None], mine[:, None, None], channel, C, D, BLOCK_C, DO_ALIGN
+    )
     do = tl.load(do_ptr + at, mask=mask, other=0.0).to(ACC)
     # where no edge counts, neither do the upstream gradients, finite or not
     some = norm != 0.0
@@ -192,31 +208,38 @@ def _channelwise_attention_bwd_edges_kernel(
     u = tl.where(some, norm * kept_share(lse, log_eps, ACC) * do, 0.0)
     h = tl.zeros_like(u)
     if HAS_DLSE:
-        at, mask = _address(dlse_stride, row[:, None], mine[:, None], channel, C, D, BLOCK_C, 1)
+        at, mask = _address(
+            dlse_stride, row[:, None], mine[:, None, None], channel, C, D, BLOCK_C, 1
+        )
         h = tl.where(some, norm * tl.load(dlse_ptr + at, mask=mask, other=0.0).to(ACC), 0.0)
     if NEED_V:
         # of the programs that share a row, the one that has its first edge
         owns = mine & (begin == tl.load(row_ptr + row, mask=mine, other=0))
-        at, mask = _address((2 * C, 0, 1), row[:, None], owns[:, None], channel, C, C, BLOCK_C, 1)
+        at, mask = _address(
+            (2 * C, 0, 1), row[:, None], owns[:, None, None], channel, C, C, BLOCK_C, 1
+        )
         tl.store(cu_ptr + at, pivot, mask=mask)
         tl.store(cu_ptr + at + C, u, mask=mask)
     if NEED_S or NEED_EDGE:
         for step in range(0, tl.max(end - begin), stride):
             slot = begin[:, None] + step + lane[None, :]
             live = slot < end[:, None]
+            here = live[:, :, None]
+            if active_ptr is not None:
+                here &= on[:, None, :]
             edge = tl.load(edge_ptr + slot, mask=live, other=0)
             col = tl.load(col_ptr + slot, mask=live, other=0) if HAS_V and NEED_S else edge
             s, through = _logits(
-                s_ptr, s_stride, edge, live, channel, low, high, C, D, CLAMP, BLOCK_C, S_ALIGN, ACC
+                s_ptr, s_stride, edge, here, channel, low, high, C, D, CLAMP, BLOCK_C, S_ALIGN, ACC
             )
             e = tl.exp(s - pivot)
             dx = e * u
-            edge_at, edge_mask = _address((C, 0, 1), edge, live, channel, C, C, BLOCK_C, 1)
+            edge_at, edge_mask = _address((C, 0, 1), edge, here, channel, C, C, BLOCK_C, 1)
             if NEED_EDGE:
                 tl.store(dx_ptr + edge_at, dx.to(dx_ptr.dtype.element_ty), mask=edge_mask)
             if NEED_S:
                 x = _values(
-                    v_ptr, v_stride, x_ptr, x_stride, col, edge, live, channel,
+                    v_ptr, v_stride, x_ptr, x_stride, col, edge, here, channel,
                     C, D, HAS_V, HAS_EDGE, BLOCK_C, ALIGN, ACC,
                 )  # fmt: skip
                 ds = tl.where(through & some, dx * (x - mean) + e * h, 0.0)
@@ -234,6 +257,7 @@ def _channelwise_attention_bwd_columns_kernel(
     low: tl.float64, high: tl.float64,
     C: tl.constexpr, D: tl.constexpr, CLAMP: tl.constexpr, BUCKETS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, S_ALIGN: tl.constexpr,
+    active_ptr=None, active_stride=None, WIDTH: tl.constexpr = 1,
 ):  # fmt: skip
     """Grid (column groups, channel blocks): dv of BLOCK_R columns, or of one, or of a segment."""
     ACC: tl.constexpr = cu_ptr.dtype.element_ty
@@ -242,19 +266,25 @@ def _channelwise_attention_bwd_columns_kernel(
         BUCKETS, BLOCK_R, BLOCK_E,
     )  # fmt: skip
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if active_ptr is not None:
+        on = _load_active(active_ptr, active_stride, col, mine, channel, C, WIDTH)  # [R, C]
+        end = tl.where(tl.max(on.to(tl.int32), 1) > 0, end, begin)
     lane = tl.arange(0, BLOCK_E)
     low, high = scalar(low, ACC), scalar(high, ACC)
     acc = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_C], ACC)
     for step in range(0, tl.max(end - begin), stride):
         slot = begin[:, None] + step + lane[None, :]
         live = slot < end[:, None]
+        here = live[:, :, None]
+        if active_ptr is not None:
+            here &= on[:, None, :]
         row = tl.load(row_ptr + slot, mask=live, other=0)
         edge = tl.load(edge_ptr + slot, mask=live, other=0)
-        at, mask = _address((2 * C, 0, 1), row, live, channel, C, C, BLOCK_C, 1)
+        at, mask = _address((2 * C, 0, 1), row, here, channel, C, C, BLOCK_C, 1)
         pivot = tl.load(cu_ptr + at, mask=mask, other=0.0)
         u = tl.load(cu_ptr + at + C, mask=mask, other=0.0)
         s, _ = _logits(
-            s_ptr, s_stride, edge, live, channel, low, high, C, D, CLAMP, BLOCK_C, S_ALIGN, ACC
+            s_ptr, s_stride, edge, here, channel, low, high, C, D, CLAMP, BLOCK_C, S_ALIGN, ACC
         )
         acc += tl.exp(s - pivot) * u
     dv = tl.sum(acc, 1)  # [R, C]
@@ -267,6 +297,14 @@ def _channelwise_attention_bwd_columns_kernel(
             _store(part_ptr, C, part, mine, channel, dv, C, BLOCK_C)
             mine = mine & (col < 0)  # nothing else is stored
     _store(dv_ptr, C, col, mine, channel, dv, C, BLOCK_C)
+
+
+@triton.jit
+def _load_active(ptr, stride, row, mine, channel, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Which channels [C] of ``row`` [R] belong to heads that are not masked: [R, C]."""
+    at = row.to(tl.int64)[:, None] * stride[0]
+    at += (channel // WIDTH).to(tl.int64)[None, :] * stride[1]
+    return tl.load(ptr + at, mask=mine[:, None] & (channel < C)[None, :], other=0) != 0
 
 
 @triton.jit
@@ -297,15 +335,16 @@ def _logits(
     C: tl.constexpr, D: tl.constexpr, CLAMP: tl.constexpr, BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """-> clamped logits [R, E, C], -inf where not ``live``; and which the clamp let through."""
+    """-> clamped logits [R, E, C], -inf where not ``live`` [R, E, 1 or C]; and which the clamp let
+    through."""
     at, mask = _address(stride, edge, live, channel, C, D, BLOCK_C, ALIGN)
     s = tl.load(ptr + at, mask=mask, other=0.0).to(ACC)
-    through = live[:, :, None]
+    through = live
     if CLAMP:
         # comparisons, not minimum and maximum: NaN must stay NaN
         through &= (s >= low) & (s <= high)
         s = tl.where(s < low, low, tl.where(s > high, high, s))
-    return tl.where(live[:, :, None], s, float("-inf")), through
+    return tl.where(live, s, float("-inf")), through
 
 
 @triton.jit
@@ -328,7 +367,9 @@ def _values(
 @triton.jit
 def _store(ptr, row_stride, row, mine, channel, x, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """Rows ``row`` [R] of a tensor with contiguous channels; casts [R, C] to its dtype."""
-    at, mask = _address((row_stride, 0, 1), row[:, None], mine[:, None], channel, C, C, BLOCK_C, 1)
+    at, mask = _address(
+        (row_stride, 0, 1), row[:, None], mine[:, None, None], channel, C, C, BLOCK_C, 1
+    )
     tl.store(ptr + at, x[:, None, :].to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -347,26 +388,31 @@ def _address(
     if D != C:
         first = first + (c // D * (stride[1] // ALIGN))[None, None, :]
         c = c % D
-    mask = live[:, :, None]
+    mask = live
     if C % BLOCK_C != 0:
         mask &= (channel < C)[None, None, :]
     return first * ALIGN + (c * stride[2])[None, None, :], mask
 
 
-def channelwise_attention_fwd(logits, v, edge_value, rows, low, high, eps, keep, return_weights):
+def channelwise_attention_fwd(
+    logits, v, edge_value, on_rows, rows, low, high, eps, keep, return_weights
+):  # fmt: skip
     """-> o, lse [N, C]; weights [E, C] (or [0, C]) in the caller's edge order; and, to ``keep`` for
-    the backward, stat [N, 3, C] (or [0, 3, C]). C may be [H, D]."""
+    the backward, stat [N, 3, C] (or [0, 3, C]). C may be [H, D].
+
+    To heads that are not in ``on_rows`` [1 or N, H] (None: all are) a row has no edges.
+    """
     n, channels = rows[0].shape[0] - 1, logits.shape[1:]
     o = logits.new_empty(n, *channels)
     lse = logits.new_empty(n, *channels, dtype=accumulator(logits))
     kept = keep or return_weights
     stat = lse.new_empty(n if kept else 0, 3, channels.numel())
-    weights = logits.new_empty(rows[1].shape[0] if return_weights else 0, *channels)
+    weights = on_edges(logits, on_rows, rows[1].shape[0] if return_weights else 0, *channels)
     if not n:
         return o, lse, weights, stat
     *walk, split = _walk(rows)
     d, strides = _layout(logits, v, edge_value)
-    meta, grid, counts = _plan(logits, n, walk)
+    meta, grid, counts = _plan(logits, n, walk, on_rows)
     parts = part = None
     if walk[5] is not None:
         parts = counts[2]
@@ -387,28 +433,28 @@ def channelwise_attention_fwd(logits, v, edge_value, rows, low, high, eps, keep,
     if return_weights:
         one = logits.new_ones(()).expand(o.shape)
         outputs = None, weights, None
-        _edges(outputs, one, None, logits, v, edge_value, stat, walk, low, high, eps)
+        _edges(outputs, one, None, logits, v, edge_value, on_rows, stat, walk, low, high, eps)
     return o, lse, weights, stat if keep else stat.new_empty(0, 3, meta["C"])
 
 
 def channelwise_attention_bwd(
-    do, dlse, logits, v, edge_value, stat, rows, columns,
+    do, dlse, logits, v, edge_value, on_rows, on_cols, stat, rows, columns,
     low, high, eps, need_logits, need_v, need_edge_value,
 ):  # fmt: skip
     """-> dlogits [E, C], dv [M, C], dedge_value [E, C]; empty where not needed."""
     n, channels = stat.shape[0], stat.shape[2]
-    ds = logits.new_empty(logits.shape if need_logits else (0,))
+    ds = on_edges(logits, on_rows, *(logits.shape if need_logits else (0,)))
     dv = logits.new_empty(v.shape if need_v else (0,))
-    dx = logits.new_empty(logits.shape if need_edge_value else (0,))
+    dx = on_edges(logits, on_rows, *(logits.shape if need_edge_value else (0,)))
     cu = stat.new_empty(n, 2, channels) if need_v else None
     if n and (need_logits or need_v or need_edge_value):
         outputs = ds if need_logits else None, dx if need_edge_value else None, cu
         *walk, _ = _walk(rows)
-        _edges(outputs, do, dlse, logits, v, edge_value, stat, walk, low, high, eps)
+        _edges(outputs, do, dlse, logits, v, edge_value, on_rows, stat, walk, low, high, eps)
     if need_v and v.shape[0]:
         *walk, split = _walk(columns)
         d, strides = _layout(logits)
-        meta, grid, counts = _plan(logits, v.shape[0], walk)
+        meta, grid, counts = _plan(logits, v.shape[0], walk, on_cols)
         parts = part = None
         if walk[5] is not None:
             parts = counts[2]
@@ -422,11 +468,11 @@ def channelwise_attention_bwd(
     return ds, dv, dx
 
 
-def _edges(outputs, do, dlse, logits, v, edge_value, stat, walk, low, high, eps):
+def _edges(outputs, do, dlse, logits, v, edge_value, on_rows, stat, walk, low, high, eps):
     """Fill those of ds, dx and cu that are there."""
     ds, dx, cu = outputs
     d, strides = _layout(logits, v, edge_value, do, dlse)
-    meta, grid, counts = _plan(logits, stat.shape[0], walk)
+    meta, grid, counts = _plan(logits, stat.shape[0], walk, on_rows)
     _channelwise_attention_bwd_edges_kernel[grid](
         logits, v, edge_value, do, dlse, stat, ds, dx, cu, *walk, *strides,
         *counts, low, high, log(eps),
@@ -442,9 +488,10 @@ def _walk(walk):
     return walk if len(walk) > 3 else (*walk, None, None, None, None)
 
 
-def _plan(logits, num_rows, walk):
+def _plan(logits, num_rows, walk, active):
     channels = logits.shape[1:].numel()
-    block_c = min(_WIDEST, power_of_2(channels))
+    # a program has one head, or part of one, where some may be masked
+    block_c = min(_WIDEST, power_of_2(channels if active is None else logits.shape[2]))
     tile = attention_tile(1, block_c, logits.element_size())
     if logits.element_size() == 8 and tile.block_r > 1:
         # as much for each thread, but with fewer of them sm_90's compiler spills nothing
@@ -460,6 +507,8 @@ def _plan(logits, num_rows, walk):
         "BLOCK_C": block_c,
         "num_warps": tile.num_warps,
     }
+    if active is not None:
+        meta |= {**active_heads(active), "WIDTH": logits.shape[2]}
     programs = -(-counts[0] // tile.block_r) + counts[1] + counts[2]
     return meta, (programs, -(-channels // block_c)), counts
 

@@ -580,13 +580,13 @@ def test_nothing_is_computed_for_gradients_not_asked_for(impl):
     x = case(0, 5, 12, channels=(2,))
     fwd, bwd, rows, columns = launcher(impl)
     walks, settings = (rows(x.graph, impl), columns(x.graph, impl)), (-math.inf, math.inf, 0.0)
-    inputs = x.logits, x.v, x.edge_value
+    inputs = x.logits, x.v, x.edge_value, None
     *_, weights, nothing = fwd(impl, *inputs, walks[0], *settings, False, False)
     assert nothing.numel() == weights.numel() == 0
     *_, stat = fwd(impl, *inputs, walks[0], *settings, True, False)
     for needs in itertools.product([False, True], repeat=3):
         for dlse in (None, x.dlse):
-            grads = bwd(impl, x.do, dlse, *inputs, stat, *walks, *settings, *needs)
+            grads = bwd(impl, x.do, dlse, *inputs, None, stat, *walks, *settings, *needs)
             for need, grad in zip(needs, grads, strict=True):
                 assert bool(grad.numel()) == need
                 assert not grad.isnan().any()
@@ -877,14 +877,16 @@ def test_opcheck(impl, edges, layout, terms):
     x = case(0, 4, edges, cols=3, channels=(2, 2), dtype=FP32, layout=layout, terms=terms)
     _, _, rows, columns = launcher(impl)
     rows, columns = list(rows(x.graph, impl)), list(columns(x.graph, impl))
-    inputs, settings = (x.logits, x.v, x.edge_value), (-1.0, 1.0, 1e-6)
+    active = torch.rand(4, 2, device=DEVICE) < 0.6 if layout == "reversed" else None
+    inputs, settings = (x.logits, x.v, x.edge_value, active), (-1.0, 1.0, 1e-6)
     forward = torch.ops.fastgt.channelwise_attention_fwd.default
     *_, stat = forward(impl, *inputs, rows, *settings, True, False)
     for flags in ((True, layout == "contiguous"), (False, False)):
         torch.library.opcheck(forward, (impl, *inputs, rows, *settings, *flags))
     dlse = x.dlse if layout == "contiguous" else None
     for needs in ((True, x.v is not None, x.edge_value is not None), (True, False, False)):
-        arguments = impl, x.do, dlse, *inputs, stat, rows, columns, *settings, *needs
+        on_cols = None if active is None else active[:3]
+        arguments = impl, x.do, dlse, *inputs, on_cols, stat, rows, columns, *settings, *needs
         torch.library.opcheck(torch.ops.fastgt.channelwise_attention_bwd.default, arguments)
 
 
@@ -976,14 +978,18 @@ def test_nothing_waits_for_the_device():
     pytest.importorskip("triton")
     from test_attention_execution import Calls
 
-    x = case(1, 8, 40, dtype=FP32, plan="buckets")
+    from fastgt.ops._head_gate import active_heads
+
+    x = case(1, 8, 40, channels=(2, 3), dtype=FP32, plan="buckets")
     impl = "triton"
     fwd, bwd, rows, columns = launcher(impl)
     walks, settings = (rows(x.graph, impl), columns(x.graph, impl)), (-1.0, 1.0, 1e-6)
     inputs = x.logits, x.v, x.edge_value
+    gate = torch.tensor([0.0, 1.0], device=DEVICE)
     with Calls() as calls:
-        *_, stat = fwd(impl, *inputs, walks[0], *settings, True, True)
-        bwd(impl, x.do, x.dlse, *inputs, stat, *walks, *settings, True, True, True)
+        for on in (None, active_heads(gate, x.graph).rows):
+            *_, stat = fwd(impl, *inputs, on, walks[0], *settings, True, True)
+            bwd(impl, x.do, x.dlse, *inputs, on, on, stat, *walks, *settings, True, True, True)
     assert not {"_local_scalar_dense", "nonzero", "item", "unique", "sort"} & calls.names
     assert "new_empty" in calls.names
 

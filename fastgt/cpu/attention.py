@@ -15,28 +15,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgt.cpu.edge_terms import Head, Terms, attributes, slots
 from fastgt.cpu.sparse import (
-    Walk,
+    Edges,
     accumulator,
     bags,
     diagonal,
-    make_walk,
     own,
     per_edge,
     pivots,
+    runs,
     sddmm,
-    segment_of,
     segment_sum,
     shifted,
     spmm,
     stack,
     unstack,
+    walk_edges,
 )
 
 _TOGETHER = 2**16  # edges and nodes, heads counted, up to which heads share their calls
@@ -78,7 +78,7 @@ def attention_fwd(
         q.new_empty(n, heads, dtype=wide),
         q.new_empty(num_edges if return_weights else 0, heads),
     ]
-    whole = _edges(row_ptr, col, edge, attributes(terms, edge, wide))
+    whole = walk_edges(row_ptr, col, edge, attributes(terms, edge, wide))
     if terms is not None:
         channels = terms.attr.shape[1] if terms.attr is not None and weigh_attr else 0
         results.append(q.new_empty(num_edges if return_scores else 0, heads, d))
@@ -180,7 +180,7 @@ def attention_bwd(
     )
     need_logits = any((need_q, need_k, need_bias, need_gate, need_key, need_attr, need_attr_q))
     attr: Any = attributes(terms, edge, wide)
-    whole = _edges(row_ptr, col, edge, attr, (col_ptr, col_row, col_slot))
+    whole = walk_edges(row_ptr, col, edge, attr, (col_ptr, col_row, col_slot))
     if terms is not None and terms.value is terms.key:
         need_value, dvalue = need_key, dkey
     if need_attr:
@@ -311,93 +311,24 @@ def _attribute_gradient(
         dattr.index_copy_(0, number, total.to(dattr.dtype))
 
 
-class _Edges(NamedTuple):
-    """The edges that some heads go over: all, or those of the rows where a head is active."""
-
-    rows: Walk
-    row: Tensor  # [E]
-    edge: Tensor  # [E], the caller's number
-    caller: Tensor  # int64
-    occupied: Tensor  # [N], which rows have any
-    attr: Any = None  # [E, C]
-    cols: Any = None  # of the backward: the walk by columns
-    slot: Any = None  # [E], where an edge of it stands by rows
-    place: Any = None  # [E], where it stands among all edges
-    active: Any = None  # [N] bool, the rows they belong to
-
-    def of(self, active: Tensor) -> _Edges:
-        """Those of the ``active [N]`` rows."""
-        kept = active.index_select(0, self.row)
-        place = kept.nonzero().squeeze(1)
-        ptr = _summed(torch.where(active, self.rows.ptr.diff(), 0), self.rows.ptr)
-        cols = slot = None
-        if self.cols is not None:
-            by_col = kept.index_select(0, self.slot)
-            col_ptr = _summed(by_col, self.cols.ptr)[self.cols.ptr]
-            cols = make_walk(col_ptr, self.cols.other[by_col])
-            number = kept.cumsum(0, dtype=self.slot.dtype) - 1
-            slot = number.index_select(0, self.slot[by_col])
-        return _Edges(
-            make_walk(ptr, self.rows.other[place]),
-            self.row[place],
-            self.edge[place],
-            self.caller[place],
-            self.occupied & active,
-            None if self.attr is None else self.attr[place],
-            cols,
-            slot,
-            place,
-            active,
-        )
-
-
-def _edges(
-    ptr: Tensor,
-    col: Tensor,
-    edge: Tensor,
-    attr: Tensor | None,
-    columns: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> _Edges:
-    rows, row, occupied = make_walk(ptr, col), segment_of(ptr, col), ptr.diff() > 0
-    if columns is None:
-        return _Edges(rows, row, edge, edge.long(), occupied, attr)
-    col_ptr, col_row, slot = columns
-    cols = make_walk(col_ptr, col_row)
-    return _Edges(rows, row, edge, edge.long(), occupied, attr, cols, slot)
-
-
-def _summed(x: Tensor, like: Tensor) -> Tensor:
-    """The sums of the first 0, 1, ... of ``x``."""
-    return torch.cat([like[:1], x.cumsum(0, dtype=like.dtype)])
-
-
 def _blocks(
-    q: Tensor, k: Tensor, edges: _Edges, active: Tensor | None
-) -> Iterator[tuple[slice, list[tuple[slice, _Edges]]]]:
+    q: Tensor, k: Tensor, edges: Edges, active: Tensor | None
+) -> Iterator[tuple[slice, list[tuple[slice, Edges]]]]:
     """Key heads that go together; for each member of a group the query heads on them, the edges."""
     kv_heads = k.shape[1]
     group = q.shape[1] // max(kv_heads, 1)
     size = max(1, _TOGETHER // max(1, q.shape[0] + k.shape[0] + len(edges.edge)))
-    # heads that are active in all rows go together, masked ones nowhere, others alone
-    full, some = [True] * q.shape[1], [True] * q.shape[1]
-    if active is not None:
-        full, some = active.all(0).tolist(), active.any(0).tolist()
-    start = 0
-    while start < kv_heads:
-        stop, last = start, min(start + size, kv_heads)
-        while stop < last and all(full[stop * group : (stop + 1) * group]):
-            stop += 1
-        if stop > start:
-            members = [slice(start * group + i, stop * group, group) for i in range(group)]
-            yield slice(start, stop), [(h, edges) for h in members]
-            start = stop
-            continue
-        heads = [h for h in range(start * group, (start + 1) * group) if some[h]]
-        if heads:
-            assert active is not None
-            found = [(h, edges if full[h] else edges.of(active[:, h])) for h in heads]
-            yield slice(start, start + 1), [(slice(h, h + 1), on) for h, on in found]
-        start += 1
+    if active is None or group == 1:
+        for kv, on in runs(kv_heads, size, edges, active):
+            heads = [slice(kv.start * group + i, kv.stop * group, group) for i in range(group)]
+            yield kv, [(h, on) for h in heads]
+        return
+    for i in range(kv_heads):
+        first = i * group
+        found = runs(group, 1, edges, active[:, first : first + group])
+        members = [(slice(first + h.start, first + h.stop), on) for h, on in found]
+        if members:
+            yield slice(i, i + 1), members
 
 
 def _bias(edge_bias: Tensor | None, edge: Tensor, heads: slice) -> Tensor | None:

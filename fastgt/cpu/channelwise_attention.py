@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgt.cpu.sparse import accumulator, make_walk, pivots, segment_of, spmm
+from fastgt.cpu.sparse import Edges, accumulator, make_walk, pivots, runs, spmm, walk_edges
 
 _CHUNK = 2**19  # numbers of a temporary
 _WIDE, _NARROW = 64, 16  # channels at a time; where a row has more edges than a chunk
@@ -27,6 +27,7 @@ def channelwise_attention_fwd(
     logits: Tensor,
     v: Tensor | None,
     edge_value: Tensor | None,
+    on_rows: Tensor | None,
     rows: list[Tensor],
     low: float,
     high: float,
@@ -35,7 +36,10 @@ def channelwise_attention_fwd(
     return_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> o, lse [N, C]; weights [E, C] (or [0, C]) in the caller's edge order; and, to ``keep`` for
-    the backward, stat [N, 3, C] (or [0, 3, C]). C may be [H, D]."""
+    the backward, stat [N, 3, C] (or [0, 3, C]). C may be [H, D].
+
+    To heads that are not in ``on_rows`` [1 or N, H] a row has no edges.
+    """
     row_ptr, col, edge = rows
     n, channels = row_ptr.shape[0] - 1, logits.shape[1:]
     wide = accumulator(logits)
@@ -43,11 +47,14 @@ def channelwise_attention_fwd(
     lse = logits.new_empty(n, *channels, dtype=wide)
     stat = lse.new_empty(n if keep else 0, 3, channels.numel())
     weights = logits.new_empty(edge.shape[0] if return_weights else 0, *channels)
-    size, (s_in, v_in, x_in, o_out, lse_out, p_out) = _views(logits, v, edge_value, o, lse, weights)
+    if on_rows is not None:
+        o.zero_(), weights.zero_(), lse.fill_(-math.inf)
+    tensors = logits, v, edge_value, o, lse, weights
+    size, (s_in, v_in, x_in, o_out, lse_out, p_out) = _views(*tensors, apart=on_rows is not None)
     kept = stat.view(-1, 3, *size)
-    row, log_eps = segment_of(row_ptr, col), math.log(eps) if eps else -math.inf
-    blocks, chunks = _cut(size, row_ptr)
-    for at in blocks:
+    log_eps = math.log(eps) if eps else -math.inf
+    for at, on, chunks in _blocks(size, walk_edges(row_ptr, col, edge), on_rows):
+        row_ptr, row, col, edge = on.rows.ptr, on.row, on.rows.other, on.edge
         for some, slots in chunks:
             ptr, number = row_ptr[some.start : some.stop + 1] - slots.start, edge[slots]
             owner = row[slots] - some.start
@@ -82,6 +89,7 @@ def channelwise_attention_bwd(
     logits: Tensor,
     v: Tensor | None,
     edge_value: Tensor | None,
+    on_rows: Tensor | None,
     stat: Tensor,
     rows: list[Tensor],
     columns: list[Tensor],
@@ -93,17 +101,19 @@ def channelwise_attention_bwd(
     need_edge_value: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dlogits [E, C], dv [M, C], dedge_value [E, C]; empty where not needed."""
-    row_ptr, col, edge = rows
     wide, log_eps = stat.dtype, math.log(eps) if eps else -math.inf
-    ds = logits.new_empty(logits.shape if need_logits else (0,))
-    dx = logits.new_empty(logits.shape if need_edge_value else (0,))
-    dv = logits.new_empty(v.shape if need_v and v is not None else (0,))
-    size, (s_in, v_in, x_in, do_in, dlse_in) = _views(logits, v, edge_value, do, dlse)
+    make = logits.new_empty if on_rows is None else logits.new_zeros
+    ds = make(logits.shape if need_logits else (0,))
+    dx = make(logits.shape if need_edge_value else (0,))
+    dv = make(v.shape if need_v and v is not None else (0,))
+    tensors = logits, v, edge_value, do, dlse
+    size, (s_in, v_in, x_in, do_in, dlse_in) = _views(*tensors, apart=on_rows is not None)
     ds_out, dx_out, dv_out = (x.view(-1, *size) for x in (ds, dx, dv))
     kept = stat.view(-1, 3, *size)
-    row, occupied = segment_of(row_ptr, col), row_ptr.diff() > 0
-    blocks, chunks = _cut(size, row_ptr)
-    for at in blocks:
+    for at, on, chunks in _blocks(
+        size, walk_edges(rows[0], rows[1], rows[2], columns=columns), on_rows
+    ):
+        row, col, edge, occupied = on.row, on.rows.other, on.edge, on.occupied
         # dx of all edges in row order: the one temporary that is as large as an input
         heads, inner = (len(range(*part.indices(k))) for part, k in zip(at, size, strict=True))
         every = stat.new_empty(edge.shape[0] if need_v else 0, heads * inner)
@@ -135,35 +145,40 @@ def channelwise_attention_bwd(
                     x.masked_fill_(~through, 0.0)
                 _put(ds_out, number.long(), at, x)
         if need_v:
-            _put(dv_out, slice(None), at, spmm(make_walk(columns[0], columns[2]), None, every))
+            _put(dv_out, slice(None), at, spmm(on.cols._replace(other=on.slot), None, every))
     return ds, dv, dx
 
 
-def _views(*tensors: Tensor | None) -> tuple[tuple[int, int], list[Any]]:
-    """-> (H, D), and all tensors as [N, H, D]: H is 1 where all have their heads side by side."""
+def _views(*tensors: Tensor | None, apart: bool) -> tuple[tuple[int, int], list[Any]]:
+    """-> (H, D), and all tensors as [N, H, D]: H is 1 where all have their heads side by side, but
+    if heads are to stay ``apart``."""
     present = [x for x in tensors if x is not None]
     size = present[0].shape[1:]
-    if all(x.ndim == 2 or x.stride(1) == x.shape[2] * x.stride(2) for x in present):
+    flat = all(x.ndim == 2 or x.stride(1) == x.shape[2] * x.stride(2) for x in present)
+    if flat and not apart:
         views = [None if x is None else x.flatten(1)[:, None] for x in tensors]
         return (1, size.numel()), views
     return (size[0], size[1]), list(tensors)
 
 
 _Block = tuple[slice, slice]  # heads, channels
+_Chunk = tuple[slice, slice]  # rows, their slots
 
 
-def _cut(size: tuple[int, int], ptr: Tensor) -> tuple[list[_Block], list[tuple[slice, slice]]]:
-    """-> blocks of channels; and chunks of whole rows: the rows and their slots."""
+def _blocks(
+    size: tuple[int, int], edges: Edges, on_rows: Tensor | None
+) -> Iterator[tuple[_Block, Edges, list[_Chunk]]]:
+    """Blocks of channels, the edges that they go over, and those in chunks of whole rows."""
+    ptr = edges.rows.ptr
     longest = int(ptr.diff().max()) if ptr.shape[0] > 1 else 0
     width = _WIDE if longest * _WIDE <= _CHUNK else _NARROW
-    heads, inner = max(1, width // size[1]), min(width, size[1])
-    blocks = [
-        (slice(h, min(h + heads, size[0])), slice(d, min(d + inner, size[1])))
-        for h in range(0, size[0], heads)
-        for d in range(0, size[1], inner)
-    ]
-    room = _CHUNK // (min(heads, size[0]) * inner)
-    return blocks, list(_chunks(ptr, room))
+    together, inner = max(1, width // size[1]), min(width, size[1])
+    room = _CHUNK // (min(together, size[0]) * inner)
+    chunks = list(_chunks(ptr, room))
+    for heads, on in runs(size[0], together, edges, on_rows):
+        mine = chunks if on is edges else list(_chunks(on.rows.ptr, room))
+        for d in range(0, size[1], inner):
+            yield (heads, slice(d, min(d + inner, size[1]))), on, mine
 
 
 def _chunks(ptr: Tensor, room: int) -> Iterator[tuple[slice, slice]]:

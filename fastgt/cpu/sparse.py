@@ -7,7 +7,8 @@ rounding errors do not add up: results do not depend on the number of threads.
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +52,89 @@ def segment_of(ptr: Tensor, index: Tensor) -> Tensor:
     """The segment of every edge."""
     segment = torch.arange(ptr.shape[0] - 1, dtype=ptr.dtype)
     return segment.repeat_interleave(ptr.diff(), output_size=index.shape[0])
+
+
+class Edges(NamedTuple):
+    """The edges that some heads go over: all, or those of the rows where a head is active."""
+
+    rows: Walk
+    row: Tensor  # [E]
+    edge: Tensor  # [E], the caller's number
+    caller: Tensor  # int64
+    occupied: Tensor  # [N], which rows have any
+    attr: Any = None  # [E, C]
+    cols: Any = None  # of the backward: the walk by columns
+    slot: Any = None  # [E], where an edge of it stands by rows
+    place: Any = None  # [E], where it stands among all edges
+    active: Any = None  # [N] bool, the rows they belong to
+
+    def of(self, active: Tensor) -> Edges:
+        """Those of the ``active [N]`` rows."""
+        kept = active.index_select(0, self.row)
+        place = kept.nonzero().squeeze(1)
+        ptr = _summed(torch.where(active, self.rows.ptr.diff(), 0), self.rows.ptr)
+        cols = slot = None
+        if self.cols is not None:
+            by_col = kept.index_select(0, self.slot)
+            col_ptr = _summed(by_col, self.cols.ptr)[self.cols.ptr]
+            cols = make_walk(col_ptr, self.cols.other[by_col])
+            number = kept.cumsum(0, dtype=self.slot.dtype) - 1
+            slot = number.index_select(0, self.slot[by_col])
+        return Edges(
+            make_walk(ptr, self.rows.other[place]),
+            self.row[place],
+            self.edge[place],
+            self.caller[place],
+            self.occupied & active,
+            None if self.attr is None else self.attr[place],
+            cols,
+            slot,
+            place,
+            active,
+        )
+
+
+def walk_edges(
+    ptr: Tensor,
+    col: Tensor,
+    edge: Tensor,
+    attr: Tensor | None = None,
+    columns: Sequence[Tensor] = (),  # ptr, row, slot
+) -> Edges:
+    rows, row, occupied = make_walk(ptr, col), segment_of(ptr, col), ptr.diff() > 0
+    if not columns:
+        return Edges(rows, row, edge, edge.long(), occupied, attr)
+    col_ptr, col_row, slot = columns[:3]
+    cols = make_walk(col_ptr, col_row)
+    return Edges(rows, row, edge, edge.long(), occupied, attr, cols, slot)
+
+
+def runs(
+    heads: int, together: int, edges: Edges, on_rows: Tensor | None
+) -> Iterator[tuple[slice, Edges]]:
+    """Heads that go together, and the edges they go over.
+
+    Those that are active in all rows, up to so many ``together``; one that is masked in some,
+    alone. Heads that are masked in all rows are left out.
+    """
+    full, some = [True] * heads, [True] * heads
+    if on_rows is not None:
+        full, some = on_rows.all(0).tolist(), on_rows.any(0).tolist()
+    start = 0
+    while start < heads:
+        stop = start + 1
+        while full[start] and stop < min(start + together, heads) and full[stop]:
+            stop += 1
+        if full[start]:
+            yield slice(start, stop), edges
+        elif some[start] and on_rows is not None:
+            yield slice(start, stop), edges.of(on_rows[:, start])
+        start = stop
+
+
+def _summed(x: Tensor, like: Tensor) -> Tensor:
+    """The sums of the first 0, 1, ... of ``x``."""
+    return torch.cat([like[:1], x.cumsum(0, dtype=like.dtype)])
 
 
 def diagonal(walk: Walk, size: int, heads: slice) -> Walk:

@@ -23,6 +23,7 @@ from fastgt.ops._arguments import (
     number,
     refuse_forward_mode,
 )
+from fastgt.ops._head_gate import Active, active_heads, check_head_gate, gated
 from fastgt.ops._impl import Impl, choose, require_triton
 from fastgt.tiles import Plan
 
@@ -35,6 +36,8 @@ def channelwise_attention(
     edge_value: Tensor | None = None,
     logit_clamp: float | tuple[float, float] | None = None,
     denominator_eps: float = 0.0,
+    head_gate: Tensor | None = None,
+    dense_gate_grad: bool = False,
     return_lse: bool = False,
     return_weights: bool = False,
     impl: Impl | None = None,
@@ -45,7 +48,7 @@ def channelwise_attention(
 
         s_ij  = clamp(logits_ij, low, high)
         a_ij  = exp(s_ij) / (sum_j exp(s_ij) + eps)
-        out_i = sum_j a_ij (v_j + edge_value_ij)
+        out_i = gate sum_j a_ij (v_j + edge_value_ij)
 
     A row without edges, or a channel of it whose logits are all -inf, gives exactly 0, an LSE of
     -inf and zero gradients. Duplicate edges count as often as they stand. NaN and infinities reach
@@ -62,6 +65,8 @@ def channelwise_attention(
         edge_value: ``[E, C]`` or ``[E, H, D]``, in the caller's edge order; or None, if v is given.
         logit_clamp: ``(low, high)``, or c for ``(-c, c)``. Outside it the gradient is 0.
         denominator_eps: eps above, relative to logits as they are (no maximum subtracted).
+        head_gate, dense_gate_grad: As in :func:`fastgt.neighborhood_attention`, where logits are
+            ``[E, H, D]``.
         return_lse: Also give ``lse_i = log sum_j exp(s_ij)``, natural, ``[N_rows, C]`` in float32
             (float64 for float64), with its gradient. eps is not part of it.
         return_weights: Also give ``a_ij``, ``[E, C]`` in the caller's edge order, without gradient.
@@ -101,36 +106,76 @@ def channelwise_attention(
     _check(logits, v, graph, edge_value)
     check_numbers(logits, None, denominator_eps, 0.0)
     low, high = (math.inf * x if abs(x) > largest(logits) else x for x in (low, high))
-    impl = choose(impl, logits)
+    active = None
+    if head_gate is not None:
+        if logits.ndim != 3:
+            raise ValueError(f"head_gate needs logits [E, H, D], got {list(logits.shape)}")
+        check_head_gate(head_gate, logits.shape[1], logits.device, graph.num_graphs)
+        active = None if dense_gate_grad else active_heads(head_gate, graph)
+    settings = low, high, denominator_eps
+    wanted = return_lse, return_weights
+    o, *extras = _attend(
+        logits, v, edge_value, graph, active, settings, choose(impl, logits), wanted
+    )
+    if head_gate is not None:
+        o = gated(o, head_gate, graph.graph_ptr)
+    return (o, *extras) if extras else o
+
+
+def _attend(
+    logits: Tensor,
+    v: Tensor | None,
+    edge_value: Tensor | None,
+    graph: Graph,
+    active: Active | None,
+    settings: tuple[float, float, float],
+    impl: Impl,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, ...]:
+    """-> o, and what is wanted besides: lse, weights."""
+    return_lse, return_weights = wanted
+    on_rows, on_cols = active or (None, None)
     if impl == "reference":
-        return reference.channelwise_attention(
+        low, high, eps = settings
+        found = reference.channelwise_attention(
             logits,
             v,
             graph,
             edge_value=edge_value,
-            logit_clamp=None if logit_clamp is None else (low, high),
-            denominator_eps=denominator_eps,
+            logit_clamp=None if (low, high) == (-math.inf, math.inf) else (low, high),
+            denominator_eps=eps,
             return_lse=return_lse,
             return_weights=return_weights,
+            active=on_rows,
         )
+        return found if isinstance(found, tuple) else (found,)
     tensors = [x for x in (logits, v, edge_value) if x is not None]
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places of a Function
         v = None if v is None else v.view_as(v)
         edge_value = None if edge_value is None else edge_value.view_as(edge_value)
     refuse_forward_mode(*tensors)
-    rows, settings = _rows(graph, impl), (low, high, denominator_eps)
+    rows = _rows(graph, impl)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         columns = _columns(graph, impl) if v is not None and v.requires_grad else ()
         o, lse, weights = _ChannelwiseAttention.apply(
-            logits, v, edge_value, graph, impl, rows, columns, settings, return_weights
+            logits,
+            v,
+            edge_value,
+            on_rows,
+            on_cols,
+            graph,
+            impl,
+            rows,
+            columns,
+            settings,
+            return_weights,
         )
     else:
         o, lse, weights, _ = _fwd(
-            impl, logits, v, edge_value, rows, *settings, False, return_weights
+            impl, logits, v, edge_value, on_rows, rows, *settings, False, return_weights
         )
-    extras = [x for x, asked in ((lse, return_lse), (weights, return_weights)) if asked]
-    return (o, *extras) if extras else o
+    return o, *(x for x, asked in ((lse, return_lse), (weights, return_weights)) if asked)
 
 
 def _check(logits: Tensor, v: Tensor | None, graph: Graph, edge_value: Tensor | None) -> None:
@@ -178,6 +223,8 @@ class _ChannelwiseAttention(torch.autograd.Function):
         logits: Tensor,
         v: Tensor | None,
         edge_value: Tensor | None,
+        on_rows: Tensor | None,
+        on_cols: Tensor | None,
         graph: Graph,
         impl: str,
         rows: tuple[Tensor, ...],
@@ -186,9 +233,9 @@ class _ChannelwiseAttention(torch.autograd.Function):
         return_weights: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         o, lse, weights, stat = _fwd(
-            impl, logits, v, edge_value, rows, *settings, True, return_weights
+            impl, logits, v, edge_value, on_rows, rows, *settings, True, return_weights
         )
-        ctx.save_for_backward(logits, v, edge_value, stat)
+        ctx.save_for_backward(logits, v, edge_value, on_rows, on_cols, stat)
         ctx.graph, ctx.impl, ctx.rows, ctx.columns = graph, impl, rows, columns
         ctx.settings = settings
         ctx.mark_non_differentiable(weights)
@@ -197,20 +244,21 @@ class _ChannelwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> tuple:
-        logits, v, edge_value, stat = ctx.saved_tensors
+        logits, v, edge_value, on_rows, on_cols, stat = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable
             grads = _reference_grads(
-                do, dlse, logits, v, edge_value, ctx.graph, ctx.settings, needs
+                do, dlse, logits, v, edge_value, on_rows, ctx.graph, ctx.settings, needs
             )
         else:
             if do is None:
                 do = logits.new_zeros(()).expand(stat.shape[0], *logits.shape[1:])
-            args = do, dlse, logits, v, edge_value, stat, ctx.rows, ctx.columns
+            inputs = logits, v, edge_value, on_rows, on_cols
+            args = do, dlse, *inputs, stat, ctx.rows, ctx.columns
             found = _bwd(ctx.impl, *args, *ctx.settings, *needs)
             grads = [x if need else None for x, need in zip(found, needs, strict=True)]
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, *[None] * 8)
 
 
 def _reference_grads(
@@ -219,6 +267,7 @@ def _reference_grads(
     logits: Tensor,
     v: Tensor | None,
     edge_value: Tensor | None,
+    on_rows: Tensor | None,
     graph: Graph,
     settings: tuple[float, float, float],
     needs: tuple[bool, ...],
@@ -238,6 +287,7 @@ def _reference_grads(
         logit_clamp=(low, high),
         denominator_eps=eps,
         return_lse=True,
+        active=on_rows,
     )
     inputs = [x for x, need in zip(aliases, needs, strict=True) if need and x is not None]
     # the LSE depends on the logits alone: it may have no gradient at all
@@ -269,24 +319,26 @@ def _columns(graph: Graph, impl: str) -> tuple[Tensor, ...]:
     return graph.columns if impl == "torch" else graph.column_walk(_GATHER)
 
 
-# stat is what the backward needs of the rows, [N_rows, 3, C]: see kernels/channelwise_attention.py
+# stat is what the backward needs of the rows, [N_rows, 3, C]: see kernels/channelwise_attention.py;
+# on_rows and on_cols [1 or N, H] are their heads that are not masked
 _INPUTS = "Tensor logits, Tensor? v, Tensor? edge_value"
 _SETTINGS = "float low, float high, float eps"
 torch.library.define(
     "fastgt::channelwise_attention_fwd",
-    f"(str impl, {_INPUTS}, Tensor[] rows, {_SETTINGS}, bool keep, bool return_weights)"
+    f"(str impl, {_INPUTS}, Tensor? on_rows, Tensor[] rows, {_SETTINGS}, bool keep,"
+    " bool return_weights)"
     " -> (Tensor o, Tensor lse, Tensor weights, Tensor stat)",
 )
 torch.library.define(
     "fastgt::channelwise_attention_bwd",
-    f"(str impl, Tensor do, Tensor? dlse, {_INPUTS}, Tensor stat, Tensor[] rows, Tensor[] columns,"
-    f" {_SETTINGS}, bool need_logits, bool need_v, bool need_edge_value)"
-    " -> (Tensor dlogits, Tensor dv, Tensor dedge_value)",
+    f"(str impl, Tensor do, Tensor? dlse, {_INPUTS}, Tensor? on_rows, Tensor? on_cols, Tensor stat,"
+    f" Tensor[] rows, Tensor[] columns, {_SETTINGS}, bool need_logits, bool need_v,"
+    " bool need_edge_value) -> (Tensor dlogits, Tensor dv, Tensor dedge_value)",
 )
 
 
 @torch.library.register_fake("fastgt::channelwise_attention_fwd")
-def _(impl, logits, v, edge_value, rows, low, high, eps, keep, return_weights):  # type: ignore[no-untyped-def]
+def _(impl, logits, v, edge_value, on_rows, rows, low, high, eps, keep, return_weights):  # type: ignore[no-untyped-def]
     n, channels, wide = rows[0].shape[0] - 1, logits.shape[1:], accumulator(logits)
     return (
         logits.new_empty(n, *channels),
@@ -297,8 +349,8 @@ def _(impl, logits, v, edge_value, rows, low, high, eps, keep, return_weights): 
 
 
 @torch.library.register_fake("fastgt::channelwise_attention_bwd")
-def _(impl, do, dlse, logits, v, edge_value, stat, rows, columns, low, high, eps, *needs):  # type: ignore[no-untyped-def]
-    need_logits, need_v, need_edge_value = needs
+def _(impl, do, dlse, logits, v, edge_value, *rest):  # type: ignore[no-untyped-def]
+    need_logits, need_v, need_edge_value = rest[-3:]
     return (
         logits.new_empty(logits.shape if need_logits else (0,)),
         logits.new_empty(v.shape if need_v else (0,)),
@@ -321,7 +373,8 @@ def _launch_bwd(impl: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if impl == "torch":
         from fastgt.cpu import channelwise_attention as cpu
 
-        return cpu.channelwise_attention_bwd(*args)
+        # do, dlse, logits, v, edge_value, on_rows; on_cols, whose walks are cut by rows there
+        return cpu.channelwise_attention_bwd(*args[:6], *args[7:])
     from fastgt.kernels import channelwise_attention as kernels
 
     return kernels.channelwise_attention_bwd(*args)

@@ -11,6 +11,7 @@ import zlib
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -178,7 +179,7 @@ def compare(model: PackageClassifier, data: Packages, repeats: int = 3) -> list[
 
     class GatherScatter(NeighborhoodAttention):
         def attend(  # type: ignore[override]
-            self, q: Tensor, k: Tensor, v: Tensor, graph: Graph, edge_bias: Tensor | None
+            self, q: Tensor, k: Tensor, v: Tensor, graph: Graph, edge_bias: Tensor | None, _: Any
         ) -> Tensor:
             return gather_scatter(q, k, v, edge_index, edge_bias=edge_bias, logit_clamp=5.0)
 

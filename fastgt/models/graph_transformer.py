@@ -99,6 +99,9 @@ class EdgeGraphTransformerConfig:
 class GraphTransformerLayer(nn.Module):
     """Attention and feed-forward, each with a residual and a norm after it.
 
+    ``head_gate``: a module whose heads the attention masks, :class:`fastgt.nn.HeadGate` for
+    example; a gate that requires a gradient gets the exact one, of masked heads too.
+
     Example:
         >>> import torch
         >>> from fastgt import Graph
@@ -115,11 +118,13 @@ class GraphTransformerLayer(nn.Module):
         *,
         norm: Norm = "batch",
         dropout: float = 0.0,
+        head_gate: nn.Module | None = None,
     ):
         super().__init__()
         self.attention = NeighborhoodAttention(
-            dim, heads, bias=False, dropout=dropout, logit_clamp=5.0
-        )
+            dim, heads, bias=False, dropout=dropout, logit_clamp=5.0, head_gate=head_gate,
+            dense_gate_grad=True,
+        )  # fmt: skip
         self.norm1 = _norm(norm, dim)
         self.ffn = _feed_forward(dim, dropout)
         self.norm2 = _norm(norm, dim)
@@ -133,6 +138,8 @@ class GraphTransformerLayer(nn.Module):
 class GraphTransformerEdgeLayer(nn.Module):
     """Gated attention, then a feed-forward for nodes and one for edges; residuals, norms after.
 
+    ``head_gate``: as of :class:`GraphTransformerLayer`.
+
     Example:
         >>> import torch
         >>> from fastgt import Graph
@@ -144,11 +151,20 @@ class GraphTransformerEdgeLayer(nn.Module):
         (torch.Size([3, 64]), torch.Size([4, 64]))
     """
 
-    def __init__(self, dim: int, heads: int, *, norm: Norm = "batch", dropout: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        norm: Norm = "batch",
+        dropout: float = 0.0,
+        head_gate: nn.Module | None = None,
+    ):
         super().__init__()
         self.attention = EdgeGatedAttention(
-            dim, heads, dropout=dropout, logit_clamp=5.0, denominator_eps=1e-6
-        )
+            dim, heads, dropout=dropout, logit_clamp=5.0, denominator_eps=1e-6, head_gate=head_gate,
+            dense_gate_grad=True,
+        )  # fmt: skip
         self.norm1 = _norm(norm, dim)
         self.ffn = _feed_forward(dim, dropout)
         self.norm2 = _norm(norm, dim)

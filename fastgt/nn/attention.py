@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
+from fastgt.nn.head_gate import Gate, GatedHeads
 from fastgt.ops._arguments import check_graph
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.attention import neighborhood_attention
 
 
-class NeighborhoodAttention(nn.Module):
+class NeighborhoodAttention(GatedHeads):
     """Multi-head attention of every node over its neighbours, with its projections.
 
     ``out = W_o dropout(concat_h attention(W_q x, W_k y, W_v y))`` where y is x, or ``context``.
@@ -22,6 +23,9 @@ class NeighborhoodAttention(nn.Module):
         context_dim: Width of ``context``; default ``dim``.
         bias: Whether the query, key and value projections have one; the output's always does.
         dropout: Probability of dropping a channel of the heads' output, in training.
+        head_gate: A module that gives a gate ``[H]`` at every call, such as
+            :class:`fastgt.nn.HeadGate`. Masked heads are left out of the projections too.
+        dense_gate_grad: Compute masked heads where the gate requires a gradient, to make it exact.
         logit_clamp, denominator_eps, impl: As for :func:`fastgt.neighborhood_attention`.
 
     Example:
@@ -33,6 +37,8 @@ class NeighborhoodAttention(nn.Module):
         torch.Size([3, 64])
     """
 
+    INTO, INTO_KV = ("q",), ("k", "v")
+
     def __init__(
         self,
         dim: int,
@@ -42,18 +48,20 @@ class NeighborhoodAttention(nn.Module):
         context_dim: int | None = None,
         bias: bool = True,
         dropout: float = 0.0,
+        head_gate: nn.Module | None = None,
+        dense_gate_grad: bool = False,
         logit_clamp: float | tuple[float, float] | None = None,
         denominator_eps: float = 0.0,
         impl: Impl | None = None,
     ):
-        super().__init__()
+        super().__init__(head_gate, dense_gate_grad)
         kv_heads = heads if kv_heads is None else kv_heads
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"kv_heads must divide heads, got {kv_heads} and {heads}")
         check_impl(impl)
-        self.heads, self.kv_heads = heads, kv_heads
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
         self.logit_clamp, self.denominator_eps, self.impl = logit_clamp, denominator_eps, impl
         kv_dim = dim // heads * kv_heads
         context_dim = dim if context_dim is None else context_dim
@@ -70,28 +78,41 @@ class NeighborhoodAttention(nn.Module):
         *,
         context: Tensor | None = None,
         edge_bias: Tensor | None = None,
+        head_gate: Tensor | None = None,
     ) -> Tensor:
-        """x ``[N_rows, dim]``; context ``[N_cols, context_dim]``; edge_bias ``[E, H]``."""
-        y = x if context is None else context
+        """x ``[N_rows, dim]``; context ``[N_cols, context_dim]``; edge_bias ``[E, H]``; head_gate
+        ``[H]`` or ``[G, H]``, where the module has none of its own."""
+        y, gate = x if context is None else context, self.gate_of(head_gate)
         attended = self.attend(
-            self.q(x).unflatten(-1, (self.heads, -1)),
-            self.k(y).unflatten(-1, (self.kv_heads, -1)),
-            self.v(y).unflatten(-1, (self.kv_heads, -1)),
+            self.into_heads(self.q, x, gate),
+            self.into_heads(self.k, y, gate),
+            self.into_heads(self.v, y, gate),
             graph,
             edge_bias,
+            gate,
         )
-        return self.out(self.dropout(attended.flatten(-2)))
+        return self.out_of_heads(self.out, self.dropout(attended), gate)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, graph: Graph, edge_bias: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        graph: Graph,
+        edge_bias: Tensor | None,
+        gate: Gate,
     ) -> Tensor:
         """The attention between the projections: what a subclass replaces."""
+        if not self.heads:
+            return q
         out = neighborhood_attention(
             q,
             k,
             v,
             graph,
             edge_bias=edge_bias,
+            head_gate=gate.values,
+            dense_gate_grad=gate.dense,
             logit_clamp=self.logit_clamp,
             denominator_eps=self.denominator_eps,
             impl=self.impl,
@@ -100,7 +121,7 @@ class NeighborhoodAttention(nn.Module):
         return out
 
 
-class EdgeGatedAttention(nn.Module):
+class EdgeGatedAttention(GatedHeads):
     """Multi-head attention whose products are gated by edges, and which gives edges new features.
 
     With queries W_q x, keys W_k x, values W_v x and gates W_e e, head by head, channel by
@@ -117,6 +138,8 @@ class EdgeGatedAttention(nn.Module):
         edge_dim: Width of edges, in and out; default ``dim``.
         bias: Whether the four projections before the attention have one; W_o and W_oe always do.
         dropout: Probability of dropping a channel before W_o and W_oe, in training.
+        head_gate, dense_gate_grad: As for :class:`NeighborhoodAttention`. The gate multiplies
+            what goes into W_o; a masked head has no t_ij either.
         logit_clamp, denominator_eps, impl: As for :func:`fastgt.neighborhood_attention`.
 
     Source:
@@ -133,6 +156,8 @@ class EdgeGatedAttention(nn.Module):
         (torch.Size([3, 64]), torch.Size([4, 16]))
     """
 
+    INTO, OUT_OF = ("q", "k", "v", "gate"), ("out", "edge_out")
+
     def __init__(
         self,
         dim: int,
@@ -141,15 +166,17 @@ class EdgeGatedAttention(nn.Module):
         edge_dim: int | None = None,
         bias: bool = False,
         dropout: float = 0.0,
+        head_gate: nn.Module | None = None,
+        dense_gate_grad: bool = False,
         logit_clamp: float | tuple[float, float] | None = None,
         denominator_eps: float = 0.0,
         impl: Impl | None = None,
     ):
-        super().__init__()
+        super().__init__(head_gate, dense_gate_grad)
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
         check_impl(impl)
-        self.heads = heads
+        self.heads, self.kv_heads, self.head_dim = heads, heads, dim // heads
         self.logit_clamp, self.denominator_eps, self.impl = logit_clamp, denominator_eps, impl
         edge_dim = dim if edge_dim is None else edge_dim
         self.q = nn.Linear(dim, dim, bias=bias)
@@ -161,31 +188,45 @@ class EdgeGatedAttention(nn.Module):
         self.edge_out = nn.Linear(dim, edge_dim)
 
     def forward(
-        self, x: Tensor, e: Tensor, graph: Graph, *, edge_output: bool = True
+        self,
+        x: Tensor,
+        e: Tensor,
+        graph: Graph,
+        *,
+        edge_output: bool = True,
+        head_gate: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x ``[N, dim]``, e ``[E, edge_dim]`` -> the same shapes.
+        """x ``[N, dim]``, e ``[E, edge_dim]`` -> the same shapes; head_gate ``[H]`` or ``[G, H]``,
+        where the module has none of its own.
 
         Without ``edge_output`` no t_ij is stored, and None stands for the edges.
         """
         check_graph(graph)
         self._check("x", x, "N, dim", graph.num_rows, self.q.in_features)
         self._check("e", e, "E, edge_dim", graph.num_edges, self.gate.in_features)
-        found = neighborhood_attention(
-            self.q(x).unflatten(-1, (self.heads, -1)),
-            self.k(x).unflatten(-1, (self.heads, -1)),
-            self.v(x).unflatten(-1, (self.heads, -1)),
-            graph,
-            edge_gate=self.gate(e).unflatten(-1, (self.heads, -1)),
-            logit_clamp=self.logit_clamp,
-            denominator_eps=self.denominator_eps,
-            return_edge_scores=edge_output,
-            impl=self.impl,
-        )
-        attended, scores = found if isinstance(found, tuple) else (found, None)
-        x = self.out(self.dropout(attended.flatten(-2)))
+        gate = self.gate_of(head_gate)
+        q, k, v = (self.into_heads(layer, x, gate) for layer in (self.q, self.k, self.v))
+        edge_gate = self.into_heads(self.gate, e, gate)
+        attended, scores = q, edge_gate if edge_output else None
+        if self.heads:
+            found = neighborhood_attention(
+                q,
+                k,
+                v,
+                graph,
+                edge_gate=edge_gate,
+                head_gate=gate.values,
+                dense_gate_grad=gate.dense,
+                logit_clamp=self.logit_clamp,
+                denominator_eps=self.denominator_eps,
+                return_edge_scores=edge_output,
+                impl=self.impl,
+            )
+            attended, scores = found if isinstance(found, tuple) else (found, None)
+        x = self.out_of_heads(self.out, self.dropout(attended), gate)
         if scores is None:
             return x, None
-        return x, self.edge_out(self.dropout(scores.flatten(-2)))
+        return x, self.out_of_heads(self.edge_out, self.dropout(scores), gate)
 
     @staticmethod
     def _check(name: str, x: Tensor, letters: str, *shape: int) -> None:

@@ -1,4 +1,4 @@
-"""Gates of attention heads: fixed, the best k, or learnt to be zero.
+"""Gates of attention heads: fixed, the best k, or learnt to be zero; and modules that take them.
 
 A gate is one number a head, ``[H]``, or a head and a graph, ``[G, H]``; a head whose gate is
 exactly 0 is masked. In training each of these gives the gradient that it is defined with.
@@ -7,9 +7,13 @@ exactly 0 is masked. In training each of these gives the gradient that it is def
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from fastgt.ops._impl import Impl
+from fastgt.ops.head_projection import head_projection
 
 
 class HeadGate(nn.Module):
@@ -143,6 +147,86 @@ class HardConcreteHeadGate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={len(self.logits)}"
+
+
+class Gate(NamedTuple):
+    """A gate as attention and the projections around it take it."""
+
+    values: Tensor | None  # [H] or [G, H]
+    dense: bool  # compute masked heads too, for the exact gradient
+    active: Tensor | None  # [H], what projections leave out
+
+
+class GatedHeads(nn.Module):
+    """What attention modules with a ``head_gate`` share.
+
+    A masked head takes no part in their projections either, unless ``dense_gate_grad`` asks for its
+    gradient: then everything is computed wherever the gate itself requires one.
+
+    Attributes:
+        INTO, INTO_KV: Names of the linear layers into query and into key heads.
+        OUT_OF: Names of those out of query heads.
+        GATED: Those of OUT_OF whose input the gate multiplies.
+        heads, kv_heads, head_dim: Of the queries, of keys and values, and the width of each.
+    """
+
+    INTO: tuple[str, ...] = ("q", "k", "v")
+    INTO_KV: tuple[str, ...] = ()
+    OUT_OF: tuple[str, ...] = ("out",)
+    GATED: tuple[str, ...] = ("out",)
+    heads: int
+    kv_heads: int
+    head_dim: int
+    impl: Impl | None
+
+    def __init__(self, head_gate: nn.Module | None, dense_gate_grad: bool):
+        super().__init__()
+        if head_gate is not None and not isinstance(head_gate, nn.Module):
+            found = type(head_gate).__name__
+            raise TypeError(f"head_gate must be a module, as HeadGate(mask) is, got {found}")
+        self.head_gate, self.dense_gate_grad = head_gate, dense_gate_grad
+
+    def gate_of(self, head_gate: Tensor | None) -> Gate:
+        """The module's own, or the one given to this call."""
+        if head_gate is None:
+            if self.head_gate is None:
+                return Gate(None, False, None)
+            head_gate = self.head_gate()
+        elif self.head_gate is not None:
+            raise ValueError("head_gate is given twice: to the module, and to this call")
+        assert isinstance(head_gate, Tensor)
+        dense = self.dense_gate_grad and torch.is_grad_enabled() and head_gate.requires_grad
+        active = None
+        if not dense:
+            active = head_gate if head_gate.ndim == 1 else (head_gate != 0).any(0)
+        return Gate(head_gate, dense, active)
+
+    def into_heads(self, layer: nn.Linear, x: Tensor, gate: Gate) -> Tensor:
+        """x ``[N, C]`` -> ``[N, H, D]``, of the active heads only."""
+        active, heads = gate.active, layer.out_features // max(1, self.head_dim)
+        if active is None or not heads:
+            return layer(x).unflatten(-1, (heads, self.head_dim))
+        if heads < active.shape[0]:
+            active = (active != 0).unflatten(0, (heads, -1)).any(1)
+        weight, bias = _parameters(layer, x)
+        size = heads, self.head_dim
+        bias = None if bias is None else bias.unflatten(0, size)
+        return head_projection(x, weight.unflatten(0, size), bias, active, impl=self.impl)
+
+    def out_of_heads(self, layer: nn.Linear, x: Tensor, gate: Gate) -> Tensor:
+        """x ``[N, H, D]`` -> ``[N, C]``, from the active heads only."""
+        if gate.active is None or not x.shape[1]:
+            return layer(x.flatten(-2))
+        weight, bias = _parameters(layer, x)
+        weight = weight.unflatten(1, x.shape[1:])
+        return head_projection(x, weight, bias, gate.active, impl=self.impl)
+
+
+def _parameters(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    # hooks before the call may make the weight, as those of torch.nn.utils.prune do
+    for hook in layer._forward_pre_hooks.values():
+        hook(layer, (x,))
+    return layer.weight, layer.bias
 
 
 def _given(logits: Tensor | None, own: Tensor) -> Tensor:

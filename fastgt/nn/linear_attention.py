@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from fastgt.nn.head_gate import GatedHeads
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.linear_attention import MAX_FEATURES, FeatureMap, linear_attention
 
@@ -48,7 +49,7 @@ def random_features(
     return rows.float()
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(GatedHeads):
     """Multi-head linear attention of every node over its graph, with its projections.
 
     ``out = W_o dropout(concat_h attention(W_q x, W_k x, W_v x))``
@@ -62,6 +63,7 @@ class LinearAttention(nn.Module):
             projection is a buffer, kept in ``state_dict``, drawn anew by :meth:`redraw_projection`.
         bias: Whether the query, key and value projections have one; the output's always does.
         dropout: Probability of dropping a channel of the heads' output, in training.
+        head_gate, dense_gate_grad: As for :class:`fastgt.nn.NeighborhoodAttention`.
 
     Example:
         >>> import torch
@@ -85,9 +87,11 @@ class LinearAttention(nn.Module):
         normalize: bool = True,
         bias: bool = True,
         dropout: float = 0.0,
+        head_gate: nn.Module | None = None,
+        dense_gate_grad: bool = False,
         impl: Impl | None = None,
     ):
-        super().__init__()
+        super().__init__(head_gate, dense_gate_grad)
         if heads < 1 or (head_dim is None and dim % heads):
             raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
         head_dim = dim // heads if head_dim is None else head_dim
@@ -96,7 +100,8 @@ class LinearAttention(nn.Module):
                 f"feature_map must be one of {list(get_args(FeatureMap))}, got {feature_map!r}"
             )
         check_impl(impl)
-        self.heads, self.feature_map, self.impl = heads, feature_map, impl
+        self.heads, self.kv_heads, self.head_dim = heads, heads, head_dim
+        self.feature_map, self.impl = feature_map, impl
         self.eps, self.normalize = eps, normalize
         self.q = nn.Linear(dim, heads * head_dim, bias=bias)
         self.k = nn.Linear(dim, heads * head_dim, bias=bias)
@@ -113,22 +118,30 @@ class LinearAttention(nn.Module):
             raise ValueError(f"feature_map={feature_map!r} has no random features to be counted")
         self.register_buffer("projection", projection)
 
-    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """x ``[N, dim]``; offsets ``[G + 1]``, None for one graph."""
+    def forward(
+        self, x: Tensor, offsets: Tensor | None = None, *, head_gate: Tensor | None = None
+    ) -> Tensor:
+        """x ``[N, dim]``; offsets ``[G + 1]``, None for one graph; head_gate ``[H]`` or ``[G, H]``,
+        where the module has none of its own."""
         _check_nodes(x, self.q.in_features)
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))
-        attended = linear_attention(
-            q,
-            k,
-            v,
-            offsets,
-            feature_map=self.feature_map,
-            projection=self.projection,
-            eps=self.eps,
-            normalize=self.normalize,
-            impl=self.impl,
-        )
-        return self.out(self.dropout(attended.flatten(-2)))
+        gate = self.gate_of(head_gate)
+        q, k, v = (self.into_heads(layer, x, gate) for layer in (self.q, self.k, self.v))
+        attended = q
+        if self.heads:
+            attended = linear_attention(
+                q,
+                k,
+                v,
+                offsets,
+                feature_map=self.feature_map,
+                projection=self.projection,
+                eps=self.eps,
+                normalize=self.normalize,
+                head_gate=gate.values,
+                dense_gate_grad=gate.dense,
+                impl=self.impl,
+            )
+        return self.out_of_heads(self.out, self.dropout(attended), gate)
 
     def redraw_projection(self, generator: torch.Generator | None = None) -> None:
         """New random features, in place."""

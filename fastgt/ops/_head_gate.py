@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,3 +69,20 @@ def gated(out: Tensor, head_gate: Tensor, offsets: Tensor | None) -> Tensor:
     if gate.ndim == 2 and offsets is not None:
         gate = gate.repeat_interleave(offsets.diff(), 0, output_size=out.shape[0])
     return out * gate[..., None]
+
+
+def masked_extras(
+    extras: Sequence[Tensor], on_rows: Tensor, graph: Graph, lse: bool, weights: bool,
+    scores: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """LSE ``[N, H, ...]``, weights and scores ``[E, H, ...]``, those that there are, where masked
+    heads were computed: as they are where these are not."""
+    on_edges = on_rows
+    if on_rows.shape[0] > 1 and (weights or scores):
+        on_edges = on_rows.index_select(0, graph.edge_index[1])
+    kinds = [(on_rows, -math.inf)] * lse + [(on_edges, 0.0)] * (weights + scores)
+    found = []
+    for x, (on, value) in zip(extras, kinds, strict=True):
+        off = ~on
+        found.append(x.masked_fill(off[..., None] if x.ndim == 3 else off, value))
+    return found

@@ -22,7 +22,7 @@ from fastgt.ops._arguments import (
     number,
     refuse_forward_mode,
 )
-from fastgt.ops._head_gate import Active, active_heads, check_head_gate, gated
+from fastgt.ops._head_gate import Active, active_heads, check_head_gate, gated, masked_extras
 from fastgt.ops._impl import Impl, choose, require_triton
 from fastgt.ops.attention_edges import (
     autocast_edges,
@@ -174,8 +174,7 @@ def neighborhood_attention(
     active = None
     if head_gate is not None:
         check_head_gate(head_gate, q.shape[1], q.device, graph.num_graphs)
-        if not dense_gate_grad:
-            active = active_heads(head_gate, graph)
+        active = active_heads(head_gate, graph)
     if logit_clamp is not None:
         low, high = (math.inf * x if abs(x) > largest(q) else x for x in (low, high))
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
@@ -184,7 +183,7 @@ def neighborhood_attention(
     wanted = return_lse, return_weights, return_edge_scores
     o, *extras = _attend(
         (q, k, v, edge_bias),
-        active,
+        None if dense_gate_grad else active,
         edges,
         graph,
         (scale, low, high, denominator_eps),
@@ -195,6 +194,8 @@ def neighborhood_attention(
     )
     if head_gate is not None:
         o = gated(o, head_gate, graph.graph_ptr)
+    if active is not None and dense_gate_grad and extras:
+        extras = masked_extras(extras, active.rows, graph, *wanted)
     return (o, *extras) if extras else o
 
 

@@ -23,7 +23,7 @@ from fastgt.ops._arguments import (
     number,
     refuse_forward_mode,
 )
-from fastgt.ops._head_gate import Active, active_heads, check_head_gate, gated
+from fastgt.ops._head_gate import Active, active_heads, check_head_gate, gated, masked_extras
 from fastgt.ops._impl import Impl, choose, require_triton
 from fastgt.tiles import Plan
 
@@ -111,14 +111,23 @@ def channelwise_attention(
         if logits.ndim != 3:
             raise ValueError(f"head_gate needs logits [E, H, D], got {list(logits.shape)}")
         check_head_gate(head_gate, logits.shape[1], logits.device, graph.num_graphs)
-        active = None if dense_gate_grad else active_heads(head_gate, graph)
+        active = active_heads(head_gate, graph)
     settings = low, high, denominator_eps
     wanted = return_lse, return_weights
     o, *extras = _attend(
-        logits, v, edge_value, graph, active, settings, choose(impl, logits), wanted
+        logits,
+        v,
+        edge_value,
+        graph,
+        None if dense_gate_grad else active,
+        settings,
+        choose(impl, logits),
+        wanted,
     )
     if head_gate is not None:
         o = gated(o, head_gate, graph.graph_ptr)
+    if active is not None and dense_gate_grad and extras:
+        extras = masked_extras(extras, active.rows, graph, return_lse, return_weights)
     return (o, *extras) if extras else o
 
 

@@ -8,6 +8,7 @@ from fastgt.ops.channelwise_attention import channelwise_attention
 from fastgt.ops.head_projection import head_projection
 from fastgt.ops.linear_attention import linear_attention, sgformer_attention
 from fastgt.ops.segment_pool import segment_max, segment_mean, segment_sum, virtual_node
+from fastgt.pruning import prune_heads
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "implementation",
     "linear_attention",
     "neighborhood_attention",
+    "prune_heads",
     "segment_max",
     "segment_mean",
     "segment_softmax",

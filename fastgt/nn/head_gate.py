@@ -27,6 +27,11 @@ class HeadGate(nn.Module):
         >>> from fastgt.nn import HeadGate
         >>> HeadGate(torch.tensor([True, False, True]))()
         tensor([1., 0., 1.])
+
+    Attributes:
+        mask: The gate; it may be written into.
+        with_gradient: Give a copy that requires a gradient, in training, as scores of heads need
+            it: :meth:`take_gradient` has it after the backward.
     """
 
     mask: Tensor
@@ -43,10 +48,26 @@ class HeadGate(nn.Module):
             raise ValueError(f"mask is NaN at heads {mask.isnan().nonzero().flatten().tolist()}")
         mask = mask.detach().clone()
         self.register_buffer("mask", mask.float() if mask.dtype == torch.bool else mask)
+        self.with_gradient = False
+        self._given: Tensor | None = None
 
     def forward(self) -> Tensor:
         """-> ``[H]``."""
-        return self.mask
+        if not (self.with_gradient and self.training and torch.is_grad_enabled()):
+            return self.mask
+        self._given = self.mask.clone().requires_grad_()
+        return self._given
+
+    def take_gradient(self) -> Tensor:
+        """Of the last loss by the gate, ``[H]``; once.
+
+        Raises:
+            RuntimeError: No backward has reached the gate since.
+        """
+        given, self._given = self._given, None
+        if given is None or given.grad is None:
+            raise RuntimeError("no backward has reached this gate: its gradient is not there")
+        return given.grad
 
 
 class TopKHeadGate(nn.Module):

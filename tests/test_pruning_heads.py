@@ -1,0 +1,425 @@
+"""Gates in the attention modules, heads taken away for good, heads exchanged in training."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from attention_cases import DEVICE, FP64, close
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune
+
+from fastgt import Graph, implementation, prune_heads
+from fastgt.models import EdgeGraphTransformer, EdgeGraphTransformerConfig
+from fastgt.models.graph_transformer import GraphTransformerEdgeLayer, GraphTransformerLayer
+from fastgt.nn import (
+    EdgeGatedAttention,
+    HardConcreteHeadGate,
+    HeadGate,
+    LinearAttention,
+    NeighborhoodAttention,
+    TopKHeadGate,
+)
+from fastgt.pruning import HeadSparsity
+
+HEADS, DIM = 4, 12
+MODULES = ["neighborhood", "grouped", "edge", "linear"]
+
+
+def module(name, gate=None, seed=0, **more):
+    torch.manual_seed(seed)
+    made = {
+        "neighborhood": lambda: NeighborhoodAttention(DIM, HEADS, head_gate=gate, **more),
+        "grouped": lambda: NeighborhoodAttention(DIM, HEADS, kv_heads=2, head_gate=gate, **more),
+        "edge": lambda: EdgeGatedAttention(
+            DIM, HEADS, edge_dim=5, bias=True, head_gate=gate, **more
+        ),
+        "linear": lambda: LinearAttention(DIM, HEADS, head_gate=gate, **more),
+    }[name]()
+    return made.to(DEVICE, FP64)
+
+
+def inputs(name, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ptr = torch.tensor([0, 4, 9], device=DEVICE)
+    edges = torch.randint(5, (2, 14), generator=generator).to(DEVICE)
+    edges = torch.cat([edges % 4, edges + 4], 1)
+    graph = Graph.from_edge_index(edges, 9, graph_ptr=ptr)
+    x = torch.randn(9, DIM, generator=generator, dtype=FP64).to(DEVICE)
+    e = torch.randn(28, 5, generator=generator, dtype=FP64).to(DEVICE)
+    return {"linear": (x, ptr), "edge": (x, e, graph)}.get(name, (x, graph))
+
+
+def run(attention, args, **more):
+    """Outputs, and gradients of the inputs and of the parameters by name."""
+    args = [
+        t.detach().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for t in args
+    ]
+    found = attention(*args, **more)
+    outs = found if isinstance(found, tuple) else (found,)
+    weights = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype, device=DEVICE) for o in outs]
+    attention.zero_grad()
+    sum((w * o.flatten()).sum() for w, o in zip(weights, outs, strict=True)).backward()
+    leaves = {f"input {i}": t for i, t in enumerate(args) if getattr(t, "requires_grad", False)}
+    leaves |= dict(attention.named_parameters())
+    grads = {f"d{k}": torch.zeros_like(t) if t.grad is None else t.grad for k, t in leaves.items()}
+    return {f"out {i}": o.detach() for i, o in enumerate(outs)}, grads
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_masked_is_pruned(name):
+    """For every subset of heads: values and all gradients."""
+    for on in itertools.product([0.0, 1.0], repeat=HEADS):
+        gated = module(name, HeadGate(torch.tensor(on) * torch.tensor([1.0, 0.5, -2.0, 1.0])))
+        smaller = prune_heads(gated, allow_empty=True)
+        args = inputs(name)
+        outs, grads = run(gated, args)
+        small_outs, small_grads = run(smaller, args)
+        for key, o in outs.items():
+            close(small_outs[key], o, f"{key} of {on}")
+        keep = [h for h in range(HEADS) if on[h]]
+        assert smaller.heads == len(keep)
+        for key, g in grads.items():
+            if key.startswith("dinput"):
+                close(small_grads[key], g, f"{key} of {on}")
+        # rows of the projections into heads: those of masked heads get nothing
+        rows = gated.q.weight.grad
+        rows = torch.zeros_like(gated.q.weight) if rows is None else rows
+        mask = torch.tensor(on, device=DEVICE).bool().repeat_interleave(DIM // HEADS)
+        assert not rows[~mask].any()
+        close(small_grads["dq.weight"], rows[mask], f"dq.weight of {on}")
+        columns = gated.out.weight.grad
+        assert not columns[:, ~mask].any()
+        close(small_grads["dout.bias"], grads["dout.bias"], "dout.bias")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nan_weights_of_a_masked_head_change_nothing(name):
+    gated = module(name, HeadGate(torch.tensor([0.0, 0.0, 1.0, 1.0])))
+    args = inputs(name)
+    clean_outs, clean_grads = run(gated, args)
+    width = DIM // HEADS
+    with torch.no_grad():
+        for layer in gated.INTO:
+            getattr(gated, layer).weight[: 2 * width] = torch.nan
+            getattr(gated, layer).bias[: 2 * width] = torch.nan
+        for layer in gated.INTO_KV:  # two heads share one
+            getattr(gated, layer).weight[:width] = torch.nan
+        for layer in gated.OUT_OF:
+            getattr(gated, layer).weight[:, : 2 * width] = torch.nan
+    outs, grads = run(gated, args)
+    for found, clean in ((outs, clean_outs), (grads, clean_grads)):
+        for key, x in found.items():
+            close(x, clean[key], key)
+
+
+@pytest.mark.parametrize("layer", ["node", "edge"])
+def test_all_heads_masked_is_the_residual_path(layer):
+    gate = HeadGate(torch.zeros(HEADS))
+    x, e, graph = inputs("edge")
+    kinds = {"node": GraphTransformerLayer, "edge": GraphTransformerEdgeLayer}
+    made = kinds[layer](DIM, HEADS, norm="layer", head_gate=gate).to(DEVICE, FP64)
+    e = torch.randn(28, DIM, dtype=FP64, device=DEVICE)
+    found = made(x, graph) if layer == "node" else made(x, e, graph)[0]
+    wanted = made.norm1(x + made.attention.out.bias)
+    close(found, made.norm2(wanted + made.ffn(wanted)), "x")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_gate_for_each_graph_is_each_graph_alone(name):
+    attention, args = module(name), inputs(name)
+    gate = torch.tensor([[1.0, 0.0, 0.5, 0.0], [0.0, 0.0, 1.0, -1.0]], device=DEVICE, dtype=FP64)
+    both = attention(*args, head_gate=gate)
+    both = both[0] if isinstance(both, tuple) else both
+    for rows, mine in zip((slice(0, 4), slice(4, 9)), gate, strict=True):
+        alone = attention(*args, head_gate=mine)
+        alone = alone[0] if isinstance(alone, tuple) else alone
+        close(both[rows], alone[rows], "x")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_gates_that_are_trained(name):
+    """Straight through: the exact gradient of masked heads' gates arrives at the logits."""
+    gate = TopKHeadGate(HEADS, k=2).double()
+    with torch.no_grad():
+        gate.logits.copy_(torch.tensor([0.3, -0.1, 0.8, -2.0]))
+    attention = module(name, gate, dense_gate_grad=True)
+    args = inputs(name)
+    attended = attention(*args)
+    attended = attended[0] if isinstance(attended, tuple) else attended
+    attended.square().sum().backward()
+    # one head at a time, by a gate that is a plain tensor
+    free = (gate.logits.detach() > 0).double().to(DEVICE).requires_grad_()
+    plain = module(name, dense_gate_grad=True)
+    plain.load_state_dict({k: v for k, v in attention.state_dict().items() if "gate.log" not in k})
+    out = plain(*args, head_gate=free)
+    out = out[0] if isinstance(out, tuple) else out
+    close(out, attended, "x")
+    (wanted,) = torch.autograd.grad(out.square().sum(), free)
+    s = gate.logits.detach().sigmoid()
+    close(gate.logits.grad, wanted * s * (1 - s), "dlogits")
+    assert gate.logits.grad.all()
+    # without dense_gate_grad, masked heads get none
+    attention.dense_gate_grad, gate.logits.grad = False, None
+    attended = attention(*args)
+    attended = attended[0] if isinstance(attended, tuple) else attended
+    attended.square().sum().backward()
+    assert gate.logits.grad.nonzero().flatten().tolist() == [0, 2]
+
+
+def test_hard_concrete_gates_are_pruned_as_in_evaluation():
+    gate = HardConcreteHeadGate(HEADS).double()
+    with torch.no_grad():
+        gate.logits.copy_(torch.tensor([3.0, -4.0, 0.2, -3.0]))
+    gated = module("neighborhood", gate).train()
+    smaller = prune_heads(gated)
+    assert smaller.heads == 2
+    assert gate.training
+    args = inputs("neighborhood")
+    close(smaller(*args), gated.eval()(*args), "x")
+
+
+def test_pruned_weights_are_used_where_heads_are_masked():
+    """torch.nn.utils.prune makes weights in hooks before the call."""
+    gated = module("neighborhood", HeadGate(torch.tensor([1.0, 0.0, 1.0, 1.0])))
+    for layer in (gated.q, gated.out):
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    args = inputs("neighborhood")
+    for _ in range(2):  # a second backward would meet the first one's weight
+        with torch.no_grad():
+            gated.q.weight_orig.mul_(1.1)
+        outs, grads = run(gated, args)
+    assert grads["dq.weight_orig"].any()
+    assert not grads["dq.weight_orig"][gated.q.weight_mask == 0].any()
+    with pytest.raises(ValueError, match=r"'' are pruned by torch\.nn\.utils\.prune: remove\(\)"):
+        prune_heads(gated)
+    for layer in (gated.q, gated.out):
+        prune.remove(layer, "weight")
+    close(run(gated, args)[0]["out 0"], outs["out 0"], "x")
+    close(prune_heads(gated)(*args), outs["out 0"], "x")
+
+
+def model(seed=0, masks=None):
+    torch.manual_seed(seed)
+    config = EdgeGraphTransformerConfig(dim=16, heads=HEADS, layers=3, pe_dim=0)
+    made = EdgeGraphTransformer(config).to(DEVICE)
+    for i, layer in enumerate(made.layers):
+        mask = torch.ones(HEADS) if masks is None else torch.tensor(masks[i])
+        layer.attention.head_gate = HeadGate(mask).to(DEVICE)
+    return made
+
+
+def test_a_whole_model(tmp_path):
+    masks = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
+    gated = model(0, masks).eval()
+    before = copy.deepcopy(gated.state_dict())
+    smaller = prune_heads(gated)
+    assert [layer.attention.heads for layer in smaller.layers] == [2, 1, 4]
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in gated.parameters())
+    _, _, graph = inputs("edge")
+    types = torch.arange(9, device=DEVICE), torch.arange(28, device=DEVICE) % 4
+    wanted = gated(*types, graph)
+    close(smaller(*types, graph), wanted, "y", 1e-5)
+    # the model is as it was
+    for key, x in gated.state_dict().items():
+        assert torch.equal(x, before[key]), key
+    # there and back through a file, into a model that never saw the gates
+    torch.save(smaller.state_dict(), tmp_path / "small.pt")
+    state = torch.load(tmp_path / "small.pt")
+    again = prune_heads(model(seed=1), state_dict=state).eval()
+    assert torch.equal(again(*types, graph), smaller(*types, graph))
+    assert again.state_dict().keys() == smaller.state_dict().keys()
+    # a second time there is nothing left to take
+    twice = prune_heads(smaller)
+    assert torch.equal(twice(*types, graph), smaller(*types, graph))
+
+
+def test_pruned_modules_train_on():
+    smaller = prune_heads(module("grouped", HeadGate(torch.tensor([1.0, 0.0, 1.0, 1.0]))))
+    assert (smaller.heads, smaller.kv_heads) == (3, 3)  # uneven: a key head each
+    even = prune_heads(module("grouped", HeadGate(torch.tensor([1.0, 0.0, 0.0, 1.0]))))
+    assert (even.heads, even.kv_heads) == (2, 2)
+    both = prune_heads(module("grouped", HeadGate(torch.tensor([0.0, 0.0, 1.0, 1.0]))))
+    assert (both.heads, both.kv_heads) == (2, 1)
+    optimizer = torch.optim.SGD(smaller.parameters(), lr=0.1)
+    args, losses = inputs("grouped"), []
+    for _ in range(5):
+        loss = smaller(*args).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_modules_of_every_implementation(impl):
+    if impl == "triton":
+        pytest.importorskip("triton")
+    for name in MODULES:
+        gated = module(name, HeadGate(torch.tensor([0.0, 1.0, 0.0, 0.5])))
+        args = inputs(name)
+        wanted = run(gated, args)
+        with implementation(impl):
+            found = run(gated, args)
+        for x, y in zip(found, wanted, strict=True):
+            for key in x:
+                close(x[key], y[key], f"{name} {key}", 1e-8)
+
+
+def test_refusals():
+    with pytest.raises(TypeError, match="head_gate must be a module, as HeadGate"):
+        NeighborhoodAttention(DIM, HEADS, head_gate=torch.ones(HEADS))
+    args = inputs("neighborhood")
+    gated = module("neighborhood", HeadGate(torch.ones(HEADS)))
+    with pytest.raises(ValueError, match="head_gate is given twice"):
+        gated(*args, head_gate=torch.ones(HEADS, device=DEVICE))
+    with pytest.raises(ValueError, match=r"head_gate must be \[H\] = \[4\], got \[3\]"):
+        module("neighborhood", HeadGate(torch.ones(3)))(*args)
+    masks = [[1.0, 0.0, 0.0, 1.0], [0.0] * HEADS, [1.0] * HEADS]
+    message = r"head_gate of 'layers\.1\.attention' masks all 4 heads: allow_empty=True"
+    with pytest.raises(ValueError, match=message):
+        prune_heads(model(0, masks))
+    assert prune_heads(model(0, masks), allow_empty=True).layers[1].attention.heads == 0
+    with pytest.raises(ValueError, match=r"head_gate must be \[H\] = \[4\], got \[3\]"):
+        prune_heads(module("linear", HeadGate(torch.ones(3))))
+    state = prune_heads(model(0, masks), allow_empty=True).state_dict()
+    with pytest.raises(ValueError, match=r"has no 'layers\.0\.attention\.q\.weight'"):
+        prune_heads(model(), state_dict={})
+    with pytest.raises(ValueError, match="does not fit the model"):
+        prune_heads(model(), state_dict={k: v for k, v in state.items() if "readout" not in k})
+    state["layers.0.attention.q.weight"] = torch.zeros(7, 16)
+    with pytest.raises(ValueError, match="has 7 rows in state_dict, which are no heads of 4"):
+        prune_heads(model(), state_dict=state)
+
+
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
+@given(
+    heads=st.integers(1, 8),
+    active=st.floats(0.2, 1.0),
+    exchange=st.sampled_from([0.0, 0.3, 1.0]),
+    every=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_as_many_heads_stay_active(heads, active, exchange, every, seed):
+    if not round(active * heads):
+        return
+    torch.manual_seed(seed)
+    layers = nn.ModuleList(
+        LinearAttention(
+            2 * heads, heads, head_gate=HeadGate(torch.ones(heads)), dense_gate_grad=True
+        )
+        for _ in range(2)
+    ).to(DEVICE)
+    sparsity = HeadSparsity(layers, active, steps=8, every=every, exchange=exchange, scored=1)
+    masks, x = [], torch.randn(5, 2 * heads, device=DEVICE)
+    for _ in range(9):
+        layers[1](layers[0](x)).square().sum().backward()
+        sparsity.step()
+        masks.append(torch.stack([layer.head_gate.mask for layer in layers]).clone())
+        assert (masks[-1].sum(1) == round(active * heads)).all()
+    # after the last step, nothing is exchanged
+    assert torch.equal(masks[-1], masks[-2])
+    if exchange == 0:
+        assert torch.equal(masks[0], masks[-1])
+
+
+def test_the_head_that_matters_least_dies_and_the_one_that_would_help_most_grows():
+    torch.manual_seed(0)
+    gate = HeadGate(torch.ones(5))
+    layer = LinearAttention(10, 5, head_gate=gate, dense_gate_grad=True).to(DEVICE)
+    sparsity = HeadSparsity(layer, 0.6, steps=1000, every=3, exchange=0.3, scored=2)
+    gate.mask.copy_(torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0]))
+    before = gate.mask.clone()
+    scores = []
+    for step in range(3):
+        x = torch.randn(6, 10, device=DEVICE)
+        free = before.clone().requires_grad_()
+        plain = LinearAttention(10, 5, dense_gate_grad=True).to(DEVICE)
+        plain.load_state_dict({k: v for k, v in layer.state_dict().items() if "gate" not in k})
+        (grad,) = torch.autograd.grad(plain(x, head_gate=free).square().sum(), free)
+        scores.append(grad if step else torch.zeros_like(grad))  # the first is not scored
+        layer(x).square().sum().backward()
+        sparsity.step()
+    total, growth = sum(scores).abs(), sum(g.abs() for g in scores)
+    dead = min((0, 2, 3), key=lambda h: total[h])
+    grown = max((1, 4), key=lambda h: growth[h])
+    wanted = before.clone()
+    wanted[dead], wanted[grown] = 0, 1
+    assert torch.equal(gate.mask, wanted)
+
+
+def test_steps_that_are_not_scored_are_sparse():
+    gate = HeadGate(torch.ones(4))
+    layer = LinearAttention(8, 4, head_gate=gate, dense_gate_grad=True).to(DEVICE)
+    sparsity = HeadSparsity(layer, 0.5, steps=100, every=4, scored=1)
+    with torch.no_grad():
+        off = (gate.mask == 0).repeat_interleave(2)
+        layer.v.weight[off] = torch.nan
+    x = torch.randn(6, 8, device=DEVICE)
+    for _ in range(3):
+        out = layer(x)
+        assert out.isfinite().all()
+        out.sum().backward()
+        layer.zero_grad()
+        sparsity.step()
+    assert layer(x).isnan().any()  # the fourth is scored: all heads are computed
+    layer.eval()
+    assert layer(x).isfinite().all()
+
+
+def test_sparsity_goes_on_where_it_stood():
+    def start():
+        torch.manual_seed(1)
+        gates = HeadGate(torch.ones(6))
+        layer = LinearAttention(12, 6, head_gate=gates, dense_gate_grad=True).to(DEVICE)
+        return layer, HeadSparsity(layer, 0.5, steps=20, every=4, scored=3)
+
+    def go(layer, sparsity, steps, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            x = torch.randn(5, 12, generator=generator).to(DEVICE)
+            layer(x).square().sum().backward()
+            sparsity.step()
+
+    layer, sparsity = start()
+    go(layer, sparsity, 6, 0)
+    kept = copy.deepcopy((layer.state_dict(), sparsity.state_dict()))
+    go(layer, sparsity, 10, 7)
+    other, resumed = start()
+    other.load_state_dict(kept[0])
+    resumed.load_state_dict(kept[1])
+    go(other, resumed, 10, 7)
+    assert torch.equal(other.head_gate.mask, layer.head_gate.mask)
+    assert not torch.equal(kept[0]["head_gate.mask"], layer.head_gate.mask)
+
+
+def test_refusals_of_sparsity():
+    def attention(gate, **more):
+        return LinearAttention(8, 4, head_gate=gate, **{"dense_gate_grad": True} | more)
+
+    good = attention(HeadGate(torch.ones(4)))
+    for active in (0.0, -1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="active must be above 0, to 1, got"):
+            HeadSparsity(good, active, steps=5)
+    with pytest.raises(ValueError, match=r"active=0\.1 leaves '' none of its 4 heads"):
+        HeadSparsity(good, 0.1, steps=5)
+    with pytest.raises(ValueError, match=r"scored must be from 1 to every.*scored=5, every=3"):
+        HeadSparsity(good, 0.5, steps=5, every=3, scored=5)
+    with pytest.raises(ValueError, match=r"exchange must be from 0 to 1, got 1\.5"):
+        HeadSparsity(good, 0.5, steps=5, exchange=1.5)
+    with pytest.raises(TypeError, match="must be a HeadGate, got TopKHeadGate"):
+        HeadSparsity(attention(TopKHeadGate(4, 2)), 0.5, steps=5)
+    with pytest.raises(ValueError, match="needs dense_gate_grad=True"):
+        HeadSparsity(attention(HeadGate(torch.ones(4)), dense_gate_grad=False), 0.5, steps=5)
+    with pytest.raises(ValueError, match="no attention module with a HeadGate"):
+        HeadSparsity(nn.Linear(3, 3), 0.5, steps=5)
+    shared = HeadGate(torch.ones(4))
+    with pytest.raises(ValueError, match="'1' shares its head_gate"):
+        HeadSparsity(nn.ModuleList([attention(shared), attention(shared)]), 0.5, steps=5)
+    sparsity = HeadSparsity(good, 0.5, steps=5, every=1, scored=1)
+    with pytest.raises(RuntimeError, match="no backward has reached this gate"):
+        sparsity.step()

@@ -82,7 +82,7 @@ class NeighborhoodAttention(GatedHeads):
     ) -> Tensor:
         """x ``[N_rows, dim]``; context ``[N_cols, context_dim]``; edge_bias ``[E, H]``; head_gate
         ``[H]`` or ``[G, H]``, where the module has none of its own."""
-        y, gate = x if context is None else context, self.gate_of(head_gate)
+        y, gate = x if context is None else context, self.gate_of(head_gate, x)
         attended = self.attend(
             self.into_heads(self.q, x, gate),
             self.into_heads(self.k, y, gate),
@@ -91,7 +91,7 @@ class NeighborhoodAttention(GatedHeads):
             edge_bias,
             gate,
         )
-        return self.out_of_heads(self.out, self.dropout(attended), gate)
+        return self.out_of_heads(self.out, self.dropout(gate.scaled(attended)), gate)
 
     def attend(
         self,
@@ -103,14 +103,14 @@ class NeighborhoodAttention(GatedHeads):
         gate: Gate,
     ) -> Tensor:
         """The attention between the projections: what a subclass replaces."""
-        if not self.heads:
+        if not q.shape[1]:
             return q
         out = neighborhood_attention(
             q,
             k,
             v,
             graph,
-            edge_bias=edge_bias,
+            edge_bias=gate.heads(edge_bias),
             head_gate=gate.values,
             dense_gate_grad=gate.dense,
             logit_clamp=self.logit_clamp,
@@ -204,11 +204,11 @@ class EdgeGatedAttention(GatedHeads):
         check_graph(graph)
         self._check("x", x, "N, dim", graph.num_rows, self.q.in_features)
         self._check("e", e, "E, edge_dim", graph.num_edges, self.gate.in_features)
-        gate = self.gate_of(head_gate)
+        gate = self.gate_of(head_gate, x)
         q, k, v = (self.into_heads(layer, x, gate) for layer in (self.q, self.k, self.v))
         edge_gate = self.into_heads(self.gate, e, gate)
         attended, scores = q, edge_gate if edge_output else None
-        if self.heads:
+        if q.shape[1]:
             found = neighborhood_attention(
                 q,
                 k,
@@ -223,7 +223,7 @@ class EdgeGatedAttention(GatedHeads):
                 impl=self.impl,
             )
             attended, scores = found if isinstance(found, tuple) else (found, None)
-        x = self.out_of_heads(self.out, self.dropout(attended), gate)
+        x = self.out_of_heads(self.out, self.dropout(gate.scaled(attended)), gate)
         if scores is None:
             return x, None
         return x, self.out_of_heads(self.edge_out, self.dropout(scores), gate)

@@ -7,12 +7,15 @@ exactly 0 is masked. In training each of these gives the gradient that it is def
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from fastgt.ops._impl import Impl
+from fastgt.ops._arguments import readable
+from fastgt.ops._head_gate import check_head_gate
+from fastgt.ops._impl import Impl, choose
 from fastgt.ops.head_projection import head_projection
 
 
@@ -170,12 +173,28 @@ class HardConcreteHeadGate(nn.Module):
         return f"heads={len(self.logits)}"
 
 
-class Gate(NamedTuple):
-    """A gate as attention and the projections around it take it."""
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """A gate as a module's attention and the projections around it take it.
 
-    values: Tensor | None  # [H] or [G, H]
-    dense: bool  # compute masked heads too, for the exact gradient
-    active: Tensor | None  # [H], what projections leave out
+    Where a CPU has the values at hand, masked heads do not come into being: attention has the
+    others alone, by their ``index``. Elsewhere they are left out by kernels that read the gate.
+    """
+
+    values: Tensor | None = None  # [H] or [G, H], for the attention
+    dense: bool = False  # compute masked heads too, for the exact gradient
+    active: Tensor | None = None  # [H], for the projections
+    index: Tensor | None = None  # [A] query heads
+    key_index: Tensor | None = None
+    scale: Tensor | None = None  # [A], of the output of these; None: 1
+
+    def heads(self, x: Tensor | None) -> Tensor | None:
+        """Those of a tensor ``[E, H]`` that there are."""
+        return x if x is None or self.index is None else x.index_select(1, self.index)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """``[N, A, D]`` times the gates of its heads."""
+        return x if self.scale is None else x * self.scale.to(x.dtype)[:, None]
 
 
 class GatedHeads(nn.Module):
@@ -207,39 +226,66 @@ class GatedHeads(nn.Module):
             raise TypeError(f"head_gate must be a module, as HeadGate(mask) is, got {found}")
         self.head_gate, self.dense_gate_grad = head_gate, dense_gate_grad
 
-    def gate_of(self, head_gate: Tensor | None) -> Gate:
-        """The module's own, or the one given to this call."""
+    def gate_of(self, head_gate: Tensor | None, x: Tensor) -> Gate:
+        """The module's own, or the one given to this call, for nodes ``x``."""
         if head_gate is None:
             if self.head_gate is None:
-                return Gate(None, False, None)
+                return Gate()
             head_gate = self.head_gate()
         elif self.head_gate is not None:
             raise ValueError("head_gate is given twice: to the module, and to this call")
         assert isinstance(head_gate, Tensor)
-        dense = self.dense_gate_grad and torch.is_grad_enabled() and head_gate.requires_grad
-        active = None
-        if not dense:
-            active = head_gate if head_gate.ndim == 1 else (head_gate != 0).any(0)
-        return Gate(head_gate, dense, active)
+        if self.dense_gate_grad and torch.is_grad_enabled() and head_gate.requires_grad:
+            return Gate(head_gate, dense=True)
+        if head_gate.ndim > 1:
+            return Gate(head_gate, active=(head_gate != 0).any(0))
+        if choose(self.impl, x) == "torch" and readable(head_gate):
+            check_head_gate(head_gate, self.heads, x.device)
+            if (found := self._present(head_gate)) is not None:
+                return found
+        return Gate(head_gate, active=head_gate)
+
+    def _present(self, head_gate: Tensor) -> Gate | None:
+        """The heads that are there; None where they would not share their key heads evenly."""
+        index = head_gate.nonzero().squeeze(1)
+        key_index, sizes = (index // (self.heads // self.kv_heads)).unique_consecutive(
+            return_counts=True
+        )
+        if (sizes != sizes[:1]).any():
+            return None
+        scale: Tensor | None = head_gate.index_select(0, index)
+        assert scale is not None
+        if not scale.requires_grad and bool((scale == 1).all()):
+            scale = None
+        return Gate(index=index, key_index=key_index, scale=scale)
 
     def into_heads(self, layer: nn.Linear, x: Tensor, gate: Gate) -> Tensor:
         """x ``[N, C]`` -> ``[N, H, D]``, of the active heads only."""
         active, heads = gate.active, layer.out_features // max(1, self.head_dim)
-        if active is None or not heads:
+        if (active is None and gate.index is None) or not heads:
             return layer(x).unflatten(-1, (heads, self.head_dim))
+        size = heads, self.head_dim
+        weight, bias = _parameters(layer, x)
+        weight, bias = weight.unflatten(0, size), None if bias is None else bias.unflatten(0, size)
+        if gate.index is not None:
+            index = gate.index if heads == self.heads else gate.key_index
+            assert index is not None
+            weight = weight.index_select(0, index).flatten(0, 1)
+            bias = None if bias is None else bias.index_select(0, index).flatten()
+            return linear(x, weight, bias).unflatten(-1, (len(index), self.head_dim))
+        assert active is not None
         if heads < active.shape[0]:
             active = (active != 0).unflatten(0, (heads, -1)).any(1)
-        weight, bias = _parameters(layer, x)
-        size = heads, self.head_dim
-        bias = None if bias is None else bias.unflatten(0, size)
-        return head_projection(x, weight.unflatten(0, size), bias, active, impl=self.impl)
+        return head_projection(x, weight, bias, active, impl=self.impl)
 
     def out_of_heads(self, layer: nn.Linear, x: Tensor, gate: Gate) -> Tensor:
         """x ``[N, H, D]`` -> ``[N, C]``, from the active heads only."""
-        if gate.active is None or not x.shape[1]:
+        if (gate.active is None and gate.index is None) or not self.heads:
             return layer(x.flatten(-2))
         weight, bias = _parameters(layer, x)
-        weight = weight.unflatten(1, x.shape[1:])
+        weight = weight.unflatten(1, (self.heads, self.head_dim))
+        if gate.index is not None:
+            return linear(x.flatten(-2), weight.index_select(1, gate.index).flatten(1), bias)
         return head_projection(x, weight, bias, gate.active, impl=self.impl)
 
 

@@ -124,10 +124,10 @@ class LinearAttention(GatedHeads):
         """x ``[N, dim]``; offsets ``[G + 1]``, None for one graph; head_gate ``[H]`` or ``[G, H]``,
         where the module has none of its own."""
         _check_nodes(x, self.q.in_features)
-        gate = self.gate_of(head_gate)
+        gate = self.gate_of(head_gate, x)
         q, k, v = (self.into_heads(layer, x, gate) for layer in (self.q, self.k, self.v))
         attended = q
-        if self.heads:
+        if q.shape[1]:
             attended = linear_attention(
                 q,
                 k,
@@ -141,7 +141,7 @@ class LinearAttention(GatedHeads):
                 dense_gate_grad=gate.dense,
                 impl=self.impl,
             )
-        return self.out_of_heads(self.out, self.dropout(attended), gate)
+        return self.out_of_heads(self.out, self.dropout(gate.scaled(attended)), gate)
 
     def redraw_projection(self, generator: torch.Generator | None = None) -> None:
         """New random features, in place."""

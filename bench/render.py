@@ -30,6 +30,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
         return _traffic(rows)
     if "reorder_s" in rows[0]:
         return _reordering(rows)
+    if "active" in rows[0]:
+        return _masked_heads(rows)
     if len({row["problem"] for row in rows}) > 5:
         return _overview(rows)
     lines = []
@@ -127,6 +129,29 @@ def _reordering(rows: list[dict[str, Any]]) -> str:
             cost = f" ({row['reorder_s']:.2f} s)" if row and row["reorder_s"] else ""
             cells.append(f"{row['rho64']:.2f}{cost}" if row else "")
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _masked_heads(rows: list[dict[str, Any]]) -> str:
+    """Times with some of the heads, and their shares of the time with all of them."""
+    first = rows[0]
+    lines = [
+        f"{first['rows']:,} nodes, {first['edges']:,} edges, H={first['heads']}, "
+        f"D={first['width']}, {first['dtype']}; {first['device']}, torch {first['torch']}, "
+        f"{first['date']}, commit {first['commit']}.",
+        "",
+        "| active heads | agrees | forward | forward + backward | peak extra memory |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if not row["match"]:
+            lines.append(f"| {row['active']} | no | {row['error'].splitlines()[0]} | | |")
+            continue
+        cells = [row["active"], "yes"]
+        for part in ("forward", "both"):
+            cells.append(f"{row[f'{part}_s'] * 1e3:.0f} ms ({row[f'{part}_share']:.2f})")
+        forward, both = (row[f"{part}_peak_bytes"] / 1e6 for part in ("forward", "both"))
+        lines.append(f"| {' | '.join([*cells, f'{forward:.0f} / {both:.0f} MB'])} |")
     return "\n".join(lines)
 
 

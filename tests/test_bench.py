@@ -1,6 +1,7 @@
 """The benchmark's own honesty: peers compute the same thing, wrong ones are not timed."""
 
 import ast
+import copy
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from fastgt import Graph, tiles
-from fastgt.bench import attention, harness, peers, render, tune
+from fastgt.bench import attention, harness, masked_heads, peers, render, tune
 from fastgt.testing import Problem, assert_as_accurate, random_graph
 
 CPU = torch.device("cpu")
@@ -148,6 +149,57 @@ def test_tables_are_made_from_result_files(tmp_path, monkeypatch, problem):
     assert "| fastgt | yes |" in text
     assert "old" not in text
     assert render.rendered(text) == text
+
+
+def test_masked_heads_are_verified_timed_and_rendered(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "masked.json"
+    sizes = [
+        "--nodes",
+        "60",
+        "--edges",
+        "300",
+        "--heads",
+        "4",
+        "--width",
+        "8",
+        "--active",
+        "1",
+        "4",
+    ]
+    monkeypatch.setattr("sys.argv", ["bench", *sizes, "--repeats", "1", "--json", str(path)])
+    masked_heads.main()
+    assert "1 of 4" in capsys.readouterr().out
+    rows = json.loads(path.read_text())
+    assert [row["active"] for row in rows] == ["no gate", "1 of 4", "4 of 4"]
+    for row in rows:
+        assert row["match"]
+        assert row["both_s"] > 0
+        assert row["both_peak_bytes"] >= row["forward_peak_bytes"] > 0
+    assert rows[0]["forward_share"] == 1
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    text = render.rendered("<!-- table masked -->\n<!-- end -->")
+    assert text.count("| yes |") == 3
+    assert "60 nodes, 300 edges, H=4, D=8" in text
+
+
+def test_heads_that_are_not_masked_as_said_are_a_mismatch(monkeypatch):
+    real = masked_heads.HeadGate
+    monkeypatch.setattr(masked_heads, "HeadGate", lambda mask: real(mask * 1.001))
+    monkeypatch.setattr(masked_heads, "prune_heads", _without_scale)
+    rows = masked_heads.run(nodes=40, edges=200, heads=2, width=4, active=(1,), repeats=1)
+    assert [row["match"] for row in rows] == [True, False]
+    assert "forward_s" not in rows[1]
+    assert "MISMATCH" in masked_heads.show(rows)
+
+
+def _without_scale(module):
+    from fastgt import prune_heads
+    from fastgt.nn import HeadGate
+
+    module = copy.deepcopy(module)
+    if module.head_gate is not None:
+        module.head_gate = HeadGate(module.head_gate() != 0)
+    return prune_heads(module)
 
 
 def test_host_cost_is_measured_without_a_gpu():

@@ -310,7 +310,7 @@ def test_as_many_heads_stay_active(heads, active, exchange, every, seed):
     torch.manual_seed(seed)
     layers = nn.ModuleList(
         LinearAttention(
-            2 * heads, heads, head_gate=HeadGate(torch.ones(heads)), dense_gate_grad=True
+            2 * heads, heads, head_gate=HeadGate(torch.ones(heads) > 0), dense_gate_grad=True
         )
         for _ in range(2)
     ).to(DEVICE)

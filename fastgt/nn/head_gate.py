@@ -23,13 +23,14 @@ class HeadGate(nn.Module):
     """A fixed gate: numbers that are kept with the model and not trained.
 
     Args:
-        mask: ``[H]``, floating point or bool: 0 or False masks a head.
+        mask: ``[H]``, floating point or bool: 0 or False masks a head. With a bool one, nothing is
+            multiplied.
 
     Example:
         >>> import torch
         >>> from fastgt.nn import HeadGate
         >>> HeadGate(torch.tensor([True, False, True]))()
-        tensor([1., 0., 1.])
+        tensor([ True, False,  True])
 
     Attributes:
         mask: The gate; it may be written into.
@@ -49,8 +50,7 @@ class HeadGate(nn.Module):
             raise TypeError(f"mask must be floating point or bool, got {mask.dtype}")
         if mask.isnan().any():
             raise ValueError(f"mask is NaN at heads {mask.isnan().nonzero().flatten().tolist()}")
-        mask = mask.detach().clone()
-        self.register_buffer("mask", mask.float() if mask.dtype == torch.bool else mask)
+        self.register_buffer("mask", mask.detach().clone())
         self.with_gradient = False
         self._given: Tensor | None = None
 
@@ -58,7 +58,8 @@ class HeadGate(nn.Module):
         """-> ``[H]``."""
         if not (self.with_gradient and self.training and torch.is_grad_enabled()):
             return self.mask
-        self._given = self.mask.clone().requires_grad_()
+        like = self.mask if self.mask.is_floating_point() else self.mask.float()
+        self._given = like.clone().requires_grad_()
         return self._given
 
     def take_gradient(self) -> Tensor:

@@ -195,7 +195,7 @@ class HeadSparsity:
         >>> from fastgt import Graph
         >>> from fastgt.nn import HeadGate, NeighborhoodAttention
         >>> from fastgt.pruning import HeadSparsity
-        >>> gate = HeadGate(torch.ones(4))
+        >>> gate = HeadGate(torch.ones(4, dtype=torch.bool))
         >>> layer = NeighborhoodAttention(16, heads=4, head_gate=gate, dense_gate_grad=True)
         >>> heads = HeadSparsity(layer, 0.5, steps=10, every=2, scored=1)
         >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 0]]))

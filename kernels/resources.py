@@ -215,6 +215,9 @@ def _designed_bytes_edges(kernel: str, meta: dict, heads: int, item: int) -> int
         upstream = None if grads is None else grads.attr_do
         rows = [x for x in (terms.attr_q, upstream) if x is not None]
         total += heads * meta.get("BLOCK_C", 0) * sum(x.element_size() for x in rows)
+        if meta.get("ADD") and grads is not None and grads.dattr is not None:
+            # the attributes' gradient so far
+            total += meta["BLOCK_C"] * grads.dattr.element_size()
     return total
 
 

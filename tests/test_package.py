@@ -27,6 +27,7 @@ LAYERS = {
     "kernels": set(),
     "ops": {"graph", "tiles", "philox", "reference", "cpu", "kernels"},
     "nn": {"graph", "ops"},
+    "pruning": {"graph", "ops", "nn"},
     "models": {"graph", "encodings", "nn", "ops"},
     "testing": {"graph"},
     "bench": {
@@ -45,7 +46,7 @@ LAYERS = {
     "cli": {"demo", "training", "bench", "__init__"},
     "__main__": {"cli"},
     "data": set(),
-    "__init__": {"graph", "ops", "encodings"},
+    "__init__": {"graph", "ops", "encodings", "pruning"},
 }
 MODULES = [
     *(ROOT / "fastgt").rglob("*.py"),
@@ -170,6 +171,7 @@ def test_kernels_refuse_their_folder_name():
         "fastgt.nn.linear_attention",
         "fastgt.nn.transformer_conv",
         "fastgt.nn.virtual_node",
+        "fastgt.pruning.heads",
         "fastgt.models.graph_transformer",
         "fastgt.training.molecules",
         "fastgt.testing",

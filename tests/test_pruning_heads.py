@@ -116,6 +116,17 @@ def test_nan_weights_of_a_masked_head_change_nothing(name):
             close(x, clean[key], key)
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"] if DEVICE == "cpu" else ["triton"])
+def test_an_edge_bias_has_all_heads_where_some_are_masked(impl):
+    gated = module("neighborhood", HeadGate(torch.tensor([0.0, 1.0, 0.0, 0.5])), impl=impl)
+    bias = torch.randn(28, HEADS, dtype=FP64, device=DEVICE, requires_grad=True)
+    args = inputs("neighborhood")
+    out = gated(*args, edge_bias=bias)
+    close(out, prune_heads(gated)(*args, edge_bias=bias[:, [1, 3]]), "x")
+    (grad,) = torch.autograd.grad(out.square().sum(), bias)
+    assert grad.any(0).tolist() == [False, True, False, True]
+
+
 @pytest.mark.parametrize("layer", ["node", "edge"])
 def test_all_heads_masked_is_the_residual_path(layer):
     gate = HeadGate(torch.zeros(HEADS))

@@ -26,8 +26,9 @@ def prune_heads(
     Rows of the projections into those heads and columns of those out of them, for edges too, are
     not there any more; values of gates other than 1 are multiplied into what follows. The outputs
     of the copy are those of ``model.eval()``, but for rounding. A gate is asked once, as outside
-    training. Where the query heads that are left do not share their key heads evenly any more, each
-    gets a key head of its own.
+    training. An ``edge_bias`` for the copy has a column for each head that is left. Where the query
+    heads that are left do not share their key heads evenly any more, each gets a key head of its
+    own.
 
     Args:
         model: With modules that have a ``head_gate``, of :class:`fastgt.nn.NeighborhoodAttention`,

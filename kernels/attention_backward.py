@@ -458,8 +458,7 @@ def attention_bwd(
                 q, k, v, edge_bias, do, lse, wgamma, dk, dv, dbias, dk_part, dv_part,
                 col_ptr, col_row, col_edge, few, middle, segment, terms, grads,
                 *strides, *counts, first_block, *floats,
-                NEED_K=need_k, NEED_V=need_v, NEED_BIAS=need_bias,
-                ADD=first_block > 0 or on_cols is not None,
+                NEED_K=need_k, NEED_V=need_v, NEED_BIAS=need_bias, ADD=first_block > 0,
                 **shared, **meta,
             )  # fmt: skip
         if parts:

@@ -1,0 +1,131 @@
+"""Tokens: nodes that leave the layers that follow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastgt.graph import Graph
+from fastgt.ops._arguments import check_graph
+from fastgt.ops.segment_pool import segment_max, segment_sum
+
+
+class TokenPruning(nn.Module):
+    """Keeps the best nodes of every graph; the others leave, with their edges.
+
+    With the score s_i = w . x_i + b of node i, over the n nodes of its own graph::
+
+        y_i    = softmax_i((log softmax_i(s) + noise_i) / tau)
+        kept   : the ceil(keep n) nodes of the largest y
+        gate_i = 1 + y_i - y_i        the last one without its gradient: 1, with y's gradient
+
+    The noise is Gumbel's, -log(-log(uniform)), in training; outside there is none. Of equal scores
+    the first node is taken. A graph with nodes keeps one at least. What follows runs on the smaller
+    graph that is returned: its time falls with the nodes and edges that are left, and what was
+    pruned takes no part in any softmax.
+
+    Args:
+        dim: Width of a node's features.
+        keep: Share of the nodes, above 0, to 1.
+        tau: Temperature, positive.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit; its name and both numbers are given.
+
+    Source:
+        Liu et al., GTSP, arXiv 2312.05479, section 3 (tokens), with k from the true number of nodes
+        of a graph and without pruned tokens in the softmax; Jang et al., arXiv 1611.01144, and
+        Kool et al., arXiv 1903.06059, for the straight-through Gumbel top-k.
+
+    Example:
+        >>> import torch
+        >>> from fastgt import Graph
+        >>> from fastgt.pruning import TokenPruning
+        >>> ring = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
+        >>> kept = TokenPruning(16, keep=0.5)(torch.randn(4, 16), Graph.from_edge_index(ring))
+        >>> kept.x.shape, kept.graph.num_nodes
+        (torch.Size([2, 16]), 2)
+        >>> kept.spread(kept.x).shape
+        torch.Size([4, 16])
+    """
+
+    def __init__(self, dim: int, keep: float = 0.5, *, tau: float = 1.0):
+        super().__init__()
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep must be above 0, to 1, got {keep}")
+        if not tau > 0:
+            raise ValueError(f"tau must be positive, got {tau}")
+        self.keep, self.tau = keep, tau
+        self.score = nn.Linear(dim, 1)
+
+    def forward(self, x: Tensor, graph: Graph) -> KeptTokens:
+        """x ``[N, dim]`` -> what is kept."""
+        check_graph(graph)
+        n, dim = graph.num_nodes, self.score.in_features
+        if tuple(x.shape) != (n, dim):
+            raise ValueError(f"x must be [N, dim] = [{n}, {dim}], got {list(x.shape)}")
+        ptr = graph.graph_ptr.long()
+        sizes = ptr.diff()
+        owner = torch.repeat_interleave(sizes, output_size=n)  # [N], the graph of each node
+        logits = _log_softmax(self.score(x).squeeze(1), ptr, owner)
+        if self.training:
+            tiny = torch.finfo(logits.dtype).tiny
+            uniform = torch.rand_like(logits).clamp(min=tiny)
+            logits = logits - (-uniform.log()).clamp(min=tiny).log()
+        soft = _log_softmax(logits / self.tau, ptr, owner).exp()
+        # in the order of the scores, graph after graph
+        order = logits.detach().sort(descending=True, stable=True).indices
+        order = order[owner[order].sort(stable=True).indices]
+        rank = torch.arange(n, device=x.device) - ptr[owner]
+        # what is a whole number but for rounding stays one
+        count = (sizes.double() * (self.keep * (1 - 1e-12))).ceil().long()
+        mask = torch.zeros(n, dtype=torch.bool, device=x.device)
+        mask[order] = rank < count[owner]
+        nodes = mask.nonzero().squeeze(1)
+        gate = (1 + (soft - soft.detach()))[nodes]
+        edge_index = graph.edge_index
+        edges = mask[edge_index].all(0).nonzero().squeeze(1)
+        number = mask.cumsum(0) - 1
+        smaller = Graph.from_edge_index(
+            number[edge_index[:, edges]],
+            len(nodes),
+            graph_ptr=torch.cat([ptr[:1], count.cumsum(0)]),
+        )
+        return KeptTokens(x[nodes] * gate[:, None], smaller, nodes, edges, n)
+
+    def extra_repr(self) -> str:
+        return f"keep={self.keep}, tau={self.tau}"
+
+
+class KeptTokens:
+    """What :class:`TokenPruning` keeps.
+
+    Attributes:
+        x: ``[K, dim]``, the features of the kept nodes, times their gates.
+        graph: Theirs, with the edges that join two of them.
+        nodes: ``[K]`` int64, ascending: which nodes these were.
+        edges: Which edges, by the caller's number: ``edge_attr[edges]`` are their attributes.
+        size: N.
+    """
+
+    def __init__(self, x: Tensor, graph: Graph, nodes: Tensor, edges: Tensor, size: int):
+        self.x, self.graph, self.nodes, self.edges, self.size = x, graph, nodes, edges, size
+
+    def spread(self, y: Tensor, others: Tensor | None = None) -> Tensor:
+        """y ``[K, ...]`` in the places of the kept nodes among all ``[N, ...]``; the pruned ones
+        have what they have in ``others [N, ...]``, as with a residual, or 0."""
+        if y.shape[:1] != self.nodes.shape:
+            raise ValueError(f"y must be [K, ...] = [{len(self.nodes)}, ...], got {list(y.shape)}")
+        wanted = (self.size, *y.shape[1:])
+        if others is None:
+            others = y.new_zeros(wanted)
+        if tuple(others.shape) != wanted:
+            raise ValueError(f"others must be {list(wanted)}, got {list(others.shape)}")
+        return others.index_copy(0, self.nodes, y)
+
+
+def _log_softmax(x: Tensor, ptr: Tensor, owner: Tensor) -> Tensor:
+    """Over the nodes of each graph."""
+    top = segment_max(x.detach()[:, None], ptr)[owner].squeeze(1)
+    total = segment_sum((x - top).exp()[:, None], ptr)[owner].squeeze(1)
+    return x - top - total.log()

@@ -1,0 +1,131 @@
+"""SkipLayer: whole blocks, now and then or for good."""
+
+import pytest
+import torch
+from attention_cases import DEVICE, close
+from torch import nn
+
+from fastgt import Graph
+from fastgt.models import (
+    EdgeGraphTransformer,
+    EdgeGraphTransformerConfig,
+    GraphTransformer,
+    GraphTransformerConfig,
+)
+from fastgt.pruning import SkipLayer, prune_layers
+
+
+class Counted(nn.Module):
+    """x + 1, and how often it was computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, e=None):
+        self.calls += 1
+        y = x + self.weight
+        return y if e is None else (y, e * 2)
+
+
+def inputs():
+    edge_index = torch.randint(7, (2, 30), generator=torch.Generator().manual_seed(0))
+    graph = Graph.from_edge_index(edge_index.to(DEVICE), 7)
+    return torch.arange(7, device=DEVICE) % 3, torch.arange(30, device=DEVICE) % 2, graph
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_whole_blocks_are_skipped_so_often(p):
+    block = Counted()
+    layer = SkipLayer(block, p).train()
+    torch.manual_seed(0)
+    x = torch.zeros(5)
+    outs = torch.stack([layer(x) for _ in range(2000)])
+    # all nodes together, never one alone
+    assert ((outs == 0).all(1) | (outs == 1).all(1)).all()
+    assert int(outs[:, 0].sum()) == block.calls  # what is skipped is not computed
+    share = 1 - block.calls / 2000
+    assert abs(share - p) <= 4 * (p * (1 - p) / 2000) ** 0.5
+    layer.eval()
+    assert layer(x).eq(1).all()
+
+
+def test_a_seed_repeats_it_and_gradients_go_around():
+    layers = nn.ModuleList(SkipLayer(Counted(), 0.5) for _ in range(8))
+
+    def run():
+        torch.manual_seed(3)
+        x = torch.zeros(2)
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    x = run()
+    assert 0 < x[0] < 8
+    assert torch.equal(run(), x)
+    run().sum().backward()
+    grads = [layer.block.weight.grad for layer in layers]
+    assert sum(g is not None for g in grads) == int(x[0])
+
+
+def test_blocks_of_nodes_and_edges():
+    layer = SkipLayer(Counted(), passes=2)
+    x, e = torch.zeros(2), torch.ones(3)
+    assert layer(x, e)[1].eq(2).all()
+    layer.skipped = True
+    found = layer(x, e)
+    assert found[0] is x
+    assert found[1] is e
+    assert layer.block.calls == 1
+
+
+@pytest.mark.parametrize("kind", ["node", "edge"])
+def test_layers_are_taken_away_for_good(kind, tmp_path):
+    types, edge_types, graph = inputs()
+    torch.manual_seed(0)
+    if kind == "node":
+        config = GraphTransformerConfig(node_types=3, out_dim=2, dim=8, heads=2, layers=4)
+        model, args = GraphTransformer(config), (types, graph)
+    else:
+        config = EdgeGraphTransformerConfig(dim=8, heads=2, layers=4, pe_dim=0)
+        model, args = EdgeGraphTransformer(config), (types, edge_types, graph)
+    passes = 1 if kind == "node" else 2
+    model.layers = nn.ModuleList(SkipLayer(layer, 0.5, passes=passes) for layer in model.layers)
+    model = model.to(DEVICE).eval()
+    everything = model(*args)
+    for i in (1, 3):
+        model.layers[i].skipped = True
+    out = model(*args)
+    assert not torch.equal(out, everything)
+    smaller = prune_layers(model)
+    assert len(smaller.layers) == 2
+    assert not any(isinstance(m, SkipLayer) for m in smaller.modules())
+    close(smaller(*args), out, "y", 1e-6)
+    assert len(model.layers) == 4
+    # what is skipped is kept in a file
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    for layer in model.layers:
+        layer.skipped = False
+    model.load_state_dict(torch.load(tmp_path / "model.pt"))
+    assert [layer.skipped for layer in model.layers] == [False, True, False, True]
+
+
+def test_refusals():
+    for p in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="p must be from 0 to 1, got"):
+            SkipLayer(nn.Linear(2, 2), p)
+    with pytest.raises(ValueError, match="passes must be positive, got 0"):
+        SkipLayer(nn.Linear(2, 2), passes=0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Module()
+            self.inner.block = SkipLayer(nn.Linear(2, 2))
+
+    model = Model()
+    assert isinstance(prune_layers(model).inner.block, nn.Linear)
+    model.inner.block.skipped = True
+    with pytest.raises(ValueError, match=r"'inner\.block' is skipped, but stands in no ModuleList"):
+        prune_layers(model)

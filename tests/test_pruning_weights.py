@@ -1,0 +1,113 @@
+"""GradualPruning: the schedule, exact counts, and only what is asked for."""
+
+import pytest
+import torch
+from attention_cases import DEVICE
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune
+
+from fastgt.pruning import GradualPruning
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    made = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
+    return made.to(DEVICE)
+
+
+def train(net, pruning, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for _ in range(steps):
+        x = torch.randn(5, 6, generator=generator).to(DEVICE)
+        loss = net(x).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        pruning.step()
+
+
+@given(
+    final=st.floats(0.0, 1.0),
+    initial=st.floats(0.0, 0.5),
+    begin=st.integers(0, 4),
+    length=st.integers(1, 9),
+    every=st.integers(1, 4),
+)
+def test_the_cubic_schedule_to_one_weight(final, initial, begin, length, every):
+    initial, end = min(initial, final), begin + length
+    net = model()
+    pruning = GradualPruning(net, final, initial=initial, begin=begin, end=end, every=every)
+    wanted = 0
+    for t in range(1, end + 3):
+        train(net, pruning, 1, t)
+        if begin <= t <= end and ((t - begin) % every == 0 or t == end):
+            share = final + (initial - final) * (1 - (t - begin) / length) ** 3
+            wanted = max(wanted, round(share * 72))
+        assert pruning.pruned() == wanted
+    assert pruning.pruned() == round(final * 72)
+
+
+def test_the_smallest_of_all_layers_go_and_stay():
+    net = model()
+    with torch.no_grad():
+        net[0].weight.mul_(10)  # the other layer's are the small ones
+    small = torch.cat([m.weight.detach().abs().flatten() for m in (net[0], net[3])])
+    cut = small.sort().values[20]
+    wanted = [m.weight.detach().abs() >= cut for m in (net[0], net[3])]
+    norms, biases = net[1].weight.clone(), net[0].bias.clone()
+    pruning = GradualPruning(net, 20 / 72, end=1)
+    pruning.step()
+    for m, mask in zip((net[0], net[3]), wanted, strict=True):
+        assert torch.equal(m.weight_mask.bool(), mask)
+        assert torch.equal(m.weight == 0, ~mask)
+    assert torch.equal(net[1].weight, norms)
+    assert torch.equal(net[0].bias, biases)
+    train(net, pruning, 5)
+    assert all(not m.weight[~mask].any() for m, mask in zip((net[0], net[3]), wanted, strict=True))
+
+
+def test_the_weights_are_those_that_the_optimizer_left():
+    """Not those of the forward before its step."""
+    net = nn.Linear(4, 1, bias=False).to(DEVICE)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    pruning = GradualPruning(net, 0.25, end=1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    net(torch.tensor([[0.0, 0.0, 0.0, 3.9]], device=DEVICE)).sum().backward()
+    optimizer.step()  # the last becomes 0.1
+    pruning.step()
+    assert net.weight_mask.tolist() == [[1.0, 1.0, 1.0, 0.0]]
+
+
+def test_it_goes_on_where_it_stood():
+    net, other = model(), model(1)
+    pruning, resumed = (GradualPruning(m, 0.7, end=9, every=2) for m in (net, other))
+    train(net, pruning, 5)
+    other.load_state_dict(net.state_dict())
+    resumed.load_state_dict(pruning.state_dict())
+    for m, p in ((net, pruning), (other, resumed)):
+        train(m, p, 6, seed=4)
+        p.finish()
+    for key, x in net.state_dict().items():
+        assert torch.equal(other.state_dict()[key], x), key
+    assert set(net.state_dict()) == set(model().state_dict())
+    assert sum(int((net[i].weight == 0).sum()) for i in (0, 3)) == round(0.7 * 72)
+    assert not prune.is_pruned(net)
+
+
+def test_refusals():
+    for initial, final in ((-0.1, 0.5), (0.6, 0.5), (0.0, 1.1)):
+        with pytest.raises(ValueError, match="initial and final must be from 0 to 1 and rise"):
+            GradualPruning(model(), final, initial=initial, end=5)
+    for begin, end, every in ((5, 5, 1), (-1, 5, 1), (0, 5, 0)):
+        with pytest.raises(ValueError, match="begin must be before end, and every positive, got"):
+            GradualPruning(model(), 0.5, begin=begin, end=end, every=every)
+    with pytest.raises(ValueError, match=r"model has no nn\.Linear layer"):
+        GradualPruning(nn.LayerNorm(3), 0.5, end=5)
+    net = model()
+    GradualPruning(net, 0.5, end=5)
+    with pytest.raises(ValueError, match="'0' is pruned already"):
+        GradualPruning(net, 0.5, end=5)

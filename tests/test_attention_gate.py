@@ -249,7 +249,7 @@ def test_long_rows(impl):
     all_close(evaluate_gated(x, gate.double(), impl), without(x, gate.double()), 1e-8)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, "windows 16", "graphs 64"])
 def test_bipartite_graphs(impl):
     x = case(7, 5, 9, cols=4, heads=2, d=3, dv=2)
     graph = Graph.batch([x.graph, x.graph])

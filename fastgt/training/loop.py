@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgt.pruning import HeadSparsity
 from fastgt.training import checkpoint, report
 
 SAVE_EVERY = 30.0  # seconds
@@ -38,12 +39,14 @@ class Task:
         sizes: Examples in each of train, val and test.
         loss: Mean loss of some training examples, given their numbers ``[B]``.
         error: Summed error of some examples of a split, given its name and their numbers.
+        measure: What their mean is called: ``"mae"`` makes the columns val_mae and test_mae.
     """
 
     title: str
     sizes: dict[str, int]
     loss: Callable[[Tensor], Tensor]
     error: Callable[[str, Tensor], Tensor]
+    measure: str = "mae"
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Progress:
         batch: Batches of it that are done.
         loss: Summed over their examples, on the device.
         seconds: That this epoch took so far.
-        best: Epoch, val_mae, test_mae and weights of the epoch best in validation.
+        best: Epoch, errors in validation and test and weights of the epoch best in validation.
     """
 
     rows: list[report.Row] = field(default_factory=list)
@@ -76,6 +79,7 @@ class Training:
         batch_size: Examples; the last batch of an epoch has what is left.
         folder: Of the checkpoint, ``metrics.csv``, ``curve.png`` and ``best.pt``.
         settings: What makes a run another run; kept in the checkpoint.
+        sparsity: Takes a step after each of the optimizer's; kept in the checkpoint.
         resumed: Checkpoint to go on from (:func:`fastgt.training.checkpoint.open_run`).
     """
 
@@ -90,9 +94,12 @@ class Training:
         folder: Path,
         settings: dict[str, Any],
         resumed: dict[str, Any] | None = None,
+        sparsity: HeadSparsity | None = None,
     ):
         self.task, self.model, self.optimizer, self.schedule = task, model, optimizer, schedule
         self.batch_size, self.folder, self.settings = batch_size, folder, settings
+        self.sparsity = sparsity
+        self._val, self._test = f"val_{task.measure}", f"test_{task.measure}"
         self.device = next(model.parameters()).device
         self.batches = -(-task.sizes["train"] // batch_size)
         self.progress = Progress()
@@ -141,14 +148,14 @@ class Training:
         if not math.isfinite(loss) or not math.isfinite(val):
             raise RuntimeError(f"epoch {number} ended with loss {loss} and validation error {val}")
         test = None
-        if p.best is None or val < p.best["val_mae"]:
+        if p.best is None or val < p.best[self._val]:
             test = self._error("test")
             weights = {name: x.cpu().clone() for name, x in self.model.state_dict().items()}
-            p.best = {"epoch": number, "val_mae": val, "test_mae": test, "model": weights}
+            p.best = {"epoch": number, self._val: val, self._test: test, "model": weights}
         row = {"epoch": number, "lr": self._lr(), "train_loss": loss}
         self.schedule.step(val)
         self._count_time()
-        p.rows.append({**row, "seconds": p.seconds, "val_mae": val, "test_mae": test})
+        p.rows.append({**row, "seconds": p.seconds, self._val: val, self._test: test})
         p.order, p.batch, p.loss, p.seconds = None, 0, None, 0.0
         self._save()
         self._report()
@@ -176,6 +183,8 @@ class Training:
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
+                if self.sparsity is not None:
+                    self.sparsity.step()
                 p.loss += loss.detach() * len(chosen)
                 p.batch += 1
                 bar.update()
@@ -219,10 +228,12 @@ class Training:
         row, best = self.progress.rows[-1], self.progress.best
         assert best is not None
         bar.set_postfix(
-            loss=f"{row['train_loss']:.4f}",
-            val_mae=f"{row['val_mae']:.4f}",
-            best=f"{best['val_mae']:.4f}",
-            lr=f"{self._lr():.1e}",
+            {
+                "loss": f"{row['train_loss']:.4f}",
+                self._val: f"{row[self._val]:.4f}",
+                "best": f"{best[self._val]:.4f}",
+                "lr": f"{self._lr():.1e}",
+            }
         )
 
     def _save(self) -> None:
@@ -237,6 +248,7 @@ class Training:
                 "schedule": self.schedule.state_dict(),
                 "random": checkpoint.random_state(self.device),
                 "progress": vars(self.progress),
+                **({} if self.sparsity is None else {"sparsity": self.sparsity.state_dict()}),
             },
         )
         self._saved = time.monotonic()
@@ -245,6 +257,8 @@ class Training:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
+        if self.sparsity is not None:
+            self.sparsity.load_state_dict(content["sparsity"])
         self.progress = p = Progress(**content["progress"])
         p.loss = None if p.loss is None else p.loss.to(self.device)
         if p.rows:
@@ -255,8 +269,9 @@ class Training:
         p = self.progress
         assert p.best is not None
         checkpoint.save(self.folder / "best.pt", {**p.best, "settings": self.settings})
-        checkpoint.write(self.folder / "metrics.csv", report.csv(p.rows))
-        checkpoint.write(self.folder / "curve.png", report.curve(p.rows, self.task.title))
+        checkpoint.write(self.folder / "metrics.csv", report.csv(p.rows, self.task.measure))
+        curve = report.curve(p.rows, self.task.title, self.task.measure)
+        checkpoint.write(self.folder / "curve.png", curve)
 
 
 class _Stop:

@@ -75,8 +75,8 @@ class Molecules:
 
     def batch(self, molecules: Tensor) -> Batch:
         """Those molecules, ``[B]`` integers, in that order; any may occur more than once."""
-        node, graph_ptr = _owned(self.node_ptr, molecules)
-        edge, edge_ptr = _owned(self.edge_ptr, molecules)
+        node, graph_ptr = owned(self.node_ptr, molecules)
+        edge, edge_ptr = owned(self.edge_ptr, molecules)
         shift = graph_ptr[:-1].repeat_interleave(edge_ptr.diff())
         return Batch(
             self.atom[node],
@@ -177,7 +177,7 @@ def _molecules(arrays: Mapping[str, np.ndarray], split: str) -> Molecules:
     return Molecules(atom, bond, local, node_ptr, edge_ptr, torch.from_numpy(y.astype(np.float32)))
 
 
-def _owned(ptr: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def owned(ptr: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """What the chosen graphs own: the places ``[T]``, and where each graph's begin ``[B + 1]``."""
     start = ptr[chosen]
     count = ptr[chosen + 1] - start

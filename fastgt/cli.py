@@ -105,6 +105,52 @@ def _add_trainings(data: Any) -> None:
         "--limit", type=_positive, metavar="N", help="train on the first N molecules only"
     )
     zinc.set_defaults(run=_train_zinc)
+    dd = data.add_parser(
+        "dd",
+        allow_abbrev=False,
+        help="Graph Transformer on 1,178 proteins, whole and with heads pruned",
+        description="Train a Graph Transformer that classifies the proteins of D&D and, for each "
+        "share of heads to prune, one whose heads are pruned while it trains; compare accuracy, "
+        "seconds and memory. Stopped, the same command goes on. Time means something on a quiet "
+        "machine only.",
+    )
+    dd.add_argument(
+        "--data",
+        type=Path,
+        help="dd.npz or its folder; default: in the folder that FASTGT_DATA names, else in "
+        "../shared/data beside the checkout",
+    )
+    dd.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/dd"),
+        help="folder of the runs, one folder each, and of the comparison; default: %(default)s",
+    )
+    dd.add_argument(
+        "--prune",
+        type=_shares,
+        default=[],
+        metavar="heads=SHARE[,SHARE...]",
+        help="mask that share of the heads of every layer, one run each: heads=0.25,0.5,0.75",
+    )
+    _add_where(dd)
+    settings = dd.add_argument_group("settings of the runs", "a folder holds one run")
+    for name, default, help in (
+        ("seed", 0, "of weights and order"),
+        ("epochs", 15, "through the proteins"),
+        ("batch-size", 32, "proteins"),
+        ("layers", 4, "attention and feed-forward"),
+        ("dim", 64, "width of nodes"),
+        ("heads", 8, "of every attention"),
+    ):
+        kind = int if name == "seed" else _positive
+        settings.add_argument(
+            f"--{name}", type=kind, default=default, help=f"{help}; default: {default}"
+        )
+    settings.add_argument(
+        "--limit", type=_positive, metavar="N", help="train on the first N proteins only"
+    )
+    dd.set_defaults(run=_train_dd)
 
 
 def _add_reports(kinds: Any) -> None:
@@ -167,6 +213,30 @@ def _train_zinc(args: argparse.Namespace) -> int:
     return 0
 
 
+def _train_dd(args: argparse.Namespace) -> int:
+    from fastgt.training import dd
+
+    if not -(2**63) <= args.seed < 2**64:
+        raise ValueError(f"--seed must fit in 64 bits, got {args.seed}")
+    dd.run(
+        dd.Settings(
+            seed=args.seed,
+            batch_size=args.batch_size,
+            layers=args.layers,
+            dim=args.dim,
+            heads=args.heads,
+            epochs=args.epochs,
+            limit=args.limit,
+        ),
+        args.prune,
+        data=args.data,
+        output=args.output,
+        device=_device(args.device),
+        impl=args.impl,
+    )
+    return 0
+
+
 def _device(name: str | None) -> torch.device:
     import torch
 
@@ -180,6 +250,26 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
+
+
+def _shares(text: str) -> list[float]:
+    what, _, numbers = text.partition("=")
+    if what != "heads":
+        raise argparse.ArgumentTypeError(f"only heads can be pruned here, got {text!r}")
+    shares = []
+    for number in numbers.split(","):
+        try:
+            share = float(number)
+        except ValueError:
+            share = math.nan
+        if not 0 < share < 1:
+            raise argparse.ArgumentTypeError(
+                f"a share of heads must be between 0 and 1, got {number!r} in {text!r}"
+            )
+        if share in shares:
+            raise argparse.ArgumentTypeError(f"{number} is there twice in {text!r}")
+        shares.append(share)
+    return shares
 
 
 def _hours(text: str) -> float:

@@ -1,5 +1,6 @@
 """Reference models, one file each."""
 
+from fastgt.models.graph_classifier import GraphClassifier, GraphClassifierConfig
 from fastgt.models.graph_transformer import (
     EdgeGraphTransformer,
     EdgeGraphTransformerConfig,
@@ -10,6 +11,8 @@ from fastgt.models.graph_transformer import (
 __all__ = [
     "EdgeGraphTransformer",
     "EdgeGraphTransformerConfig",
+    "GraphClassifier",
+    "GraphClassifierConfig",
     "GraphTransformer",
     "GraphTransformerConfig",
 ]

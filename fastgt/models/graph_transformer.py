@@ -22,7 +22,7 @@ each followed by a feed-forward of its own, as above.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class GraphTransformerConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_config(self, "node_types", "out_dim", "dim", "heads", "layers")
+        check_config(self, "node_types", "out_dim", "dim", "heads", "layers")
 
 
 @dataclass
@@ -93,7 +93,7 @@ class EdgeGraphTransformerConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_config(self, "node_types", "edge_types", "out_dim", "dim", "heads", "layers")
+        check_config(self, "node_types", "edge_types", "out_dim", "dim", "heads", "layers")
 
 
 class GraphTransformerLayer(nn.Module):
@@ -208,14 +208,14 @@ class GraphTransformer(nn.Module):
             GraphTransformerLayer(c.dim, c.heads, norm=c.norm, dropout=c.dropout)
             for _ in range(c.layers)
         )
-        self.readout = _readout(c.dim, c.out_dim)
+        self.readout = readout(c.dim, c.out_dim)
 
     def forward(self, node_type: Tensor, graph: Graph, pe: Tensor | None = None) -> Tensor:
         """node_type ``[N]`` integers, pe ``[N, pe_dim]`` -> logits ``[N, out_dim]``.
 
         In training every eigenvector gets one random sign for the whole batch.
         """
-        _check_types("node_type", node_type, "N", graph.num_rows)
+        check_types("node_type", node_type, "N", graph.num_rows)
         _check_pe(pe, graph.num_rows, self.config.pe_dim)
         x = self.embed(node_type)
         if pe is not None and self.embed_pe is not None:
@@ -254,7 +254,7 @@ class EdgeGraphTransformer(nn.Module):
             GraphTransformerEdgeLayer(c.dim, c.heads, norm=c.norm, dropout=c.dropout)
             for _ in range(c.layers)
         )
-        self.readout = _readout(c.dim, c.out_dim)
+        self.readout = readout(c.dim, c.out_dim)
 
     def forward(
         self, node_type: Tensor, edge_type: Tensor, graph: Graph, pe: Tensor | None = None
@@ -264,8 +264,8 @@ class EdgeGraphTransformer(nn.Module):
         In training every eigenvector gets one random sign for the whole batch.
         """
         check_graph(graph)
-        _check_types("node_type", node_type, "N", graph.num_rows)
-        _check_types("edge_type", edge_type, "E", graph.num_edges)
+        check_types("node_type", node_type, "N", graph.num_rows)
+        check_types("edge_type", edge_type, "E", graph.num_edges)
         _check_pe(pe, graph.num_rows, self.config.pe_dim)
         x = self.in_dropout(self.embed(node_type))
         if pe is not None and self.embed_pe is not None:
@@ -295,7 +295,7 @@ def _feed_forward(dim: int, dropout: float) -> nn.Sequential:
     )
 
 
-def _readout(dim: int, out_dim: int) -> nn.Sequential:
+def readout(dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(dim, dim // 2),
         nn.ReLU(),
@@ -305,15 +305,15 @@ def _readout(dim: int, out_dim: int) -> nn.Sequential:
     )
 
 
-def _check_config(config: GraphTransformerConfig | EdgeGraphTransformerConfig, *names: str) -> None:
+def check_config(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
-    if config.pe_dim < 0:
+    if getattr(config, "pe_dim", 0) < 0:
         raise ValueError(f"pe_dim must not be negative, got {config.pe_dim}")
 
 
-def _check_types(name: str, x: Tensor, letter: str, size: int) -> None:
+def check_types(name: str, x: Tensor, letter: str, size: int) -> None:
     if x.shape != (size,) or x.is_floating_point():
         found = f"{list(x.shape)} {x.dtype}"
         raise ValueError(f"{name} must be [{letter}] = [{size}] integers, got {found}")

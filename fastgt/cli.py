@@ -138,7 +138,7 @@ def _add_trainings(data: Any) -> None:
     for name, default, help in (
         ("seed", 0, "of weights and order"),
         ("epochs", 15, "through the proteins"),
-        ("batch-size", 32, "proteins"),
+        ("batch-size", 16, "proteins"),
         ("layers", 4, "attention and feed-forward"),
         ("dim", 64, "width of nodes"),
         ("heads", 8, "of every attention"),

@@ -177,6 +177,7 @@ def test_kernels_refuse_their_folder_name():
         "fastgt.pruning.weights",
         "fastgt.models.graph_classifier",
         "fastgt.models.graph_transformer",
+        "fastgt.training.archive",
         "fastgt.training.molecules",
         "fastgt.training.proteins",
         "fastgt.testing",

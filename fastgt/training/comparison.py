@@ -91,6 +91,9 @@ def compare(
             float((a - b).abs().max())
             for a, b in zip(passes["gated", name](), passes["removed", name](), strict=True)
         )
+        size = max(float(a.abs().max()) for a in passes["gated", name]())
+        if not apart <= 1e-4 * max(1.0, size):
+            raise RuntimeError(f"{name}: outputs are {apart:.1e} apart after prune_heads")
         steps[name].optimizer.zero_grad()  # gradients count as the step's own memory
         rows.append(
             {
@@ -98,6 +101,7 @@ def compare(
                 "active_heads": _active_heads(t.model),
                 "parameters": sum(x.numel() for x in removed[name].parameters()),
                 "test_accuracy": t.test_accuracy,
+                "test_examples": len(splits["test"]),
                 "epoch": t.epoch,
                 "train_epoch_s": statistics.median(epoch_s[name]),
                 "inference_s": statistics.median(pass_s[f"gated {name}"]),
@@ -146,10 +150,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     lines = [
         "",
-        f"{first['device']}, torch {first['torch']}: seconds of a training epoch and of the test "
-        "set, with gates / heads removed;",
-        "memory of one training step on the largest batch; accuracy at the best epoch in "
-        "validation",
+        f"{first['device']}, torch {first['torch']}. Accuracy is that of the epoch best in "
+        f"validation, on {first['test_examples']} examples.",
+        "Timed in turns: an epoch of training steps, without those that score masked heads; the "
+        "test set with gates / without the heads.",
+        "Peak memory of a training step on the largest batch. In brackets: shares of the dense "
+        "model's.",
         "",
         f"{'heads pruned':>12} {'parameters':>11} {'test acc.':>10} {'epoch s':>14} "
         f"{'inference s':>22} {'peak MB':>14} {'outputs apart':>14}",

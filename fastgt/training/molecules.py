@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +13,8 @@ from torch import Tensor
 
 from fastgt.encodings import laplacian_pe
 from fastgt.graph import Graph
-from fastgt.testing import open_data
+from fastgt.training import archive
+from fastgt.training.archive import owned
 
 ATOM_TYPES, BOND_TYPES = 28, 4
 SPLITS = ("train", "val", "test")
@@ -117,29 +115,11 @@ def load_zinc(path: Path | None) -> tuple[dict[str, Molecules], str]:
         FileNotFoundError: It is absent.
         ValueError: It is damaged; says how.
     """
-    if path is not None and path.is_dir():
-        path = path / "zinc12k.npz"
-    if path is not None and not path.is_file():
-        raise FileNotFoundError(f"{path} is absent: --data names zinc12k.npz or its folder")
-    name = str(path or "zinc12k.npz")
-    try:
-        with np.load(path) if path is not None else open_data("zinc12k") as archive:
-            arrays = {key: archive[key] for split in SPLITS for key in _keys(split)}
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}, or name it by --data") from None
-    except _DAMAGE as error:
-        raise ValueError(f"{name} is damaged: {error} (or it is another file)") from error
-    digest = hashlib.sha256()
-    for array in arrays.values():
-        digest.update(array.tobytes())
-    try:
-        splits = {split: _molecules(arrays, split) for split in SPLITS}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name} is damaged: {error}") from error
-    return splits, digest.hexdigest()[:16]
+    name, arrays = archive.read(path, "zinc12k", [key for split in SPLITS for key in _keys(split)])
+    with archive.checking(name):
+        return {split: _molecules(arrays, split) for split in SPLITS}, archive.digest(arrays)
 
 
-_DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, OSError, EOFError)
 _ARRAYS = ("atom", "bond", "edge_local", "node_ptr", "edge_ptr", "y")
 
 
@@ -150,19 +130,14 @@ def _keys(split: str) -> list[str]:
 def _molecules(arrays: Mapping[str, np.ndarray], split: str) -> Molecules:
     """The arrays fit each other, or a ValueError says which does not."""
     for key in _keys(split):
-        array, ndim = arrays[key], 2 if key.endswith("edge_local") else 1
-        if array.ndim != ndim or array.dtype.kind not in ("f" if key.endswith("_y") else "iu"):
-            raise ValueError(f"{key} is {list(array.shape)} {array.dtype}")
+        kinds = "f" if key.endswith("_y") else "iu"
+        archive.check_array(key, arrays[key], 2 if key.endswith("edge_local") else 1, kinds)
     *integers, y = (arrays[key] for key in _keys(split))
     atom, bond, local, node_ptr, edge_ptr = (torch.from_numpy(x.astype(np.int64)) for x in integers)
     if not len(y) or not np.isfinite(y).all():
         raise ValueError(f"{split}_y must be finite numbers, and some")
-    for name, ptr, total in (("node_ptr", node_ptr, len(atom)), ("edge_ptr", edge_ptr, len(bond))):
-        if len(ptr) != len(y) + 1 or ptr[0] != 0 or ptr[-1] != total or ptr.diff().min() < 0:
-            raise ValueError(
-                f"{split}_{name} must rise from 0 to {total} in {len(y)} steps, goes from "
-                f"{ptr[:1].tolist()} to {ptr[-1:].tolist()} in {len(ptr) - 1}"
-            )
+    archive.check_ptr(f"{split}_node_ptr", node_ptr, len(y), len(atom))
+    archive.check_ptr(f"{split}_edge_ptr", edge_ptr, len(y), len(bond))
     if tuple(local.shape) != (2, len(bond)):
         raise ValueError(f"{split}_edge_local must be [2, {len(bond)}], got {list(local.shape)}")
     size = node_ptr.diff().repeat_interleave(edge_ptr.diff())
@@ -175,12 +150,3 @@ def _molecules(arrays: Mapping[str, np.ndarray], split: str) -> Molecules:
             what = "its molecule" if name == "edge_local" else f"0 to {int(limit) - 1}"
             raise ValueError(f"{split}_{name} has values beyond {what}")
     return Molecules(atom, bond, local, node_ptr, edge_ptr, torch.from_numpy(y.astype(np.float32)))
-
-
-def owned(ptr: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """What the chosen graphs own: the places ``[T]``, and where each graph's begin ``[B + 1]``."""
-    start = ptr[chosen]
-    count = ptr[chosen + 1] - start
-    begin = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    place = torch.arange(int(begin[-1])) + (start - begin[:-1]).repeat_interleave(count)
-    return place, begin

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     y: Tensor  # [G]
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(x.to(device) for x in self))
+        return Batch(self.node_type.to(device), self.graph.to(device), self.y.to(device))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
         return _reordering(rows)
     if "active" in rows[0]:
         return _masked_heads(rows)
+    if "pruned" in rows[0]:
+        return _pruned(rows)
     if len({row["problem"] for row in rows}) > 5:
         return _overview(rows)
     lines = []
@@ -152,6 +154,29 @@ def _masked_heads(rows: list[dict[str, Any]]) -> str:
             cells.append(f"{row[f'{part}_s'] * 1e3:.0f} ms ({row[f'{part}_share']:.2f})")
         forward, both = (row[f"{part}_peak_bytes"] / 1e6 for part in ("forward", "both"))
         lines.append(f"| {' | '.join([*cells, f'{forward:.0f} / {both:.0f} MB'])} |")
+    return "\n".join(lines)
+
+
+def _pruned(rows: list[dict[str, Any]]) -> str:
+    """Models with heads pruned, beside the dense one; times as shares of its own too."""
+    first = rows[0]
+    lines = [
+        f"{first['device']}, torch {first['torch']}, {first['date']}, commit {first['commit']}.",
+        "",
+        "| heads pruned | parameters | test accuracy | epoch | inference: gates / removed "
+        "| peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share = {k: row[k] / first[k] for k in ("train_epoch_s", "inference_s", "step_peak_bytes")}
+        cells = [f"{row['pruned']:.0%}", f"{row['parameters']:,}", f"{row['test_accuracy']:.3f}"]
+        cells += [
+            f"{row['train_epoch_s']:.2f} s ({share['train_epoch_s']:.2f})",
+            f"{row['inference_s']:.2f} / {row['removed_inference_s']:.2f} s "
+            f"({share['inference_s']:.2f})",
+            f"{row['step_peak_bytes'] / 1e6:.0f} MB ({share['step_peak_bytes']:.2f})",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

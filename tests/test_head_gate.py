@@ -23,6 +23,7 @@ def test_a_fixed_gate_is_kept_with_the_model():
     other.load_state_dict(gate.state_dict())
     assert torch.equal(other(), gate())
     assert HeadGate(torch.tensor([True, False]))().tolist() == [1.0, 0.0]
+    assert HeadGate(torch.ones(3, device="meta")).mask.is_meta
     mask = torch.ones(2)
     gate = HeadGate(mask)
     mask[0] = 0

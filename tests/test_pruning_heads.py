@@ -205,7 +205,7 @@ def test_pruned_weights_are_used_where_heads_are_masked():
         outs, grads = run(gated, args)
     assert grads["dq.weight_orig"].any()
     assert not grads["dq.weight_orig"][gated.q.weight_mask == 0].any()
-    with pytest.raises(ValueError, match=r"'' are pruned by torch\.nn\.utils\.prune: remove\(\)"):
+    with pytest.raises(ValueError, match="weight of 'q' is made by a hook or a parametrization"):
         prune_heads(gated)
     for layer in (gated.q, gated.out):
         prune.remove(layer, "weight")
@@ -338,8 +338,9 @@ def test_as_many_heads_stay_active(heads, active, exchange, every, seed):
         assert torch.equal(masks[0], masks[-1])
 
 
-def test_the_head_that_matters_least_dies_and_the_one_that_would_help_most_grows():
-    torch.manual_seed(0)
+@pytest.mark.parametrize("seed", range(8))
+def test_the_head_that_matters_least_dies_and_the_one_that_would_help_most_grows(seed):
+    torch.manual_seed(seed)
     gate = HeadGate(torch.ones(5))
     layer = LinearAttention(10, 5, head_gate=gate, dense_gate_grad=True).to(DEVICE)
     sparsity = HeadSparsity(layer, 0.6, steps=1000, every=3, exchange=0.3, scored=2)

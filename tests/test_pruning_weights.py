@@ -107,6 +107,10 @@ def test_refusals():
             GradualPruning(model(), 0.5, begin=begin, end=end, every=every)
     with pytest.raises(ValueError, match=r"model has no nn\.Linear layer"):
         GradualPruning(nn.LayerNorm(3), 0.5, end=5)
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match="'0' and '1' share their weight"):
+        GradualPruning(tied, 0.5, end=5)
     net = model()
     GradualPruning(net, 0.5, end=5)
     with pytest.raises(ValueError, match="'0' is pruned already"):

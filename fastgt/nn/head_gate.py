@@ -48,7 +48,7 @@ class HeadGate(nn.Module):
             raise ValueError(f"mask must be [H], got {list(mask.shape)}")
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(f"mask must be floating point or bool, got {mask.dtype}")
-        if mask.isnan().any():
+        if not mask.is_meta and mask.isnan().any():
             raise ValueError(f"mask is NaN at heads {mask.isnan().nonzero().flatten().tolist()}")
         self.register_buffer("mask", mask.detach().clone())
         self.with_gradient = False

@@ -239,6 +239,7 @@ def _attend(
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
         k, v = k.view_as(k), v.view_as(v)
+        on_cols = None if on_cols is None else on_cols.view_as(on_cols)
     refuse_forward_mode(*tensors)
     plan = _plan(impl, graph, q, v, bool(edges))
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -163,6 +163,7 @@ def _attend(
         # Dynamo refuses one tensor in two places of a Function
         v = None if v is None else v.view_as(v)
         edge_value = None if edge_value is None else edge_value.view_as(edge_value)
+        on_cols = None if on_cols is None else on_cols.view_as(on_cols)
     refuse_forward_mode(*tensors)
     rows = _rows(graph, impl)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):

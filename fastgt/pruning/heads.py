@@ -66,12 +66,13 @@ def prune_heads(
             raise ValueError(
                 f"{where} masks all {module.heads} heads: allow_empty=True takes them away"
             )
-        layers = (getattr(module, x) for x in (*module.INTO, *module.INTO_KV, *module.OUT_OF))
-        if any(hasattr(layer, "weight_orig") for layer in layers):
-            raise ValueError(
-                f"projections of {name!r} are pruned by torch.nn.utils.prune: remove() that before "
-                "their heads are taken"
-            )
+        for layer in (*module.INTO, *module.INTO_KV, *module.OUT_OF):
+            if "weight" not in getattr(module, layer)._parameters:
+                path = f"{name}.{layer}" if name else layer
+                raise ValueError(
+                    f"the weight of {path!r} is made by a hook or a parametrization, as pruning by "
+                    "torch.nn.utils.prune: remove that before its heads are taken"
+                )
         gates[name] = gate
     smaller = copy.deepcopy(model)
     for name, module in _gated(smaller):

@@ -16,7 +16,8 @@ class SkipLayer(nn.Module):
 
     In training it is skipped with probability p, by one draw a call for all nodes and graphs, so
     that its time is saved; outside training it is there, unless ``skipped`` says that it never is.
-    Nothing is rescaled: a block that is skipped is the identity, as its residual path is.
+    Nothing is rescaled: a block that is skipped is the identity, as its residual path is. The draw
+    is the host's, so that ``torch.compile`` makes a graph of each block in training.
 
     Args:
         block: Called as it is: ``block(x, graph)``, ``block(x, e, graph, ...)``.

@@ -28,7 +28,8 @@ class GradualPruning:
         initial: s_i, at ``begin``.
 
     Raises:
-        ValueError: A setting is out of range, a layer is pruned already, or there is none.
+        ValueError: A setting is out of range, a layer is pruned already, two share their weight, or
+            there is none.
 
     Source:
         Zhu and Gupta, arXiv 1710.01878, eq. 1; weights of GTSP, arXiv 2312.05479, without the
@@ -76,9 +77,13 @@ class GradualPruning:
         self.layers: list[Any] = [layer for _, layer in layers]  # with prune's attributes
         if not self.layers:
             raise ValueError("model has no nn.Linear layer")
+        seen: dict[int, str] = {}
         for name, layer in layers:
             if prune.is_pruned(layer):
                 raise ValueError(f"{name!r} is pruned already")
+            if id(layer.weight) in seen:
+                raise ValueError(f"{seen[id(layer.weight)]!r} and {name!r} share their weight")
+            seen[id(layer.weight)] = name
         for layer in self.layers:
             # masks of ones: state_dict has the same names throughout
             prune.identity(layer, "weight")

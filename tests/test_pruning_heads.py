@@ -362,6 +362,7 @@ def test_the_head_that_matters_least_dies_and_the_one_that_would_help_most_grows
     wanted = before.clone()
     wanted[dead], wanted[grown] = 0, 1
     assert torch.equal(gate.mask, wanted)
+    assert not torch.stack(sparsity.state_dict()["sums"]).any()  # the next scores are their own
 
 
 def test_steps_that_are_not_scored_are_sparse():
@@ -404,6 +405,9 @@ def test_sparsity_goes_on_where_it_stood():
     other, resumed = start()
     other.load_state_dict(kept[0])
     resumed.load_state_dict(kept[1])
+    sums = resumed.state_dict()["sums"][0]
+    assert sums.any()
+    assert torch.equal(sums, kept[1]["sums"][0])
     go(other, resumed, 10, 7)
     assert torch.equal(other.head_gate.mask, layer.head_gate.mask)
     assert not torch.equal(kept[0]["head_gate.mask"], layer.head_gate.mask)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from attention_cases import DEVICE, close
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from fastgt import Graph
@@ -69,6 +71,55 @@ def test_a_seed_repeats_it_and_gradients_go_around():
     assert sum(g is not None for g in grads) == int(x[0])
 
 
+@given(skipped=st.lists(st.booleans(), min_size=1, max_size=6), seed=st.integers(0, 2**31))
+def test_any_layers_taken_away_are_any_layers_skipped(skipped, seed):
+    torch.manual_seed(seed)
+    norm = nn.LayerNorm(4)  # of all blocks
+    layers = nn.Sequential()
+    for skip in skipped:
+        layers += nn.Sequential(norm, SkipLayer(nn.Linear(4, 4), 0.5))
+        layers[-1].skipped = skip
+    layers = layers.to(DEVICE).eval()
+    x = torch.randn(3, 4, device=DEVICE)
+    wanted = x
+    for skip, layer in zip(skipped, layers[1::2], strict=True):
+        wanted = norm(wanted)
+        wanted = wanted if skip else layer.block(wanted)
+    assert torch.equal(layers(x), wanted)
+    smaller = prune_layers(layers)
+    assert torch.equal(smaller(x), wanted)
+    left = 2 * len(skipped) - sum(skipped)
+    assert list(smaller._modules) == [str(i) for i in range(left)]
+    again = prune_layers(layers)
+    again.load_state_dict(smaller.state_dict())
+    assert torch.equal(again(x), wanted)
+    # a block that is skipped for good is not read, in training either, and gets no gradient
+    for layer in layers[1::2]:
+        layer.p = 0.0
+        if layer.skipped:
+            nn.init.constant_(layer.block.weight, torch.nan)
+    layers.train()(x).sum().backward()
+    assert torch.equal(layers(x), wanted)
+    assert [layer.block.weight.grad is None for layer in layers[1::2]] == skipped
+
+
+def test_nothing_is_drawn_where_nothing_is_left_to_chance():
+    always, never = SkipLayer(Counted(), 0.0), SkipLayer(Counted(), 0.5)
+    never.skipped = True
+    torch.manual_seed(0)
+    wanted = torch.rand(())
+    torch.manual_seed(0)
+    never(always(torch.zeros(2)))
+    assert torch.equal(torch.rand(()), wanted)
+
+
+def test_the_draw_is_the_hosts():
+    layer = SkipLayer(Counted(), 0.5).train()
+    with torch.device("meta"):
+        layer(torch.zeros(2))
+        assert layer.state_dict()["_extra_state"].device.type == "cpu"
+
+
 def test_blocks_of_nodes_and_edges():
     layer = SkipLayer(Counted(), passes=2)
     x, e = torch.zeros(2), torch.ones(3)
@@ -124,8 +175,30 @@ def test_refusals():
             self.inner = nn.Module()
             self.inner.block = SkipLayer(nn.Linear(2, 2))
 
+    for passes, args in ((1, ()), (2, (torch.zeros(2, 2),))):
+        layer = SkipLayer(nn.Linear(2, 2), passes=passes)
+        wanted = (
+            rf"the first {passes} arguments \(passes\) must be given by position, got {len(args)}"
+        )
+        with pytest.raises(TypeError, match=wanted):
+            layer(*args, e=torch.zeros(2, 2))
+
     model = Model()
     assert isinstance(prune_layers(model).inner.block, nn.Linear)
     model.inner.block.skipped = True
     with pytest.raises(ValueError, match=r"'inner\.block' is skipped, but stands in no ModuleList"):
         prune_layers(model)
+    with pytest.raises(ValueError, match="model itself is skipped: nothing is left"):
+        prune_layers(model.inner.block)
+
+
+def test_layers_in_layers_and_names():
+    block = nn.Linear(2, 2)
+    twice = SkipLayer(SkipLayer(block))
+    assert isinstance(prune_layers(twice), nn.Linear)
+    named = nn.Sequential()
+    for name in ("first", "second", "third"):
+        named.add_module(name, SkipLayer(SkipLayer(nn.Linear(2, 2))))
+    named.second.block.skipped = True
+    assert [n for n, _ in prune_layers(named).named_children()] == ["first", "third"]
+    assert isinstance(prune_layers(named).third, nn.Linear)

@@ -1,5 +1,8 @@
 """GradualPruning: the schedule, exact counts, and only what is asked for."""
 
+import copy
+import math
+
 import pytest
 import torch
 from attention_cases import DEVICE
@@ -40,7 +43,8 @@ def test_the_cubic_schedule_to_one_weight(final, initial, begin, length, every):
     initial, end = min(initial, final), begin + length
     net = model()
     pruning = GradualPruning(net, final, initial=initial, begin=begin, end=end, every=every)
-    wanted = 0
+    wanted = 0 if begin else round(initial * 72)
+    assert pruning.pruned() == wanted
     for t in range(1, end + 3):
         train(net, pruning, 1, t)
         if begin <= t <= end and ((t - begin) % every == 0 or t == end):
@@ -48,6 +52,64 @@ def test_the_cubic_schedule_to_one_weight(final, initial, begin, length, every):
             wanted = max(wanted, round(share * 72))
         assert pruning.pruned() == wanted
     assert pruning.pruned() == round(final * 72)
+    pruning.finish()
+    assert sum(int((net[i].weight == 0).sum()) for i in (0, 3)) == round(final * 72)
+
+
+def test_the_share_between_changes_and_outside():
+    pruning = GradualPruning(model(), 0.8, initial=0.1, begin=2, end=6)
+    found = []
+    for _ in range(9):
+        found.append(pruning.share())
+        pruning.step()
+    cubes = [0.8 - 0.7 * left**3 for left in (1.0, 0.75, 0.5, 0.25, 0.0)]
+    assert found == pytest.approx([0, 0, *cubes, 0.8, 0.8])
+
+
+@given(final=st.floats(0.2, 0.9), every=st.integers(1, 3), seed=st.integers(0, 2**31))
+def test_at_every_change_the_smallest_that_are_left_go(final, every, seed):
+    net = model(seed)
+    pruning = GradualPruning(net, final, end=6, every=every)
+    alive = torch.ones(72, dtype=torch.bool, device=DEVICE)
+    for t in range(6):
+        train(net, pruning, 1, seed + t)
+        now = torch.cat([net[i].weight_orig.detach().abs().flatten() for i in (0, 3)])
+        gone = sorted(alive.nonzero().flatten().tolist(), key=lambda i: float(now[i]))
+        alive[gone[: pruning.pruned() - int((~alive).sum())]] = False
+        masks = torch.cat([net[i].weight_mask.flatten() for i in (0, 3)])
+        assert torch.equal(masks == 1, alive)
+        for i in (0, 3):
+            assert torch.equal(net[i].weight, net[i].weight_orig * net[i].weight_mask)
+
+
+def test_the_optimizer_is_not_stepped_and_sees_the_same_parameters():
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+    pruning = GradualPruning(net, 0.5, end=1)
+    net(torch.ones(2, 6, device=DEVICE)).sum().backward()
+    pruning.step()
+    now = optimizer.param_groups[0]["params"]
+    assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
+    assert {id(p) for p in now} == {id(p) for p in net.parameters()}
+    # what is masked gets no gradient
+    net.zero_grad()
+    net(torch.ones(2, 6, device=DEVICE)).square().sum().backward()
+    assert not net[0].weight_orig.grad[net[0].weight_mask == 0].any()
+    assert net[0].weight_orig.grad.any()
+
+
+def test_one_mask_a_layer_however_many_changes():
+    net = model()
+    pruning = GradualPruning(net, 0.8, end=30, every=1)
+    copy.deepcopy(net)
+    train(net, pruning, 30)
+    for i in (0, 3):
+        (hook,) = net[i]._forward_pre_hooks.values()
+        assert isinstance(hook, prune.Identity)
+    x = torch.ones(2, 6, device=DEVICE)
+    other = copy.deepcopy(net)
+    assert torch.equal(other(x), net(x))
 
 
 def test_the_smallest_of_all_layers_go_and_stay():
@@ -99,7 +161,7 @@ def test_it_goes_on_where_it_stood():
 
 
 def test_refusals():
-    for initial, final in ((-0.1, 0.5), (0.6, 0.5), (0.0, 1.1)):
+    for initial, final in ((-0.1, 0.5), (0.6, 0.5), (0.0, 1.1), (0.0, math.nan)):
         with pytest.raises(ValueError, match="initial and final must be from 0 to 1 and rise"):
             GradualPruning(model(), final, initial=initial, end=5)
     for begin, end, every in ((5, 5, 1), (-1, 5, 1), (0, 5, 0)):
@@ -115,3 +177,17 @@ def test_refusals():
     GradualPruning(net, 0.5, end=5)
     with pytest.raises(ValueError, match="'0' is pruned already"):
         GradualPruning(net, 0.5, end=5)
+    tied = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match="'0' and '1' share their weight"):
+        GradualPruning(tied, 0.5, end=5)
+    heads = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2)})
+    with pytest.raises(ValueError, match=r"'a' is an nn\.MultiheadAttention, which reads"):
+        GradualPruning(heads, 0.5, end=5)
+    assert not prune.is_pruned(heads)
+    net = model()
+    pruning = GradualPruning(net, 0.5, end=5)
+    pruning.finish()
+    for call in (pruning.step, pruning.pruned, pruning.finish):
+        with pytest.raises(RuntimeError, match=r"finish\(\) has been called"):
+            call()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +16,21 @@ class SkipLayer(nn.Module):
 
     In training it is skipped with probability p, by one draw a call for all nodes and graphs, so
     that its time is saved; outside training it is there, unless ``skipped`` says that it never is.
-    Nothing is rescaled: a block that is skipped is the identity, as its residual path is. The draw
-    is the host's, so that ``torch.compile`` makes a graph of each block in training.
+    Nothing is rescaled: a block that is skipped is the identity, as its residual path is, and one
+    that ends with a norm is no sum whose second term could be made smaller. The draw is the host's,
+    so that ``torch.compile`` makes a graph of each block in training.
 
     Args:
         block: Called as it is: ``block(x, graph)``, ``block(x, e, graph, ...)``.
         p: Probability of being skipped in training.
-        passes: How many of its first arguments a block gives back anew, and comes out where it is
-            skipped: 1 for x, 2 for ``(x, e)``.
+        passes: How many of its first arguments, given by position, a block gives back anew, and
+            come out where it is skipped: 1 for x, 2 for ``(x, e)``.
 
     Attributes:
         skipped: For good, in training too; kept in ``state_dict``.
 
     Raises:
+        TypeError: A call has fewer than ``passes`` arguments by position.
         ValueError: ``p`` or ``passes`` is out of range.
 
     Source:
@@ -58,13 +60,20 @@ class SkipLayer(nn.Module):
         self.skipped = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) < self.passes:
+            raise TypeError(
+                f"the first {self.passes} arguments (passes) must be given by position, got "
+                f"{len(args)}"
+            )
         # drawn on the host: a device would have to be waited for
-        if self.skipped or (self.training and self.p and float(torch.rand(())) < self.p):
+        if self.skipped or (
+            self.training and self.p and float(torch.rand((), device="cpu")) < self.p
+        ):
             return args[0] if self.passes == 1 else args[: self.passes]
         return self.block(*args, **kwargs)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.skipped)
+        return torch.tensor(self.skipped, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.skipped = bool(state)
@@ -78,7 +87,7 @@ def prune_layers(model: Model) -> Model:
     :class:`SkipLayer`: its outputs are those of ``model.eval()``.
 
     The layers stand in an ``nn.ModuleList`` or ``nn.Sequential`` that the model goes through from
-    the first to the last.
+    the first to the last; those that are left are numbered anew.
 
     Raises:
         ValueError: A skipped layer stands elsewhere, where its place cannot be left empty.
@@ -96,26 +105,31 @@ def prune_layers(model: Model) -> Model:
     """
     smaller = copy.deepcopy(model)
     for where, parent in list(smaller.named_modules()):
-        children = list(parent.named_children())
-        if not any(isinstance(child, SkipLayer) for _, child in children):
+        # not named_children, which passes over a module that stands there again
+        children = parent._modules
+        if isinstance(parent, SkipLayer) or not any(
+            isinstance(child, SkipLayer) for child in children.values()
+        ):
             continue
         if isinstance(parent, (nn.ModuleList, nn.Sequential)):
-            left = [child for _, child in children if not _is_skipped(child)]
-            parent._modules.clear()
-            for i, child in enumerate(left):
-                parent.add_module(str(i), _without(child))
+            numbered = list(children) == [str(i) for i in range(len(children))]
+            left = [(name, _without(m)) for name, m in children.items() if not _is_skipped(m)]
+            children.clear()
+            children.update((str(i) if numbered else name, m) for i, (name, m) in enumerate(left))
             continue
-        for name, child in children:
+        for name, child in children.items():
             if _is_skipped(child):
                 path = f"{where}.{name}" if where else name
                 raise ValueError(f"{path!r} is skipped, but stands in no ModuleList or Sequential")
-            setattr(parent, name, _without(child))
-    return smaller
+            children[name] = _without(child)
+    if _is_skipped(smaller):
+        raise ValueError("model itself is skipped: nothing is left")
+    return cast(Model, _without(smaller))
 
 
-def _is_skipped(layer: nn.Module) -> bool:
-    return isinstance(layer, SkipLayer) and layer.skipped
+def _is_skipped(layer: nn.Module | None) -> bool:
+    return isinstance(layer, SkipLayer) and (layer.skipped or _is_skipped(layer.block))
 
 
-def _without(layer: nn.Module) -> nn.Module:
-    return layer.block if isinstance(layer, SkipLayer) else layer
+def _without(layer: nn.Module | None) -> nn.Module | None:
+    return _without(layer.block) if isinstance(layer, SkipLayer) else layer

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
-from fastgt.ops._arguments import check_graph
+from fastgt.ops._arguments import accumulator, check_float, check_graph
 from fastgt.ops.segment_pool import segment_max, segment_sum
 
 
@@ -15,19 +18,20 @@ class TokenPruning(nn.Module):
 
     With the score s_i = w . x_i + b of node i, over the n nodes of its own graph::
 
-        y_i    = softmax_i((log softmax_i(s) + noise_i) / tau)
+        y_i    = softmax_i((s_i + noise_i) / tau)
         kept   : the ceil(keep n) nodes of the largest y
         gate_i = 1 + y_i - y_i        the last one without its gradient: 1, with y's gradient
 
-    The noise is Gumbel's, -log(-log(uniform)), in training; outside there is none. Of equal scores
-    the first node is taken. A graph with nodes keeps one at least. What follows runs on the smaller
-    graph that is returned: its time falls with the nodes and edges that are left, and what was
-    pruned takes no part in any softmax.
+    The noise is Gumbel's, -log(-log(uniform)), in training; outside there is none. Scores are in
+    float32 at least. Of equal ones the first node is taken; a node whose score is not finite, for
+    NaN in its features, comes last and changes no other's y. A graph with nodes keeps one at least.
+    What follows runs on the smaller graph that is returned: its time falls with the nodes and edges
+    that are left, and what was pruned takes no part in any softmax.
 
     Args:
         dim: Width of a node's features.
         keep: Share of the nodes, above 0, to 1.
-        tau: Temperature, positive.
+        tau: Temperature, positive. It does not change which nodes are kept.
 
     Raises:
         TypeError, ValueError: An argument does not fit; its name and both numbers are given.
@@ -51,30 +55,38 @@ class TokenPruning(nn.Module):
 
     def __init__(self, dim: int, keep: float = 0.5, *, tau: float = 1.0):
         super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be positive, got {dim}")
         if not 0 < keep <= 1:
             raise ValueError(f"keep must be above 0, to 1, got {keep}")
-        if not tau > 0:
-            raise ValueError(f"tau must be positive, got {tau}")
+        if not 0 < tau < math.inf:
+            raise ValueError(f"tau must be positive and finite, got {tau}")
         self.keep, self.tau = keep, tau
         self.score = nn.Linear(dim, 1)
 
     def forward(self, x: Tensor, graph: Graph) -> KeptTokens:
-        """x ``[N, dim]`` -> what is kept."""
+        """x ``[N, dim]``, nodes of a square graph or batch -> what is kept."""
         check_graph(graph)
+        check_float("x", x)
         n, dim = graph.num_nodes, self.score.in_features
         if tuple(x.shape) != (n, dim):
             raise ValueError(f"x must be [N, dim] = [{n}, {dim}], got {list(x.shape)}")
+        if x.device != graph.device:
+            raise ValueError(f"x is on {x.device} but graph is on {graph.device}")
         ptr = graph.graph_ptr.long()
         sizes = ptr.diff()
         owner = torch.repeat_interleave(sizes, output_size=n)  # [N], the graph of each node
-        logits = _log_softmax(self.score(x).squeeze(1), ptr, owner)
+        scores = self.score(x).squeeze(1)
+        scores = scores.to(accumulator(scores))
         if self.training:
-            tiny = torch.finfo(logits.dtype).tiny
-            uniform = torch.rand_like(logits).clamp(min=tiny)
-            logits = logits - (-uniform.log()).clamp(min=tiny).log()
-        soft = _log_softmax(logits / self.tau, ptr, owner).exp()
+            # of (0, 1) without 0, where the noise would be infinite; rand gives no 1
+            uniform = torch.rand_like(scores).clamp(min=torch.finfo(scores.dtype).tiny)
+            scores = scores - (-uniform.log()).log()
+        lowest, highest = torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max
+        scores = scores.masked_fill(~scores.isfinite(), lowest)
+        soft = _softmax((scores / self.tau).clamp(lowest, highest), ptr, owner)
         # in the order of the scores, graph after graph
-        order = logits.detach().sort(descending=True, stable=True).indices
+        order = scores.detach().sort(descending=True, stable=True).indices
         order = order[owner[order].sort(stable=True).indices]
         rank = torch.arange(n, device=x.device) - ptr[owner]
         # what is a whole number but for rounding stays one
@@ -82,34 +94,41 @@ class TokenPruning(nn.Module):
         mask = torch.zeros(n, dtype=torch.bool, device=x.device)
         mask[order] = rank < count[owner]
         nodes = mask.nonzero().squeeze(1)
-        gate = (1 + (soft - soft.detach()))[nodes]
+        gate = (1 + (soft - soft.detach())).index_select(0, nodes).to(x.dtype)
         edge_index = graph.edge_index
-        edges = mask[edge_index].all(0).nonzero().squeeze(1)
+        source, target = (mask.index_select(0, end) for end in edge_index)
+        edges = (source & target).nonzero().squeeze(1)
         number = mask.cumsum(0) - 1
         smaller = Graph.from_edge_index(
-            number[edge_index[:, edges]],
+            number[edge_index.index_select(1, edges)],
             len(nodes),
             graph_ptr=torch.cat([ptr[:1], count.cumsum(0)]),
         )
-        return KeptTokens(x[nodes] * gate[:, None], smaller, nodes, edges, n)
+        return KeptTokens(x.index_select(0, nodes) * gate[:, None], smaller, nodes, edges, n)
 
     def extra_repr(self) -> str:
         return f"keep={self.keep}, tau={self.tau}"
 
 
+@dataclass(frozen=True, eq=False)
 class KeptTokens:
     """What :class:`TokenPruning` keeps.
 
     Attributes:
         x: ``[K, dim]``, the features of the kept nodes, times their gates.
-        graph: Theirs, with the edges that join two of them.
+        graph: Theirs, with the edges that join two of them. Where the pruned graph was reordered or
+            planned, this one has neither: its nodes stand as they stood there, and it plans anew.
         nodes: ``[K]`` int64, ascending: which nodes these were.
-        edges: Which edges, by the caller's number: ``edge_attr[edges]`` are their attributes.
+        edges: int64, ascending: which edges, by the caller's number: ``edge_attr[edges]`` are their
+            attributes.
         size: N.
     """
 
-    def __init__(self, x: Tensor, graph: Graph, nodes: Tensor, edges: Tensor, size: int):
-        self.x, self.graph, self.nodes, self.edges, self.size = x, graph, nodes, edges, size
+    x: Tensor  # [K, dim]
+    graph: Graph
+    nodes: Tensor  # [K]
+    edges: Tensor  # [E of graph]
+    size: int
 
     def spread(self, y: Tensor, others: Tensor | None = None) -> Tensor:
         """y ``[K, ...]`` in the places of the kept nodes among all ``[N, ...]``; the pruned ones
@@ -121,11 +140,13 @@ class KeptTokens:
             others = y.new_zeros(wanted)
         if tuple(others.shape) != wanted:
             raise ValueError(f"others must be {list(wanted)}, got {list(others.shape)}")
+        if others.dtype != y.dtype:
+            raise TypeError(f"others is {others.dtype} but y is {y.dtype}")
         return others.index_copy(0, self.nodes, y)
 
 
-def _log_softmax(x: Tensor, ptr: Tensor, owner: Tensor) -> Tensor:
+def _softmax(x: Tensor, ptr: Tensor, owner: Tensor) -> Tensor:
     """Over the nodes of each graph."""
     top = segment_max(x.detach()[:, None], ptr)[owner].squeeze(1)
-    total = segment_sum((x - top).exp()[:, None], ptr)[owner].squeeze(1)
-    return x - top - total.log()
+    weight = (x - top).exp()
+    return weight / segment_sum(weight[:, None], ptr)[owner].squeeze(1)

@@ -5,31 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parameters_to_vector, prune
 
 
 class GradualPruning:
     """Gradual magnitude pruning of all linear layers together, on ``torch.nn.utils.prune``.
 
-    After step t of training, from ``begin`` to ``end``, this share of the weights is zero::
+    After step t of training, at ``begin``, every ``every`` steps from there and at ``end``, this
+    share of the weights is zero::
 
         s_t = s_f + (s_i - s_f) (1 - (t - begin) / (end - begin))^3
 
-    the smallest in absolute value over all layers; what is zero stays zero. The number at the end
-    is exact. Masks are in the model's ``state_dict``, as ``weight_mask`` beside ``weight_orig``,
-    from the beginning. Zeros are multiplied with like other numbers: time does not fall with them.
+    the smallest in absolute value over all layers; what is zero stays zero. The number is
+    ``round(s_t size)``, at the end too. Masks are in the model's ``state_dict``, as ``weight_mask``
+    beside ``weight_orig``, from the beginning until :meth:`finish`. Zeros are multiplied with like
+    other numbers: time does not fall with them.
+
+    As with ``torch.nn.utils.prune`` itself, a layer's ``weight`` is made when the layer is called;
+    :meth:`step` brings it up to date, and only then may the model be copied with ``deepcopy``.
 
     Args:
         model: Whose ``nn.Linear`` layers lose weights; biases, norms and embeddings do not.
         final: s_f, at ``end`` and after.
         begin, end: Steps.
         every: Steps between two changes.
-        initial: s_i, at ``begin``.
+        initial: s_i, at ``begin``; of 0, at once.
 
     Raises:
-        ValueError: A setting is out of range, a layer is pruned already, two share their weight, or
-            there is none.
+        ValueError: A setting is out of range; there is no layer; or one is pruned already, shares
+            its weight, or belongs to ``nn.MultiheadAttention``, which never calls it.
+        RuntimeError: A call after :meth:`finish`.
 
     Source:
         Zhu and Gupta, arXiv 1710.01878, eq. 1; weights of GTSP, arXiv 2312.05479, without the
@@ -77,17 +84,28 @@ class GradualPruning:
         self.layers: list[Any] = [layer for _, layer in layers]  # with prune's attributes
         if not self.layers:
             raise ValueError("model has no nn.Linear layer")
-        seen: dict[int, str] = {}
         for name, layer in layers:
             if prune.is_pruned(layer):
                 raise ValueError(f"{name!r} is pruned already")
-            if id(layer.weight) in seen:
-                raise ValueError(f"{seen[id(layer.weight)]!r} and {name!r} share their weight")
-            seen[id(layer.weight)] = name
+        weights, seen = {id(layer.weight) for layer in self.layers}, dict[int, str]()
+        for name, module in model.named_modules():
+            if isinstance(module, nn.MultiheadAttention):
+                raise ValueError(
+                    f"{name!r} is an nn.MultiheadAttention, which reads the weight of its output "
+                    "layer without calling it: give the other parts of the model"
+                )
+            # an embedding may have it too
+            for key in weights & {id(p) for p in module._parameters.values()}:
+                if key in seen:
+                    raise ValueError(f"{seen[key]!r} and {name!r} share their weight")
+                seen[key] = name
         for layer in self.layers:
             # masks of ones: state_dict has the same names throughout
             prune.identity(layer, "weight")
         self.size = sum(layer.weight.numel() for layer in self.layers)
+        if not begin:
+            self._prune()
+        self._refresh()
 
     def share(self) -> float:
         """s_t after the steps that are done."""
@@ -98,30 +116,24 @@ class GradualPruning:
 
     def pruned(self) -> int:
         """How many weights are zero by a mask."""
+        self._check_masks()
         return sum(int((layer.weight_mask == 0).sum()) for layer in self.layers)
 
     def step(self) -> None:
         """After every step of the optimizer, which this does not take."""
+        self._check_masks()
         self.done += 1
         due = (self.done - self.begin) % self.every == 0 and self.begin <= self.done <= self.end
-        if not due and self.done != self.end:
-            return
-        more = round(self.share() * self.size) - self.pruned()
-        if more > 0:
-            prune.global_unstructured(
-                [(layer, "weight") for layer in self.layers],
-                prune.L1Unstructured,
-                # the weights as the optimizer left them: .weight is of the last forward
-                {(layer, "weight"): layer.weight_orig.detach() for layer in self.layers},
-                amount=more,
-            )
-        for layer in self.layers:
-            layer.weight = layer.weight_orig.detach() * layer.weight_mask
+        if due or self.done == self.end:
+            self._prune()
+        self._refresh()
 
     def finish(self) -> None:
         """Make the zeros part of plain weights: there are no masks any more."""
+        self._check_masks()
         for layer in self.layers:
             prune.remove(layer, "weight")
+        self.layers = []
 
     def state_dict(self) -> dict[str, Any]:
         """The steps that are done; masks are in the model's."""
@@ -129,3 +141,26 @@ class GradualPruning:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.done = int(state["done"])
+
+    def _check_masks(self) -> None:
+        if not self.layers:
+            raise RuntimeError("finish() has been called: there are no masks any more")
+
+    def _prune(self) -> None:
+        more = round(self.share() * self.size) - self.pruned()
+        if more <= 0:
+            return
+        # prune.global_unstructured would do, but keeps every mask that there has been
+        weights = parameters_to_vector(layer.weight_orig.detach() for layer in self.layers)
+        masks = parameters_to_vector(layer.weight_mask for layer in self.layers)
+        left = masks == 1
+        masks[left] = prune.L1Unstructured(more).compute_mask(weights[left], masks[left])
+        sizes = [layer.weight_mask.numel() for layer in self.layers]
+        for layer, mask in zip(self.layers, masks.split(sizes), strict=True):
+            layer.weight_mask.copy_(mask.view_as(layer.weight_mask))
+
+    def _refresh(self) -> None:
+        # what reads weights between two calls, a copy for one, finds neither old ones nor a graph
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.weight = layer.weight_orig * layer.weight_mask

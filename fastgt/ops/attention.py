@@ -102,7 +102,8 @@ def neighborhood_attention(
             has no edges: an output and gradients of 0, an LSE of -inf, weights and edge scores of
             0, whatever stands there, NaN too. Other gates multiply the output alone, and get their
             gradient ``sum do . out / gate``; one of 0 gets 0. NaN is refused (on a CPU).
-        dense_gate_grad: Compute masked heads too, so that gates of 0 get the exact gradient.
+        dense_gate_grad: Compute masked heads too, so that gates of 0 get the exact gradient; NaN in
+            them shows.
         return_lse: Also give ``lse_i = log sum_j exp(s_ij)``, natural, ``[N_rows, H]`` in
             float32 (float64 for float64), with its gradient. eps is not part of it.
         return_weights: Also give ``a_ij``, ``[E, H]`` before dropout, without gradient.

@@ -84,7 +84,8 @@ def linear_attention(
             head is masked: neither read nor computed, in the forward and in the backward, with an
             output and gradients of 0, and NaN there changes nothing. A gate other than 0 gets its
             gradient ``sum do . out / gate``, one of 0 gets 0. NaN is refused (on a CPU).
-        dense_gate_grad: Compute masked heads too, so that gates of 0 get the exact gradient.
+        dense_gate_grad: Compute masked heads too, so that gates of 0 get the exact gradient; NaN in
+            them shows.
         impl: As in :func:`fastgt.neighborhood_attention`.
 
     Returns:

@@ -29,6 +29,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m fastgt.bench.transformer_conv --problem power_law --problem molecules \
 	  --repeats 31 --json bench/results/transformer_conv-cpu.json
 	$(BIN)/python -m fastgt.bench.linear_attention --json bench/results/linear_attention-cpu.json
+	$(BIN)/python -m fastgt.bench.masked_heads --json bench/results/masked_heads-cpu.json
 	$(BIN)/python -m fastgt.bench.reordering $(ORDERED:%=--problem %) \
 	  --json bench/results/reordering-cpu.json
 	$(BIN)/python -m fastgt.bench.traffic --json bench/results/traffic.json

@@ -93,12 +93,12 @@ def attention_fwd(
     for kv, members in _blocks(q, k, whole, active):
         kh, vh = stack(k, kv, wide), stack(v, kv, wide, ones=ones)
         for h, on in members:
-            row, edge, attr, count = on.row, on.edge, on.attr, len(on.edge)
+            row, count = on.row, len(on)
             walk = diagonal(on.rows, k.shape[0], kv)
             each = own(walk)
             qh = stack(q, h, wide)
-            head = Head(qh, kh, walk, each, n, row, edge, h, terms, attr, return_scores)
-            s, _ = head.logits(_bias(edge_bias, edge, h), scale, low, high)
+            head = Head(qh, kh, walk, each, n, on, h, terms, return_scores)
+            s, _ = head.logits(_bias(edge_bias, on, h), scale, low, high)
             if return_scores:
                 results[3][on.caller, h] = unstack(head.scores(scale), count).to(q.dtype)
             top, dead = pivots(s, walk.ptr)
@@ -121,8 +121,8 @@ def attention_fwd(
             # rows without edges: 0 / tiny
             divisor = total.clamp(min=torch.finfo(wide).tiny)
             o[:, h] = unstack(out.div_(divisor[:, None]), n)
-            if attr is not None and weigh_attr:
-                out = spmm(head.common, used, attr)
+            if head.attr is not None and weigh_attr:
+                out = spmm(head.common, used, head.attr)
                 if dead is not None:
                     out.masked_fill_(dead[:, None], 0.0)
                 results[4][:, h] = unstack(out.div_(divisor[:, None]), n)
@@ -197,13 +197,13 @@ def attention_bwd(
         dkh = dvh = None
         by_channel = dscores is not None
         for h, on in members:
-            row, edge, attr, count = on.row, on.edge, on.attr, len(on.edge)
+            row, count = on.row, len(on)
             rows, cols = diagonal(on.rows, m, kv), diagonal(on.cols, n, kv)
             each, slot = own(rows), shifted(on.slot, count, kv)
             place: Any = slice(None) if on.place is None else on.place
             mine: Any = slice(None) if on.active is None else on.active
             doh, qh = stack(do, h, wide), stack(q, h, wide)
-            head = Head(qh, kh, rows, each, n, row, edge, h, terms, attr, by_channel)
+            head = Head(qh, kh, rows, each, n, on, h, terms, by_channel)
             top, through = stack(lse, h, wide), None
             kept = 1 / (1 + (log_eps - top).exp()) if eps else None  # r
             # rows with edges but without a finite logit: exp(s - inf) = 0
@@ -212,7 +212,7 @@ def attention_bwd(
             if some_dead:
                 top.masked_fill_(dead, torch.inf)
             if exps is None:
-                s, through = head.logits(_bias(edge_bias, edge, h), scale, low, high)
+                s, through = head.logits(_bias(edge_bias, on, h), scale, low, high)
                 p = s.sub_(per_edge(top, row, n)).exp_()
             else:
                 p = exps[h, :count].flatten()
@@ -243,8 +243,8 @@ def attention_bwd(
             dp = sddmm(doh, vh, rows)
             if head.value is not None:
                 sddmm(doh, head.value, head.own, onto=dp)
-            if attr is not None and dattr_o is not None:
-                sddmm(dah, attr, head.common, onto=dp)
+            if head.attr is not None and dattr_o is not None:
+                sddmm(dah, head.attr, head.common, onto=dp)
             dp = head.dropped(dp)
             gamma = segment_sum(each, p * dp)
             if kept is not None:
@@ -259,7 +259,7 @@ def attention_bwd(
                 dbias[on.caller, h] = unstack(ds, count).to(q.dtype)
             if through is not None:
                 ds.masked_fill_(~through, 0.0)
-            head.take(ds, None if dscores is None else slots(dscores, edge, h, wide), scale)
+            head.take(ds, None if dscores is None else slots(dscores, on.edge, h, wide), scale)
             if need_q:
                 out = head.dq()
                 if some_dead and dscores is None:
@@ -277,7 +277,7 @@ def attention_bwd(
                     flow = flow + through_value
                 dkey[on.caller, h] = unstack(flow, count).to(dkey.dtype)
             if need_attr_q:
-                out = spmm(head.common, head.ds, attr)
+                out = spmm(head.common, head.ds, head.attr)
                 if some_dead:
                     out.masked_fill_(dead[:, None], 0.0)
                 dattr_q[:, h] = unstack(out, n)
@@ -317,7 +317,7 @@ def _blocks(
     """Key heads that go together; for each member of a group the query heads on them, the edges."""
     kv_heads = k.shape[1]
     group = q.shape[1] // max(kv_heads, 1)
-    size = max(1, _TOGETHER // max(1, q.shape[0] + k.shape[0] + len(edges.edge)))
+    size = max(1, _TOGETHER // max(1, q.shape[0] + k.shape[0] + len(edges)))
     if active is None or group == 1:
         for kv, on in runs(kv_heads, size, edges, active):
             heads = [slice(kv.start * group + i, kv.stop * group, group) for i in range(group)]
@@ -331,5 +331,5 @@ def _blocks(
             yield slice(i, i + 1), members
 
 
-def _bias(edge_bias: Tensor | None, edge: Tensor, heads: slice) -> Tensor | None:
-    return None if edge_bias is None else slots(edge_bias, edge, heads, edge_bias.dtype)
+def _bias(edge_bias: Tensor | None, on: Edges, heads: slice) -> Tensor | None:
+    return None if edge_bias is None else slots(edge_bias, on.edge, heads, edge_bias.dtype)

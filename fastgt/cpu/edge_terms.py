@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgt.cpu.sparse import Walk, per_edge, sddmm, spmm, stack
+from fastgt.cpu.sparse import Edges, Walk, per_edge, sddmm, spmm, stack
 
 
 class Terms(NamedTuple):
@@ -37,15 +37,13 @@ class Head:
         walk: Walk,
         own: Walk,
         n: int,
-        row: Tensor,
-        edge: Tensor,
+        on: Edges,
         heads: slice,
         terms: Terms | None,
-        attr: Tensor | None,
         with_scores: bool,
     ):
         self.q, self.k, self.walk, self.own = q, k, walk, own
-        self.attr: Any = attr
+        self.attr: Any = None
         self.by_channel = with_scores
         self.gate: Any = None
         self.factor: Any = None
@@ -57,22 +55,22 @@ class Head:
             return
         wide, count = q.dtype, walk.other.shape[0]
         # an edge's row of a tensor that all heads share
-        self.common = own if count == len(edge) else own._replace(other=own.other % len(edge))
-        self.n, self.row = n, row
+        self.common = own if count == len(on) else own._replace(other=own.other % len(on))
+        self.n, self.row, self.attr = n, on.row, on.attr
         if terms.gate is not None:
-            gate = slots(terms.gate, edge, heads, wide)
+            gate = slots(terms.gate, on.edge, heads, wide)
             self.gate, self.factor = (gate, None) if terms.gate.ndim == 3 else (None, gate)
             self.by_channel = with_scores or self.gate is not None
         if terms.key is not None:
-            self.key = slots(terms.key, edge, heads, wide)
+            self.key = slots(terms.key, on.edge, heads, wide)
         if terms.value is terms.key:
             self.value = self.key
         elif terms.value is not None:
-            self.value = slots(terms.value, edge, heads, wide)
+            self.value = slots(terms.value, on.edge, heads, wide)
         if terms.attr_q is not None:
             self.attr_q = stack(terms.attr_q, heads, wide)
         if terms.keep is not None:
-            self.kept = slots(terms.keep, edge, heads, wide).mul_(terms.growth)
+            self.kept = slots(terms.keep, on.edge, heads, wide).mul_(terms.growth)
 
     def logits(
         self, bias: Tensor | None, scale: float, low: float, high: float

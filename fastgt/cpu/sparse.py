@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -54,19 +56,38 @@ def segment_of(ptr: Tensor, index: Tensor) -> Tensor:
     return segment.repeat_interleave(ptr.diff(), output_size=index.shape[0])
 
 
-class Edges(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Edges:
     """The edges that some heads go over: all, or those of the rows where a head is active."""
 
     rows: Walk
     row: Tensor  # [E]
-    edge: Tensor  # [E], the caller's number
-    caller: Tensor  # int64
     occupied: Tensor  # [N], which rows have any
-    attr: Any = None  # [E, C]
+    every: Tensor  # the caller's number of all edges
+    attributes: Any = None  # of all edges, in row order
     cols: Any = None  # of the backward: the walk by columns
     slot: Any = None  # [E], where an edge of it stands by rows
     place: Any = None  # [E], where it stands among all edges
     active: Any = None  # [N] bool, the rows they belong to
+
+    @cached_property
+    def edge(self) -> Tensor:
+        """The caller's number, [E]."""
+        return self.every if self.place is None else self.every.index_select(0, self.place)
+
+    @cached_property
+    def caller(self) -> Tensor:
+        return self.edge.long()
+
+    @cached_property
+    def attr(self) -> Any:
+        """[E, C]"""
+        if self.attributes is None or self.place is None:
+            return self.attributes
+        return self.attributes.index_select(0, self.place)
+
+    def __len__(self) -> int:
+        return self.row.shape[0]
 
     def of(self, active: Tensor) -> Edges:
         """Those of the ``active [N]`` rows."""
@@ -76,17 +97,17 @@ class Edges(NamedTuple):
         cols = slot = None
         if self.cols is not None:
             by_col = kept.index_select(0, self.slot)
-            col_ptr = _summed(by_col, self.cols.ptr)[self.cols.ptr]
-            cols = make_walk(col_ptr, self.cols.other[by_col])
+            at = by_col.nonzero().squeeze(1)
+            col_ptr = _summed(by_col, self.cols.ptr).index_select(0, self.cols.ptr)
+            cols = make_walk(col_ptr, self.cols.other.index_select(0, at))
             number = kept.cumsum(0, dtype=self.slot.dtype) - 1
-            slot = number.index_select(0, self.slot[by_col])
+            slot = number.index_select(0, self.slot.index_select(0, at))
         return Edges(
-            make_walk(ptr, self.rows.other[place]),
-            self.row[place],
-            self.edge[place],
-            self.caller[place],
+            make_walk(ptr, self.rows.other.index_select(0, place)),
+            self.row.index_select(0, place),
             self.occupied & active,
-            None if self.attr is None else self.attr[place],
+            self.every,
+            self.attributes,
             cols,
             slot,
             place,
@@ -103,10 +124,9 @@ def walk_edges(
 ) -> Edges:
     rows, row, occupied = make_walk(ptr, col), segment_of(ptr, col), ptr.diff() > 0
     if not columns:
-        return Edges(rows, row, edge, edge.long(), occupied, attr)
+        return Edges(rows, row, occupied, edge, attr)
     col_ptr, col_row, slot = columns[:3]
-    cols = make_walk(col_ptr, col_row)
-    return Edges(rows, row, edge, edge.long(), occupied, attr, cols, slot)
+    return Edges(rows, row, occupied, edge, attr, make_walk(col_ptr, col_row), slot)
 
 
 def runs(

@@ -222,7 +222,7 @@ def channelwise_attention(
     terms += [] if edge_value is None else [edge_value]
     value = sum(terms[1:], start=terms[0])  # [E, ...]
     if on is not None:
-        logit, value = torch.where(on, logit, -torch.inf), torch.where(on, value, 0)
+        logit = torch.where(on, logit, -torch.inf)
 
     shape = graph.num_rows, *logit.shape[1:]
     # any pivot gives the same result; the row maximum keeps exp() in range

@@ -223,6 +223,27 @@ def test_a_gate_of_0_gets_the_exact_gradient_on_request(impl, per_graph):
         close(sparse[name], dense[name], name)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_bool_gate_has_no_gradient_to_be_made_exact(impl):
+    x = in_graphs(case(2, heads=3))
+    gate = torch.tensor([True, False, True], device=DEVICE)
+    dense = evaluate_gated(x, gate, impl, dense_gate_grad=True)
+    same_bits(dense, evaluate_gated(x, gate, impl))
+    assert not dense["o"][:, 1].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_upstream_of_a_masked_head_does_not_reach_its_gate(impl):
+    x = in_graphs(case(2, heads=3))
+    for gate in (torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 2.0]).repeat(4, 1)):
+        gate = gate.to(DEVICE, FP64)
+        clean = evaluate_gated(x, gate, impl)["dgate"]
+        x.do[:, 1] = torch.nan
+        found = evaluate_gated(x, gate, impl)["dgate"]
+        x.do[:, 1] = 1.0
+        close(found, torch.where(gate == 0, 0, clean), "dgate")
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_all_masked(way):
     terms = "" if way.startswith(("windows", "graphs")) else ALL_TERMS
@@ -337,6 +358,38 @@ def test_16_bits_and_a_gate_of_32(impl):
     assert found["dgate"].dtype == FP32
     wanted = without(wide, gate.double())["dgate"]
     assert (found["dgate"] - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("per_graph", [False, True])
+def test_gradients_of_gates_are_not_summed_in_16_bits(dtype, per_graph):
+    n = 20_000
+    nodes = torch.arange(n, device=DEVICE)
+    graph = Graph.from_edge_index(
+        nodes.expand(2, -1), n, graph_ptr=torch.tensor([0, n], device=DEVICE)
+    )
+    v = (torch.rand(n, 2, 8, generator=torch.Generator().manual_seed(0)) + 0.5).to(DEVICE, dtype)
+    gate = torch.ones((1, 2) if per_graph else (2,), device=DEVICE, requires_grad=True)
+    neighborhood_attention(v, v, v, graph, head_gate=gate).float().sum().backward()
+    wanted = v.double().sum((0, 2)).view_as(gate)  # beyond float16's range
+    assert ((gate.grad - wanted).abs() < 1e-5 * wanted).all()
+
+
+def test_a_gate_is_not_rounded_to_16_bits():
+    x = in_graphs(case(5, heads=2, dtype=torch.float16, isolated=3))
+    gate = torch.tensor([1e6, 1e-9], device=DEVICE)
+    out = neighborhood_attention(x.q, x.k, x.v, x.graph, head_gate=gate)
+    assert not out[x.isolated()].any()  # 0 * inf would be NaN
+
+
+def test_vmap_over_gates_of_the_plain_definition():
+    x = in_graphs(case(1, heads=2))
+    gates = torch.tensor([[1.0, 0.0], [0.5, 2.0]], dtype=FP64, device=DEVICE)
+
+    def call(gate):
+        return neighborhood_attention(x.q, x.k, x.v, x.graph, head_gate=gate, impl="reference")
+
+    close(torch.vmap(call)(gates), torch.stack([call(gate) for gate in gates]), "o")
 
 
 def test_refusals():

@@ -213,6 +213,38 @@ def test_pruned_weights_are_used_where_heads_are_masked():
     close(prune_heads(gated)(*args), outs["out 0"], "x")
 
 
+class Adapted(nn.Linear):
+    """A layer that does more than multiply with its weight."""
+
+    def forward(self, x):
+        return super().forward(x) + 5 * x[..., : self.out_features]
+
+
+@pytest.mark.parametrize("how", ["subclass", "forward hook", "input hook", "parametrized"])
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_layers_that_do_more_are_called(how, impl):
+    gated = module("neighborhood", HeadGate(torch.tensor([0.0, 1.0, 0.0, 0.5])), impl=impl)
+    full = module("neighborhood", HeadGate(torch.tensor([0.0, 1.0, 0.0, 0.5])), impl=impl)
+    full.dense_gate_grad = True  # everything is computed
+    full.head_gate.score(True)
+    for attention in (gated, full):
+        for layer in (attention.q, attention.v, attention.out):
+            if how == "subclass":
+                layer.__class__ = Adapted
+            elif how == "forward hook":
+                layer.register_forward_hook(lambda m, inputs, y: y + 1)
+            elif how == "input hook":
+                layer.register_forward_pre_hook(lambda m, inputs: (inputs[0] * 3,))
+            else:
+                torch.manual_seed(0)
+                nn.utils.parametrizations.spectral_norm(layer).eval()
+    args = inputs("neighborhood")
+    found, wanted = run(gated, args), run(full, args)
+    close(found[0]["out 0"], wanted[0]["out 0"], "x")
+    for key in ("dinput 0", "dk.weight", "dk.bias"):
+        close(found[1][key], wanted[1][key], key)
+
+
 def model(seed=0, masks=None):
     torch.manual_seed(seed)
     config = EdgeGraphTransformerConfig(dim=16, heads=HEADS, layers=3, pe_dim=0)
@@ -297,6 +329,33 @@ def test_refusals():
     assert prune_heads(model(0, masks), allow_empty=True).layers[1].attention.heads == 0
     with pytest.raises(ValueError, match=r"head_gate must be \[H\] = \[4\], got \[3\]"):
         prune_heads(module("linear", HeadGate(torch.ones(3))))
+    made = module("linear", HeadGate(torch.ones(4)))
+    made.head_gate.mask[1] = torch.nan
+    with pytest.raises(ValueError, match=r"head_gate is NaN at heads \[1\]"):
+        prune_heads(made)
+    for make in (nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm):
+        made = module("linear", HeadGate(torch.ones(4)))
+        make(made.k)
+        with pytest.raises(ValueError, match="the weight of 'k' is made by a hook or a param"):
+            prune_heads(made)
+    made = module("linear", HeadGate(torch.ones(4)))
+    made.k = made.q
+    with pytest.raises(ValueError, match="'q' and 'k' are one layer: heads of both go"):
+        prune_heads(made)
+    made = module("neighborhood", HeadGate(torch.ones(4)))
+    for width in (9, 2):
+        with pytest.raises(ValueError, match=r"edge_bias must be \[E, H\] = \[E, 4\], got"):
+            made(*args, edge_bias=torch.randn(28, width, dtype=FP64, device=DEVICE))
+    with pytest.raises(TypeError, match="head_gate must be a tensor, got list"):
+        module("neighborhood")(*args, head_gate=[1.0] * 4)
+    with pytest.raises(ValueError, match=r"head_gate must be \[H\] = \[4\], got \[\]"):
+        module("neighborhood")(*args, head_gate=torch.tensor(1.0, device=DEVICE))
+    gated = model(0, [[1.0, 0.0, 0.0, 1.0]] * 3)
+    with pytest.raises(ValueError, match=r"attention\.head_gate: it is of a model with gates"):
+        prune_heads(gated, state_dict=gated.state_dict())
+    empty = prune_heads(module("linear", HeadGate(torch.zeros(4))), allow_empty=True)
+    out = empty(*inputs("linear"), head_gate=torch.ones(0, device=DEVICE))
+    close(out, empty.out.bias.expand_as(out), "x")
     state = prune_heads(model(0, masks), allow_empty=True).state_dict()
     with pytest.raises(ValueError, match=r"has no 'layers\.0\.attention\.q\.weight'"):
         prune_heads(model(), state_dict={})
@@ -382,6 +441,63 @@ def test_steps_that_are_not_scored_are_sparse():
     assert layer(x).isnan().any()  # the fourth is scored: all heads are computed
     layer.eval()
     assert layer(x).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_loss_that_overflows_does_not_count(bad):
+    gate = HeadGate(torch.ones(8))
+    layer = LinearAttention(16, 8, head_gate=gate, dense_gate_grad=True).to(DEVICE)
+    sparsity = HeadSparsity(layer, 0.5, steps=300, every=2, scored=2)
+    x = torch.randn(5, 16, device=DEVICE)
+    for i in range(8):
+        (layer(x).square().sum() * (bad if i % 3 == 0 else 1.0)).backward()
+        sparsity.step()
+        assert torch.stack(sparsity.state_dict()["sums"]).isfinite().all()
+        assert int(gate.mask.sum()) == 4
+
+
+@pytest.mark.parametrize("how", ["twice", "accumulated", "checkpointed", "compiled", "looked at"])
+def test_scores_are_of_all_that_reached_the_gates(how):
+    torch.manual_seed(0)
+    gate = HeadGate(torch.ones(4) > 0)
+    layer = LinearAttention(8, 4, head_gate=gate, dense_gate_grad=True).to(DEVICE)
+    sparsity = HeadSparsity(layer, 0.5, steps=300, every=9, scored=9)
+    x, y = torch.randn(2, 5, 8, device=DEVICE)
+    free = gate.mask.float().requires_grad_()
+    plain = LinearAttention(8, 4, dense_gate_grad=True).to(DEVICE)
+    plain.load_state_dict({k: v for k, v in layer.state_dict().items() if "gate" not in k})
+    losses = plain(x, head_gate=free).sum() + plain(y, head_gate=free).square().sum()
+    (wanted,) = torch.autograd.grad(losses, free)
+    if how == "compiled":
+        layer_or = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    elif how == "checkpointed":
+
+        def layer_or(x):
+            return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+
+    else:
+        layer_or = layer
+    first, second = layer_or(x.requires_grad_()).sum(), layer_or(y).square().sum()
+    if how == "accumulated":
+        first.backward()
+        second.backward()
+    else:
+        (first + second).backward()
+    if how == "looked at":
+        layer(x)
+    sparsity.step()
+    close(sparsity.state_dict()["sums"][0][0], wanted * gate.mask, "scores", 1e-4)
+
+
+def test_nothing_is_scored_after_the_last_exchange():
+    gate = HeadGate(torch.ones(4))
+    layer = LinearAttention(8, 4, head_gate=gate, dense_gate_grad=True).to(DEVICE)
+    sparsity = HeadSparsity(layer, 0.5, steps=3, every=1, scored=1)
+    x = torch.randn(5, 8, device=DEVICE)
+    for i in range(5):
+        assert layer.gate_of(None, x).dense == (i < 3)
+        layer(x).sum().backward()
+        sparsity.step()
 
 
 def test_sparsity_goes_on_where_it_stood():

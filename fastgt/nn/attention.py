@@ -83,6 +83,9 @@ class NeighborhoodAttention(GatedHeads):
         """x ``[N_rows, dim]``; context ``[N_cols, context_dim]``; edge_bias ``[E, H]``; head_gate
         ``[H]`` or ``[G, H]``, where the module has none of its own."""
         y, gate = x if context is None else context, self.gate_of(head_gate, x)
+        if isinstance(edge_bias, Tensor) and edge_bias.shape[1:] != (self.heads,):
+            found = list(edge_bias.shape)
+            raise ValueError(f"edge_bias must be [E, H] = [E, {self.heads}], got {found}")
         attended = self.attend(
             self.into_heads(self.q, x, gate),
             self.into_heads(self.k, y, gate),

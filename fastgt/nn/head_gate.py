@@ -12,6 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fastgt.ops._arguments import readable
 from fastgt.ops._head_gate import check_head_gate
@@ -34,8 +38,6 @@ class HeadGate(nn.Module):
 
     Attributes:
         mask: The gate; it may be written into.
-        with_gradient: Give a copy that requires a gradient, in training, as scores of heads need
-            it: :meth:`take_gradient` has it after the backward.
     """
 
     mask: Tensor
@@ -51,27 +53,32 @@ class HeadGate(nn.Module):
         if not mask.is_meta and mask.isnan().any():
             raise ValueError(f"mask is NaN at heads {mask.isnan().nonzero().flatten().tolist()}")
         self.register_buffer("mask", mask.detach().clone())
-        self.with_gradient = False
-        self._given: Tensor | None = None
+        self._probe: Tensor | None = None
 
     def forward(self) -> Tensor:
         """-> ``[H]``."""
-        if not (self.with_gradient and self.training and torch.is_grad_enabled()):
+        if self._probe is None or not self.training:
             return self.mask
-        like = self.mask if self.mask.is_floating_point() else self.mask.float()
-        self._given = like.clone().requires_grad_()
-        return self._given
+        return self.mask + self._probe
+
+    def score(self, on: bool) -> None:
+        """Whether a gradient of the gate is wanted: in training it then requires one."""
+        if not on:
+            self._probe = None
+        elif self._probe is None:
+            like = self.mask if self.mask.is_floating_point() else self.mask.float()
+            self._probe = torch.zeros_like(like).requires_grad_()
 
     def take_gradient(self) -> Tensor:
-        """Of the last loss by the gate, ``[H]``; once.
+        """Of the losses by the gate, ``[H]``, summed over all that reached it since.
 
         Raises:
-            RuntimeError: No backward has reached the gate since.
+            RuntimeError: No backward did.
         """
-        given, self._given = self._given, None
-        if given is None or given.grad is None:
+        if self._probe is None or self._probe.grad is None:
             raise RuntimeError("no backward has reached this gate: its gradient is not there")
-        return given.grad
+        grad, self._probe.grad = self._probe.grad, None
+        return grad
 
 
 class TopKHeadGate(nn.Module):
@@ -98,8 +105,8 @@ class TopKHeadGate(nn.Module):
 
     def __init__(self, heads: int, k: int):
         super().__init__()
-        if not 0 <= k <= heads or heads < 1:
-            raise ValueError(f"k must be from 0 to heads, got k={k} and heads={heads}")
+        if not isinstance(k, int) or not 0 <= k <= heads or heads < 1:
+            raise ValueError(f"k must be an int from 0 to heads, got k={k} and heads={heads}")
         self.k = k
         self.logits = nn.Parameter(torch.zeros(heads))
 
@@ -202,7 +209,8 @@ class GatedHeads(nn.Module):
     """What attention modules with a ``head_gate`` share.
 
     A masked head takes no part in their projections either, unless ``dense_gate_grad`` asks for its
-    gradient: then everything is computed wherever the gate itself requires one.
+    gradient: then everything is computed wherever the gate itself requires one. A projection that
+    is no plain ``nn.Linear``, or has hooks after its call, is called as it is, for all heads.
 
     Attributes:
         INTO, INTO_KV: Names of the linear layers into query and into key heads.
@@ -235,15 +243,21 @@ class GatedHeads(nn.Module):
             head_gate = self.head_gate()
         elif self.head_gate is not None:
             raise ValueError("head_gate is given twice: to the module, and to this call")
+        if not isinstance(head_gate, Tensor) or head_gate.ndim < 2:
+            check_head_gate(head_gate, self.heads, x.device)
         assert isinstance(head_gate, Tensor)
+        if not self.heads:
+            return Gate()
         if self.dense_gate_grad and torch.is_grad_enabled() and head_gate.requires_grad:
             return Gate(head_gate, dense=True)
         if head_gate.ndim > 1:
             return Gate(head_gate, active=(head_gate != 0).any(0))
-        if choose(self.impl, x) == "torch" and readable(head_gate):
-            check_head_gate(head_gate, self.heads, x.device)
-            if (found := self._present(head_gate)) is not None:
-                return found
+        if (
+            choose(self.impl, x) == "torch"
+            and readable(head_gate)
+            and (found := self._present(head_gate)) is not None
+        ):
+            return found
         return Gate(head_gate, active=head_gate)
 
     def _present(self, head_gate: Tensor) -> Gate | None:
@@ -265,35 +279,60 @@ class GatedHeads(nn.Module):
         active, heads = gate.active, layer.out_features // max(1, self.head_dim)
         if (active is None and gate.index is None) or not heads:
             return layer(x).unflatten(-1, (heads, self.head_dim))
-        size = heads, self.head_dim
-        weight, bias = _parameters(layer, x)
+        size, index = (heads, self.head_dim), gate.index
+        if index is not None and heads != self.heads:
+            index = gate.key_index
+        if active is not None and heads < active.shape[0]:
+            active = (active != 0).unflatten(0, (heads, -1)).any(1)
+        if not _is_linear(layer):
+            y = layer(x).unflatten(-1, size)
+            if index is not None:
+                return y.index_select(1, index)
+            assert active is not None
+            return y.masked_fill((active == 0)[:, None], 0)
+        weight, bias = current_parameters(layer, x)
         weight, bias = weight.unflatten(0, size), None if bias is None else bias.unflatten(0, size)
-        if gate.index is not None:
-            index = gate.index if heads == self.heads else gate.key_index
-            assert index is not None
+        if index is not None:
             weight = weight.index_select(0, index).flatten(0, 1)
             bias = None if bias is None else bias.index_select(0, index).flatten()
             return linear(x, weight, bias).unflatten(-1, (len(index), self.head_dim))
-        assert active is not None
-        if heads < active.shape[0]:
-            active = (active != 0).unflatten(0, (heads, -1)).any(1)
         return head_projection(x, weight, bias, active, impl=self.impl)
 
     def out_of_heads(self, layer: nn.Linear, x: Tensor, gate: Gate) -> Tensor:
         """x ``[N, H, D]`` -> ``[N, C]``, from the active heads only."""
         if (gate.active is None and gate.index is None) or not self.heads:
             return layer(x.flatten(-2))
-        weight, bias = _parameters(layer, x)
+        if not _is_linear(layer):
+            if gate.index is not None:
+                whole = x.new_zeros(x.shape[0], self.heads, self.head_dim)
+                x = whole.index_copy(1, gate.index, x)
+            return layer(x.flatten(-2))
+        weight, bias = current_parameters(layer, x)
         weight = weight.unflatten(1, (self.heads, self.head_dim))
         if gate.index is not None:
             return linear(x.flatten(-2), weight.index_select(1, gate.index).flatten(1), bias)
         return head_projection(x, weight, bias, gate.active, impl=self.impl)
 
 
-def _parameters(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    # hooks before the call may make the weight, as those of torch.nn.utils.prune do
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether a call of the layer is its weight's product and no more: what hooks after the call,
+    subclasses or hooks that are not about the weight do, only a call does."""
+    kind = type(layer)
+    if is_parametrized(layer):
+        kind = kind.__mro__[1]
+    about_weight = (BasePruningMethod, WeightNorm, SpectralNorm)
+    return (
+        kind is nn.Linear
+        and not layer._forward_hooks
+        and all(isinstance(hook, about_weight) for hook in layer._forward_pre_hooks.values())
+    )
+
+
+def current_parameters(layer: nn.Linear, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as a call of the layer has them: hooks before it may make them, as those of
+    ``torch.nn.utils.prune`` do."""
     for hook in layer._forward_pre_hooks.values():
-        hook(layer, (x,))
+        hook(layer, inputs)
     return layer.weight, layer.bias
 
 

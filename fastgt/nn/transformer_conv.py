@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fastgt.graph import Graph
+from fastgt.nn.head_gate import current_parameters
 from fastgt.ops._arguments import MAX_WIDTH, check_graph
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.attention import neighborhood_attention
@@ -158,12 +159,15 @@ class TransformerConv(nn.Module):
         found: Any = list(edge_attr.shape) if isinstance(edge_attr, Tensor) else edge_attr
         if found != wanted:
             raise ValueError(f"edge_attr must be [E, edge_dim] = {wanted}, got {found}")
-        return self.lin_edge.weight.view(self.heads, self.out_channels, -1).permute(2, 0, 1)
+        assert edge_attr is not None
+        weight, _ = current_parameters(self.lin_edge, edge_attr)
+        return weight.view(self.heads, self.out_channels, -1).permute(2, 0, 1)
 
     def _with_root(self, m: Tensor, r: Tensor) -> Tensor:
         if self.lin_beta is None:
             return m + r
         # lin_beta [m, r, m - r], without making that
-        of_m, of_r, of_difference = self.lin_beta.weight.chunk(3, -1)
+        weight, _ = current_parameters(self.lin_beta, m, r)
+        of_m, of_r, of_difference = weight.chunk(3, -1)
         logit = linear(m, of_m + of_difference) + linear(r, of_r - of_difference)  # [N, 1]
         return torch.lerp(m, r, logit.sigmoid())

@@ -133,6 +133,8 @@ def readable(x: Tensor) -> bool:
     """Whether x has values, and they are at hand: not on a GPU, nor while a call is traced."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # of vmap, for one
+        return False
     proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
     return proxy is None and not is_fake(x)
 

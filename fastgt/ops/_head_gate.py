@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fastgt.graph import Graph
-from fastgt.ops._arguments import check_float, readable
+from fastgt.ops._arguments import accumulator, check_float, readable
+from fastgt.ops._impl import Impl
+from fastgt.ops.segment_pool import of_nodes
 
 
 def check_head_gate(
@@ -61,14 +63,21 @@ def active_heads(head_gate: Tensor, graph: Graph) -> Active:
     return Active(rows, mask.repeat_interleave(sizes, 0, output_size=graph.num_cols))
 
 
-def gated(out: Tensor, head_gate: Tensor, offsets: Tensor | None) -> Tensor:
-    """out [N, H, D] times the gates of its heads."""
+def gated(
+    out: Tensor, head_gate: Tensor, offsets: Tensor | None, dense: bool, impl: Impl
+) -> Tensor:
+    """out [N, H, D] times the gates of its heads; ``dense``: masked heads were computed."""
     if head_gate.dtype == torch.bool:
         return out
-    gate = head_gate.to(out.dtype)
+    # sums for the gate's gradient are not those of 16 bits
+    wide = torch.promote_types(accumulator(out), head_gate.dtype)
+    gate = head_gate.to(wide)
+    if not dense:
+        # no gradient of masked heads, whatever stands upstream
+        gate = gate.masked_fill(head_gate.detach() == 0, 0)
     if gate.ndim == 2 and offsets is not None:
-        gate = gate.repeat_interleave(offsets.diff(), 0, output_size=out.shape[0])
-    return out * gate[..., None]
+        gate = of_nodes(gate, offsets, out.shape[0], impl)
+    return (out.to(wide) * gate[..., None]).to(out.dtype)
 
 
 def masked_extras(

@@ -176,6 +176,7 @@ def neighborhood_attention(
     if head_gate is not None:
         check_head_gate(head_gate, q.shape[1], q.device, graph.num_graphs)
         active = active_heads(head_gate, graph)
+        dense_gate_grad = dense_gate_grad and head_gate.dtype != torch.bool
     if logit_clamp is not None:
         low, high = (math.inf * x if abs(x) > largest(q) else x for x in (low, high))
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
@@ -194,7 +195,7 @@ def neighborhood_attention(
         wanted,
     )
     if head_gate is not None:
-        o = gated(o, head_gate, graph.graph_ptr)
+        o = gated(o, head_gate, graph.graph_ptr, dense_gate_grad, impl)
     if active is not None and dense_gate_grad and extras:
         extras = masked_extras(extras, active.rows, graph, *wanted)
     return (o, *extras) if extras else o

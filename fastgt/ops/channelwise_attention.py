@@ -112,6 +112,8 @@ def channelwise_attention(
             raise ValueError(f"head_gate needs logits [E, H, D], got {list(logits.shape)}")
         check_head_gate(head_gate, logits.shape[1], logits.device, graph.num_graphs)
         active = active_heads(head_gate, graph)
+        dense_gate_grad = dense_gate_grad and head_gate.dtype != torch.bool
+    impl = choose(impl, logits)
     settings = low, high, denominator_eps
     wanted = return_lse, return_weights
     o, *extras = _attend(
@@ -121,11 +123,11 @@ def channelwise_attention(
         graph,
         None if dense_gate_grad else active,
         settings,
-        choose(impl, logits),
+        impl,
         wanted,
     )
     if head_gate is not None:
-        o = gated(o, head_gate, graph.graph_ptr)
+        o = gated(o, head_gate, graph.graph_ptr, dense_gate_grad, impl)
     if active is not None and dense_gate_grad and extras:
         extras = masked_extras(extras, active.rows, graph, return_lse, return_weights)
     return (o, *extras) if extras else o

@@ -124,10 +124,13 @@ def linear_attention(
     if head_gate is not None:
         graphs = 1 if offsets is None else offsets.shape[0] - 1
         check_head_gate(head_gate, q.shape[1], q.device, graphs)
+        dense_gate_grad = dense_gate_grad and head_gate.dtype != torch.bool
         mask = None if dense_gate_grad else head_mask(head_gate)
     impl = choose(impl, q)
     out = _attend(q, k, v, offsets, projection, mask, impl, (feature_map, eps, bool(normalize)))
-    return out if head_gate is None else gated(out, head_gate, offsets)
+    if head_gate is None:
+        return out
+    return gated(out, head_gate, offsets, dense_gate_grad, impl)
 
 
 def sgformer_attention(

@@ -136,6 +136,16 @@ def virtual_node(
     return y, state + _aggregate(None, batch, y, "sum", impl)
 
 
+def of_nodes(state: Tensor, offsets: Tensor, nodes: int, impl: Impl | None) -> Tensor:
+    """What a graph has, ``[G, ...]``, for each of its nodes ``[N, ...]``.
+
+    Other than that of an index, its gradient is summed in float32 (float64), in a fixed order.
+    """
+    batch = _batch(offsets, nodes).transpose()
+    with torch.autocast(state.device.type, enabled=False):
+        return aggregate(state, batch, reduce="sum", impl=impl)
+
+
 def _aggregate(
     state: Tensor | None,
     batch: Graph,

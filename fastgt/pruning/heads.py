@@ -66,13 +66,9 @@ def prune_heads(
             raise ValueError(
                 f"{where} masks all {module.heads} heads: allow_empty=True takes them away"
             )
-        for layer in (*module.INTO, *module.INTO_KV, *module.OUT_OF):
-            if "weight" not in getattr(module, layer)._parameters:
-                path = f"{name}.{layer}" if name else layer
-                raise ValueError(
-                    f"the weight of {path!r} is made by a hook or a parametrization, as pruning by "
-                    "torch.nn.utils.prune: remove that before its heads are taken"
-                )
+        if not gate.is_meta and gate.isnan().any():
+            raise ValueError(f"{where} is NaN at heads {gate.isnan().nonzero().flatten().tolist()}")
+        _check_layers(name, module)
         gates[name] = gate
     smaller = copy.deepcopy(model)
     for name, module in _gated(smaller):
@@ -83,6 +79,22 @@ def prune_heads(
 def _gated(model: nn.Module) -> list[tuple[str, GatedHeads]]:
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, GatedHeads)]
     return [(name, m) for name, m in found if m.head_gate is not None]
+
+
+def _check_layers(name: str, module: GatedHeads) -> None:
+    """Each projection has parameters of its own."""
+    seen: dict[int, str] = {}
+    for short in (*module.INTO, *module.INTO_KV, *module.OUT_OF):
+        layer, path = getattr(module, short), f"{name}.{short}" if name else short
+        for part in ("weight", "bias"):
+            if getattr(layer, part) is not None and part not in layer._parameters:
+                raise ValueError(
+                    f"the {part} of {path!r} is made by a hook or a parametrization, as pruning by "
+                    "torch.nn.utils.prune: remove that before its heads are taken"
+                )
+        if id(layer) in seen:
+            raise ValueError(f"{seen[id(layer)]!r} and {path!r} are one layer: heads of both go")
+        seen[id(layer)] = path
 
 
 def _keep(module: GatedHeads, gate: Tensor) -> None:
@@ -129,6 +141,8 @@ def _like(model: Model, state_dict: Mapping[str, Tensor]) -> Model:
         if not isinstance(module, GatedHeads):
             continue
         prefix, sizes = f"{name}." if name else "", []
+        if any(key.startswith(f"{prefix}head_gate.") for key in state_dict):
+            raise ValueError(f"state_dict has a {prefix}head_gate: it is of a model with gates")
         for layer in (module.INTO[0], (module.INTO_KV or module.INTO)[0]):
             key = f"{prefix}{layer}.weight"
             if key not in state_dict:
@@ -141,6 +155,8 @@ def _like(model: Model, state_dict: Mapping[str, Tensor]) -> Model:
                 )
             sizes.append(rows // module.head_dim)
         heads, key_heads = sizes
+        if heads % max(1, key_heads):
+            raise ValueError(f"state_dict has {heads} heads for {key_heads} key heads in {name!r}")
         device = getattr(module, module.INTO[0]).weight.device
         # whichever heads: the values are loaded
         first = torch.arange(heads, device=device)
@@ -169,10 +185,11 @@ class HeadSparsity:
         death   |sum of g_h dL/dg_h|, the first-order change of the loss without the head
         growth  sum of |dL/dg_h|, of heads that were masked
 
-    where dL/dg_h is the exact derivative, at g_h = 0 too. So the batches that are scored take the
-    time of a dense model, and need one backward each, whose gradient reaches the gates; all others
-    take that of the active heads alone. The exchange shrinks to nothing as a cosine over ``steps``.
-    A head that grows has the weights that it had.
+    where dL/dg_h is the exact derivative, at g_h = 0 too, summed over all backwards since the last
+    step; one that is not finite does not count. So the batches that are scored take the time of a
+    dense model, and their gradient has to reach the gates; all others take that of the active heads
+    alone. The exchange shrinks as a cosine over ``steps``, and ends with them. A head that grows
+    has the weights that it had.
 
     The gates are set in place: their masks are kept in the model's ``state_dict``.
 
@@ -257,6 +274,8 @@ class HeadSparsity:
         if self._scoring():
             for gate, sums in zip(self._layers, self._sums, strict=True):
                 grad = gate.take_gradient()
+                # a loss that overflowed says nothing about any head
+                grad = torch.where(grad.isfinite().all(), grad, 0)
                 sums[0] += gate.mask * grad
                 sums[1] += grad.abs()
         self.done += 1
@@ -283,11 +302,12 @@ class HeadSparsity:
 
     def _scoring(self) -> bool:
         """Whether the batch at hand counts."""
-        return self.done % self.every >= self.every - self.scored
+        left = self.done % self.every >= self.every - self.scored
+        return left and self.done < self.steps
 
     def _prepare(self) -> None:
         for gate in self._layers:
-            gate.with_gradient = self._scoring()
+            gate.score(self._scoring())
 
     def _update(self) -> None:
         for gate, sums in zip(self._layers, self._sums, strict=True):

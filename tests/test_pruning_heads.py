@@ -339,6 +339,10 @@ def test_refusals():
         with pytest.raises(ValueError, match="the weight of 'k' is made by a hook or a param"):
             prune_heads(made)
     made = module("linear", HeadGate(torch.ones(4)))
+    made.v.register_forward_hook(lambda m, inputs, y: y + 1)
+    with pytest.raises(ValueError, match=r"'v' is no plain nn\.Linear, or has hooks"):
+        prune_heads(made)
+    made = module("linear", HeadGate(torch.ones(4)))
     made.k = made.q
     with pytest.raises(ValueError, match="'q' and 'k' are one layer: heads of both go"):
         prune_heads(made)

@@ -284,7 +284,7 @@ class GatedHeads(nn.Module):
             index = gate.key_index
         if active is not None and heads < active.shape[0]:
             active = (active != 0).unflatten(0, (heads, -1)).any(1)
-        if not _is_linear(layer):
+        if not is_linear(layer):
             y = layer(x).unflatten(-1, size)
             if index is not None:
                 return y.index_select(1, index)
@@ -302,7 +302,7 @@ class GatedHeads(nn.Module):
         """x ``[N, H, D]`` -> ``[N, C]``, from the active heads only."""
         if (gate.active is None and gate.index is None) or not self.heads:
             return layer(x.flatten(-2))
-        if not _is_linear(layer):
+        if not is_linear(layer):
             if gate.index is not None:
                 whole = x.new_zeros(x.shape[0], self.heads, self.head_dim)
                 x = whole.index_copy(1, gate.index, x)
@@ -314,7 +314,7 @@ class GatedHeads(nn.Module):
         return head_projection(x, weight, bias, gate.active, impl=self.impl)
 
 
-def _is_linear(layer: nn.Module) -> bool:
+def is_linear(layer: nn.Module) -> bool:
     """Whether a call of the layer is its weight's product and no more: what hooks after the call,
     subclasses or hooks that are not about the weight do, only a call does."""
     kind = type(layer)

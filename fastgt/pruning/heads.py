@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastgt.nn.head_gate import GatedHeads, HeadGate
+from fastgt.nn.head_gate import GatedHeads, HeadGate, is_linear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,8 +40,9 @@ def prune_heads(
             sizes in it, and its values are loaded.
 
     Raises:
-        ValueError: A module's heads are all masked, without ``allow_empty``; its gate differs from
-            graph to graph; or ``state_dict`` does not fit.
+        ValueError: A module's heads are all masked, without ``allow_empty``; its gate is NaN, or
+            differs from graph to graph; its projections are no plain ``nn.Linear``, have hooks or
+            are one layer; or ``state_dict`` does not fit.
 
     Example:
         >>> import torch
@@ -92,6 +93,10 @@ def _check_layers(name: str, module: GatedHeads) -> None:
                     f"the {part} of {path!r} is made by a hook or a parametrization, as pruning by "
                     "torch.nn.utils.prune: remove that before its heads are taken"
                 )
+        if not is_linear(layer):
+            raise ValueError(
+                f"{path!r} is no plain nn.Linear, or has hooks: its heads are not known"
+            )
         if id(layer) in seen:
             raise ValueError(f"{seen[id(layer)]!r} and {path!r} are one layer: heads of both go")
         seen[id(layer)] = path

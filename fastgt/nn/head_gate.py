@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -286,10 +285,7 @@ class GatedHeads(nn.Module):
             active = (active != 0).unflatten(0, (heads, -1)).any(1)
         if not is_linear(layer):
             y = layer(x).unflatten(-1, size)
-            if index is not None:
-                return y.index_select(1, index)
-            assert active is not None
-            return y.masked_fill((active == 0)[:, None], 0)
+            return y if index is None else y.index_select(1, index)
         weight, bias = current_parameters(layer, x)
         weight, bias = weight.unflatten(0, size), None if bias is None else bias.unflatten(0, size)
         if index is not None:
@@ -317,12 +313,9 @@ class GatedHeads(nn.Module):
 def is_linear(layer: nn.Module) -> bool:
     """Whether a call of the layer is its weight's product and no more: what hooks after the call,
     subclasses or hooks that are not about the weight do, only a call does."""
-    kind = type(layer)
-    if is_parametrized(layer):
-        kind = kind.__mro__[1]
     about_weight = (BasePruningMethod, WeightNorm, SpectralNorm)
     return (
-        kind is nn.Linear
+        type(layer) is nn.Linear
         and not layer._forward_hooks
         and all(isinstance(hook, about_weight) for hook in layer._forward_pre_hooks.values())
     )

@@ -193,6 +193,20 @@ def test_hard_concrete_gates_are_pruned_as_in_evaluation():
     close(smaller(*args), gated.eval()(*args), "x")
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU, the operator multiplies")
+def test_gradients_of_gates_are_not_summed_in_16_bits():
+    attention = LinearAttention(4, 2, bias=False).half()
+    x, gate = torch.rand(30_000, 4).half(), torch.tensor([1.5, 1.0], requires_grad=True)
+    with torch.no_grad():
+        for layer in (attention.q, attention.k, attention.v, attention.out):
+            layer.weight.copy_(torch.eye(4))
+    attention(x, head_gate=gate).float().sum().backward()
+    wide = copy.deepcopy(attention).double()
+    wanted = gate.detach().double().requires_grad_()
+    wide(x.double(), head_gate=wanted).sum().backward()
+    close(gate.grad.double(), wanted.grad, "dgate", 1e-2)  # inf in float16
+
+
 def test_pruned_weights_are_used_where_heads_are_masked():
     """torch.nn.utils.prune makes weights in hooks before the call."""
     gated = module("neighborhood", HeadGate(torch.tensor([1.0, 0.0, 1.0, 1.0])))

@@ -17,7 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fastgt.ops._arguments import readable
-from fastgt.ops._head_gate import check_head_gate
+from fastgt.ops._head_gate import check_head_gate, gated
 from fastgt.ops._impl import Impl, choose
 from fastgt.ops.head_projection import head_projection
 
@@ -201,7 +201,7 @@ class Gate:
 
     def scaled(self, x: Tensor) -> Tensor:
         """``[N, A, D]`` times the gates of its heads."""
-        return x if self.scale is None else x * self.scale.to(x.dtype)[:, None]
+        return x if self.scale is None else gated(x, self.scale, None, True, "torch")
 
 
 class GatedHeads(nn.Module):

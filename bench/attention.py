@@ -53,13 +53,17 @@ def run(
     eager = reference.neighborhood_attention(q, k, v, graph)
     forward, both, wrong = {}, {}, []
     for name, attention in attentions.items():
+        backward = _with_backward(attention, q, k, v, do)
         try:
             assert_as_accurate(attention(q, k, v), eager, oracle, name)
-        except AssertionError as error:
-            wrong.append({"provider": name, "match": False, "error": str(error)})
+            backward()
+        except (AssertionError, *FAILURES) as error:
+            # of the others, what it cannot do here: the run goes on
+            match = False if isinstance(error, AssertionError) else None
+            wrong.append({"provider": name, "match": match, "error": _reason(error)})
             continue
         forward[name] = lambda attention=attention: attention(q, k, v)
-        both[name] = _with_backward(attention, q, k, v, do)
+        both[name] = backward
     graph.columns  # noqa: B018  built once for a graph, not at every call
     rows = [{"provider": name, "match": True} for name in forward]
     harness.time_rows(rows, forward, both, device, repeats=repeats)
@@ -70,6 +74,13 @@ def run(
     shape = _shape(problem, graph, heads, width, dtype)
     missing = [{"provider": name, "match": None, "error": "not installed"} for name in absent]
     return [shape | row | harness.environment(device) for row in rows + wrong + missing]
+
+
+FAILURES = (RuntimeError, MemoryError, NotImplementedError, ValueError)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
 
 
 def _with_backward(attention, q: Tensor, k: Tensor, v: Tensor, do: Tensor):  # type: ignore[no-untyped-def]

@@ -1,15 +1,18 @@
-"""What users would otherwise run: neighbourhood attention composed from gathers and scatters.
+"""What users would otherwise run: neighbourhood attention composed from gathers and scatters, which
+materialises several tensors of size edges x heads x width, or dense attention under a mask.
 
 Every peer takes q ``[N_rows, H, D]``, k ``[N_cols, H, D]``, v ``[N_cols, H, Dv]`` and PyG's
-``edge_index`` and materialises several tensors of size edges x heads x width.
+``edge_index``.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 
 def gather_scatter(
@@ -70,7 +73,64 @@ def torch_scatter(
     return scatter_add(weight[..., None] * v[source], target, dim=0, dim_size=q.shape[0])
 
 
-ATTENTION = {"pyg": pyg, "torch-scatter": torch_scatter, "gather-scatter": gather_scatter}
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    edge_index: Tensor,
+    *,
+    edge_bias: Tensor | None = None,
+    logit_clamp: float | None = None,
+) -> Tensor:
+    """PyTorch's dense attention under a mask, which is made once for a graph without a bias.
+
+    Raises:
+        MemoryError: The mask would take more than ``DENSE_BYTES``.
+        NotImplementedError: There is a clamp.
+    """
+    if logit_clamp is not None:
+        raise NotImplementedError("scaled_dot_product_attention clamps no logits")
+    rows, cols = q.shape[0], k.shape[0]
+    size = rows * cols * q.element_size() * (1 if edge_bias is None else q.shape[1])
+    if size > DENSE_BYTES:
+        raise MemoryError(f"the dense mask would take {size / 1e9:.1f} GB")
+    if edge_bias is None:
+        mask, alone = _dense_mask(edge_index, rows, cols, q.dtype)
+    else:
+        mask, alone = _mask(edge_index, rows, cols, edge_bias)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
+    return out.masked_fill(alone, 0)
+
+
+DENSE_BYTES = 2**30
+
+
+@functools.lru_cache(maxsize=1)
+def _dense_mask(
+    edge_index: Tensor, rows: int, cols: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    one = torch.zeros(edge_index.shape[1], 1, dtype=dtype, device=edge_index.device)
+    return _mask(edge_index, rows, cols, one)
+
+
+def _mask(edge_index: Tensor, rows: int, cols: int, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """-> [H, N_rows, N_cols] to be added to the logits, an edge that stands there twice counting
+    so; and which rows have no edge: [N_rows, 1, 1]. Those attend to everything, for a softmax
+    over nothing is NaN."""
+    source, target = edge_index
+    sums = bias.new_zeros(rows, cols, bias.shape[1])
+    sums = sums.index_put((target, source), bias.exp(), accumulate=True).permute(2, 0, 1)
+    alone = torch.ones(rows, dtype=torch.bool, device=bias.device).index_fill(0, target, False)
+    return sums.log().masked_fill(alone[None, :, None], 0), alone[:, None, None]
+
+
+ATTENTION = {
+    "pyg": pyg,
+    "torch-scatter": torch_scatter,
+    "gather-scatter": gather_scatter,
+    "sdpa, dense mask": sdpa,
+}
 
 
 def _logits(

@@ -58,7 +58,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _line(row: dict[str, Any]) -> str:
     if not row["match"]:
-        return f"| {row['provider']} | no | {row['error'].splitlines()[0]} | | |"
+        agrees = "no" if row["match"] is False else "not run"
+        return f"| {row['provider']} | {agrees} | {row['error'].splitlines()[0]} | | |"
     cells = [row["provider"], "yes"]
     for part in ("forward", "both"):
         seconds, times = row[f"{part}_s"], row[f"{part}_x"]

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -40,7 +41,12 @@ def test_peers_compute_the_same_attention(name, bias, clamp):
     graph = random_graph(1, 30, 120, cols=20)
     q, k, v = (torch.randn(n, 3, 8) for n in (30, 20, 20))
     edge_bias = torch.randn(120, 3) if bias else None
-    out = peers.attention(name)(q, k, v, graph.edge_index, edge_bias=edge_bias, logit_clamp=clamp)
+    call = functools.partial(peers.attention(name), q, k, v, graph.edge_index)
+    if name.startswith("sdpa") and clamp is not None:
+        with pytest.raises(NotImplementedError, match="clamps no logits"):
+            call(logit_clamp=clamp)
+        return
+    out = call(edge_bias=edge_bias, logit_clamp=clamp)
 
     def definition(dtype):
         return reference.neighborhood_attention(
@@ -94,13 +100,46 @@ def test_a_provider_that_disagrees_is_reported_and_not_timed(problem, monkeypatc
     assert "False" in attention.show(list(rows.values()))
 
 
+@pytest.mark.parametrize("when", ["at once", "in the backward"])
+def test_a_provider_that_fails_says_so_and_the_run_goes_on(problem, monkeypatch, when):
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("no room")
+
+    def failing(q, k, v, edge_index):
+        if when == "at once":
+            raise MemoryError("no room")
+        return Fails.apply(peers.gather_scatter(q, k, v, edge_index))
+
+    monkeypatch.setitem(peers.ATTENTION, "gather-scatter", failing)
+    rows = {row["provider"]: row for row in attention.run(problem, repeats=1)}
+    assert rows["gather-scatter"]["match"] is None
+    assert "Error: no room" in rows["gather-scatter"]["error"]
+    assert "forward_s" not in rows["gather-scatter"]
+    assert rows["fastgt"]["both_s"] > 0
+    assert "no room" in attention.show(list(rows.values()))
+    assert "| gather-scatter | not run |" in render._table(list(rows.values()))
+
+
+def test_dense_masks_that_do_not_fit_are_refused(problem, monkeypatch):
+    monkeypatch.setattr(peers, "DENSE_BYTES", 1000)
+    rows = {row["provider"]: row for row in attention.run(problem, repeats=1)}
+    assert "the dense mask would take" in rows["sdpa, dense mask"]["error"]
+
+
 def test_absent_peers_are_listed(problem, monkeypatch):
     def missing(name):
         raise ImportError(name)
 
     monkeypatch.setattr(peers, "attention", missing)
     rows = attention.run(problem, repeats=1)
-    assert [row["error"] for row in rows if row["match"] is None] == ["not installed"] * 3
+    absent = [row["error"] for row in rows if row["match"] is None]
+    assert absent == ["not installed"] * len(peers.ATTENTION)
 
 
 def test_peak_memory_counts_what_is_held_at_once():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,12 @@ def run(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     repeats: int = 9,
+    only: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """-> one row a provider: seconds, ratios to it, peak extra bytes, and whether it is right."""
+    """-> one row a provider: seconds, ratios to it, peak extra bytes, and whether it is right.
+
+    ``only``: these peers; None for all.
+    """
     device = torch.device(device)
     graph = PROBLEMS[problem].load().to(device)
     generator = torch.Generator().manual_seed(0)
@@ -41,7 +46,7 @@ def run(
     edge_index = graph.edge_index
     attentions = {"fastgt": lambda q, k, v: neighborhood_attention(q, k, v, graph)}
     absent = []
-    for name in peers.ATTENTION:
+    for name in peers.ATTENTION if only is None else only:
         try:
             peer = peers.attention(name)
         except ImportError:

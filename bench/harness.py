@@ -50,6 +50,7 @@ def time_rows(
             continue
         row["forward_s"] = statistics.median(forward_s[name])
         row["both_s"] = statistics.median(both_s[name])
+        row["forward_spread"], row["both_spread"] = spread(forward_s[name]), spread(both_s[name])
         row["forward_peak_bytes"] = peak_extra_memory(forward[name], device)
         row["both_peak_bytes"] = peak_extra_memory(both[name], device)
         if "fastgt" in forward:
@@ -74,6 +75,14 @@ def measure(
 def ratio(slow: list[float], fast: list[float]) -> float:
     """Median of the ratios of calls made next to each other."""
     return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
+
+
+def spread(times: list[float]) -> float:
+    """The middle half's width, as a share of the median."""
+    if len(times) < 2:
+        return 0.0
+    quarters = statistics.quantiles(times, n=4, method="inclusive")
+    return (quarters[2] - quarters[0]) / quarters[1]
 
 
 def peak_extra_memory(fn: Provider, device: torch.device) -> int:

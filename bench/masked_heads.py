@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def run(
         for row in rows:
             if row["match"]:
                 name = row["active"]
-                row[f"{part}_s"] = sorted(seconds[name])[len(seconds[name]) // 2]
+                row[f"{part}_s"] = statistics.median(seconds[name])
+                row[f"{part}_spread"] = harness.spread(seconds[name])
                 row[f"{part}_share"] = harness.ratio(seconds[name], seconds["no gate"])
                 row[f"{part}_peak_bytes"] = harness.peak_extra_memory(calls[name], device)
     return [shape | row | harness.environment(device) for row in rows]

@@ -50,6 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     train = commands.add_parser("train", help="repeat a published training")
     _add_trainings(train.add_subparsers(required=True, metavar="data"))
+    bench = commands.add_parser(
+        "bench",
+        allow_abbrev=False,
+        help="measure operators against what you would otherwise run",
+        description="Check operators and their peers against the float64 definition, then time "
+        "them in turns. Time means something on a quiet machine only.",
+    )
+    _add_bench(bench)
     report = commands.add_parser("report", help="what is known of the kernels without a GPU")
     _add_reports(report.add_subparsers(required=True, metavar="kind"))
     return parser
@@ -151,6 +159,13 @@ def _add_trainings(data: Any) -> None:
         "--limit", type=_positive, metavar="N", help="train on the first N proteins only"
     )
     dd.set_defaults(run=_train_dd)
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    from fastgt.bench import command
+
+    command.arguments(bench)
+    bench.set_defaults(run=command.run)
 
 
 def _add_reports(kinds: Any) -> None:

@@ -252,6 +252,7 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
             axes.bar_label(bars, fmt="{:.1f}", fontsize=7)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks(range(len(problems)), problems)
+        axes.set_yscale("log")
         axes.set_ylabel("times fastgt's")
         first = mine[0]
         axes.set_title(

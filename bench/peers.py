@@ -99,7 +99,8 @@ def sdpa(
     else:
         mask, alone = _mask(edge_index, rows, cols, edge_bias)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
+    # a mask of four dimensions: PyTorch's fused kernels take no other
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask[None])[0].transpose(0, 1)
     return out.masked_fill(alone, 0)
 
 

@@ -43,7 +43,7 @@ class Operator:
     quick: tuple[str, ...]
 
 
-_GRAPHS = ("zinc", "cora", "citeseer", "actor", "minesweeper", "power10k", "debian")
+_GRAPHS = ("zinc", "cora", "citeseer", "actor", "squirrel", "minesweeper", "power10k", "debian")
 _MADE = ("molecules", "power_law", "pattern")
 OPERATORS = {
     "attention": Operator(

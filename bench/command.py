@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgt import files
 from fastgt.bench import attention, linear_attention, masked_heads, transformer_conv
 from fastgt.bench.peers import ATTENTION
 from fastgt.testing import PROBLEMS
@@ -98,10 +99,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=_one_of("peer", ATTENTION),
         metavar="NAME",
-        help=f"of attention: {', '.join(map(repr, ATTENTION))}; default: all",
+        help=f"of attention, which alone runs then: {', '.join(map(repr, ATTENTION))}; default: "
+        "all",
     )
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--repeats", type=_positive, default=9, help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=9, help="default: %(default)s")
     parser.add_argument(
         "--quick", action="store_true", help="fewer problems, three repeats: minutes"
     )
@@ -116,6 +118,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         import matplotlib  # noqa: F401  an absent extra must show before minutes of measuring
+    if args.repeats < 1:
+        raise ValueError(f"--repeats must be positive, got {args.repeats}")
     before = None if args.compare is None else _read(args.compare)
     found: Rows = []
     for name, problem in _chosen(args):
@@ -142,8 +146,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _chosen(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    for name in args.operators or OPERATORS:
+    # peers can be chosen of attention alone
+    for name in args.operators or (["attention"] if args.peers else OPERATORS):
         operator = OPERATORS[name]
+        if args.peers and name != "attention":
+            raise ValueError(f"--peers are those of attention, and {name} has its own")
         wanted = args.problems or (operator.quick if args.quick else operator.usual)
         for problem in wanted:
             if problem in operator.problems:
@@ -206,25 +213,19 @@ def _read(path: Path) -> Rows:
 
 def _write(rows: Rows, args: argparse.Namespace) -> None:
     if args.json is not None:
-        _replace(args.json, json.dumps(rows, indent=1) + "\n")
+        _put(args.json, json.dumps(rows, indent=1) + "\n")
     if args.csv is not None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         buffer = io.StringIO()
         table = csv.DictWriter(buffer, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-        _replace(args.csv, buffer.getvalue())
+        _put(args.csv, buffer.getvalue())
 
 
-def _replace(path: Path, text: str) -> None:
-    """The file is the old one or the new one, never a part: a disk may be full."""
+def _put(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write(path, text.encode())
 
 
 def plot(rows: Rows, folder: Path) -> list[Path]:
@@ -277,9 +278,3 @@ def _one_of(what: str, names: Sequence[str] | dict[str, Any]) -> Callable[[str],
         raise argparse.ArgumentTypeError(f"no {what} is called {text!r}{hint}")
 
     return check
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)

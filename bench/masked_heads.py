@@ -54,7 +54,7 @@ def run(
         module.head_gate = HeadGate(mask).to(device)
         modules[f"{count} of {heads}"] = module
     shape = {
-        "problem": "power law",
+        "problem": "power_law",
         "rows": nodes,
         "edges": edges,
         "heads": heads,

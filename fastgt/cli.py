@@ -81,33 +81,18 @@ def _add_trainings(data: Any) -> None:
         "settings. Stopped by Ctrl-C, SIGTERM or an accident, the same command goes on from the "
         "last checkpoint and gives what it would have given.",
     )
-    zinc.add_argument(
-        "--data",
-        type=Path,
-        help="zinc12k.npz or its folder; default: in the folder that FASTGT_DATA names, else in "
-        "../shared/data beside the checkout",
-    )
-    zinc.add_argument(
-        "--output",
-        type=Path,
-        default=Path("runs/zinc"),
-        help="folder of the run: checkpoint, metrics, curve, best weights; default: %(default)s",
-    )
+    _add_run(zinc, "zinc12k.npz", "runs/zinc", "the run: checkpoint, metrics, curve, best weights")
     zinc.add_argument("--epochs", type=_positive, default=1000, help="at most; default: 1000")
     zinc.add_argument("--hours", type=_hours, default=24.0, help="at most; default: 24")
     _add_where(zinc)
-    settings = zinc.add_argument_group("settings of the run", "a folder holds one run")
-    for name, default, help in (
+    settings = _add_settings(
+        zinc,
         ("seed", 41, "of weights and order"),
         ("batch-size", 128, "molecules"),
         ("layers", 10, "attention and feed-forward"),
         ("dim", 64, "width of nodes and edges"),
         ("heads", 8, "of every attention"),
-    ):
-        kind = int if name == "seed" else _positive
-        settings.add_argument(
-            f"--{name}", type=kind, default=default, help=f"{help}; default: {default}"
-        )
+    )
     settings.add_argument("--no-pe", action="store_true", help="no Laplacian eigenvectors")
     settings.add_argument(
         "--limit", type=_positive, metavar="N", help="train on the first N molecules only"
@@ -122,18 +107,7 @@ def _add_trainings(data: Any) -> None:
         "seconds and memory. Stopped, the same command goes on. Time means something on a quiet "
         "machine only.",
     )
-    dd.add_argument(
-        "--data",
-        type=Path,
-        help="dd.npz or its folder; default: in the folder that FASTGT_DATA names, else in "
-        "../shared/data beside the checkout",
-    )
-    dd.add_argument(
-        "--output",
-        type=Path,
-        default=Path("runs/dd"),
-        help="folder of the runs, one folder each, and of the comparison; default: %(default)s",
-    )
+    _add_run(dd, "dd.npz", "runs/dd", "the runs, one folder each, and of the comparison")
     dd.add_argument(
         "--prune",
         type=_shares,
@@ -142,23 +116,44 @@ def _add_trainings(data: Any) -> None:
         help="mask that share of the heads of every layer, one run each: heads=0.25,0.5,0.75",
     )
     _add_where(dd)
-    settings = dd.add_argument_group("settings of the runs", "a folder holds one run")
-    for name, default, help in (
+    settings = _add_settings(
+        dd,
         ("seed", 0, "of weights and order"),
         ("epochs", 15, "through the proteins"),
         ("batch-size", 16, "proteins"),
         ("layers", 4, "attention and feed-forward"),
         ("dim", 64, "width of nodes"),
         ("heads", 8, "of every attention"),
-    ):
-        kind = int if name == "seed" else _positive
-        settings.add_argument(
-            f"--{name}", type=kind, default=default, help=f"{help}; default: {default}"
-        )
+    )
     settings.add_argument(
         "--limit", type=_positive, metavar="N", help="train on the first N proteins only"
     )
     dd.set_defaults(run=_train_dd)
+
+
+def _add_run(command: argparse.ArgumentParser, data: str, output: str, holds: str) -> None:
+    command.add_argument(
+        "--data",
+        type=Path,
+        help=f"{data} or its folder; default: in the folder that FASTGT_DATA names, else in "
+        "../shared/data beside the checkout",
+    )
+    command.add_argument(
+        "--output",
+        type=Path,
+        default=Path(output),
+        help=f"folder of {holds}; default: %(default)s",
+    )
+
+
+def _add_settings(command: argparse.ArgumentParser, *settings: tuple[str, int, str]) -> Any:
+    group = command.add_argument_group("settings of the run", "a folder holds one run")
+    for name, default, help in settings:
+        kind = int if name == "seed" else _positive
+        group.add_argument(
+            f"--{name}", type=kind, default=default, help=f"{help}; default: {default}"
+        )
+    return group
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -188,7 +183,7 @@ def _add_reports(kinds: Any) -> None:
 def _demo(args: argparse.Namespace) -> int:
     from fastgt import demo
 
-    device = _device(args.device)
+    device = _device(args)
     if not args.output.resolve().parent.is_dir():
         raise ValueError(f"--output {args.output}: no such folder")
     if args.output.suffix not in (".png", ".pdf", ".svg"):
@@ -206,11 +201,9 @@ def _demo(args: argparse.Namespace) -> int:
 def _train_zinc(args: argparse.Namespace) -> int:
     from fastgt.training import zinc
 
-    if not -(2**63) <= args.seed < 2**64:
-        raise ValueError(f"--seed must fit in 64 bits, got {args.seed}")
     zinc.run(
         zinc.Settings(
-            seed=args.seed,
+            seed=_seed(args),
             batch_size=args.batch_size,
             layers=args.layers,
             dim=args.dim,
@@ -222,7 +215,7 @@ def _train_zinc(args: argparse.Namespace) -> int:
         output=args.output,
         epochs=args.epochs,
         hours=args.hours,
-        device=_device(args.device),
+        device=_device(args),
         impl=args.impl,
     )
     return 0
@@ -231,11 +224,9 @@ def _train_zinc(args: argparse.Namespace) -> int:
 def _train_dd(args: argparse.Namespace) -> int:
     from fastgt.training import dd
 
-    if not -(2**63) <= args.seed < 2**64:
-        raise ValueError(f"--seed must fit in 64 bits, got {args.seed}")
     dd.run(
         dd.Settings(
-            seed=args.seed,
+            seed=_seed(args),
             batch_size=args.batch_size,
             layers=args.layers,
             dim=args.dim,
@@ -246,19 +237,34 @@ def _train_dd(args: argparse.Namespace) -> int:
         args.prune,
         data=args.data,
         output=args.output,
-        device=_device(args.device),
+        device=_device(args),
         impl=args.impl,
     )
     return 0
 
 
-def _device(name: str | None) -> torch.device:
+def _seed(args: argparse.Namespace) -> int:
+    if not -(2**63) <= args.seed < 2**64:
+        raise ValueError(f"--seed must fit in 64 bits, got {args.seed}")
+    return args.seed
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    """The device of the options, on which their implementation can run."""
     import torch
 
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    from fastgt.ops._impl import choose, require_triton
+
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {name}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"--device {device}: this PyTorch sees no CUDA device")
+    probe = torch.empty(0, device=device)
+    if choose(args.impl, probe) == "triton":
+        require_triton(probe)
+    return device
 
 
 def _positive(text: str) -> int:

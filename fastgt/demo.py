@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastgt.graph import Graph
 from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
 from fastgt.nn import NeighborhoodAttention
-from fastgt.ops._impl import Impl, choose, implementation, require_triton
+from fastgt.ops._impl import Impl, implementation
 
 LEARNING_RATE = 0.01
 WEIGHT_DECAY = 1e-4
@@ -65,11 +65,6 @@ def run(
     import matplotlib  # noqa: F401
     import tqdm  # noqa: F401
 
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"--device {device}: this PyTorch sees no CUDA device")
-    probe = torch.empty(0, device=device)
-    if choose(impl, probe) == "triton":
-        require_triton(probe)
     data = load(device)
     print(data.graph)
     torch.manual_seed(seed)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fastgt import cli
+from fastgt import cli, files
 from fastgt.bench import attention, command, harness, peers
 from fastgt.testing import Problem, random_graph
 
@@ -62,10 +62,10 @@ def test_a_disk_that_is_full_leaves_the_old_file(tmp_path, monkeypatch, capsys):
     path = tmp_path / "rows.json"
     path.write_text("old")
 
-    def full(self, text):
+    def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(path), "write_text", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     assert bench("attention", "--problems", "cora", "--json", path) == 1
     assert "No space left" in capsys.readouterr().err
     assert path.read_text() == "old"
@@ -152,6 +152,10 @@ def test_unknown_names_are_refused_with_the_nearest(options, message, capsys):
 def test_what_cannot_be_run_is_told(tmp_path, capsys, monkeypatch):
     assert bench("masked_heads", "--problems", "cora") == 1
     assert "masked_heads has no problem 'cora': it has power_law" in capsys.readouterr().err
+    assert bench("linear_attention", "--peers", "pyg") == 1
+    assert "--peers are those of attention" in capsys.readouterr().err
+    assert cli.main(["bench", "--repeats", "0"]) == 1
+    assert "--repeats must be positive, got 0" in capsys.readouterr().err
     assert bench("attention", "--compare", tmp_path / "absent.json") == 1
     assert "--compare" in capsys.readouterr().err
     (tmp_path / "other.json").write_text('[{"a": 1}]')

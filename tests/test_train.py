@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgt import cli
+from fastgt import cli, files
 from fastgt.training import checkpoint, loop, zinc
 from fastgt.training.molecules import Molecules, load_zinc
 
@@ -480,7 +480,7 @@ def test_a_folder_that_takes_no_files_shows_before_training(data, tmp_path, monk
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied", "checkpoint.pt.partial")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", refuse)
+    monkeypatch.setattr(files.os, "fsync", refuse)
     assert cli.main(command(data, tmp_path / "run")) == 1
     out, err = capsys.readouterr()
     assert err == "fastgt: [Errno 13] Permission denied: 'checkpoint.pt.partial'\n"
@@ -509,14 +509,14 @@ def test_devices_that_cannot_run_are_said(data, tmp_path, monkeypatch, capsys):
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x"
-    checkpoint.write(path, b"old")
+    files.write(path, b"old")
 
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.write(path, b"new")
+        files.write(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

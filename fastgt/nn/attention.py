@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
-from fastgt.nn.head_gate import Gate, GatedHeads
+from fastgt.nn.gated_heads import Gate, GatedHeads
 from fastgt.ops._arguments import check_graph
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.attention import neighborhood_attention

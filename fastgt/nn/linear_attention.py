@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastgt.nn.head_gate import GatedHeads
+from fastgt.nn.gated_heads import GatedHeads
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.linear_attention import MAX_FEATURES, FeatureMap, linear_attention
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fastgt.graph import Graph
-from fastgt.nn.head_gate import current_parameters
+from fastgt.nn.gated_heads import current_parameters
 from fastgt.ops._arguments import MAX_WIDTH, check_graph
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.attention import neighborhood_attention

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastgt.nn.head_gate import GatedHeads, HeadGate, is_linear
+from fastgt.nn.gated_heads import GatedHeads, is_linear
+from fastgt.nn.head_gate import HeadGate
 
 Model = TypeVar("Model", bound=nn.Module)
 

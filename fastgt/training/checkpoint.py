@@ -1,9 +1,8 @@
-"""Runs in folders: files that are replaced whole or not at all, and what a run is resumed from."""
+"""Runs in folders: what a run is resumed from."""
 
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import random
 import zipfile
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from fastgt.files import write
 
 FORMAT = 1  # of the checkpoint
 
@@ -73,25 +74,6 @@ _DAMAGE = (
     KeyError,
     ValueError,
 )
-
-
-def write(path: Path, content: bytes | memoryview) -> None:
-    """Replace the file: whoever reads it, after any accident, finds the old or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def seed_everything(seed: int) -> None:

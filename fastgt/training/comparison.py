@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fastgt import files
 from fastgt.bench import harness
 from fastgt.nn import HeadGate
 from fastgt.pruning import prune_heads
-from fastgt.training import checkpoint
 
 REPEATS = 3  # epochs of each
 COLUMNS = (
@@ -179,10 +179,10 @@ def write(rows: list[dict[str, Any]], folder: Path, title: str) -> None:
     for row in rows:
         cells = {**row, "active_heads": " ".join(map(str, row["active_heads"]))}
         lines.append(",".join(str(cells[c]) for c in COLUMNS))
-    checkpoint.write(folder / "comparison.csv", ("\n".join(lines) + "\n").encode())
+    files.write(folder / "comparison.csv", ("\n".join(lines) + "\n").encode())
     content = json.dumps(rows, indent=1) + "\n"
-    checkpoint.write(folder / "comparison.json", content.encode())
-    checkpoint.write(folder / "comparison.png", _plot(rows, title))
+    files.write(folder / "comparison.json", content.encode())
+    files.write(folder / "comparison.png", _plot(rows, title))
 
 
 def _plot(rows: list[dict[str, Any]], title: str) -> bytes:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastgt.models import GraphClassifier, GraphClassifierConfig
-from fastgt.ops._impl import Impl, choose, implementation, require_triton
+from fastgt.ops._impl import Impl, implementation
 from fastgt.pruning import HeadSparsity
 from fastgt.training import comparison
 from fastgt.training.checkpoint import open_run, seed_everything
@@ -63,11 +63,6 @@ def run(
     import matplotlib  # noqa: F401
     import tqdm  # noqa: F401
 
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"--device {device}: this PyTorch sees no CUDA device")
-    probe = torch.empty(0, device=device)
-    if choose(impl, probe) == "triton":
-        require_triton(probe)
     for share in shares:
         left = round((1 - share) * settings.heads)
         if left in (0, settings.heads):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgt import files
 from fastgt.pruning import HeadSparsity
 from fastgt.training import checkpoint, report
 
@@ -269,9 +270,9 @@ class Training:
         p = self.progress
         assert p.best is not None
         checkpoint.save(self.folder / "best.pt", {**p.best, "settings": self.settings})
-        checkpoint.write(self.folder / "metrics.csv", report.csv(p.rows, self.task.measure))
+        files.write(self.folder / "metrics.csv", report.csv(p.rows, self.task.measure))
         curve = report.curve(p.rows, self.task.title, self.task.measure)
-        checkpoint.write(self.folder / "curve.png", curve)
+        files.write(self.folder / "curve.png", curve)
 
 
 class _Stop:

@@ -35,7 +35,7 @@ class Proteins:
     """Protein after protein in flat arrays.
 
     Attributes:
-        node_type: ``[N]`` int64, kinds of secondary structure elements and amino acids.
+        node_type: ``[N]`` int64, kinds of amino acids.
         edge_index: ``[2, E]`` int64, source above target, numbered within each protein.
         node_ptr, edge_ptr: ``[G + 1]`` int64; protein g owns the nodes
             ``node_ptr[g]:node_ptr[g + 1]`` and likewise its edges, each in both directions.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.models import EdgeGraphTransformer, EdgeGraphTransformerConfig
-from fastgt.ops._impl import Impl, choose, implementation, require_triton
+from fastgt.ops._impl import Impl, implementation
 from fastgt.training.checkpoint import open_run, seed_everything
 from fastgt.training.loop import Task, Training
 from fastgt.training.molecules import ATOM_TYPES, BOND_TYPES, load_zinc
@@ -57,11 +57,6 @@ def run(
     import matplotlib  # noqa: F401
     import tqdm  # noqa: F401
 
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"--device {device}: this PyTorch sees no CUDA device")
-    probe = torch.empty(0, device=device)
-    if choose(impl, probe) == "triton":
-        require_triton(probe)
     splits, digest = load_zinc(data)
     if settings.limit is not None:
         splits["train"] = splits["train"].first(settings.limit)

@@ -1,0 +1,166 @@
+"""What attention modules that take a gate of their heads have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from fastgt.ops._arguments import readable
+from fastgt.ops._head_gate import check_head_gate, gated
+from fastgt.ops._impl import Impl, choose
+from fastgt.ops.head_projection import head_projection
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """A gate as a module's attention and the projections around it take it.
+
+    Where a CPU has the values at hand, masked heads do not come into being: attention has the
+    others alone, by their ``index``. Elsewhere they are left out by kernels that read the gate.
+    """
+
+    values: Tensor | None = None  # [H] or [G, H], for the attention
+    dense: bool = False  # compute masked heads too, for the exact gradient
+    active: Tensor | None = None  # [H], for the projections
+    index: Tensor | None = None  # [A] query heads
+    key_index: Tensor | None = None
+    scale: Tensor | None = None  # [A], of the output of these; None: 1
+
+    def heads(self, x: Tensor | None) -> Tensor | None:
+        """Those of a tensor ``[E, H]`` that there are."""
+        return x if x is None or self.index is None else x.index_select(1, self.index)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """``[N, A, D]`` times the gates of its heads."""
+        return x if self.scale is None else gated(x, self.scale, None, True, "torch")
+
+
+class GatedHeads(nn.Module):
+    """What attention modules with a ``head_gate`` share.
+
+    A masked head takes no part in their projections either, unless ``dense_gate_grad`` asks for its
+    gradient: then everything is computed wherever the gate itself requires one. A projection that
+    is no plain ``nn.Linear``, or has hooks after its call, is called as it is, for all heads.
+
+    Attributes:
+        INTO, INTO_KV: Names of the linear layers into query and into key heads.
+        OUT_OF: Names of those out of query heads.
+        GATED: Those of OUT_OF whose input the gate multiplies.
+        heads, kv_heads, head_dim: Of the queries, of keys and values, and the width of each.
+    """
+
+    INTO: tuple[str, ...] = ("q", "k", "v")
+    INTO_KV: tuple[str, ...] = ()
+    OUT_OF: tuple[str, ...] = ("out",)
+    GATED: tuple[str, ...] = ("out",)
+    heads: int
+    kv_heads: int
+    head_dim: int
+    impl: Impl | None
+
+    def __init__(self, head_gate: nn.Module | None, dense_gate_grad: bool):
+        super().__init__()
+        if head_gate is not None and not isinstance(head_gate, nn.Module):
+            found = type(head_gate).__name__
+            raise TypeError(f"head_gate must be a module, as HeadGate(mask) is, got {found}")
+        self.head_gate, self.dense_gate_grad = head_gate, dense_gate_grad
+
+    def gate_of(self, head_gate: Tensor | None, x: Tensor) -> Gate:
+        """The module's own, or the one given to this call, for nodes ``x``."""
+        if head_gate is None:
+            if self.head_gate is None:
+                return Gate()
+            head_gate = self.head_gate()
+        elif self.head_gate is not None:
+            raise ValueError("head_gate is given twice: to the module, and to this call")
+        if not isinstance(head_gate, Tensor) or head_gate.ndim < 2:
+            check_head_gate(head_gate, self.heads, x.device)
+        assert isinstance(head_gate, Tensor)
+        if not self.heads:
+            return Gate()
+        if self.dense_gate_grad and torch.is_grad_enabled() and head_gate.requires_grad:
+            return Gate(head_gate, dense=True)
+        if head_gate.ndim > 1:
+            return Gate(head_gate, active=(head_gate != 0).any(0))
+        if (
+            choose(self.impl, x) == "torch"
+            and readable(head_gate)
+            and (found := self._present(head_gate)) is not None
+        ):
+            return found
+        return Gate(head_gate, active=head_gate)
+
+    def _present(self, head_gate: Tensor) -> Gate | None:
+        """The heads that are there; None where they would not share their key heads evenly."""
+        index = head_gate.nonzero().squeeze(1)
+        key_index, sizes = (index // (self.heads // self.kv_heads)).unique_consecutive(
+            return_counts=True
+        )
+        if (sizes != sizes[:1]).any():
+            return None
+        scale: Tensor | None = head_gate.index_select(0, index)
+        assert scale is not None
+        if not scale.requires_grad and bool((scale == 1).all()):
+            scale = None
+        return Gate(index=index, key_index=key_index, scale=scale)
+
+    def into_heads(self, layer: nn.Linear, x: Tensor, gate: Gate) -> Tensor:
+        """x ``[N, C]`` -> ``[N, H, D]``, of the active heads only."""
+        active, heads = gate.active, layer.out_features // max(1, self.head_dim)
+        if (active is None and gate.index is None) or not heads:
+            return layer(x).unflatten(-1, (heads, self.head_dim))
+        size, index = (heads, self.head_dim), gate.index
+        if index is not None and heads != self.heads:
+            index = gate.key_index
+        if active is not None and heads < active.shape[0]:
+            active = (active != 0).unflatten(0, (heads, -1)).any(1)
+        if not is_linear(layer):
+            y = layer(x).unflatten(-1, size)
+            return y if index is None else y.index_select(1, index)
+        weight, bias = current_parameters(layer, x)
+        weight, bias = weight.unflatten(0, size), None if bias is None else bias.unflatten(0, size)
+        if index is not None:
+            weight = weight.index_select(0, index).flatten(0, 1)
+            bias = None if bias is None else bias.index_select(0, index).flatten()
+            return linear(x, weight, bias).unflatten(-1, (len(index), self.head_dim))
+        return head_projection(x, weight, bias, active, impl=self.impl)
+
+    def out_of_heads(self, layer: nn.Linear, x: Tensor, gate: Gate) -> Tensor:
+        """x ``[N, H, D]`` -> ``[N, C]``, from the active heads only."""
+        if (gate.active is None and gate.index is None) or not self.heads:
+            return layer(x.flatten(-2))
+        if not is_linear(layer):
+            if gate.index is not None:
+                whole = x.new_zeros(x.shape[0], self.heads, self.head_dim)
+                x = whole.index_copy(1, gate.index, x)
+            return layer(x.flatten(-2))
+        weight, bias = current_parameters(layer, x)
+        weight = weight.unflatten(1, (self.heads, self.head_dim))
+        if gate.index is not None:
+            return linear(x.flatten(-2), weight.index_select(1, gate.index).flatten(1), bias)
+        return head_projection(x, weight, bias, gate.active, impl=self.impl)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a call of the layer is its weight's product and no more: what hooks after the call,
+    subclasses or hooks that are not about the weight do, only a call does."""
+    about_weight = (BasePruningMethod, WeightNorm, SpectralNorm)
+    return (
+        type(layer) is nn.Linear
+        and not layer._forward_hooks
+        and all(isinstance(hook, about_weight) for hook in layer._forward_pre_hooks.values())
+    )
+
+
+def current_parameters(layer: nn.Linear, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as a call of the layer has them: hooks before it may make them, as those of
+    ``torch.nn.utils.prune`` do."""
+    for hook in layer._forward_pre_hooks.values():
+        hook(layer, inputs)
+    return layer.weight, layer.bias

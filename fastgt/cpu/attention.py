@@ -92,10 +92,12 @@ def attention_fwd(
     ones = 0 if terms is not None and terms.keep is not None else 1
     for kv, members in _blocks(q, k, whole, active):
         kh, vh = stack(k, kv, wide), stack(v, kv, wide, ones=ones)
+        last: Any = None
         for h, on in members:
-            row, count = on.row, len(on)
-            walk = diagonal(on.rows, k.shape[0], kv)
-            each = own(walk)
+            if on is not last:
+                last, row, count = on, on.row, len(on)
+                walk = diagonal(on.rows, k.shape[0], kv)
+                each = own(walk)
             qh = stack(q, h, wide)
             head = Head(qh, kh, walk, each, n, on, h, terms, return_scores)
             s, _ = head.logits(_bias(edge_bias, on, h), scale, low, high)
@@ -196,12 +198,14 @@ def attention_bwd(
         kh, vh = stack(k, kv, wide), stack(v, kv, wide)
         dkh = dvh = None
         by_channel = dscores is not None
+        last: Any = None
         for h, on in members:
-            row, count = on.row, len(on)
-            rows, cols = diagonal(on.rows, m, kv), diagonal(on.cols, n, kv)
-            each, slot = own(rows), shifted(on.slot, count, kv)
-            place: Any = slice(None) if on.place is None else on.place
-            mine: Any = slice(None) if on.active is None else on.active
+            if on is not last:
+                last, row, count = on, on.row, len(on)
+                rows, cols = diagonal(on.rows, m, kv), diagonal(on.cols, n, kv)
+                each, slot = own(rows), shifted(on.slot, count, kv)
+                place: Any = slice(None) if on.place is None else on.place
+                mine: Any = slice(None) if on.active is None else on.active
             doh, qh = stack(do, h, wide), stack(q, h, wide)
             head = Head(qh, kh, rows, each, n, on, h, terms, by_channel)
             top, through = stack(lse, h, wide), None

@@ -1,7 +1,8 @@
 """``fastgt bench``: operators against what users would otherwise run, on named problems.
 
 Every provider is checked against the float64 definition before it is timed, in turns with the
-others. Rows are written as they are measured: an interrupted run keeps what it has.
+others. Rows are written as they are measured: an interrupted run keeps what it has, and goes on
+from there with ``--resume``.
 """
 
 from __future__ import annotations
@@ -11,71 +12,26 @@ import csv
 import difflib
 import io
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastgt import files
-from fastgt.bench import attention, linear_attention, masked_heads, transformer_conv
-from fastgt.bench.peers import ATTENTION
-from fastgt.testing import PROBLEMS
+from fastgt.bench import harness, table, targets
+from fastgt.bench.operators import OPERATORS, SHAPES
+from fastgt.testing import PROBLEMS, SCALING
 
 Rows = list[dict[str, Any]]
-SPREAD = 0.1  # of a median, beyond which the table says so
+DTYPES = ("fp32", "fp16", "bf16")
+_COLUMNS = ("operator", "problem", "provider", "match", "device", "commit")
+PEERS = list(dict.fromkeys(peer for operator in OPERATORS.values() for peer in operator.peers))
 
 
-@dataclass(frozen=True)
-class Operator:
-    """One benchmark.
-
-    Attributes:
-        run: From a problem's name, peers, device and repeats to rows.
-        show: Rows as a table.
-        problems: Those it has; all, unless told otherwise.
-        usual, quick: Those that run where none is named.
-    """
-
-    run: Callable[..., Rows]
-    show: Callable[[Rows], str]
-    problems: tuple[str, ...]
-    usual: tuple[str, ...]
-    quick: tuple[str, ...]
-
-
-_GRAPHS = ("zinc", "cora", "citeseer", "actor", "squirrel", "minesweeper", "power10k", "debian")
-_MADE = ("molecules", "power_law", "pattern")
-OPERATORS = {
-    "attention": Operator(
-        lambda problem, peers, **how: attention.run(problem, only=peers, **how),
-        attention.show,
-        tuple(PROBLEMS),
-        (*_MADE, *_GRAPHS, "amazon_computers", "tolokers", "dd"),
-        ("molecules", "power_law", *_GRAPHS[:6]),
-    ),
-    "transformer_conv": Operator(
-        lambda problem, peers, **how: transformer_conv.run(problem, **how),
-        transformer_conv.show,
-        tuple(PROBLEMS),
-        ("molecules", "power_law", "zinc", "cora"),
-        ("molecules", "cora"),
-    ),
-    "linear_attention": Operator(
-        lambda problem, peers, **how: linear_attention.run(**how),
-        linear_attention.show,
-        ("ragged",),
-        ("ragged",),
-        ("ragged",),
-    ),
-    "masked_heads": Operator(
-        lambda problem, peers, **how: masked_heads.run(**how),
-        masked_heads.show,
-        ("power_law",),
-        ("power_law",),
-        ("power_law",),
-    ),
-}
+class _Choice(NamedTuple):
+    operator: str
+    problem: str
+    options: dict[str, Any]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,125 +45,256 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--problems",
         nargs="+",
-        type=_one_of("problem", {**PROBLEMS, "ragged": None}),
+        type=_one_of("problem", [*PROBLEMS, "ragged"]),
         metavar="NAME",
         help="real graphs are files in the folder that FASTGT_DATA names; default: those of each "
         "operator",
     )
     parser.add_argument(
+        "--scaling",
+        choices=SCALING,
+        help="problems that grow, in nodes or in edges; --most ends them",
+    )
+    parser.add_argument(
+        "--most", type=int, default=2_000_000, help="edges of --scaling; default: %(default)s"
+    )
+    parser.add_argument(
         "--peers",
         nargs="+",
-        type=_one_of("peer", ATTENTION),
+        type=_one_of("peer", PEERS),
         metavar="NAME",
-        help=f"of attention, which alone runs then: {', '.join(map(repr, ATTENTION))}; default: "
-        "all",
+        help=f"{', '.join(map(repr, PEERS))}; default: all of an operator",
+    )
+    parser.add_argument(
+        "--peer-path",
+        type=Path,
+        metavar="DIR",
+        help="where sources of other GPU kernels are checked out: anemoi-core, turbo-gnn, "
+        "flash-bidirectional-linear-attention",
     )
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: %(default)s")
+    parser.add_argument("--heads", type=int, help="default: each operator's own, mostly 8")
+    parser.add_argument("--width", type=int, help="of a head; default: each operator's, mostly 16")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=_one_of("shape", SHAPES),
+        metavar="NAME",
+        help="heads and width of published models: "
+        + ", ".join(f"{name} {h}x{d}" for name, (h, d) in SHAPES.items()),
+    )
     parser.add_argument("--repeats", type=int, default=9, help="default: %(default)s")
     parser.add_argument(
         "--quick", action="store_true", help="fewer problems, three repeats: minutes"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that --json's file has, go on"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows to this file")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw speed-ups into this folder")
+    parser.add_argument(
+        "--plot", type=Path, metavar="DIR", help="draw speed-ups, scaling, memory and the roofline"
+    )
     parser.add_argument(
         "--compare", type=Path, metavar="FILE", help="rows of an earlier run, from --json"
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure on --device which path attention takes through a graph, and write the table "
+        "of plans; no benchmark runs",
+    )
+    parser.add_argument(
+        "--render",
+        action="store_true",
+        help="make the README's tables and plots of a checkout from its result files; no "
+        "benchmark runs",
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.render or args.tune:
+        return _instead(args)
     if args.plot is not None:
         import matplotlib  # noqa: F401  an absent extra must show before minutes of measuring
-    if args.repeats < 1:
-        raise ValueError(f"--repeats must be positive, got {args.repeats}")
-    before = None if args.compare is None else _read(args.compare)
-    found: Rows = []
-    for name, problem in _chosen(args):
-        operator = OPERATORS[name]
-        how = {"device": args.device, "repeats": 3 if args.quick else args.repeats}
-        try:
-            rows = operator.run(problem, args.peers, **how)
-        except FileNotFoundError as error:
-            print(f"\n{name}, {problem}: skipped: {error}")
+    _check(args)
+    before = [] if args.compare is None else _read(args.compare, "--compare")
+    kept = _read(args.json, "--resume") if args.resume and args.json.exists() else []
+    found = list(kept)
+    chosen = [x for x in _chosen(args) if not _has(kept, x, args)]
+    for number, choice in enumerate(chosen, 1):
+        rows = _measure(choice, args, f"{number}/{len(chosen)}")
+        if rows is None:
             continue
-        rows = [{"operator": name} | row for row in rows]
-        print(f"\n{name}, {problem}: {_size(rows[0])}")
-        print(operator.show(rows))
-        for line in [*_spreads(rows), *_compared(rows, before or [])]:
+        print(f"\n{choice.operator}, {choice.problem}: {table.size(rows[0])}")
+        print(table.table(rows))
+        for line in table.compared(rows, before):
             print(line)
         found += rows
         _write(found, args)
     if not found:
         raise RuntimeError("nothing was measured")
+    told = list(targets.lines(found, args.device.partition(":")[0]))
+    if told:
+        print("\n".join(["", "targets:", *told]))
     if args.plot is not None:
+        from fastgt.bench.plots import plot
+
         for path in plot(found, args.plot):
             print(path)
     return 0
 
 
-def _chosen(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    # peers can be chosen of attention alone
-    for name in args.operators or (["attention"] if args.peers else OPERATORS):
+def _measure(choice: _Choice, args: argparse.Namespace, where: str) -> Rows | None:
+    """Its rows; None, with the reason printed, where the problem is not there or does not fit."""
+    import torch
+    from tqdm import tqdm
+
+    operator = OPERATORS[choice.operator]
+    peers = len(operator.peers) if args.peers is None else len(args.peers)
+    with tqdm(total=peers + 3, leave=False, disable=None) as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peers' deprecations and betas
+
+        def tell(what: str) -> None:
+            bar.set_description(f"{where} {choice.operator}, {choice.problem}: {what}")
+            bar.update()
+
+        try:
+            tell("loading")
+            case = operator.case(choice.problem, **choice.options)
+            rows = harness.compare(
+                case, repeats=3 if args.quick else args.repeats, only=args.peers, tell=tell
+            )
+        except FileNotFoundError as error:
+            print(f"\n{choice.operator}, {choice.problem}: skipped: {error}")
+            return None
+        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            if not _of_memory(error):
+                raise
+            print(f"\n{choice.operator}, {choice.problem}: does not fit: {harness.reason(error)}")
+            return None
+    return [{"operator": choice.operator} | row for row in rows]
+
+
+def _of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "memory" in str(error)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("repeats", "heads", "width", "most"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be positive, got {value}")
+    if args.shapes and (args.heads or args.width):
+        raise ValueError("--shapes names heads and widths: leave --heads and --width out")
+    if args.scaling and args.problems:
+        raise ValueError("--scaling names problems: leave --problems out")
+    if args.resume and args.json is None:
+        raise ValueError("--resume goes on with the rows of a file: name it with --json")
+    if args.peer_path is not None and not args.peer_path.is_dir():
+        raise ValueError(f"--peer-path {args.peer_path}: no such folder")
+
+
+def _instead(args: argparse.Namespace) -> int:
+    if args.render and args.tune:
+        raise ValueError("--render and --tune: one at a time")
+    if args.render:
+        from fastgt.bench import render
+
+        render.run()
+    else:
+        from fastgt.bench import tune
+
+        tune.run(args.device)
+    return 0
+
+
+def _chosen(args: argparse.Namespace) -> Iterator[_Choice]:
+    for name in args.operators or OPERATORS:
         operator = OPERATORS[name]
-        if args.peers and name != "attention":
-            raise ValueError(f"--peers are those of attention, and {name} has its own")
         wanted = args.problems or (operator.quick if args.quick else operator.usual)
-        for problem in wanted:
-            if problem in operator.problems:
-                yield name, problem
-            elif args.operators:
-                raise ValueError(
-                    f"{name} has no problem {problem!r}: it has {', '.join(operator.problems)}"
-                )
-
-
-def _size(row: dict[str, Any]) -> str:
-    parts = [f"{row['rows']:,} nodes"]
-    parts += [f"{row[key]:,} {key}" for key in ("edges", "graphs") if key in row]
-    return ", ".join([*parts, f"H={row['heads']}, D={row['width']}, {row['dtype']}"])
-
-
-def _who(row: dict[str, Any]) -> str:
-    return row.get("provider") or row["active"]
-
-
-def _spreads(rows: Rows) -> Iterator[str]:
-    for row in rows:
-        for part in ("forward", "both"):
-            spread = row.get(f"{part}_spread", 0.0)
-            if spread > SPREAD:
-                yield f"  {_who(row)}, {part}: times spread by {spread:.0%} of their median"
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return (*(row.get(x) for x in ("operator", "problem", "dtype", "heads", "width")), _who(row))
-
-
-def _compared(rows: Rows, before: Rows) -> Iterator[str]:
-    """Medians beside those of an earlier run."""
-    earlier = {_key(row): row for row in before}
-    for row in rows:
-        then = earlier.get(_key(row))
-        if then is None or not (row["match"] and then["match"]):
+        if args.scaling:
+            wanted = [p for p in SCALING[args.scaling] if _edges(p) <= args.most]
+        if args.peers and not set(args.peers) & set(operator.peers):
+            if args.operators:
+                raise ValueError(f"{name} has no such peer: it has {_list(operator.peers)}")
             continue
-        parts = [
-            f"{part} {row[f'{part}_s'] / then[f'{part}_s']:.2f}x" for part in ("forward", "both")
-        ]
-        where = "" if row["device"] == then["device"] else f", on {then['device']} then"
-        commit = then["commit"]
-        yield f"  {_who(row)} takes, of its time at {commit}{where}: {', '.join(parts)}"
+        shapes = [SHAPES[x] for x in args.shapes] if args.shapes else [(args.heads, args.width)]
+        for problem in wanted:
+            if problem not in operator.problems:
+                if args.operators:
+                    names = _list(operator.problems)
+                    raise ValueError(f"{name} has no problem {problem!r}: it has {names}")
+                continue
+            for heads, width in shapes:
+                options = operator.options(
+                    heads=heads,
+                    width=width,
+                    dtype=_dtype(args.dtype),
+                    device=_device(args.device),
+                    peer_path=args.peer_path,
+                )
+                yield _Choice(name, problem, options)
 
 
-def _read(path: Path) -> Rows:
+def _edges(problem: str) -> int:
+    """About how many a growing problem has."""
+    kind, _, number = problem.partition("_")
+    return (16 << int(number or 15)) if kind == "rmat" else int(number) << 14
+
+
+def _list(names: Collection[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {name}")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"--device {device}: this PyTorch sees no CUDA device")
+    return device
+
+
+def _has(rows: Rows, choice: _Choice, args: argparse.Namespace) -> bool:
+    """Whether it is there, from this commit and device; what is not committed does not count, for
+    the rows themselves may be that."""
+    sizes = OPERATORS[choice.operator].sizes(choice.options)
+    where = harness.environment(choice.options["device"])
+    same = {
+        "operator": choice.operator,
+        "problem": choice.problem,
+        "dtype": str(choice.options["dtype"]).removeprefix("torch."),
+        "device": where["device"],
+        **sizes,
+    }
+    commit = where["commit"].removesuffix("-dirty")
+    return any(
+        same.items() <= row.items() and row["commit"].removesuffix("-dirty") == commit
+        for row in rows
+    )
+
+
+def _read(path: Path, option: str) -> Rows:
     try:
         rows = json.loads(path.read_text())
         if not isinstance(rows, list) or not all(
-            isinstance(x, dict) and {"operator", "match", "device", "commit"} <= x.keys()
+            isinstance(x, dict)
+            and {"operator", "provider", "match", "device", "commit"} <= x.keys()
             for x in rows
         ):
             raise ValueError("it holds no rows of this command")
     except (OSError, ValueError) as error:
-        raise ValueError(f"--compare {path}: {error}") from error
+        raise ValueError(f"{option} {path}: {error}") from error
     return rows
 
 
@@ -217,9 +304,9 @@ def _write(rows: Rows, args: argparse.Namespace) -> None:
     if args.csv is not None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         buffer = io.StringIO()
-        table = csv.DictWriter(buffer, columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+        writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
         _put(args.csv, buffer.getvalue())
 
 
@@ -228,48 +315,7 @@ def _put(path: Path, text: str) -> None:
     files.write(path, text.encode())
 
 
-def plot(rows: Rows, folder: Path) -> list[Path]:
-    """Bars of how many times longer each peer takes than fastgt, forward and backward: a PNG and an
-    SVG for each operator that has peers which were timed."""
-    from matplotlib.figure import Figure
-
-    paths = []
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in dict.fromkeys(row["operator"] for row in rows):
-        mine = [row for row in rows if row["operator"] == name and "both_x" in row]
-        mine = [row for row in mine if row["provider"] != "fastgt"]
-        if not mine:
-            continue
-        problems = list(dict.fromkeys(row["problem"] for row in mine))
-        peers = list(dict.fromkeys(row["provider"] for row in mine))
-        figure = Figure(figsize=(2 + 1.1 * len(problems), 3.6), layout="constrained")
-        axes = figure.subplots()
-        width = 0.8 / len(peers)
-        for i, peer in enumerate(peers):
-            found = {row["problem"]: row["both_x"] for row in mine if row["provider"] == peer}
-            heights = [found.get(problem, math.nan) for problem in problems]
-            places = [j + (i - (len(peers) - 1) / 2) * width for j in range(len(problems))]
-            bars = axes.bar(places, heights, width, label=peer)
-            axes.bar_label(bars, fmt="{:.1f}", fontsize=7)
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xticks(range(len(problems)), problems)
-        axes.set_yscale("log")
-        axes.set_ylabel("times fastgt's")
-        first = mine[0]
-        axes.set_title(
-            f"{name}, forward and backward, {first['dtype']}, {first['device']}, "
-            f"commit {first['commit']}",
-            fontsize=9,
-        )
-        axes.legend(fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        for kind in ("png", "svg"):
-            paths.append(folder / f"{name}.{kind}")
-            figure.savefig(paths[-1], dpi=130)
-    return paths
-
-
-def _one_of(what: str, names: Sequence[str] | dict[str, Any]) -> Callable[[str], str]:
+def _one_of(what: str, names: Collection[str]) -> Callable[[str], str]:
     def check(text: str) -> str:
         if text in names:
             return text

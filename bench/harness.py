@@ -2,74 +2,328 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastgt.bench.memory import allocation_limit, peak_extra_memory
+from fastgt.bench.roofline import Work, measured_rates, roofline
 from fastgt.testing import assert_as_accurate
 
-Provider = Callable[[], Any]
+Call = Callable[[], Any]
+Rows = list[dict[str, Any]]
+# what a provider cannot do here, of its own or for want of memory
+FAILURES = (RuntimeError, MemoryError, NotImplementedError, ValueError, TypeError, AttributeError)
+SAMPLE = 0.01  # seconds that one timing takes on a CPU at least: short calls are repeated
 
 
-def verdict(names: list[str], *results: tuple[Tensor, ...]) -> dict[str, Any]:
-    """Whether a provider's results, the first of ``names`` an output and the others gradients, are
-    as accurate as eager ones; ``results``: its own, eager ones and those in float64."""
+class Provider(NamedTuple):
+    """Who computes an output.
+
+    Attributes:
+        call: From a case's inputs to the output.
+        parameters: Leaves that get gradients too, in one order for all providers of a case.
+    """
+
+    call: Callable[..., Tensor]
+    parameters: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator on one problem.
+
+    Attributes:
+        shape: Columns that every row of results gets.
+        inputs: What ``call`` takes, in this order; floating ones get gradients.
+        upstream: Gradient of the output.
+        definition: What is right, in that precision; it is called with inputs in that precision.
+        providers: The first is whom the others are compared with. Each is made once and prepares
+            what is made once for a graph. Raises ImportError where it is not installed, one of
+            ``FAILURES`` where it cannot do this.
+        parameters: Names of the providers' parameters, as far as they are compared.
+        definitions: Of providers that compute something else.
+        terms: Per parameter, the size of what its gradient is the difference of, where that
+            cancels: see :func:`fastgt.testing.assert_as_accurate`.
+        work: Of a forward and of forward and backward, whoever does it.
+    """
+
+    shape: dict[str, Any]
+    inputs: dict[str, Tensor]
+    upstream: Tensor
+    definition: Callable[[torch.dtype], Provider]
+    providers: dict[str, Callable[[], Provider]]
+    parameters: tuple[str, ...] = ()
+    definitions: dict[str, Callable[[torch.dtype], Provider]] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    work: dict[str, Work] = field(default_factory=dict)
+
+    _known: dict[str, _Truth] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.upstream.device
+
+    def truth(self, name: str) -> _Truth:
+        """What is right for that provider; kept until :meth:`forget`, the last one only."""
+        key = name if name in self.definitions else ""
+        if key not in self._known:
+            self.forget()
+            definition = self.definitions.get(name, self.definition)
+            self._known[key] = _Truth(
+                _results(definition(torch.float64), self, torch.float64),
+                _results(definition(self.upstream.dtype), self),
+            )
+        return self._known[key]
+
+    def forget(self) -> None:
+        self._known.clear()
+
+
+class _Truth(NamedTuple):
+    """The output and gradients, by the definition."""
+
+    wide: tuple[Tensor, ...]  # in float64
+    eager: tuple[Tensor, ...]  # in the case's dtype
+
+
+def compare(
+    case: Case,
+    *,
+    repeats: int = 9,
+    only: Sequence[str] | None = None,
+    tell: Callable[[str], None] = lambda provider: None,
+) -> Rows:
+    """-> one row a provider: whether it is right; if so seconds of a forward without gradients, of
+    a backward, and of a forward and backward, ratios to the first, memory and the roofline.
+
+    Args:
+        case: Of one operator.
+        repeats: Timings of each provider.
+        only: These peers beside the first; None for all.
+        tell: Hears which provider comes next.
+    """
+    rows: Rows = []
+    found: dict[str, Provider] = {}
+    first = next(iter(case.providers))
+    with allocation_limit(case.device):
+        for name in case.providers:
+            if only is not None and name != first and name not in only:
+                continue
+            tell(name)
+            row, provider = judge(case, name)
+            if provider is not None:
+                found[name] = provider
+            rows.append({"provider": name} | row)
+        case.forget()
+        tell("timing")
+        _time(rows, found, case, repeats)
+    return [case.shape | row | environment(case.device) for row in rows]
+
+
+def judge(case: Case, name: str) -> tuple[dict[str, Any], Provider | None]:
+    """-> whether the provider is right, as columns of its row, and the provider if it is."""
+    names = ["output", *_differentiable(case), *case.parameters]
+    truth = case.truth(name)
     try:
-        for name, *tensors in zip(names, *results, strict=True):
-            assert_as_accurate(*tensors, name, factor=2.0 if name == names[0] else 3.0)
+        provider = case.providers[name]()
+        output = forward(provider, case)()
+        try:
+            results = _results(provider, case), truth.eager, truth.wide
+            row = verdict(names, *results, terms=case.terms)
+        except FAILURES as error:
+            # some, as FlexAttention on a CPU, have a forward alone
+            row = verdict(names[:1], (output,), truth.eager, truth.wide)
+            row["backward_error"] = reason(error)
+    except ImportError as error:
+        return {"match": None, "error": f"not installed: {error}"}, None
+    except FAILURES as error:
+        return {"match": None, "error": reason(error)}, None
+    return row, provider if row["match"] else None
+
+
+def verdict(
+    names: Sequence[str],
+    *results: tuple[Tensor, ...],
+    terms: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Whether a provider's results, the first of ``names`` an output and the others gradients, are
+    as accurate as eager ones; ``results``: its own, eager ones and those in float64, as many as
+    there are names or more; ``terms``: see :func:`fastgt.testing.assert_as_accurate`."""
+    try:
+        for i, name in enumerate(names):
+            tensors = [result[i] for result in results]
+            factor = 3.0 if i else 2.0
+            assert_as_accurate(*tensors, name, factor=factor, terms=(terms or {}).get(name))
     except AssertionError as error:
         return {"match": False, "error": str(error)}
     return {"match": True}
 
 
-def time_rows(
-    rows: list[dict[str, Any]],
-    forward: dict[str, Provider],
-    both: dict[str, Provider],
-    device: torch.device,
-    *,
-    repeats: int = 9,
-) -> None:
-    """Fill the rows of those who match: seconds, peak extra bytes, and ratios to "fastgt"."""
-    forward_s = measure(forward, device, repeats=repeats)
-    both_s = measure(both, device, repeats=repeats)
+def reason(error: Exception) -> str:
+    """Its first line, with its kind."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+
+
+def _differentiable(case: Case) -> list[str]:
+    return [name for name, x in case.inputs.items() if x.is_floating_point()]
+
+
+def _results(
+    provider: Provider, case: Case, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """The output and all gradients."""
+    inputs = [
+        x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x
+        for x in case.inputs.values()
+    ]
+    out = provider.call(*inputs)
+    return out.detach(), *_backward(out, inputs, provider, case.upstream.to(out.dtype))
+
+
+def _backward(
+    out: Tensor, inputs: list[Tensor], provider: Provider, upstream: Tensor
+) -> tuple[Tensor, ...]:
+    leaves = [*(x for x in inputs if x.requires_grad), *provider.parameters]
+    return torch.autograd.grad(out, leaves, upstream, allow_unused=True, materialize_grads=True)
+
+
+def forward(provider: Provider, case: Case) -> Call:
+    """A call without gradients."""
+    return torch.no_grad()(lambda: provider.call(*case.inputs.values()))
+
+
+def step(provider: Provider, case: Case) -> Callable[[Callable[[], None]], Any]:
+    """A forward and backward, which says when the one ends and the other begins."""
+
+    def call(between: Callable[[], None] = lambda: None) -> tuple[Tensor, ...]:
+        inputs = [
+            x.detach().requires_grad_() if x.is_floating_point() else x
+            for x in case.inputs.values()
+        ]
+        out = provider.call(*inputs)
+        between()
+        return _backward(out, inputs, provider, case.upstream)
+
+    return call
+
+
+def _time(rows: Rows, found: dict[str, Provider], case: Case, repeats: int) -> None:
+    steps = {
+        row["provider"]: step(found[row["provider"]], case)
+        for row in rows
+        if row["match"] and "backward_error" not in row
+    }
+    forwards = {name: forward(provider, case) for name, provider in found.items()}
+    times = {
+        "forward": measure(forwards, case.device, repeats=repeats),
+        **_measure_steps(steps, case.device, repeats),
+    }
+    rates = measured_rates(case.device, case.upstream.dtype, _footprint(case))
+    first = next(iter(case.providers))
     for row in rows:
         name = row["provider"]
-        if not row["match"]:
-            continue
-        row["forward_s"] = statistics.median(forward_s[name])
-        row["both_s"] = statistics.median(both_s[name])
-        row["forward_spread"], row["both_spread"] = spread(forward_s[name]), spread(both_s[name])
-        row["forward_peak_bytes"] = peak_extra_memory(forward[name], device)
-        row["both_peak_bytes"] = peak_extra_memory(both[name], device)
-        if "fastgt" in forward:
-            row["forward_x"] = ratio(forward_s[name], forward_s["fastgt"])
-            row["both_x"] = ratio(both_s[name], both_s["fastgt"])
+        for part, seconds in times.items():
+            if name not in seconds:
+                continue
+            row[f"{part}_s"] = statistics.median(seconds[name])
+            row[f"{part}_spread"] = spread(seconds[name])
+            if first in seconds:
+                row[f"{part}_x"] = ratio(seconds[name], seconds[first])
+            if part in case.work:
+                row |= {
+                    f"{part}_{key}": value
+                    for key, value in roofline(case.work[part], row[f"{part}_s"], rates).items()
+                }
+        if name in forwards:
+            row["forward_peak_bytes"] = peak_extra_memory(forwards[name], case.device)
+            row |= rates
+        if name in steps:
+            row["both_peak_bytes"] = peak_extra_memory(steps[name], case.device)
+        if case.device.type == "cuda":
+            from fastgt.bench import device_time
+
+            for part, calls in (("forward", forwards), ("both", steps)):
+                if name in calls:
+                    row |= device_time.measure(part, calls[name], case.device)
+
+
+def _footprint(case: Case) -> int:
+    """Bytes of inputs and output: what a pass over the problem touches."""
+    return sum(x.nbytes for x in case.inputs.values()) + case.upstream.nbytes
 
 
 def measure(
-    providers: dict[str, Provider], device: torch.device, *, repeats: int = 9
+    calls: dict[str, Call], device: torch.device, *, repeats: int = 9, sample: float = SAMPLE
 ) -> dict[str, list[float]]:
     """-> seconds of every call. Providers take turns, in both orders, so that a slow moment of
-    the machine hits all of them."""
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    for fn in providers.values():
-        fn()
+    the machine hits all of them. Each timing is the mean of as many calls as take ``sample``
+    seconds; of one call, after one to warm up, if that is 0."""
+    clock = _clock(device)
+
+    def whole(call: Call) -> Callable[[], tuple[float, ...]]:
+        return lambda: clock(lambda between: call())
+
+    parts = _in_turns({name: whole(call) for name, call in calls.items()}, device, repeats, sample)
+    return {name: [times[-1] for times in samples] for name, samples in parts.items()}
+
+
+def _measure_steps(
+    steps: dict[str, Callable[[Callable[[], None]], Any]], device: torch.device, repeats: int
+) -> dict[str, dict[str, list[float]]]:
+    clock = _clock(device)
+    calls = {name: lambda step=step: clock(step) for name, step in steps.items()}
+    samples = _in_turns(calls, device, repeats, SAMPLE)
+    return {
+        "backward": {name: [both - fwd for fwd, both in x] for name, x in samples.items()},
+        "both": {name: [both for _, both in x] for name, x in samples.items()},
+    }
+
+
+def _in_turns(
+    calls: dict[str, Callable[[], tuple[float, ...]]],
+    device: torch.device,
+    repeats: int,
+    sample: float,
+) -> dict[str, list[tuple[float, ...]]]:
+    often = {}
+    for name, call in calls.items():
+        seconds = call()[-1]
+        # a GPU's cache is emptied before every call
+        once = device.type == "cuda" or not sample
+        often[name] = 1 if once else max(1, round(sample / seconds))
+    samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
     for i in range(repeats):
-        for name in reversed(providers) if i % 2 else providers:
-            times[name].append(_seconds(providers[name], device))
-    return times
+        for name in reversed(calls) if i % 2 else calls:
+            found = [calls[name]() for _ in range(often[name])]
+            samples[name].append(tuple(sum(x) / len(found) for x in zip(*found, strict=True)))
+    return samples
+
+
+def _clock(device: torch.device) -> Callable[[Callable[..., Any]], tuple[float, ...]]:
+    """-> times from a step to (what it took until ``between``, if it said so; all of it)."""
+    if device.type == "cuda":
+        from fastgt.bench import device_time
+
+        return device_time.clock(device)
+
+    def clock(step: Callable[..., Any]) -> tuple[float, ...]:
+        moments = [time.perf_counter()]
+        step(lambda: moments.append(time.perf_counter()))
+        moments.append(time.perf_counter())
+        return tuple(moment - moments[0] for moment in moments[1:])
+
+    return clock
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:
@@ -83,36 +337,6 @@ def spread(times: list[float]) -> float:
         return 0.0
     quarters = statistics.quantiles(times, n=4, method="inclusive")
     return (quarters[2] - quarters[0]) / quarters[1]
-
-
-def peak_extra_memory(fn: Provider, device: torch.device) -> int:
-    """Bytes that PyTorch held at most during ``fn()``, beyond those it held before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        kept = fn()
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
-        del kept
-        return peak
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    profile = torch.profiler.profile(activities=activities, profile_memory=True)
-    with _silence():
-        profile.start()
-    try:
-        kept = fn()
-    finally:
-        with _silence():
-            profile.stop()
-    del kept
-    events = profile.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda c: c[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -130,33 +354,6 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch_geometric": _version("torch_geometric"),
         "torch_scatter": _version("torch_scatter"),
     }
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """PyTorch's profiler announces itself on stderr, past Python, at any log level."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _seconds(fn: Provider, device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        fn()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    fn()
-    return time.perf_counter() - begin
 
 
 def _cpu_name() -> str:

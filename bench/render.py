@@ -1,94 +1,213 @@
-"""README tables from result files, so that no figure is typed by hand.
+"""The README's tables and plots from result files, so that no figure is typed by hand.
 
-``python -m fastgt.bench.render`` rewrites, in ``README.md``, what stands between
-``<!-- table NAME -->`` and ``<!-- end -->`` from ``bench/results/NAME.json``.
+``fastgt bench --render`` rewrites, in ``README.md``, what stands between a marker and
+``<!-- end -->``, from ``bench/results/FILE.json``, and draws the plots of benchmark results beside
+them, in ``bench/results/plots``:
+
+- ``<!-- table FILE OPERATOR PROBLEM ... -->``: every provider on those problems;
+- ``<!-- overview FILE OPERATOR PEER; PEER; ... -->``: a line a problem, and how many times longer
+  those peers take;
+- ``<!-- operators FILE -->``: a line a problem of all other operators;
+- ``<!-- targets FILE -->``: what was set out to be reached;
+- ``<!-- devices -->``: targets and attention on every GPU that there is a file of;
+- ``<!-- table FILE -->``: rows of another kind.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastgt.bench import targets
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+PLOTTED = ("attention", "transformer_conv", "performer", "masked_heads")
+Rows = list[dict[str, Any]]
+
+
+def run() -> None:
+    """Rewrite the README of the checkout, and its plots.
+
+    Raises:
+        FileNotFoundError: This is no checkout.
+    """
+    readme = ROOT / "README.md"
+    if not readme.is_file() or not RESULTS.is_dir():
+        raise FileNotFoundError(f"{readme}: --render needs a checkout, and this is none")
+    readme.write_text(rendered(readme.read_text()))
+    print(readme)
+    from fastgt.bench.plots import plot
+
+    for path in sorted(RESULTS.glob("*.json")):
+        rows = json.loads(path.read_text())
+        if rows and "operator" in rows[0]:
+            mine = [row for row in rows if row["operator"] in PLOTTED]
+            for drawn in plot(mine, RESULTS / "plots" / path.stem):
+                print(drawn)
 
 
 def rendered(readme: str) -> str:
     """The text with every table made anew."""
 
     def table(match: re.Match) -> str:
-        rows = json.loads((RESULTS / f"{match[1]}.json").read_text())
-        return f"<!-- table {match[1]} -->\n{_table(rows)}\n<!-- end -->"
+        if match[1] == "devices":
+            return f"<!-- devices -->\n{_devices()}\n<!-- end -->"
+        kind, file, *rest = match[1].split(maxsplit=2)
+        rows = json.loads((RESULTS / f"{file}.json").read_text())
+        return f"<!-- {match[1]} -->\n{KINDS[kind](rows, *rest)}\n<!-- end -->"
 
-    return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", table, readme, flags=re.DOTALL)
+    kinds = "|".join(KINDS)
+    marker = rf"<!-- (devices|(?:{kinds}) [^>]+?) -->\n.*?<!-- end -->"
+    return re.sub(marker, table, readme, flags=re.DOTALL)
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _table(rows: Rows, chosen: str = "") -> str:
+    if chosen:
+        operator, *problems = chosen.split()
+        rows = [row for row in rows if row["operator"] == operator]
+        rows = [row for row in rows if not problems or row["problem"] in problems]
+        rows = _usual(rows)
+        return _masked_heads(rows) if operator == "masked_heads" else _providers(rows)
     if "ratio_to_design" in rows[0]:
         return _traffic(rows)
     if "reorder_s" in rows[0]:
         return _reordering(rows)
-    if "active" in rows[0]:
-        return _masked_heads(rows)
     if "pruned" in rows[0]:
         return _pruned(rows)
-    if len({row["problem"] for row in rows}) > 5:
-        return _overview(rows)
-    lines = []
+    return _epochs(rows)
+
+
+def _usual(rows: Rows) -> Rows:
+    """Of each problem the heads that it was measured with first."""
+    shapes: dict[tuple, tuple] = {}
+    for row in rows:
+        shapes.setdefault((row["operator"], row["problem"]), (row["heads"], row["width"]))
+    return [
+        row
+        for row in rows
+        if shapes[row["operator"], row["problem"]] == (row["heads"], row["width"])
+    ]
+
+
+def _providers(rows: Rows) -> str:
+    """Every provider on every problem."""
+    lines: list[str] = []
     problem = None
     for row in rows:
-        key = [row.get(x) for x in ("problem", "rows", "edges", "heads", "width", "dtype")]
-        if key != problem:
-            problem = key
-            parts = f"{row['edges']:,} edges" if "edges" in row else f"{row['graphs']} graphs"
+        if row["problem"] != problem:
+            problem = row["problem"]
             lines += [
-                "" if lines else None,
-                f"`{row['problem']}`: {row['rows']:,} nodes, {parts}, "
-                f"H={row['heads']}, D={row['width']}, {row['dtype']}; {row['device']}, "
-                f"torch {row['torch']}, {row['date']}, commit {row['commit']}.",
+                *([""] if lines else []),
+                f"`{problem}`: {_size(row)}; {_machine(row)}",
                 "",
-                "| attention | agrees | forward | forward + backward | peak extra memory |",
-                "|---|---|---|---|---|",
+                "| provider | agrees | forward | backward | both | peak extra memory | roofline |",
+                "|---|---|---|---|---|---|---|",
             ]
         lines.append(_line(row))
-    return "\n".join(line for line in lines if line is not None)
+    return "\n".join(lines)
+
+
+def _size(row: dict[str, Any]) -> str:
+    parts = [f"{row['rows']:,} nodes"]
+    parts += [f"{row[key]:,} {key}" for key in ("edges", "graphs") if row.get(key, 1) != 1]
+    return ", ".join([*parts, f"H={row['heads']}, D={row['width']}, {row['dtype']}"])
+
+
+def _machine(row: dict[str, Any]) -> str:
+    return f"{row['device']}, torch {row['torch']}, {row['date']}, commit {row['commit']}."
 
 
 def _line(row: dict[str, Any]) -> str:
     if not row["match"]:
         agrees = "no" if row["match"] is False else "not run"
-        return f"| {row['provider']} | {agrees} | {row['error'].splitlines()[0]} | | |"
+        return f"| {row['provider']} | {agrees} | {row['error'].splitlines()[0]} | | | | |"
     cells = [row["provider"], "yes"]
-    for part in ("forward", "both"):
-        seconds, times = row[f"{part}_s"], row[f"{part}_x"]
-        cells.append(f"{seconds * 1e3:.0f} ms ({times:.1f}x)")
-    forward, both = row["forward_peak_bytes"] / 1e6, row["both_peak_bytes"] / 1e6
-    cells.append(f"{forward:.0f} / {both:.0f} MB")
+    for part in ("forward", "backward", "both"):
+        cells.append(
+            f"{_ms(row[f'{part}_s'])} ({row[f'{part}_x']:.1f}x)" if f"{part}_s" in row else ""
+        )
+    peaks = [row.get(f"{part}_peak_bytes") for part in ("forward", "both")]
+    cells.append(" / ".join("" if x is None else f"{x / 1e6:.0f}" for x in peaks) + " MB")
+    share = row.get("both_roofline", row.get("forward_roofline"))
+    cells.append("" if share is None else f"{share:.1%}")
     return f"| {' | '.join(cells)} |"
 
 
-def _overview(rows: list[dict[str, Any]]) -> str:
-    """One line a problem: ours, and how many times longer PyG takes."""
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.{1 if seconds < 0.1 else 0}f} ms"
+
+
+def _overview(rows: Rows, chosen: str) -> str:
+    """One line a problem: ours, and how many times longer some peers take."""
+    operator, _, names = chosen.partition(" ")
+    peers = [name.strip() for name in names.split(";")]
+    rows = _usual([row for row in rows if row["operator"] == operator])
     first = rows[0]
     lines = [
-        f"H={first['heads']}, D={first['width']}, {first['dtype']}; {first['device']}, "
-        f"torch {first['torch']}, {first['date']}, commit {first['commit']}.",
+        f"H={first['heads']}, D={first['width']}, {first['dtype']}; {_machine(first)}",
         "",
-        "| graph | nodes | edges | forward | forward + backward | PyG: forward | both | memory |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| graph | nodes | edges | forward | both | {' | '.join(peers)} | memory, {peers[0]} |",
+        f"|---|---|---|---|---|{'---|' * (len(peers) + 1)}",
     ]
-    ours = {row["problem"]: row for row in rows if row["provider"] == "fastgt"}
-    for row in rows:
-        if row["provider"] != "pyg":
-            continue
-        mine = ours[row["problem"]]
-        cells = [f"`{row['problem']}`", f"{row['rows']:,}", f"{row['edges']:,}"]
-        cells += [f"{mine[part] * 1e3:.1f} ms" for part in ("forward_s", "both_s")]
-        cells += [f"{row[part]:.1f}x" for part in ("forward_x", "both_x")]
-        cells.append(f"{row['both_peak_bytes'] / mine['both_peak_bytes']:.0f}x")
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        found = {row["provider"]: row for row in rows if row["problem"] == problem}
+        mine = found["fastgt"]
+        cells = [f"`{problem}`", f"{mine['rows']:,}", f"{mine['edges']:,}"]
+        cells += [_ms(mine[part]) for part in ("forward_s", "both_s")]
+        cells += [_factors(found.get(name, {})) for name in peers]
+        peak = found.get(peers[0], {}).get("both_peak_bytes")
+        cells.append("" if peak is None else f"{peak / mine['both_peak_bytes']:.0f}x")
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _factors(row: dict[str, Any]) -> str:
+    if "forward_x" not in row:
+        return "no" if row.get("match") is False else "-"
+    return (
+        f"{row['forward_x']:.1f}x / {row['both_x']:.1f}x"
+        if "both_x" in row
+        else (f"{row['forward_x']:.1f}x / -")
+    )
+
+
+def _operators(rows: Rows) -> str:
+    """One line a problem of every operator but attention, with all its peers."""
+    rows = _usual([row for row in rows if row["operator"] not in ("attention", "masked_heads")])
+    lines = [
+        _machine(rows[0]),
+        "",
+        "| operator | problem | forward | both | peers: forward / both | memory of the first |",
+        "|---|---|---|---|---|---|",
+    ]
+    for operator, problem in dict.fromkeys((row["operator"], row["problem"]) for row in rows):
+        mine, *peers = (
+            row for row in rows if (row["operator"], row["problem"]) == (operator, problem)
+        )
+        told = [f"{row['provider']} {_factors(row)}" for row in peers]
+        peaks = [row["both_peak_bytes"] for row in peers if "both_peak_bytes" in row]
+        memory = f"{peaks[0] / mine['both_peak_bytes']:.1f}x" if peaks else ""
+        times = [_ms(mine[part]) for part in ("forward_s", "both_s")]
+        cells = [operator, f"`{problem}`", *times, "; ".join(told), memory]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _targets(rows: Rows) -> str:
+    """Every target of this device, met or not."""
+    device = "cuda" if "threads" not in rows[0]["device"] else "cpu"
+    lines = ["| operator | problem | against | measured | target | |", "|---|---|---|---|---|---|"]
+    what = {"forward_x": "forward", "both_x": "both", "memory_x": "memory"}
+    for target, problem, factor, enough in targets.reached(rows, device):
+        sign = "at most" if target.at_most else "at least"
+        lines.append(
+            f"| {target.operator} | `{problem}` | {target.provider}, {what[target.column]} "
+            f"| {factor:.2f}x | {sign} {target.bound:.3g}x | {'met' if enough else 'missed'} |"
+        )
     return "\n".join(lines)
 
 
@@ -135,24 +254,21 @@ def _reordering(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _masked_heads(rows: list[dict[str, Any]]) -> str:
+def _masked_heads(rows: Rows) -> str:
     """Times with some of the heads, and their shares of the time with all of them."""
-    first = rows[0]
     lines = [
-        f"{first['rows']:,} nodes, {first['edges']:,} edges, H={first['heads']}, "
-        f"D={first['width']}, {first['dtype']}; {first['device']}, torch {first['torch']}, "
-        f"{first['date']}, commit {first['commit']}.",
+        f"{_size(rows[0])}; {_machine(rows[0])}",
         "",
-        "| active heads | agrees | forward | forward + backward | peak extra memory |",
+        "| active heads | agrees | forward | both | peak extra memory |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
         if not row["match"]:
-            lines.append(f"| {row['active']} | no | {row['error'].splitlines()[0]} | | |")
+            lines.append(f"| {row['provider']} | no | {row['error'].splitlines()[0]} | | |")
             continue
-        cells = [row["active"], "yes"]
+        cells = [row["provider"], "yes"]
         for part in ("forward", "both"):
-            cells.append(f"{row[f'{part}_s'] * 1e3:.0f} ms ({row[f'{part}_share']:.2f})")
+            cells.append(f"{row[f'{part}_s'] * 1e3:.0f} ms ({row[f'{part}_x']:.2f})")
         forward, both = (row[f"{part}_peak_bytes"] / 1e6 for part in ("forward", "both"))
         lines.append(f"| {' | '.join([*cells, f'{forward:.0f} / {both:.0f} MB'])} |")
     return "\n".join(lines)
@@ -181,6 +297,47 @@ def _pruned(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _epochs(rows: Rows) -> str:
+    """Seconds of a training epoch and of an inference of models."""
+    lines = [
+        _machine(rows[0]),
+        "",
+        "| model | data | provider | agrees | training epoch | inference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["model"], f"`{row['problem']}`", row["provider"]]
+        if row["match"]:
+            cells += ["yes", *(f"{row[f'{x}_s']:.2f} s ({row[f'{x}_x']:.1f}x)" for x in _PASSES)]
+        else:
+            cells += ["no", row["error"].splitlines()[0], ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _devices() -> str:
+    """Of every GPU that there is a result file of: targets, and attention against its peers."""
+    parts = []
+    for path in sorted(RESULTS.glob("*.json")):
+        rows = json.loads(path.read_text())
+        if rows and "operator" in rows[0] and "threads" not in rows[0]["device"]:
+            mine = [row for row in rows if row["operator"] == "attention"]
+            met = _targets(rows)
+            peers = dict.fromkeys(row["provider"] for row in mine if row["provider"] != "fastgt")
+            parts += [f"**{rows[0]['device']}**", met]
+            if peers:
+                parts.append(_overview(mine, f"attention {'; '.join(peers)}"))
+    return "\n\n".join(parts) or "No GPU has been measured."
+
+
+_PASSES = ("epoch", "inference")
+KINDS: dict[str, Callable[..., str]] = {
+    "table": _table,
+    "overview": _overview,
+    "operators": _operators,
+    "targets": _targets,
+}
+
+
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(rendered(path.read_text()))
+    run()

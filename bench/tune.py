@@ -1,13 +1,12 @@
 """From which density on windows beat gathering on this device: the rows of ``data/plans.json``.
 
-``python -m fastgt.bench.tune`` times forward and backward of both paths on random graphs whose
-windows share more and more columns, for every dtype and head width, and writes what it found for
-the device's architecture beside the rows that are there. Needs a GPU.
+``fastgt bench --tune --device cuda`` times forward and backward of both paths on random graphs
+whose windows share more and more columns, for every dtype and head width, and writes what it found
+for the device's architecture beside the rows that are there. Needs a GPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from datetime import date
 from importlib.resources import files
@@ -105,19 +104,17 @@ def merged(old: list[dict], new: list[dict]) -> list[dict]:
     return [row for row in old if (row["op"], row["capability"]) not in replaced] + new
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--json", type=Path, help="the table; default: the package's own")
-    args = parser.parse_args()
-    device = torch.device(args.device)
+def run(name: str, path: Path | None = None) -> None:
+    """Measure on the device of that name, and write the table: the package's own, or ``path``.
+
+    Raises:
+        RuntimeError: It is no GPU, or there is none of that name.
+    """
+    device = torch.device(name)
     if device.type != "cuda" or not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: tuning needs a GPU, and there is none of that name")
-    path = args.json or Path(str(files("fastgt.data") / "plans.json"))
+        raise RuntimeError(f"--device {name}: tuning needs a GPU, and there is none of that name")
+    path = path or Path(str(files("fastgt.data") / "plans.json"))
     old = json.loads(path.read_text()) if path.exists() else []
     table = merged(old, tune(device))
     path.write_text("[\n" + ",\n".join(" " + json.dumps(row) for row in table) + "\n]\n")
-
-
-if __name__ == "__main__":
-    main()
+    print(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -207,18 +208,54 @@ def _dd() -> Graph:
     )
 
 
+def _molhiv() -> Graph:
+    """The first 128 training molecules; no hydrogens, each bond both ways."""
+    try:
+        from rdkit import Chem
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"molhiv's SMILES are made into graphs by rdkit: {error}"
+        ) from error
+    graphs: list[Graph] = []
+    with _data_path("molhiv.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["split"] != "train" or len(graphs) == 128:
+                continue
+            # a few hold metals in valences that rdkit refuses to check
+            molecule = Chem.MolFromSmiles(row["smiles"], sanitize=False)
+            bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in molecule.GetBonds()]
+            one_way = torch.tensor(bonds, dtype=torch.int64).view(-1, 2).T
+            both = torch.cat([one_way, one_way.flip(0)], 1)
+            graphs.append(Graph.from_edge_index(both, molecule.GetNumAtoms()))
+    return Graph.batch(graphs)
+
+
 def _pattern() -> Graph:
     """Dwivedi et al., arXiv 2003.00982, PATTERN: five communities and a pattern, shuffled."""
+
+    def chance(block: Tensor) -> Tensor:
+        pattern = block == 5
+        within = (block[:, None] == block) | pattern | pattern[:, None]
+        return torch.where(within, 0.5, 0.35)
+
+    return _block_models(chance)
+
+
+def _cluster() -> Graph:
+    """Dwivedi et al., arXiv 2003.00982, CLUSTER: six communities, shuffled."""
+    return _block_models(lambda block: torch.where(block[:, None] == block, 0.55, 0.25))
+
+
+def _block_models(chance: Callable[[Tensor], Tensor]) -> Graph:
+    """32 graphs of six blocks of 5 to 34 nodes; edges with the chance that the blocks give."""
     generator = torch.Generator().manual_seed(0)
     graphs = []
     for _ in range(32):
         sizes = torch.randint(5, 35, (6,), generator=generator)
         block = torch.arange(6).repeat_interleave(sizes)
         block = block[torch.randperm(len(block), generator=generator)]
-        same, pattern = block[:, None] == block, block == 5
-        chance = torch.where(same | pattern | pattern[:, None], 0.5, 0.35)
-        drawn = torch.rand(chance.shape, generator=generator) < chance
-        upper = drawn.triu(1)
+        probability = chance(block)
+        upper = (torch.rand(probability.shape, generator=generator) < probability).triu(1)
         graphs.append(Graph.from_dense(upper | upper.T))
     return Graph.batch(graphs)
 
@@ -240,18 +277,52 @@ def _superpixels() -> Graph:
     return Graph.batch(graphs)
 
 
-def _rmat() -> Graph:
-    """Chakrabarti et al., SDM 2004, with Graph500's probabilities .57, .19, .19, .05."""
-    levels = 15
+def _points() -> Graph:
+    """Eight clouds of 1,024 points in a cube; each attends to its 16 nearest, itself among them."""
     generator = torch.Generator().manual_seed(0)
-    source = target = torch.zeros(16 << levels, dtype=torch.int64)
-    for _ in range(levels):
-        point = torch.rand(source.shape, generator=generator, dtype=torch.float64)
-        quadrant = torch.bucketize(point, point.new_tensor([0.57, 0.76, 0.95]))
-        source, target = 2 * source + quadrant // 2, 2 * target + quadrant % 2
-    both = (target << levels | source).unique()
-    edge_index = torch.stack([both & ((1 << levels) - 1), both >> levels])
-    return Graph.from_edge_index(edge_index, 1 << levels)
+    graphs = []
+    for _ in range(8):
+        point = torch.rand(1024, 3, generator=generator, dtype=torch.float64)
+        nearest = torch.cdist(point, point).topk(16, largest=False).indices
+        target = torch.arange(1024).repeat_interleave(16)
+        graphs.append(Graph.from_edge_index(torch.stack([nearest.flatten(), target]), 1024))
+    return Graph.batch(graphs)
+
+
+def _banded() -> Graph:
+    """A sequence whose places attend to the 16 before and after them, and to themselves."""
+    place = torch.arange(2**14)
+    source = place[:, None] + torch.arange(-16, 17)
+    inside = (source >= 0) & (source < len(place))
+    target = place[:, None].expand_as(source)
+    return Graph.from_edge_index(torch.stack([source[inside], target[inside]]), len(place))
+
+
+def _complete() -> Graph:
+    """64 graphs of 64 nodes that all attend to all."""
+    return Graph.batch([Graph.from_dense(torch.ones(64, 64, dtype=torch.bool))] * 64)
+
+
+def _uniform(degree: int) -> Callable[[], Graph]:
+    return lambda: random_graph(0, 2**14, degree << 14)
+
+
+def _rmat(levels: int) -> Callable[[], Graph]:
+    """Chakrabarti et al., SDM 2004, with Graph500's probabilities .57, .19, .19, .05: 16 edges a
+    node before duplicates are left out."""
+
+    def load() -> Graph:
+        generator = torch.Generator().manual_seed(0)
+        source = target = torch.zeros(16 << levels, dtype=torch.int64)
+        for _ in range(levels):
+            point = torch.rand(source.shape, generator=generator, dtype=torch.float64)
+            quadrant = torch.bucketize(point, point.new_tensor([0.57, 0.76, 0.95]))
+            source, target = 2 * source + quadrant // 2, 2 * target + quadrant % 2
+        both = (target << levels | source).unique()
+        edge_index = torch.stack([both & ((1 << levels) - 1), both >> levels])
+        return Graph.from_edge_index(edge_index, 1 << levels)
+
+    return load
 
 
 def _mesh() -> Graph:
@@ -270,8 +341,12 @@ PROBLEMS: dict[str, Problem] = {
         Problem("power_law", _power_law),  # 20,000 nodes, 300,000 edges: the target on a CPU
         Problem("molecules", _molecules),  # as many and as large as a batch of ZINC
         Problem("pattern", _pattern),  # a batch of 32 stochastic block models
+        Problem("cluster", _cluster),
         Problem("superpixels", _superpixels),  # a batch of 32 images
-        Problem("rmat", _rmat),  # directed, without duplicates, vertices as generated
+        Problem("points", _points),
+        Problem("banded", _banded),
+        Problem("complete", _complete),
+        Problem("rmat", _rmat(15)),  # directed, without duplicates, vertices as generated
         Problem("mesh", _mesh),  # a Delaunay triangulation, nodes in random order
         Problem("cora", _undirected("cora")),
         Problem("citeseer", _undirected("citeseer")),
@@ -283,18 +358,37 @@ PROBLEMS: dict[str, Problem] = {
         Problem("squirrel", _squirrel),  # directed
         Problem("moby", _moby),
         Problem("zinc", _zinc),  # a batch of 128 molecules
+        Problem("molhiv", _molhiv),  # likewise
         Problem("dd", _dd),  # a batch of 64 proteins
         Problem("power10k", _power_grid("power10k")),  # parallel branches are parallel edges
         Problem("power70k", _power_grid("power70k")),
         Problem("flights", _flights),  # directed: 600,000 flights between 229 airports
+        # ever more nodes of one mean degree: 30,000 to 130 million edges
+        Problem("rmat_11", _rmat(11)),
+        Problem("rmat_13", _rmat(13)),
+        Problem("rmat_17", _rmat(17)),
+        Problem("rmat_19", _rmat(19)),
+        Problem("rmat_21", _rmat(21)),
+        Problem("rmat_23", _rmat(23)),
+        # ever more edges of 16,384 nodes
+        Problem("degree_4", _uniform(4)),
+        Problem("degree_16", _uniform(16)),
+        Problem("degree_64", _uniform(64)),
+        Problem("degree_256", _uniform(256)),
     )
 }
 """Named graphs, synthetic and real; undirected ones have every edge in both directions, once.
 
 Real data is read from the folder in the environment variable ``FASTGT_DATA``, by default
 ``../shared/data`` beside the checkout; ``debian`` also ships in the package. Every real graph of
-that folder is here but molhiv, whose SMILES only rdkit makes into graphs.
+that folder is here.
 """
+
+SCALING = {
+    "nodes": ("rmat_11", "rmat_13", "rmat", "rmat_17", "rmat_19", "rmat_21", "rmat_23"),
+    "edges": ("degree_4", "degree_16", "degree_64", "degree_256"),
+}
+"""Problems that grow: in nodes at one mean degree, and in edges between so many nodes."""
 
 
 def open_data(name: str) -> np.lib.npyio.NpzFile:
@@ -306,12 +400,17 @@ def open_data(name: str) -> np.lib.npyio.NpzFile:
     packaged = files("fastgt.data") / f"{name}.npz"
     if packaged.is_file():
         return np.load(str(packaged))
+    return np.load(_data_path(f"{name}.npz"))
+
+
+def _data_path(name: str) -> Path:
+    """Of a file in the folder of real graphs."""
     folder = os.environ.get("FASTGT_DATA")
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    path = (Path(folder) if folder else beside) / f"{name}.npz"
+    path = (Path(folder) if folder else beside) / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is absent: set FASTGT_DATA to the folder that holds it")
-    return np.load(path)
+    return path
 
 
 def assert_as_accurate(

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgt
 from fastgt import Graph, aggregate, gated_aggregate, reference, segment_softmax
-from fastgt.bench.harness import peak_extra_memory
+from fastgt.bench.memory import peak_extra_memory
 from fastgt.testing import PROBLEMS, assert_as_accurate, random_graph, with_index_dtype
 
 FAST_WAYS = [*FAST, "buckets"]

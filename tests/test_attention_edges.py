@@ -32,7 +32,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from fastgt import Graph, neighborhood_attention, philox, reference
-from fastgt.bench.harness import peak_extra_memory
+from fastgt.bench.memory import peak_extra_memory
 from fastgt.testing import PROBLEMS, assert_as_accurate, random_graph
 
 WAYS = [*FAST, "buckets"]

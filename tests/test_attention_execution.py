@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgt
 from fastgt import Graph, neighborhood_attention
-from fastgt.bench.harness import peak_extra_memory
+from fastgt.bench.memory import peak_extra_memory
 from fastgt.testing import assert_as_accurate, random_graph, with_index_dtype
 
 

@@ -1,4 +1,4 @@
-"""``fastgt bench``: what is chosen, written, compared, drawn and refused."""
+"""``fastgt bench``: what is chosen, written, resumed, compared and refused."""
 
 import csv
 import json
@@ -6,20 +6,23 @@ import json
 import pytest
 
 from fastgt import cli, files
-from fastgt.bench import attention, command, harness, peers
-from fastgt.testing import Problem, random_graph
+from fastgt.bench import attention, command, harness, peers, table
+from fastgt.testing import PROBLEMS, SCALING, Problem, random_graph
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Small graphs under the names of the problems."""
-    for name in list(attention.PROBLEMS):
+    for name in list(PROBLEMS):
         made = Problem(name, lambda: random_graph(0, 40, 200))
-        monkeypatch.setitem(attention.PROBLEMS, name, made)
+        monkeypatch.setitem(PROBLEMS, name, made)
 
 
 def bench(*options):
     return cli.main(["bench", *map(str, options), "--repeats", "2"])
+
+
+ONE = ["attention", "--problems", "cora", "--peers", "gather-scatter"]
 
 
 def test_rows_are_written_as_they_are_measured(tmp_path, capsys):
@@ -44,93 +47,156 @@ def test_rows_are_written_as_they_are_measured(tmp_path, capsys):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
-    real = attention.run
+def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path, monkeypatch, capsys):
+    real = harness.compare
+    measured = []
 
-    def run(problem, **how):
-        if problem == "zinc":
+    def compare(case, **how):
+        measured.append(case.shape["problem"])
+        if measured == ["cora", "zinc"]:
             raise KeyboardInterrupt
-        return real(problem, **how)
+        return real(case, **how)
 
-    monkeypatch.setattr(attention, "run", run)
+    monkeypatch.setattr(harness, "compare", compare)
     path = tmp_path / "rows.json"
-    assert bench("attention", "--problems", "cora", "zinc", "cora", "--json", path) == 130
+    where = ["attention", "--problems", "cora", "zinc", "--peers", "gather-scatter"]
+    assert bench(*where, "--json", path) == 130
     assert {row["problem"] for row in json.loads(path.read_text())} == {"cora"}
+    assert bench(*where, "--json", path, "--resume") == 0
+    assert measured == ["cora", "zinc", "zinc"]
+    assert [row["problem"] for row in json.loads(path.read_text())] == ["cora"] * 2 + ["zinc"] * 2
+    # rows of another width, or of another commit, are other rows
+    assert bench(*where, "--json", path, "--resume", "--width", "8") == 0
+    assert measured[3:] == ["cora", "zinc"]
+    assert bench(*where, "--json", path, "--resume", "--width", "16") == 0
+    assert bench(*where, "--json", path, "--resume") == 0
+    assert measured[5:] == []
+    monkeypatch.setattr(harness, "_commit", lambda: "later")
+    assert bench(*where, "--json", path, "--resume") == 0
+    assert measured[5:] == ["cora", "zinc"]
 
 
-def test_a_disk_that_is_full_leaves_the_old_file(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_leaves_what_was_written(tmp_path, monkeypatch, capsys):
     path = tmp_path / "rows.json"
-    path.write_text("old")
+    real = files.write
+    written = []
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
+    def write(where, content):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(where)
+        real(where, content)
 
-    monkeypatch.setattr(files.os, "fsync", full)
-    assert bench("attention", "--problems", "cora", "--json", path) == 1
-    assert "No space left" in capsys.readouterr().err
-    assert path.read_text() == "old"
+    monkeypatch.setattr(files, "write", write)
+    where = ["attention", "--problems", "cora", "zinc", "--peers", "gather-scatter"]
+    assert bench(*where, "--json", path) == 1
+    assert {row["problem"] for row in json.loads(path.read_text())} == {"cora"}
+    assert "No space left on device" in capsys.readouterr().err
 
 
-def test_all_operators_run_on_their_own_problems(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        command.linear_attention, "run", _small(command.linear_attention.run, graphs=3, largest=12)
-    )
-    monkeypatch.setattr(
-        command.masked_heads,
-        "run",
-        _small(command.masked_heads.run, nodes=30, edges=90, heads=2, width=4, active=(1,)),
-    )
+def test_operators_and_problems_are_those_asked_for(monkeypatch, tmp_path):
+    asked = []
+
+    def case(name):
+        real = command.OPERATORS[name]
+
+        def make(problem, **options):
+            asked.append((name, problem, options.get("heads"), options.get("width")))
+            raise FileNotFoundError("not here")
+
+        make.__signature__ = __import__("inspect").signature(real.case)
+        return command.OPERATORS[name].__class__(**{**vars(real), "case": make})
+
+    for name in list(command.OPERATORS):
+        monkeypatch.setitem(command.OPERATORS, name, case(name))
+
+    def chosen(*options):
+        asked.clear()
+        assert bench(*options) == 1  # nothing was measured
+        return list(asked)
+
+    assert {name for name, *_ in chosen("--quick")} == set(command.OPERATORS)
+    quick = {problem for name, problem, *_ in asked if name == "attention"}
+    assert len(quick) >= 8
+    assert len(quick & {"zinc", "cora", "citeseer", "actor", "squirrel"}) == 5
+    assert {name for name, *_ in chosen("--peers", "torch.sparse")} == {"attention", "aggregate"}
+    assert chosen("gine", "--problems", "zinc", "--heads", "2", "--width", "5") == [
+        ("gine", "zinc", 2, 5)
+    ]
+    assert chosen("attention", "--problems", "cora", "--shapes", "gt_zinc", "gps_wide") == [
+        ("attention", "cora", 8, 8),
+        ("attention", "cora", 4, 13),
+    ]
+    grown = chosen("attention", "--scaling", "nodes", "--most", "600000")
+    assert [problem for _, problem, *_ in grown] == ["rmat_11", "rmat_13", "rmat"]
+    grown = chosen("attention", "--scaling", "edges", "--most", "10000000")
+    assert [problem for _, problem, *_ in grown] == list(SCALING["edges"])
+
+
+def test_progress_names_who_is_measured(capsys, monkeypatch):
+    told = []
+    monkeypatch.setattr("tqdm.tqdm.set_description", lambda bar, text: told.append(text))
+    assert bench(*ONE) == 0
+    assert told[0] == "1/1 attention, cora: loading"
+    assert [text.rpartition(": ")[2] for text in told[1:]] == ["fastgt", "gather-scatter", "timing"]
+
+
+def test_later_runs_are_compared_and_spreads_told(tmp_path, capsys, monkeypatch):
     path = tmp_path / "rows.json"
-    assert cli.main(["bench", "--quick", "--json", str(path)]) == 0
-    rows = json.loads(path.read_text())
-    assert {row["operator"] for row in rows} == set(command.OPERATORS)
-    problems = {row["problem"] for row in rows if row["operator"] == "attention"}
-    assert len(problems) >= 8
-    assert len(problems & {"zinc", "cora", "citeseer", "actor", "squirrel"}) >= 5
-    out = capsys.readouterr().out
-    assert "linear_attention, ragged" in out
-    assert "1 of 2" in out
-
-
-def _small(run, **sizes):
-    return lambda **how: run(**how, **sizes)
-
-
-def test_runs_are_compared_and_wide_spreads_told(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "rows.json"
-    where = ["attention", "--problems", "cora", "--peers", "gather-scatter"]
-    assert bench(*where, "--json", path) == 0
+    assert bench(*ONE, "--json", path) == 0
     rows = json.loads(path.read_text())
     for row in rows:
         row["forward_s"] /= 1e6
     path.write_text(json.dumps(rows))
     capsys.readouterr()
     monkeypatch.setattr(harness, "spread", lambda times: 0.25)
-    assert bench(*where, "--compare", path) == 0
+    assert bench(*ONE, "--compare", path) == 0
     out = capsys.readouterr().out
     assert f"fastgt takes, of its time at {rows[0]['commit']}: forward " in out
     factor = float(out.split("forward ")[-1].split("x")[0])
     assert factor > 1000
-    assert "gather-scatter, both: times spread by 25% of their median" in out
-
-
-def test_speed_ups_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    where = ["attention", "--problems", "cora", "zinc", "--peers", "gather-scatter"]
-    assert bench(*where, "--plot", tmp_path / "plots") == 0
-    assert (tmp_path / "plots" / "attention.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "plots" / "attention.svg").read_text().lstrip().startswith("<?xml")
+    assert "gather-scatter: times spread, of their median, by forward 25%" in out
 
 
 def test_wrong_peers_are_shown_and_not_timed(capsys, monkeypatch):
-    def wrong(q, k, v, edge_index):
-        return peers.gather_scatter(q, k, v, edge_index) + 0.01
+    def wrong(graph):
+        attend = peers.composed(graph)
+        return lambda q, k, v: attend(q, k, v) + 0.01
 
     monkeypatch.setitem(peers.ATTENTION, "gather-scatter", wrong)
-    assert bench("attention", "--problems", "cora", "--peers", "gather-scatter") == 0
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("gather-scatter"))
-    assert "False" in line
-    assert " ms" not in line
+    assert bench(*ONE) == 0
+    lines = capsys.readouterr().out.splitlines()
+    line = next(x for x in lines if x.startswith("gather-scatter"))
+    assert "MISMATCH: output is off by" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (MemoryError("no room"), "attention, cora: does not fit: MemoryError: no room"),
+        (FileNotFoundError("cora.npz is absent"), "cora: skipped: cora.npz is absent"),
+    ],
+)
+def test_problems_that_are_not_there_or_do_not_fit_are_told(error, what, capsys, monkeypatch):
+    def absent():
+        raise error
+
+    monkeypatch.setitem(attention.PROBLEMS, "cora", Problem("cora", absent))
+    assert bench("attention", "--problems", "cora", "zinc", "--peers", "gather-scatter") == 0
+    out = capsys.readouterr().out
+    assert what in out
+    assert "attention, zinc: 40 nodes" in out
+    assert bench("attention", "--problems", "cora") == 1
+    assert "nothing was measured" in capsys.readouterr().err
+
+
+def test_errors_of_our_own_are_not_hidden(capsys, monkeypatch):
+    def broken(*args, **how):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(harness, "compare", broken)
+    assert bench(*ONE) == 1
+    assert "fastgt: a mistake" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -139,6 +205,7 @@ def test_wrong_peers_are_shown_and_not_timed(capsys, monkeypatch):
         (["atention"], "no operator is called 'atention': did you mean 'attention'?"),
         (["--problems", "corra"], "no problem is called 'corra': did you mean 'cora'?"),
         (["--peers", "pig"], "no peer is called 'pig': did you mean 'pyg'?"),
+        (["--shapes", "gt_zink"], "no shape is called 'gt_zink': did you mean 'gt_zinc'?"),
         (["--problems", "?"], "no problem is called '?'; there are power_law,"),
     ],
 )
@@ -149,24 +216,43 @@ def test_unknown_names_are_refused_with_the_nearest(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_what_cannot_be_run_is_told(tmp_path, capsys, monkeypatch):
-    assert bench("masked_heads", "--problems", "cora") == 1
-    assert "masked_heads has no problem 'cora': it has power_law" in capsys.readouterr().err
-    assert bench("linear_attention", "--peers", "pyg") == 1
-    assert "--peers are those of attention" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["attention", "--problems", "ragged"], "attention has no problem 'ragged': it has power"),
+        (["segment_pool", "--peers", "torch.sparse"], "segment_pool has no such peer: it has pyg"),
+        (["--heads", "0"], "--heads must be positive, got 0"),
+        (["--most", "-1"], "--most must be positive, got -1"),
+        (["--shapes", "gt_zinc", "--heads", "4"], "leave --heads and --width out"),
+        (["--scaling", "nodes", "--problems", "cora"], "leave --problems out"),
+        (["--resume"], "name it with --json"),
+        (["--peer-path", "nowhere"], "--peer-path nowhere: no such folder"),
+        (["--device", "tpu"], "--device must be cpu or cuda, got tpu"),
+        (["--compare", "absent.json"], "--compare absent.json: "),
+        (["--tune", "--device", "cpu"], "tuning needs a GPU"),
+        (["--tune", "--render"], "one at a time"),
+    ],
+)
+def test_what_cannot_be_run_is_told(options, message, capsys):
+    assert bench(*options) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_files_that_are_none_of_this_command_are_refused(tmp_path, capsys):
+    (tmp_path / "other.json").write_text('[{"a": 1}]')
+    for option in ("--compare", "--resume"):
+        where = ["--json", tmp_path / "other.json"] if option == "--resume" else []
+        value = [tmp_path / "other.json"] if option == "--compare" else []
+        assert bench(*ONE, *where, option, *value) == 1
+        assert "it holds no rows of this command" in capsys.readouterr().err
+
+
+def test_repeats_must_be_positive(capsys):
     assert cli.main(["bench", "--repeats", "0"]) == 1
     assert "--repeats must be positive, got 0" in capsys.readouterr().err
-    assert bench("attention", "--compare", tmp_path / "absent.json") == 1
-    assert "--compare" in capsys.readouterr().err
-    (tmp_path / "other.json").write_text('[{"a": 1}]')
-    assert bench("attention", "--compare", tmp_path / "other.json") == 1
-    assert "it holds no rows of this command" in capsys.readouterr().err
 
-    def absent():
-        raise FileNotFoundError("cora.npz is absent")
 
-    monkeypatch.setitem(attention.PROBLEMS, "cora", Problem("cora", absent))
-    assert bench("attention", "--problems", "cora") == 1
-    captured = capsys.readouterr()
-    assert "attention, cora: skipped: cora.npz is absent" in captured.out
-    assert "nothing was measured" in captured.err
+def test_another_run_s_row_is_found_by_what_was_measured():
+    row = {"operator": "a", "problem": "p", "heads": 8, "width": 16, "provider": "pyg"}
+    assert table.key(row) == table.key(row | {"both_s": 1.0})
+    assert table.key(row) != table.key(row | {"width": 8})

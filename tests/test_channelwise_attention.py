@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgt
 from fastgt import Graph, channelwise_attention, neighborhood_attention, reference, tiles
-from fastgt.bench.harness import peak_extra_memory
+from fastgt.bench.memory import peak_extra_memory
 from fastgt.testing import PROBLEMS, assert_as_accurate, random_graph
 
 WAYS = [*FAST, "buckets"]

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastgt
 from fastgt import linear_attention, reference, segment_sum, sgformer_attention
-from fastgt.bench.harness import peak_extra_memory
+from fastgt.bench.memory import peak_extra_memory
 from fastgt.cpu import linear_attention as cpu
 from fastgt.ops.linear_attention import FeatureMap
 from fastgt.testing import assert_as_accurate

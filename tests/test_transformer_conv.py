@@ -11,7 +11,7 @@ from attention_cases import BF16, DEVICE, FAST, FP32, FP64
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastgt import Graph, implementation
-from fastgt.bench import harness
+from fastgt.bench import memory
 from fastgt.bench import transformer_conv as bench
 from fastgt.nn import TransformerConv
 from fastgt.testing import (
@@ -420,7 +420,7 @@ def test_no_tensor_of_edges_by_width_is_made():
             do = torch.randn(nodes, heads * width)
             both = bench._with_backward(conv, walk, x, edge_attr, do)
             both()
-            peaks.append(harness.peak_extra_memory(both, torch.device("cpu")))
+            peaks.append(memory.peak_extra_memory(both, torch.device("cpu")))
     grown = 4 * edges * heads * (64 - 16)
     assert peaks[2] - peaks[0] > 4 * grown
     assert peaks[3] - peaks[1] < grown / 8

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastgt import files
-from fastgt.bench import harness
+from fastgt.bench import harness, memory
 from fastgt.nn import HeadGate
 from fastgt.pruning import prune_heads
 
@@ -106,7 +106,7 @@ def compare(
                 "train_epoch_s": statistics.median(epoch_s[name]),
                 "inference_s": statistics.median(pass_s[f"gated {name}"]),
                 "removed_inference_s": statistics.median(pass_s[f"removed {name}"]),
-                "step_peak_bytes": harness.peak_extra_memory(
+                "step_peak_bytes": memory.peak_extra_memory(
                     lambda s=steps[name]: s([largest]), device
                 ),
                 "largest_difference": apart,

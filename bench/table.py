@@ -1,0 +1,91 @@
+"""Rows of results as a table for a terminal, and what must be said beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Rows = list[dict[str, Any]]
+SPREAD = 0.1  # of a median, beyond which it is told
+PARTS = ("forward", "backward", "both")
+
+
+def table(rows: Rows) -> str:
+    """A line a provider: times, in brackets as multiples of the first one's; the peak memory of
+    forward and of both; bytes a second that both move, and their share of the roofline."""
+    wide = max(len(row["provider"]) for row in rows)
+    modelled = any("both_roofline" in row or "forward_roofline" in row for row in rows)
+    head = f"{'':{wide}} {'forward ms':>18} {'backward ms':>18} {'both ms':>18} {'peak MB':>15}"
+    lines = [head + (f" {'GB/s':>6} {'roof':>5}" if modelled else "")]
+    for row in rows:
+        label = f"{row['provider']:{wide}}"
+        if not row["match"]:
+            what = "MISMATCH: " if row["match"] is False else ""
+            lines.append(f"{label} {what}{row['error'].splitlines()[0]}")
+            continue
+        cells = [_time(row, part) for part in PARTS]
+        cells.append(f"{'/'.join(_memory(row, part) for part in ('forward', 'both')):>15}")
+        if modelled:
+            part = "both" if "both_roofline" in row else "forward"
+            cells.append(f"{row[f'{part}_bytes_per_s'] / 1e9:6.1f}")
+            cells.append(f"{row[f'{part}_roofline']:5.0%}")
+        lines.append(" ".join([label, *cells]))
+    return "\n".join([*lines, *_remarks(rows)])
+
+
+def size(row: dict[str, Any]) -> str:
+    parts = [f"{row['rows']:,} nodes"]
+    parts += [f"{row[key]:,} {key}" for key in ("edges", "graphs") if row.get(key, 1) != 1]
+    return ", ".join([*parts, f"H={row['heads']}, D={row['width']}, {row['dtype']}"])
+
+
+def compared(rows: Rows, before: Rows) -> Iterator[str]:
+    """Medians beside those of an earlier run."""
+    earlier = {key(row): row for row in before}
+    for row in rows:
+        then = earlier.get(key(row))
+        if then is None or not (row["match"] and then["match"]):
+            continue
+        ratios = [
+            f"{part} {row[f'{part}_s'] / then[f'{part}_s']:.2f}x"
+            for part in PARTS
+            if f"{part}_s" in row and f"{part}_s" in then
+        ]
+        where = "" if row["device"] == then["device"] else f", on {then['device']} then"
+        commit = then["commit"]
+        yield f"  {row['provider']} takes, of its time at {commit}{where}: {', '.join(ratios)}"
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes a row of another run the same measurement."""
+    return tuple(row.get(x) for x in ("operator", "problem", "dtype", "heads", "width", "provider"))
+
+
+def _remarks(rows: Rows) -> Iterator[str]:
+    for row in rows:
+        if "backward_error" in row:
+            yield f"  {row['provider']} has no backward here: {row['backward_error']}"
+        wide = {part: row.get(f"{part}_spread", 0.0) for part in PARTS}
+        told = [f"{part} {spread:.0%}" for part, spread in wide.items() if spread > SPREAD]
+        if told:
+            yield f"  {row['provider']}: times spread, of their median, by {', '.join(told)}"
+        for part in ("forward", "both"):
+            if f"{part}_wall_s" in row:
+                replay = row.get(f"{part}_replay_s")
+                graph = f"{replay * 1e3:.3f} ms" if replay else row[f"{part}_replay_error"]
+                yield (
+                    f"  {row['provider']}, {part}: wall {row[f'{part}_wall_s'] * 1e3:.3f} ms, "
+                    f"kernels {row[f'{part}_kernel_s'] * 1e3:.3f} ms, graph replay {graph}"
+                )
+
+
+def _time(row: dict[str, Any], part: str) -> str:
+    if f"{part}_s" not in row:
+        return f"{'-':>18}"
+    times = f"({row[f'{part}_x']:.2f}x)" if f"{part}_x" in row else ""
+    return f"{row[f'{part}_s'] * 1e3:9.2f} {times:>8}"
+
+
+def _memory(row: dict[str, Any], part: str) -> str:
+    peak = row.get(f"{part}_peak_bytes")
+    return "-" if peak is None else f"{peak / 1e6:.1f}"

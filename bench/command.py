@@ -162,6 +162,10 @@ def _measure(choice: _Choice, args: argparse.Namespace, where: str) -> Rows | No
 
         try:
             tell("loading")
+            if operator.epochs is not None:
+                how = {"repeats": 2 if args.quick else 5, "batches": 2 if args.quick else 8}
+                rows = operator.epochs(choice.problem, **choice.options, **how)
+                return [{"operator": choice.operator} | row for row in rows]
             case = operator.case(choice.problem, **choice.options)
             rows = harness.compare(
                 case, repeats=3 if args.quick else args.repeats, only=args.peers, tell=tell

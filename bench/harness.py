@@ -24,6 +24,8 @@ Rows = list[dict[str, Any]]
 # what a provider cannot do here, of its own or for want of memory
 FAILURES = (RuntimeError, MemoryError, NotImplementedError, ValueError, TypeError, AttributeError)
 SAMPLE = 0.01  # seconds that one timing takes on a CPU at least: short calls are repeated
+LONG = 20.0  # seconds that all timings of a call take at most, unless they are FEWEST
+FEWEST = 3
 
 
 class Provider(NamedTuple):
@@ -296,15 +298,18 @@ def _in_turns(
     repeats: int,
     sample: float,
 ) -> dict[str, list[tuple[float, ...]]]:
-    often = {}
+    often, rounds = {}, {}
     for name, call in calls.items():
         seconds = call()[-1]
+        rounds[name] = min(repeats, max(FEWEST, int(LONG / seconds)))
         # a GPU's cache is emptied before every call
         once = device.type == "cuda" or not sample
         often[name] = 1 if once else max(1, round(sample / seconds))
     samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
     for i in range(repeats):
         for name in reversed(calls) if i % 2 else calls:
+            if i >= rounds[name]:
+                continue
             found = [calls[name]() for _ in range(often[name])]
             samples[name].append(tuple(sum(x) / len(found) for x in zip(*found, strict=True)))
     return samples
@@ -327,8 +332,8 @@ def _clock(device: torch.device) -> Callable[[Callable[..., Any]], tuple[float, 
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:
-    """Median of the ratios of calls made next to each other."""
-    return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
+    """Median of the ratios of calls made next to each other, as far as both go."""
+    return statistics.median(s / f for s, f in zip(slow, fast, strict=False))
 
 
 def spread(times: list[float]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastgt.bench import (
@@ -13,6 +14,7 @@ from fastgt.bench import (
     channelwise_attention,
     linear_attention,
     masked_heads,
+    models,
     peer_paths,
     peers,
     segment_pool,
@@ -32,6 +34,7 @@ class Operator:
         problems: Those it has.
         usual, quick: Those that run where none is named.
         first: Who is compared.
+        epochs: Of a model: rows of training epochs and inference, in the place of a case's.
     """
 
     case: Callable[..., Case]
@@ -40,6 +43,7 @@ class Operator:
     usual: tuple[str, ...]
     quick: tuple[str, ...]
     first: str = "fastgt"
+    epochs: Callable[..., list[dict[str, Any]]] | None = None
 
     @property
     def smallest(self) -> str:
@@ -119,6 +123,18 @@ OPERATORS = {
         ("power_law",),
         first="no gate",
     ),
+}
+
+OPERATORS |= {
+    model: Operator(
+        partial(models.case, model),
+        ("pyg", "pyg, padded keys zeroed") if model == "gps" else ("pyg",),
+        problems,
+        problems,
+        problems[:1] if model == "graph_transformer" else (),
+        epochs=partial(models.epochs, model),
+    )
+    for model, problems in models.MODELS.items()
 }
 
 # heads and width of attention in published models

@@ -8,6 +8,7 @@ them, in ``bench/results/plots``:
 - ``<!-- overview FILE OPERATOR PEER; PEER; ... -->``: a line a problem, and how many times longer
   those peers take;
 - ``<!-- operators FILE -->``: a line a problem of all other operators;
+- ``<!-- models FILE -->``: epochs of models;
 - ``<!-- targets FILE -->``: what was set out to be reached;
 - ``<!-- devices -->``: targets and attention on every GPU that there is a file of;
 - ``<!-- table FILE -->``: rows of another kind.
@@ -76,9 +77,7 @@ def _table(rows: Rows, chosen: str = "") -> str:
         return _traffic(rows)
     if "reorder_s" in rows[0]:
         return _reordering(rows)
-    if "pruned" in rows[0]:
-        return _pruned(rows)
-    return _epochs(rows)
+    return _pruned(rows)
 
 
 def _usual(rows: Rows) -> Rows:
@@ -166,7 +165,7 @@ def _overview(rows: Rows, chosen: str) -> str:
 
 
 def _factors(row: dict[str, Any]) -> str:
-    if "forward_x" not in row:
+    if not row.get("match"):
         return "no" if row.get("match") is False else "-"
     return (
         f"{row['forward_x']:.1f}x / {row['both_x']:.1f}x"
@@ -177,7 +176,13 @@ def _factors(row: dict[str, Any]) -> str:
 
 def _operators(rows: Rows) -> str:
     """One line a problem of every operator but attention, with all its peers."""
-    rows = _usual([row for row in rows if row["operator"] not in ("attention", "masked_heads")])
+    rows = _usual(
+        [
+            row
+            for row in rows
+            if row["operator"] not in ("attention", "masked_heads") and "batches" not in row
+        ]
+    )
     lines = [
         _machine(rows[0]),
         "",
@@ -297,8 +302,9 @@ def _pruned(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _epochs(rows: Rows) -> str:
+def _models(rows: Rows) -> str:
     """Seconds of a training epoch and of an inference of models."""
+    rows = [row for row in rows if "batches" in row]
     lines = [
         _machine(rows[0]),
         "",
@@ -306,7 +312,7 @@ def _epochs(rows: Rows) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [row["model"], f"`{row['problem']}`", row["provider"]]
+        cells = [row["operator"], f"`{row['problem']}`", row["provider"]]
         if row["match"]:
             cells += ["yes", *(f"{row[f'{x}_s']:.2f} s ({row[f'{x}_x']:.1f}x)" for x in _PASSES)]
         else:
@@ -336,6 +342,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "overview": _overview,
     "operators": _operators,
     "targets": _targets,
+    "models": _models,
 }
 
 

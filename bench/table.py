@@ -7,12 +7,14 @@ from typing import Any
 
 Rows = list[dict[str, Any]]
 SPREAD = 0.1  # of a median, beyond which it is told
-PARTS = ("forward", "backward", "both")
+PARTS = ("forward", "backward", "both", "epoch", "inference")
 
 
 def table(rows: Rows) -> str:
     """A line a provider: times, in brackets as multiples of the first one's; the peak memory of
     forward and of both; bytes a second that both move, and their share of the roofline."""
+    if "batches" in rows[0]:
+        return _epochs(rows)
     wide = max(len(row["provider"]) for row in rows)
     modelled = any("both_roofline" in row or "forward_roofline" in row for row in rows)
     head = f"{'':{wide}} {'forward ms':>18} {'backward ms':>18} {'both ms':>18} {'peak MB':>15}"
@@ -20,10 +22,9 @@ def table(rows: Rows) -> str:
     for row in rows:
         label = f"{row['provider']:{wide}}"
         if not row["match"]:
-            what = "MISMATCH: " if row["match"] is False else ""
-            lines.append(f"{label} {what}{row['error'].splitlines()[0]}")
+            lines.append(_failure(label, row))
             continue
-        cells = [_time(row, part) for part in PARTS]
+        cells = [_time(row, part) for part in PARTS[:3]]
         cells.append(f"{'/'.join(_memory(row, part) for part in ('forward', 'both')):>15}")
         if modelled:
             part = "both" if "both_roofline" in row else "forward"
@@ -59,6 +60,32 @@ def compared(rows: Rows, before: Rows) -> Iterator[str]:
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What makes a row of another run the same measurement."""
     return tuple(row.get(x) for x in ("operator", "problem", "dtype", "heads", "width", "provider"))
+
+
+def _epochs(rows: Rows) -> str:
+    """Of models: seconds of an epoch of training and of inference."""
+    wide = max(len(row["provider"]) for row in rows)
+    first = rows[0]
+    lines = [
+        f"{first['batches']} batches, {first['layers']} layers, {first['parameters']:,} parameters",
+        f"{'':{wide}} {'training epoch s':>20} {'inference s':>20}",
+    ]
+    for row in rows:
+        label = f"{row['provider']:{wide}}"
+        if not row["match"]:
+            lines.append(_failure(label, row))
+            continue
+        times = (
+            f"{row[f'{part}_s']:11.3f} {'(' + format(row[f'{part}_x'], '.2f') + 'x)':>8}"
+            for part in ("epoch", "inference")
+        )
+        lines.append(" ".join([label, *times]))
+    return "\n".join([*lines, *_remarks(rows)])
+
+
+def _failure(label: str, row: dict[str, Any]) -> str:
+    what = "MISMATCH: " if row["match"] is False else ""
+    return f"{label} {what}{row['error'].splitlines()[0]}"
 
 
 def _remarks(rows: Rows) -> Iterator[str]:

@@ -21,6 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [
     (operator, provider)
     for operator, entry in OPERATORS.items()
+    if entry.epochs is None
     for provider in (entry.first, *entry.peers)
 ]
 

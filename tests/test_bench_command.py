@@ -105,7 +105,7 @@ def test_operators_and_problems_are_those_asked_for(monkeypatch, tmp_path):
             raise FileNotFoundError("not here")
 
         make.__signature__ = __import__("inspect").signature(real.case)
-        return command.OPERATORS[name].__class__(**{**vars(real), "case": make})
+        return command.OPERATORS[name].__class__(**{**vars(real), "case": make, "epochs": None})
 
     for name in list(command.OPERATORS):
         monkeypatch.setitem(command.OPERATORS, name, case(name))
@@ -115,7 +115,9 @@ def test_operators_and_problems_are_those_asked_for(monkeypatch, tmp_path):
         assert bench(*options) == 1  # nothing was measured
         return list(asked)
 
-    assert {name for name, *_ in chosen("--quick")} == set(command.OPERATORS)
+    short = {name for name, operator in command.OPERATORS.items() if operator.quick}
+    assert {name for name, *_ in chosen("--quick")} == short
+    assert {"attention", "masked_heads", "graph_transformer"} <= short
     quick = {problem for name, problem, *_ in asked if name == "attention"}
     assert len(quick) >= 8
     assert len(quick & {"zinc", "cora", "citeseer", "actor", "squirrel"}) == 5
@@ -131,6 +133,17 @@ def test_operators_and_problems_are_those_asked_for(monkeypatch, tmp_path):
     assert [problem for _, problem, *_ in grown] == ["rmat_11", "rmat_13", "rmat"]
     grown = chosen("attention", "--scaling", "edges", "--most", "10000000")
     assert [problem for _, problem, *_ in grown] == list(SCALING["edges"])
+
+
+def test_models_are_measured_by_epochs(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    where = ["graph_transformer", "--problems", "cora", "--quick", "--json", path]
+    assert bench(*where) == 0
+    ours, theirs = json.loads(path.read_text())
+    assert ours["operator"] == "graph_transformer"
+    assert ours["epoch_s"] > ours["inference_s"] > 0
+    assert theirs["match"] is not False
+    assert "training epoch s" in capsys.readouterr().out
 
 
 def test_progress_names_who_is_measured(capsys, monkeypatch):

@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-GRAPHS = zinc cora citeseer actor squirrel minesweeper power10k power70k amazon_computers tolokers \
-  dd flights debian
+RESUMED = --resume --json bench/results/cpu.json
+SHAPES = gt_zinc gt_sbm gps_cluster gps_wide gps_zinc scene_graphs one_head
 ORDERED = cora mesh amazon_computers tolokers debian moby power_law
 
-.PHONY: setup test-setup demo test bench budget lint clean
+.PHONY: setup test-setup demo test bench gpu budget lint clean
 
 setup: $(VENV)/demo.stamp
 
@@ -20,20 +20,23 @@ test: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy fastgt
 	$(BIN)/pytest
+	$(BIN)/pytest bench --benchmark-disable
 
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m fastgt.bench.attention --problem power_law --problem debian --problem molecules \
-	  --json bench/results/attention-cpu.json
-	$(BIN)/python -m fastgt.bench.attention $(GRAPHS:%=--problem %) --repeats 5 \
-	  --json bench/results/graphs-cpu.json
-	$(BIN)/python -m fastgt.bench.transformer_conv --problem power_law --problem molecules \
-	  --repeats 31 --json bench/results/transformer_conv-cpu.json
-	$(BIN)/python -m fastgt.bench.linear_attention --json bench/results/linear_attention-cpu.json
-	$(BIN)/python -m fastgt.bench.masked_heads --json bench/results/masked_heads-cpu.json
+	$(BIN)/fastgt bench $(RESUMED)
+	$(BIN)/fastgt bench attention --problems cora pattern --peers pyg "pyg, compiled" \
+	  --shapes $(SHAPES) $(RESUMED)
+	$(BIN)/fastgt bench attention --scaling nodes --peers pyg "pyg, compiled" --most 3000000 $(RESUMED)
+	$(BIN)/fastgt bench attention --scaling edges --peers pyg "pyg, compiled" --most 5000000 $(RESUMED)
+	$(BIN)/python -m fastgt.bench.launch --json bench/results/launch.json
 	$(BIN)/python -m fastgt.bench.reordering $(ORDERED:%=--problem %) \
 	  --json bench/results/reordering-cpu.json
 	$(BIN)/python -m fastgt.bench.traffic --json bench/results/traffic.json
-	$(BIN)/python -m fastgt.bench.render
+	$(BIN)/fastgt bench --render
+
+# All that a GPU is for, at most 10 minutes a call: called again, it goes on.
+gpu: $(VENV)/test.stamp
+	$(BIN)/python -m fastgt.bench.gpu
 
 budget: $(VENV)/test.stamp
 	$(BIN)/python -m fastgt.kernels.ahead > tests/kernel_budget.json

@@ -23,7 +23,7 @@ Call = Callable[[], Any]
 Rows = list[dict[str, Any]]
 # what a provider cannot do here, of its own or for want of memory
 FAILURES = (RuntimeError, MemoryError, NotImplementedError, ValueError, TypeError, AttributeError)
-SAMPLE = 0.01  # seconds that one timing takes on a CPU at least: short calls are repeated
+SAMPLE = 0.03  # seconds that one timing takes on a CPU at least: short calls are repeated
 LONG = 20.0  # seconds that all timings of a call take at most, unless they are FEWEST
 FEWEST = 3
 

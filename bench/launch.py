@@ -8,16 +8,19 @@ autograd, and Triton's own argument handling: what a batch of small graphs waits
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from fastgt import neighborhood_attention
+from fastgt import files, neighborhood_attention
+from fastgt.bench import harness
 from fastgt.testing import random_batch
 
 
@@ -96,10 +99,20 @@ def main() -> None:
     targets = "sm_80", "sm_90", "sm_100"
     parser.add_argument("--target", default="sm_90", choices=targets, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     print(f"92 nodes, 200 edges, H=8, D=16, float32, {args.target}, nothing launched")
-    for name, microseconds in run(target=args.target, repeats=args.repeats).items():
+    costs = run(target=args.target, repeats=args.repeats)
+    for name, microseconds in costs.items():
         print(f"{name:22} {microseconds:7.1f} us")
+    if args.json is not None:
+        rows = [
+            {"call": name, "microseconds": us, "target": args.target}
+            | harness.environment(torch.device("cpu"))
+            for name, us in costs.items()
+        ]
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        files.write(args.json, (json.dumps(rows, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -29,10 +29,9 @@ def peak_extra_memory(fn: Callable[[], Any], device: torch.device) -> int:
     profile = torch.profiler.profile(activities=activities, profile_memory=True)
     with _silence():
         profile.start()
-    try:
-        kept = fn()
-    finally:
-        with _silence():
+        try:
+            kept = fn()
+        finally:
             profile.stop()
     del kept
     events = profile.profiler.kineto_results.events()

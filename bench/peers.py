@@ -83,10 +83,12 @@ def torch_scatter(graph: Graph) -> Attend:
 
 
 def torch_sparse(graph: Graph) -> Attend:
-    """``torch.sparse``: a sampled product, a softmax and a product for each head.
+    """``torch.sparse``: a sampled product, a softmax and a product for each head. The backward of
+    the softmax makes a dense matrix.
 
     Raises:
         NotImplementedError: An edge stands there twice: sparse tensors add entries up.
+        MemoryError: Of the backward: that matrix would take more than ``DENSE_BYTES``.
     """
     source, target = graph.edge_index
     if len((target * graph.num_cols + source).unique()) < graph.num_edges:
@@ -98,6 +100,8 @@ def torch_sparse(graph: Graph) -> Attend:
     row_ptr, col = ordered.crow_indices(), ordered.col_indices()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.requires_grad:
+            _refuse_beyond(size[0] * size[1] * q.element_size())
         empty = torch.sparse_csr_tensor(row_ptr, col, q.new_zeros(len(col)), size)
         scale = 1 / math.sqrt(q.shape[-1])
         outs = []
@@ -244,7 +248,7 @@ def _in_any_dtype(mask: Tensor) -> Callable[[torch.dtype], Tensor]:
 
 def _refuse_beyond(size: int) -> None:
     if size > DENSE_BYTES:
-        raise MemoryError(f"the dense mask would take {size / 1e9:.1f} GB")
+        raise MemoryError(f"a dense matrix of nodes by nodes would take {size / 1e9:.1f} GB")
 
 
 def _alone(graph: Graph) -> Tensor:

@@ -77,6 +77,8 @@ def _table(rows: Rows, chosen: str = "") -> str:
         return _traffic(rows)
     if "reorder_s" in rows[0]:
         return _reordering(rows)
+    if "microseconds" in rows[0]:
+        return _launch(rows)
     return _pruned(rows)
 
 
@@ -256,6 +258,21 @@ def _reordering(rows: list[dict[str, Any]]) -> str:
             cost = f" ({row['reorder_s']:.2f} s)" if row and row["reorder_s"] else ""
             cells.append(f"{row['rho64']:.2f}{cost}" if row else "")
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _launch(rows: Rows) -> str:
+    """What a call costs the host."""
+    first = rows[0]
+    lines = [
+        f"Kernels for {first['target']}, triton {first['triton']}; {_machine(first)}",
+        "",
+        "| call | microseconds of the host | target |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        bound = "" if "backward" in row["call"] else f"at most {targets.LAUNCH_US}"
+        lines.append(f"| {row['call']} | {row['microseconds']:.1f} | {bound} |")
     return "\n".join(lines)
 
 

@@ -32,6 +32,7 @@ class Target(NamedTuple):
         return self.operator == "masked_heads"
 
 
+LAUNCH_US = 40  # of the host, of a forward on a batch of molecules
 _POWER_LAW = ("power_law",)
 TARGETS = (
     Target("cpu", "attention", "pyg", "forward_x", 4, _POWER_LAW),

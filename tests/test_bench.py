@@ -215,8 +215,18 @@ def test_more_memory_than_there_is_fails_at_once():
 @pytest.mark.parametrize("peer", ["sdpa, dense mask", "sdpa, by graph", "flex attention"])
 def test_dense_masks_that_do_not_fit_are_refused(peer, monkeypatch):
     monkeypatch.setattr(peers, "DENSE_BYTES", 100)
-    with pytest.raises(MemoryError, match="the dense mask would take"):
+    with pytest.raises(MemoryError, match="a dense matrix of nodes by nodes would take"):
         peers.ATTENTION[peer](random_batch(0, [(7, 30), (12, 20)]))
+
+
+def test_a_dense_backward_that_does_not_fit_leaves_the_forward(problem, monkeypatch):
+    monkeypatch.setattr(peers, "DENSE_BYTES", 100)
+    once = Problem("once", lambda: Graph.from_dense(torch.eye(40, dtype=torch.bool)))
+    monkeypatch.setitem(attention.PROBLEMS, "once", once)
+    row = compare("once", only=["torch.sparse"])["torch.sparse"]
+    assert row["match"]
+    assert row["forward_s"] > 0
+    assert "a dense matrix of nodes by nodes" in row["backward_error"]
 
 
 def test_absent_peers_are_listed(problem, monkeypatch):

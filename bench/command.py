@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         if rows is None:
             continue
         print(f"\n{choice.operator}, {choice.problem}: {table.size(rows[0])}")
-        print(table.table(rows))
+        print(table.table(rows), flush=True)
         for line in table.compared(rows, before):
             print(line)
         found += rows
@@ -171,12 +171,12 @@ def _measure(choice: _Choice, args: argparse.Namespace, where: str) -> Rows | No
                 case, repeats=3 if args.quick else args.repeats, only=args.peers, tell=tell
             )
         except FileNotFoundError as error:
-            print(f"\n{choice.operator}, {choice.problem}: skipped: {error}")
+            print(f"\n{choice.operator}, {choice.problem}: skipped: {error}", flush=True)
             return None
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
             if not _of_memory(error):
                 raise
-            print(f"\n{choice.operator}, {choice.problem}: does not fit: {harness.reason(error)}")
+            print(f"\n{choice.operator}, {choice.problem}: does not fit: {harness.reason(error)}", flush=True)
             return None
     return [{"operator": choice.operator} | row for row in rows]
 

@@ -148,7 +148,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(choice: _Choice, args: argparse.Namespace, where: str) -> Rows | None:
     """Its rows; None, with the reason printed, where the problem is not there or does not fit."""
-    import torch
     from tqdm import tqdm
 
     operator = OPERATORS[choice.operator]
@@ -171,14 +170,15 @@ def _measure(choice: _Choice, args: argparse.Namespace, where: str) -> Rows | No
                 case, repeats=3 if args.quick else args.repeats, only=args.peers, tell=tell
             )
         except FileNotFoundError as error:
-            print(f"\n{choice.operator}, {choice.problem}: skipped: {error}", flush=True)
-            return None
-        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            why = f"skipped: {error}"
+        except (MemoryError, RuntimeError) as error:
             if not _of_memory(error):
                 raise
-            print(f"\n{choice.operator}, {choice.problem}: does not fit: {harness.reason(error)}", flush=True)
-            return None
-    return [{"operator": choice.operator} | row for row in rows]
+            why = f"does not fit: {harness.reason(error)}"
+        else:
+            return [{"operator": choice.operator} | row for row in rows]
+    print(f"\n{choice.operator}, {choice.problem}: {why}", flush=True)
+    return None
 
 
 def _of_memory(error: Exception) -> bool:

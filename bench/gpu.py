@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ import torch
 
 from fastgt import files
 from fastgt.bench import harness
-from fastgt.bench.render import RESULTS, ROOT
+from fastgt.bench.render import RESULTS, ROOT, slug
 
 DTYPES = ("bf16", "fp32")
 LEAST = 20  # seconds that a step is worth beginning with
@@ -99,7 +98,7 @@ def _steps(device: torch.device, peer_path: Path | None) -> list[Step]:
     elsewhere; then the tests, file by file, and the others."""
     python = sys.executable
     peers = ("--peer-path", str(peer_path)) if peer_path else ()
-    results = RESULTS / f"{_slug(torch.cuda.get_device_name(device))}.json"
+    results = RESULTS / f"{slug(device)}.json"
 
     def bench(name: str, *options: str) -> Step:
         where = ("--device", str(device), "--json", str(results), "--resume", *peers)
@@ -111,6 +110,7 @@ def _steps(device: torch.device, peer_path: Path | None) -> list[Step]:
     return [
         *(bench(f"attention, {dtype}", "attention", "--dtype", dtype) for dtype in DTYPES),
         *(Step(f"tests: {x.name}", (*pytest, str(x))) for x in tests),
+        Step("tests: every benchmark once", (*pytest, str(ROOT / "bench"), "--benchmark-disable")),
         Step("demo", (python, "-m", "fastgt", "demo", "--output", str(RESULTS / "demo-gpu.png"))),
         bench("all operators"),
         bench("scaling", "attention", "--scaling", "nodes", "--most", "200000000"),
@@ -130,10 +130,6 @@ def _run(command: Sequence[str], seconds: float) -> int | None:
     except BaseException:
         process.kill()
         raise
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 if __name__ == "__main__":

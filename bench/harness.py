@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import statistics
 import subprocess
@@ -56,7 +57,7 @@ class Case:
         definitions: Of providers that compute something else.
         terms: Per parameter, the size of what its gradient is the difference of, where that
             cancels: see :func:`fastgt.testing.assert_as_accurate`.
-        work: Of a forward and of forward and backward, whoever does it.
+        work: Of "forward", "backward" and "both", whoever does it.
     """
 
     shape: dict[str, Any]
@@ -150,6 +151,9 @@ def judge(case: Case, name: str) -> tuple[dict[str, Any], Provider | None]:
         return {"match": None, "error": f"not installed: {error}"}, None
     except FAILURES as error:
         return {"match": None, "error": reason(error)}, None
+    finally:
+        if case.device.type == "cuda":
+            torch.cuda.empty_cache()  # what a failure left is not to be the next one's
     return row, provider if row["match"] else None
 
 
@@ -220,13 +224,52 @@ def step(provider: Provider, case: Case) -> Callable[[Callable[[], None]], Any]:
     return call
 
 
+class _Failed(Exception):
+    """Who was right when verified, and fails when timed."""
+
+    def __init__(self, name: str, why: str):
+        super().__init__(name)
+        self.name, self.why = name, why
+
+
 def _time(rows: Rows, found: dict[str, Provider], case: Case, repeats: int) -> None:
-    steps = {
-        row["provider"]: step(found[row["provider"]], case)
-        for row in rows
-        if row["match"] and "backward_error" not in row
-    }
-    forwards = {name: forward(provider, case) for name, provider in found.items()}
+    """Fill the rows of those found to be right; who fails on the way leaves the others to go on."""
+    while True:
+        forwards = {name: _named(name, forward(p, case)) for name, p in found.items()}
+        steps = {
+            row["provider"]: _named(row["provider"], step(found[row["provider"]], case))
+            for row in rows
+            if row["provider"] in found and "backward_error" not in row
+        }
+        try:
+            _fill(rows, forwards, steps, case, repeats)
+        except _Failed as failure:
+            del found[failure.name]
+            row = next(row for row in rows if row["provider"] == failure.name)
+            row.clear()
+            row |= {"provider": failure.name, "match": None, "error": failure.why}
+        else:
+            return
+
+
+def _named(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def named(*args: Any) -> Any:
+        try:
+            return call(*args)
+        except FAILURES as error:
+            raise _Failed(name, f"while timed: {reason(error)}") from error
+
+    return named
+
+
+def _fill(
+    rows: Rows,
+    forwards: dict[str, Call],
+    steps: dict[str, Callable[..., Any]],
+    case: Case,
+    repeats: int,
+) -> None:
     times = {
         "forward": measure(forwards, case.device, repeats=repeats),
         **_measure_steps(steps, case.device, repeats),
@@ -253,11 +296,16 @@ def _time(rows: Rows, found: dict[str, Provider], case: Case, repeats: int) -> N
         if name in steps:
             row["both_peak_bytes"] = peak_extra_memory(steps[name], case.device)
         if case.device.type == "cuda":
-            from fastgt.bench import device_time
-
             for part, calls in (("forward", forwards), ("both", steps)):
                 if name in calls:
-                    row |= device_time.measure(part, calls[name], case.device)
+                    row |= _named(name, _on_device)(part, calls[name], case.device)
+
+
+def _on_device(part: str, call: Any, device: torch.device) -> dict[str, Any]:
+    from fastgt.bench import device_time
+
+    # as it is: that it cannot be captured is a result, not a failure
+    return device_time.measure(part, call.__wrapped__, device)
 
 
 def _footprint(case: Case) -> int:

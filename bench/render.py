@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastgt.bench import targets
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +51,12 @@ def run() -> None:
             mine = [row for row in rows if row["operator"] in PLOTTED]
             for drawn in plot(mine, RESULTS / "plots" / path.stem):
                 print(drawn)
+
+
+def slug(device: torch.device) -> str:
+    """A GPU's name in those of its files."""
+    name = torch.cuda.get_device_name(device).lower()
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
 def rendered(readme: str) -> str:

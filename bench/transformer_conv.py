@@ -6,6 +6,7 @@ Gradients are those of x, the edge attributes and all parameters.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -77,20 +78,27 @@ def case(
             "pyg, compiled": compiled,
         },
         parameters=tuple(name for name, _ in ours.named_parameters()),
-        terms={"lin_key.bias": _key_gradients(ours, graph, x, edge_attr, do)},
+        terms=_terms(ours, graph, x, edge_attr, do),
     )
 
 
-def _key_gradients(
+def _terms(
     conv: TransformerConv, graph: Graph, x: Tensor, edge_attr: Tensor, do: Tensor
-) -> Tensor:
-    """Sizes of what the gradient of the keys' bias is a sum of, [H D]: a softmax does not see what
-    all keys have in common, so that they cancel."""
-    found = []
-    hook = conv.lin_key.register_full_backward_hook(
-        lambda module, inputs, outputs: found.append(outputs[0].abs().sum(0))
-    )
+) -> dict[str, Tensor]:
+    """Sizes of what the gradients of two biases are sums of, over all nodes: of the keys' nothing is
+    left but roundings, for a softmax does not see what all keys have in common, and of the queries'
+    little."""
+    found: dict[str, Tensor] = {}
+
+    def take(name: str) -> Callable[..., None]:
+        return lambda module, inputs, outputs: found.update({name: outputs[0].abs().sum(0)})
+
+    hooks = [
+        getattr(conv, name).register_full_backward_hook(take(f"{name}.bias"))
+        for name in ("lin_key", "lin_query")
+    ]
     conv(x.detach().requires_grad_(), graph, edge_attr).backward(do)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     conv.zero_grad()
-    return found[0]
+    return found

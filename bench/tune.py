@@ -1,27 +1,46 @@
-"""From which density on windows beat gathering on this device: the rows of ``data/plans.json``.
+"""Tables that are measured on a GPU: from which density on windows beat gathering, and tiles.
 
 ``fastgt bench --tune --device cuda`` times forward and backward of both paths on random graphs
 whose windows share more and more columns, for every dtype and head width, and writes what it found
-for the device's architecture beside the rows that are there. Needs a GPU.
+for the device's architecture beside the rows that are in ``data/plans.json``. Then it times, on one
+such graph, smaller and larger tiles of either path beside those that ``kernels/configs.py`` has,
+and writes all to ``bench/results/tiles-DEVICE.json``: who changes that file says from where.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+import statistics
+from collections.abc import Callable
 from datetime import date
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from fastgt import Graph, neighborhood_attention, tiles
+from fastgt import Graph, neighborhood_attention, reference, tiles
 from fastgt.bench import harness
+from fastgt.ops._impl import Impl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = (16, 32, 64, 128)
 DENSITIES = (1.2, 1.4, 1.7, 2.0, 2.4, 2.8, 3.5, 5.0, 7.0, 10.0, 14.0)
 DEGREE = 16
+# of a tile's rows or columns, warps and loads ahead; none first
+CHANGES: tuple[dict[str, float], ...] = (
+    {},
+    {"block_r": 0.5, "block_n": 0.5},
+    {"block_r": 2, "block_n": 2},
+    {"num_warps": 0.5},
+    {"num_warps": 2},
+    {"block_r": 2, "block_n": 2, "num_warps": 2},
+    {"num_stages": 2},
+)
 
 
 def graph_of_density(rho: float, rows: int, device: torch.device | str = "cpu") -> Graph:
@@ -81,7 +100,7 @@ def _ratio(
     shape = 4, graph.num_rows, heads, width
     q, k, v, do = torch.randn(shape, generator=generator).to(device, dtype)
 
-    def both(planned: Graph) -> harness.Provider:
+    def both(planned: Graph) -> harness.Call:
         def fn() -> tuple[Tensor, ...]:
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
             return torch.autograd.grad(neighborhood_attention(*inputs, planned), inputs, do)
@@ -104,6 +123,96 @@ def merged(old: list[dict], new: list[dict]) -> list[dict]:
     return [row for row in old if (row["op"], row["capability"]) not in replaced] + new
 
 
+def tune_tiles(
+    device: torch.device, *, heads_by_width: int = 128, rows: int = 2**16, impl: Impl | None = None
+) -> list[dict]:
+    """-> a row a tile: seconds, and as many times those of the tile that is there; the first of a
+    path, dtype and width is that one. Tiles that do not compile or err have a reason."""
+    graph = graph_of_density(3.5, rows, device)
+    found = []
+    for dtype in DTYPES:
+        for width in WIDTHS:
+            heads = max(1, heads_by_width // width)
+            for path in ("gather", "windows"):
+                timed = _time_tiles(path, graph, heads, width, dtype, impl)
+                best = min(timed, key=lambda row: row.get("x", math.inf))
+                print(f"{path}, {best['dtype']} {width}: {best['change']}, {best.get('x')}x")
+                found += timed
+    return found
+
+
+def _time_tiles(
+    path: str, graph: Graph, heads: int, width: int, dtype: torch.dtype, impl: Impl | None
+) -> list[dict]:
+    how = {} if path == "gather" else {"height": tiles.tallest(width, dtype.itemsize)}
+    planned = graph.plan(path, **how)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    shape = 4, graph.num_rows, heads, width
+    inputs = torch.randn(shape, generator=generator).to(graph.device, dtype)
+    ours = functools.partial(neighborhood_attention, graph=planned, impl=impl)
+    definition = functools.partial(reference.neighborhood_attention, graph=graph)
+    truth = [_gradients(definition, *x) for x in (inputs, inputs.double())]
+    rows, calls = [], {}
+    for change in CHANGES:
+        row = {
+            "path": path,
+            "dtype": str(dtype).removeprefix("torch."),
+            "heads": heads,
+            "width": width,
+            "change": change,
+        }
+        rows.append(row)
+        call = _with_tiles(path, change, functools.partial(_gradients, ours, *inputs))
+        try:
+            row |= harness.verdict(["output", "q", "k", "v"], call(), *truth)
+        except RuntimeError as error:  # more shared memory than a processor has
+            row |= {"match": None, "error": harness.reason(error)}
+        if row["match"]:
+            calls[str(change)] = call
+    times = harness.measure(calls, graph.device, repeats=5)
+    for row in rows:
+        mine, usual = times.get(str(row["change"])), times.get("{}")
+        if mine is not None:
+            row["both_s"] = statistics.median(mine)
+        if mine is not None and usual is not None:
+            row["x"] = harness.ratio(mine, usual)
+    return [row | harness.environment(graph.device) for row in rows]
+
+
+def _gradients(
+    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, do: Tensor
+) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, do)
+
+
+def _with_tiles(path: str, change: dict[str, float], call: harness.Call) -> harness.Call:
+    """The call, forward and backward, with tiles so many times those that it would take."""
+    from fastgt.kernels import attention, attention_windows
+
+    module, name = (
+        (attention, "attention_tile") if path == "gather" else (attention_windows, "window_tile")
+    )
+    usual = getattr(module, name)
+
+    def tile(*args: Any) -> Any:
+        it = usual(*args)
+        least = {"block_n": 16}  # a product takes no fewer
+        sizes = {
+            field: max(least.get(field, 1), int(getattr(it, field) * factor))
+            for field, factor in change.items()
+            if hasattr(it, field)
+        }
+        return it._replace(**sizes)
+
+    def changed() -> Any:
+        with mock.patch.object(module, name, tile):
+            return call()
+
+    return changed
+
+
 def run(name: str, path: Path | None = None) -> None:
     """Measure on the device of that name, and write the table: the package's own, or ``path``.
 
@@ -118,3 +227,8 @@ def run(name: str, path: Path | None = None) -> None:
     table = merged(old, tune(device))
     path.write_text("[\n" + ",\n".join(" " + json.dumps(row) for row in table) + "\n]\n")
     print(path)
+    from fastgt.bench.render import RESULTS, slug
+
+    measured = RESULTS / f"tiles-{slug(device)}.json"
+    measured.write_text(json.dumps(tune_tiles(device), indent=1) + "\n")
+    print(measured)

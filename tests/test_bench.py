@@ -184,6 +184,26 @@ def test_a_provider_that_fails_says_so_and_the_run_goes_on(problem, monkeypatch,
     assert expected in table.table(list(rows.values()))
 
 
+@pytest.mark.parametrize("calls", [3, 5, 8])  # verified twice, then timed forward, then both
+def test_a_provider_that_fails_while_timed_leaves_the_others(problem, monkeypatch, calls):
+    monkeypatch.setattr(harness, "SAMPLE", 0)
+    left = [calls]
+
+    def tires(out):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("tired")
+        return out
+
+    monkeypatch.setitem(peers.ATTENTION, "gather-scatter", planted(tires))
+    rows = compare(problem)
+    assert rows["gather-scatter"]["error"] == "while timed: RuntimeError: tired"
+    assert rows["gather-scatter"]["match"] is None
+    assert "forward_s" not in rows["gather-scatter"]
+    assert rows["gather-scatter"]["edges"] == 300
+    assert {"both_s", "both_peak_bytes", "commit"} <= rows["fastgt"].keys()
+
+
 def test_a_provider_without_a_backward_has_its_forward_timed(problem, monkeypatch):
     class Fails(torch.autograd.Function):
         @staticmethod
@@ -391,3 +411,45 @@ def test_tuning_finds_where_windows_begin_to_win(monkeypatch):
         assert row["source"].startswith("measured on ")
     other = {"op": "attention", "capability": "sm_90", "dtype": "bfloat16", "width": 16}
     assert tune.merged([other, dict(rows[0], rho64=9)], rows) == [other, *rows]
+
+
+def test_tiles_are_verified_and_timed(monkeypatch, capsys):
+    """Forward and backward with the tile; what does not compile has its reason."""
+    pytest.importorskip("triton")
+    from fastgt.kernels import attention as kernels
+
+    plan, plans = kernels.attention_plan, []
+
+    def attention_plan(*args):
+        plans.append(plan(*args))
+        if plans[-1][0]["num_warps"] == 2 * usual:
+            raise RuntimeError("out of resource: shared memory")
+        return plans[-1]
+
+    usual = kernels.attention_tile(2, 16, 4).num_warps
+    rows_of = kernels.attention_tile(2, 16, 4).block_r
+    monkeypatch.setattr(kernels, "attention_plan", attention_plan)
+    monkeypatch.setattr("fastgt.kernels.attention_backward.attention_plan", attention_plan)
+    monkeypatch.setattr(tune, "CHANGES", ({}, {"block_r": 2, "block_n": 2}, {"num_warps": 2}))
+    monkeypatch.setattr(
+        tune.harness,
+        "measure",
+        lambda calls, device, repeats: {name: [float(len(name))] for name in calls},
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    graph = tune.graph_of_density(3.5, 64, device)
+    same, larger, failing = tune._time_tiles("gather", graph, 2, 16, torch.float32, "triton")
+    assert [meta["BLOCK_R"] for meta, *_ in plans[:-1]] == [rows_of] * 3 + [2 * rows_of] * 3
+    assert same["match"]
+    assert larger["match"]
+    assert same["x"] == 1
+    assert larger["both_s"] == len(str(tune.CHANGES[1])) == 2 * larger["x"]
+    assert "out of resource" in failing["error"]
+    assert "both_s" not in failing
+
+    monkeypatch.setattr(tune, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(tune, "WIDTHS", (16,))
+    found = tune.tune_tiles(device, heads_by_width=16, rows=64, impl="triton")
+    assert [row["path"] for row in found] == ["gather"] * 3 + ["windows"] * 3
+    assert all(row["match"] is not False for row in found)
+    assert "gather, float32 16: {}, 1.0x" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -255,6 +256,17 @@ def test_occupancy_is_bound_by_what_runs_out_first():
         (gfx942, 512, 0, 0, 4, 4),
     ):
         assert resources._resident_warps(on, registers, shared, columns, warps) == resident
+
+
+def test_every_kernel_is_reported():
+    """Of every operator: the budget has the keys of the report."""
+    root = Path(__file__).parent.parent
+    budget = json.loads((root / "tests" / "kernel_budget.json").read_text())
+    sources = "".join(path.read_text() for path in (root / "kernels").glob("*.py"))
+    kernels = set(re.findall(r"def _(\w+_kernel)\(", sources))
+    assert len(kernels) > 30
+    for target, used in budget.items():
+        assert kernels <= {key.split("/")[1].removesuffix("_small") for key in used}, target
 
 
 def test_kernels_command(tmp_path):

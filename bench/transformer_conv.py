@@ -85,17 +85,16 @@ def case(
 def _terms(
     conv: TransformerConv, graph: Graph, x: Tensor, edge_attr: Tensor, do: Tensor
 ) -> dict[str, Tensor]:
-    """Sizes of what the gradients of two biases are sums of, over all nodes: of the keys' nothing is
-    left but roundings, for a softmax does not see what all keys have in common, and of the queries'
-    little."""
+    """Sizes of what the gradients of biases are sums of: over all nodes, in whatever order; of the
+    keys' nothing is left but roundings, for a softmax does not see what all keys have in common."""
     found: dict[str, Tensor] = {}
 
     def take(name: str) -> Callable[..., None]:
         return lambda module, inputs, outputs: found.update({name: outputs[0].abs().sum(0)})
 
     hooks = [
-        getattr(conv, name).register_full_backward_hook(take(f"{name}.bias"))
-        for name in ("lin_key", "lin_query")
+        module.register_full_backward_hook(take(f"{name}.bias"))
+        for name, module in conv.named_children()
     ]
     conv(x.detach().requires_grad_(), graph, edge_attr).backward(do)
     for hook in hooks:

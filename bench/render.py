@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from fastgt.bench import targets
+from fastgt.testing import SCALING
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -133,7 +134,7 @@ def _machine(row: dict[str, Any]) -> str:
 def _line(row: dict[str, Any]) -> str:
     if not row["match"]:
         agrees = "no" if row["match"] is False else "not run"
-        return f"| {row['provider']} | {agrees} | {row['error'].splitlines()[0]} | | | | |"
+        return f"| {row['provider']} | {agrees} | {_why(row)} | | | | |"
     cells = [row["provider"], "yes"]
     for part in ("forward", "backward", "both"):
         cells.append(
@@ -146,6 +147,11 @@ def _line(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _why(row: dict[str, Any]) -> str:
+    """Without coordinates, which are in the result file."""
+    return row["error"].splitlines()[0].partition(" (eager")[0]
+
+
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.{1 if seconds < 0.1 else 0}f} ms"
 
@@ -155,6 +161,8 @@ def _overview(rows: Rows, chosen: str) -> str:
     operator, _, names = chosen.partition(" ")
     peers = [name.strip() for name in names.split(";")]
     rows = _usual([row for row in rows if row["operator"] == operator])
+    grown = {problem for problems in SCALING.values() for problem in problems}
+    rows = [row for row in rows if row["problem"] not in grown]  # they are drawn
     first = rows[0]
     lines = [
         f"H={first['heads']}, D={first['width']}, {first['dtype']}; {_machine(first)}",
@@ -177,11 +185,12 @@ def _overview(rows: Rows, chosen: str) -> str:
 def _factors(row: dict[str, Any]) -> str:
     if not row.get("match"):
         return "no" if row.get("match") is False else "-"
-    return (
-        f"{row['forward_x']:.1f}x / {row['both_x']:.1f}x"
-        if "both_x" in row
-        else (f"{row['forward_x']:.1f}x / -")
-    )
+    both = _factor(row["both_x"]) if "both_x" in row else "-"
+    return f"{_factor(row['forward_x'])} / {both}"
+
+
+def _factor(x: float) -> str:
+    return f"{x:.{1 if x >= 0.1 else 2}f}x"
 
 
 def _operators(rows: Rows) -> str:
@@ -294,7 +303,7 @@ def _masked_heads(rows: Rows) -> str:
     ]
     for row in rows:
         if not row["match"]:
-            lines.append(f"| {row['provider']} | no | {row['error'].splitlines()[0]} | | |")
+            lines.append(f"| {row['provider']} | no | {_why(row)} | | |")
             continue
         cells = [row["provider"], "yes"]
         for part in ("forward", "both"):
@@ -339,9 +348,9 @@ def _models(rows: Rows) -> str:
     for row in rows:
         cells = [row["operator"], f"`{row['problem']}`", row["provider"]]
         if row["match"]:
-            cells += ["yes", *(f"{row[f'{x}_s']:.2f} s ({row[f'{x}_x']:.1f}x)" for x in _PASSES)]
+            cells += ["yes", *(f"{_ms(row[f'{x}_s'])} ({row[f'{x}_x']:.1f}x)" for x in _PASSES)]
         else:
-            cells += ["no", row["error"].splitlines()[0], ""]
+            cells += ["no", _why(row), ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -40,6 +40,7 @@ LAYERS = {
         "nn",
         "models",
         "testing",
+        "training",  # its data
         "files",
         "__init__",
     },
@@ -127,7 +128,15 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_import_is_light():
-    heavy = ["triton", "matplotlib", "torch_geometric", "torch_scatter", "pymetis", "igraph"]
+    heavy = [
+        "triton",
+        "matplotlib",
+        "torch_geometric",
+        "torch_scatter",
+        "pymetis",
+        "igraph",
+        "rdkit",
+    ]
     run = run_python(f"import sys, fastgt; print([m for m in {heavy} if m in sys.modules])")
     assert run.stdout == "[]\n", run.stdout + run.stderr
 

@@ -74,12 +74,33 @@ SIZES = {
     "power10k": (10_000, 2 * 12_706, 1),
     "power70k": (70_000, 2 * 88_207, 1),
     "flights": (229, 600_000, 1),
+    "cluster": (3_813, 142_334, 32),
+    "points": (8_192, 131_072, 8),
+    "banded": (16_384, 540_400, 1),
+    "complete": (4_096, 262_144, 64),
+    "molhiv": (2_075, 4_228, 128),
+    "rmat_11": (2_048, 25_406, 1),
+    "rmat_13": (8_192, 110_798, 1),
+    "rmat_17": (131_072, 1_943_022, 1),
+    "degree_4": (16_384, 65_536, 1),
+    "degree_16": (16_384, 262_144, 1),
+    "degree_64": (16_384, 1_048_576, 1),
+    "degree_256": (16_384, 4_194_304, 1),
 }
-DIRECTED = {"power_law", "molecules", "superpixels", "rmat", "squirrel", "flights"}
-MULTIGRAPHS = {"power_law", "molecules", "power10k", "power70k", "flights"}
+# made as the smaller ones are: 8, 32 and 131 million edges take seconds to minutes
+LARGE = {"rmat_19", "rmat_21", "rmat_23"}
+DEGREES = {"degree_4", "degree_16", "degree_64", "degree_256"}
+RMAT = {"rmat", "rmat_11", "rmat_13", "rmat_17"}
+DIRECTED = {"power_law", "molecules", "superpixels", "points", "squirrel", "flights"}
+DIRECTED |= DEGREES | RMAT
+MULTIGRAPHS = {"power_law", "molecules", "power10k", "power70k", "flights"} | DEGREES
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_problem_is_looked_at():
+    assert set(PROBLEMS) == set(SIZES) | LARGE
+
+
+@pytest.mark.parametrize("name", SIZES)
 def test_problems_are_what_they_say(name):
     try:
         graph = PROBLEMS[name].load()

@@ -204,6 +204,7 @@ def test_plots_are_drawn_where_rows_are_enough_for_them(tmp_path):
     kinds = {path.stem for path in made}
     assert kinds == {
         "attention-speedup",
+        "attention-shapes",
         "attention-memory",
         "attention-roofline",
         "attention-scaling-nodes",
@@ -212,6 +213,8 @@ def test_plots_are_drawn_where_rows_are_enough_for_them(tmp_path):
         "gine-speedup",
         "gine-roofline",
     }
+    again = plots.plot(rows() + grown, tmp_path / "again")
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in made]
     for path in made:
         start = path.read_bytes()[:5]
         assert start == (b"\x89PNG\r" if path.suffix == ".png" else b"<?xml")
@@ -225,9 +228,17 @@ def test_what_is_drawn_is_what_the_rows_say():
     pytest.importorskip("matplotlib")
     mine = [x for x in rows() if x["operator"] == "attention"]
     axes = plots._speed_ups("attention", mine).axes[0]
-    heights = [bar.get_height() for bar in axes.patches]
-    assert sorted(h for h in heights if h == h) == [1.5, 2.5, 4.5, 9.5]
-    assert [x.get_text() for x in axes.get_xticklabels()] == ["power_law", "cora", "cora 8x8"]
+    ends = [bar.get_y() + bar.get_height() for bar in axes.patches]
+    assert sorted(end for end in ends if end == end) == [1.5, 2.5, 4.5, 9.5]
+    labels = [x.get_text() for x in axes.get_xticklabels()]
+    assert labels == ["power_law 8x16", "cora 8x16", "cora 8x8"]
+    shapes = dict(plots._figures("attention", mine, mine))
+    for kind, expected in (
+        ("speedup", ["power_law", "cora"]),
+        ("shapes", ["cora 8x16", "cora 8x8"]),
+    ):
+        ticks = shapes[kind].axes[0].get_xticklabels()
+        assert [x.get_text() for x in ticks] == expected
     grown = [row("attention", "rmat", "fastgt", rows=10), row("attention", "rmat_11", "fastgt", 2)]
     line = plots._scaling("attention", grown, "nodes").axes[0].lines[0]
     assert list(line.get_xdata()) == [10, 40]

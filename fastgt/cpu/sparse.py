@@ -22,6 +22,7 @@ with warnings.catch_warnings():
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 _LONG = 2**14  # edges of a segment beyond which it is summed in pieces
+_NARROW = 8  # float32 channels from which on PyTorch's sampled products are vectorised
 _ORDINARY = 20.0  # logits up to which any of a row's keeps exp() in range
 
 
@@ -208,6 +209,9 @@ def sddmm(
     s = x.new_zeros(walk.other.shape[0]) if onto is None else onto
     if not s.shape[0]:
         return s
+    if x.dtype == torch.float32 and 1 < x.shape[1] < _NARROW:
+        # zeros cost less than products one by one
+        x, y = (pad(t, (0, _NARROW - t.shape[1])) for t in (x, y))
     # PyTorch takes at most rows * columns entries: a denser multigraph gets empty columns
     width = max(y.shape[0], -(-s.shape[0] // x.shape[0]))
     if width > y.shape[0]:

@@ -78,7 +78,9 @@ def gine(
     index = graph.col.element_size() * (2 * edge + graph.num_rows)
     once = (graph.num_rows + graph.num_cols + edge) * node + index
     forward = Work(once, edge * node, 3 * edge * channels)
-    backward = Work(once + 2 * edge * node, 2 * edge * node, 3 * edge * channels)
+    # x, edge_value, do and both gradients
+    moved = (graph.num_rows + 2 * graph.num_cols + 2 * edge) * node + index
+    backward = Work(moved, 2 * edge * node, 3 * edge * channels)
     return Case(
         shape=shape(problem, graph, heads, width, dtype),
         inputs={"x": x, "edge_value": e},

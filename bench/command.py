@@ -19,18 +19,20 @@ from typing import Any, NamedTuple
 
 from fastgt import files
 from fastgt.bench import harness, table, targets
-from fastgt.bench.operators import OPERATORS, SHAPES
+from fastgt.bench.operators import EXTERNAL, OPERATORS, SHAPES, Operator
 from fastgt.testing import PROBLEMS, SCALING
 
 Rows = list[dict[str, Any]]
 DTYPES = ("fp32", "fp16", "bf16")
-_COLUMNS = ("operator", "problem", "provider", "match", "device", "commit")
+_TEXTS = ("operator", "problem", "provider", "dtype", "device", "commit", "date")
+_FIRST = {operator.first for operator in OPERATORS.values()}
 PEERS = list(dict.fromkeys(peer for operator in OPERATORS.values() for peer in operator.peers))
 
 
 class _Choice(NamedTuple):
     operator: str
     problem: str
+    repeats: int
     options: dict[str, Any]
 
 
@@ -120,9 +122,13 @@ def run(args: argparse.Namespace) -> int:
         import matplotlib  # noqa: F401  an absent extra must show before minutes of measuring
     _check(args)
     before = [] if args.compare is None else _read(args.compare, "--compare")
-    kept = _read(args.json, "--resume") if args.resume and args.json.exists() else []
+    where = harness.environment(_device(args.device))
+    kept = _kept(args, where)
     found = list(kept)
-    chosen = [x for x in _chosen(args) if not _has(kept, x, args)]
+    chosen = [x for x in _chosen(args) if not _has(kept, x, where, args)]
+    print(", ".join([where["device"], f"torch {where['torch']}", f"commit {where['commit']}"]))
+    if kept:
+        print(f"{args.json} has {len(kept)} rows; {len(chosen)} problems are left", flush=True)
     for number, choice in enumerate(chosen, 1):
         rows = _measure(choice, args, f"{number}/{len(chosen)}")
         if rows is None:
@@ -131,19 +137,23 @@ def run(args: argparse.Namespace) -> int:
         print(table.table(rows), flush=True)
         for line in table.compared(rows, before):
             print(line)
-        found += rows
+        new = {table.key(row) for row in rows}
+        found = [row for row in found if table.key(row) not in new] + rows
         _write(found, args)
     if not found:
         raise RuntimeError("nothing was measured")
     told = list(targets.lines(found, args.device.partition(":")[0]))
     if told:
-        print("\n".join(["", "targets:", *told]))
+        print("\n".join(["", f"targets, of {len(found)} rows:", *told]))
     if args.plot is not None:
         from fastgt.bench.plots import plot
 
         for path in plot(found, args.plot):
             print(path)
-    return 0
+    wrong = [row for row in found if row["match"] is not True and row["provider"] in _FIRST]
+    for row in wrong:
+        print(f"{row['operator']}, {row['problem']}: {row['provider']}: {row['error']}")
+    return 1 if wrong else 0
 
 
 def _measure(choice: _Choice, args: argparse.Namespace, where: str) -> Rows | None:
@@ -162,15 +172,20 @@ def _measure(choice: _Choice, args: argparse.Namespace, where: str) -> Rows | No
         try:
             tell("loading")
             if operator.epochs is not None:
-                how = {"repeats": 2 if args.quick else 5, "batches": 2 if args.quick else 8}
-                rows = operator.epochs(choice.problem, **choice.options, **how)
-                return [{"operator": choice.operator} | row for row in rows]
-            case = operator.case(choice.problem, **choice.options)
-            rows = harness.compare(
-                case, repeats=3 if args.quick else args.repeats, only=args.peers, tell=tell
-            )
+                rows = operator.epochs(
+                    choice.problem,
+                    only=args.peers,
+                    repeats=choice.repeats,
+                    batches=2 if args.quick else 8,
+                    **choice.options,
+                )
+            else:
+                case = operator.case(choice.problem, **choice.options)
+                rows = harness.compare(case, repeats=choice.repeats, only=args.peers, tell=tell)
         except FileNotFoundError as error:
             why = f"skipped: {error}"
+        except ValueError as error:  # widths that an operator does not have, and the like
+            why = f"refused: {error}"
         except (MemoryError, RuntimeError) as error:
             if not _of_memory(error):
                 raise
@@ -182,7 +197,10 @@ def _measure(choice: _Choice, args: argparse.Namespace, where: str) -> Rows | No
 
 
 def _of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "memory" in str(error)
+    said = str(error)
+    return isinstance(error, MemoryError) or any(
+        what in said for what in ("out of memory", "can't allocate memory")
+    )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -198,6 +216,18 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--resume goes on with the rows of a file: name it with --json")
     if args.peer_path is not None and not args.peer_path.is_dir():
         raise ValueError(f"--peer-path {args.peer_path}: no such folder")
+    # before minutes of measuring
+    for option in ("json", "csv", "plot"):
+        path = getattr(args, option)
+        if path is None:
+            continue
+        folder = path if option == "plot" else path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--{option} {path}: {error.strerror}") from error
+        if option != "plot" and path.is_dir():
+            raise ValueError(f"--{option} {path}: it is a folder")
 
 
 def _instead(args: argparse.Namespace) -> int:
@@ -224,7 +254,19 @@ def _chosen(args: argparse.Namespace) -> Iterator[_Choice]:
             if args.operators:
                 raise ValueError(f"{name} has no such peer: it has {_list(operator.peers)}")
             continue
-        shapes = [SHAPES[x] for x in args.shapes] if args.shapes else [(args.heads, args.width)]
+        missing = set(args.peers or ()) & set(operator.peers) & EXTERNAL
+        if missing and args.peer_path is None:
+            raise ValueError(f"--peers {_list(missing)}: name their folder with --peer-path")
+        shapes = [(args.heads, args.width)]
+        if args.shapes and operator.takes("width"):
+            shapes = [SHAPES[x] for x in args.shapes]
+        elif args.operators and (args.shapes or not _sized(operator, args)):
+            raise ValueError(f"{name} has heads and widths of its own")
+        elif args.shapes:
+            continue
+        repeats = 2 if args.quick else 5
+        if operator.epochs is None:
+            repeats = 3 if args.quick else args.repeats
         for problem in wanted:
             if problem not in operator.problems:
                 if args.operators:
@@ -239,7 +281,13 @@ def _chosen(args: argparse.Namespace) -> Iterator[_Choice]:
                     device=_device(args.device),
                     peer_path=args.peer_path,
                 )
-                yield _Choice(name, problem, options)
+                yield _Choice(name, problem, repeats, options)
+
+
+def _sized(operator: Operator, args: argparse.Namespace) -> bool:
+    """Whether it takes the sizes that were given."""
+    given = [name for name in ("heads", "width") if getattr(args, name) is not None]
+    return all(operator.takes(name) for name in given)
 
 
 def _edges(problem: str) -> int:
@@ -249,7 +297,7 @@ def _edges(problem: str) -> int:
 
 
 def _list(names: Collection[str]) -> str:
-    return ", ".join(names) or "none"
+    return ", ".join(map(repr, names)) or "none"
 
 
 def _dtype(name: str) -> Any:
@@ -269,37 +317,68 @@ def _device(name: str) -> Any:
     return device
 
 
-def _has(rows: Rows, choice: _Choice, args: argparse.Namespace) -> bool:
-    """Whether it is there, from this commit and device; what is not committed does not count, for
-    the rows themselves may be that."""
-    sizes = OPERATORS[choice.operator].sizes(choice.options)
-    where = harness.environment(choice.options["device"])
+def _kept(args: argparse.Namespace, where: dict[str, str]) -> Rows:
+    """The rows to go on from, of the same device."""
+    if not args.resume or not args.json.exists():
+        return []
+    rows = _read(args.json, "--resume")
+    others = {row["device"] for row in rows} - {where["device"]}
+    if others:
+        raise ValueError(
+            f"--resume: {args.json} has rows of {', '.join(sorted(others))}, and this is "
+            f"{where['device']}: name another file"
+        )
+    return rows
+
+
+def _has(rows: Rows, choice: _Choice, where: dict[str, str], args: argparse.Namespace) -> bool:
+    """Whether all of it is there, from this commit; what is not committed does not count, for the
+    rows themselves may be that."""
     same = {
         "operator": choice.operator,
         "problem": choice.problem,
         "dtype": str(choice.options["dtype"]).removeprefix("torch."),
-        "device": where["device"],
-        **sizes,
+        **OPERATORS[choice.operator].sizes(choice.options),
     }
     commit = where["commit"].removesuffix("-dirty")
-    return any(
-        same.items() <= row.items() and row["commit"].removesuffix("-dirty") == commit
+    operator = OPERATORS[choice.operator]
+    peers = set(operator.peers) - (EXTERNAL if args.peer_path is None else set())
+    wanted = {operator.first, *(peers if args.peers is None else peers & set(args.peers))}
+    there = {
+        row["provider"]
         for row in rows
-    )
+        if same.items() <= row.items()
+        and row["commit"].removesuffix("-dirty") == commit
+        and row["repeats"] >= choice.repeats
+        and (args.quick or row.get("batches") != 2)
+    }
+    return wanted <= there
 
 
 def _read(path: Path, option: str) -> Rows:
     try:
         rows = json.loads(path.read_text())
-        if not isinstance(rows, list) or not all(
-            isinstance(x, dict)
-            and {"operator", "provider", "match", "device", "commit"} <= x.keys()
-            for x in rows
-        ):
+        if not isinstance(rows, list) or not all(map(_is_row, rows)):
             raise ValueError("it holds no rows of this command")
     except (OSError, ValueError) as error:
         raise ValueError(f"{option} {path}: {error}") from error
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether all is there that is gone by here."""
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row.get(name), str) for name in _TEXTS)
+        and all(isinstance(row.get(name), int) for name in ("rows", "heads", "width", "repeats"))
+        and row.get("match") in (True, False, None)
+        and (row["match"] is True or isinstance(row.get("error"), str))
+        and all(_positive(x) for name, x in row.items() if name.endswith(("_s", "_x", "_bytes")))
+    )
+
+
+def _positive(x: Any) -> bool:
+    return isinstance(x, (int, float)) and x > 0
 
 
 def _write(rows: Rows, args: argparse.Namespace) -> None:

@@ -49,9 +49,9 @@ def measure(part: str, call: Callable[[], Any], device: torch.device) -> dict[st
     }
     try:
         row[f"{part}_replay_s"] = _replay(call, device)
-    except RuntimeError as error:
-        torch.cuda.synchronize(device)
-        row[f"{part}_replay_error"] = str(error).strip().splitlines()[0]
+    except Exception as error:  # of any kind: Triton's are no RuntimeErrors
+        lines = str(error).strip().splitlines()
+        row[f"{part}_replay_error"] = lines[0] if lines else type(error).__name__
     return row
 
 
@@ -77,6 +77,11 @@ def _kernels(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _replay(call: Callable[[], Any], device: torch.device) -> float:
+    with torch.cuda.device(device):  # a capture is of the current one
+        return _captured(call, device)
+
+
+def _captured(call: Callable[[], Any], device: torch.device) -> float:
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):

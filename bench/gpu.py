@@ -125,7 +125,10 @@ def _run(command: Sequence[str], seconds: float) -> int | None:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
         return None
     except BaseException:
         process.kill()

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +22,8 @@ from fastgt.testing import assert_as_accurate
 
 Call = Callable[[], Any]
 Rows = list[dict[str, Any]]
-# what a provider cannot do here, of its own or for want of memory
-FAILURES = (RuntimeError, MemoryError, NotImplementedError, ValueError, TypeError, AttributeError)
+# what others' code raises where it cannot do this; Triton's errors and a compiler's are among them
+FAILURES = (Exception,)
 SAMPLE = 0.03  # seconds that one timing takes on a CPU at least: short calls are repeated
 LONG = 20.0  # seconds that all timings of a call take at most, unless they are FEWEST
 FEWEST = 3
@@ -91,6 +91,16 @@ class Case:
     def forget(self) -> None:
         self._known.clear()
 
+    def copied(self) -> Case:
+        """With inputs of its own."""
+        inputs = {name: x.clone() for name, x in self.inputs.items()}
+        return replace(self, inputs=inputs, upstream=self.upstream.clone())
+
+    def equals(self, other: Case) -> bool:
+        return torch.equal(self.upstream, other.upstream) and all(
+            torch.equal(x, other.inputs[name]) for name, x in self.inputs.items()
+        )
+
 
 class _Truth(NamedTuple):
     """The output and gradients, by the definition."""
@@ -130,23 +140,26 @@ def compare(
         case.forget()
         tell("timing")
         _time(rows, found, case, repeats)
-    return [case.shape | row | environment(case.device) for row in rows]
+    extra = {"repeats": repeats} | environment(case.device)
+    return [case.shape | row | extra for row in rows]
 
 
 def judge(case: Case, name: str) -> tuple[dict[str, Any], Provider | None]:
-    """-> whether the provider is right, as columns of its row, and the provider if it is."""
+    """-> whether the provider is right, as columns of its row, and the provider if it is.
+
+    It is called as it will be timed, without gradients and with them, on copies of the inputs."""
     names = ["output", *_differentiable(case), *case.parameters]
     truth = case.truth(name)
+    mine = case.copied()
     try:
         provider = case.providers[name]()
-        output = forward(provider, case)()
-        try:
-            results = _results(provider, case), truth.eager, truth.wide
-            row = verdict(names, *results, terms=case.terms)
-        except FAILURES as error:
-            # some, as FlexAttention on a CPU, have a forward alone
-            row = verdict(names[:1], (output,), truth.eager, truth.wide)
-            row["backward_error"] = reason(error)
+        row = verdict(names[:1], (forward(provider, mine)(),), truth.eager, truth.wide)
+        if row["match"]:
+            row = _judged_backward(provider, mine, names, truth)
+        if row["match"] and not mine.equals(case):
+            row = {"match": False, "error": "it writes into its inputs"}
+        if "backward_error" in row and name == next(iter(case.providers)):
+            row = {"match": None, "error": row["backward_error"]}
     except ImportError as error:
         return {"match": None, "error": f"not installed: {error}"}, None
     except FAILURES as error:
@@ -155,6 +168,17 @@ def judge(case: Case, name: str) -> tuple[dict[str, Any], Provider | None]:
         if case.device.type == "cuda":
             torch.cuda.empty_cache()  # what a failure left is not to be the next one's
     return row, provider if row["match"] else None
+
+
+def _judged_backward(
+    provider: Provider, case: Case, names: Sequence[str], truth: _Truth
+) -> dict[str, Any]:
+    try:
+        results = _results(provider, case)
+    except FAILURES as error:
+        # some, as FlexAttention on a CPU, have a forward alone
+        return {"match": True, "backward_error": reason(error)}
+    return verdict(names, results, truth.eager, truth.wide, terms=case.terms)
 
 
 def verdict(
@@ -286,10 +310,8 @@ def _fill(
             if first in seconds:
                 row[f"{part}_x"] = ratio(seconds[name], seconds[first])
             if part in case.work:
-                row |= {
-                    f"{part}_{key}": value
-                    for key, value in roofline(case.work[part], row[f"{part}_s"], rates).items()
-                }
+                found = roofline(case.work[part], row[f"{part}_s"], rates)
+                row |= {f"{part}_{key}": value for key, value in found.items()}
         if name in forwards:
             row["forward_peak_bytes"] = peak_extra_memory(forwards[name], case.device)
             row |= rates

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -87,11 +87,13 @@ def epochs(
     device: torch.device | str = "cpu",
     batches: int = 8,
     repeats: int = 5,
+    only: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     **sizes: int,
 ) -> list[dict[str, Any]]:
     """-> one row a provider: whether it is right; if so seconds of an epoch of training and of
-    inference over so many batches (a whole graph is one), and ratios to ours.
+    inference over so many batches (a whole graph is one), and ratios to ours. ``only``: these peers
+    beside ours.
 
     Batches are made once, before; ``graphs_s`` is what fastgt's graphs of them took.
     """
@@ -103,6 +105,8 @@ def epochs(
     truth, eager = (_defined_results(ours, wide, made[0], one) for wide in (torch.float64, dtype))
     rows, train, infer = [], {}, {}
     for name, prepare in _modules(ours).items():
+        if only is not None and name != "fastgt" and name not in only:
+            continue
         row: dict[str, Any] = {"provider": name}
         rows.append(row)
         try:
@@ -124,7 +128,8 @@ def epochs(
                 row[f"{part}_spread"] = harness.spread(mine)
                 if "fastgt" in seconds:
                     row[f"{part}_x"] = harness.ratio(mine, seconds["fastgt"])
-    return [shape | row | harness.environment(device) for row in rows]
+    extra = {"repeats": repeats} | harness.environment(device)
+    return [shape | row | extra for row in rows]
 
 
 class Batch(NamedTuple):

@@ -137,6 +137,9 @@ OPERATORS |= {
     for model, problems in models.MODELS.items()
 }
 
+# peers whose sources are found under --peer-path
+EXTERNAL = {*peer_paths.ATTENTION, *peer_paths.LINEAR_ATTENTION}
+
 # heads and width of attention in published models
 SHAPES = {
     "gt_zinc": (8, 8),  # Dwivedi and Bresson, arXiv 2012.09699

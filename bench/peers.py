@@ -214,7 +214,8 @@ def _pyg(q: Tensor, k: Tensor, v: Tensor, edge_index: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled_pyg() -> Callable[..., Tensor]:
-    return torch.compile(_pyg, dynamic=True)
+    # fullgraph: an error, and not eager code, where there are too many to compile
+    return torch.compile(_pyg, dynamic=True, fullgraph=True)
 
 
 @functools.cache

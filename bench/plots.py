@@ -11,6 +11,7 @@ from fastgt.testing import SCALING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]
@@ -24,8 +25,11 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
+    if len({row["device"] for row in rows}) > 1:
+        raise ValueError("rows of several devices are not drawn together")
     for operator in dict.fromkeys(row["operator"] for row in rows):
         mine = [row for row in rows if row["operator"] == operator and row["match"]]
+        mine = [row for row in mine if row["dtype"] == next(iter(mine))["dtype"]]
         grown = {name for names in SCALING.values() for name in names} - {"rmat"}
         usual = [row for row in mine if row["problem"] not in grown]
         for kind, figure in _figures(operator, mine, usual):
@@ -39,60 +43,83 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
 
 
 def _figures(operator: str, mine: Rows, usual: Rows) -> Iterator[tuple[str, Figure]]:
+    colours = {provider: f"C{i % 10}" for i, provider in enumerate(_providers(mine))}
     shapes: dict[str, list[tuple[int, int]]] = {}
     for row in usual:
         shapes.setdefault(row["problem"], []).append((row["heads"], row["width"]))
     # each problem as it was measured first, and those that were measured in several shapes
     first = [row for row in usual if shapes[row["problem"]][0] == (row["heads"], row["width"])]
-    several = [row for row in usual if len(set(shapes[row["problem"]])) > 1]
-    for kind, rows in (("speedup", first), ("shapes", several)):
+    for kind, rows in (("speedup", first), ("shapes", _everywhere(usual, shapes))):
         peers = _providers(rows)[1:]
+        if not rows or rows[0]["provider"] not in ("fastgt", "no gate"):
+            continue  # there is nothing to compare with
         if any(row["provider"] in peers and "both_x" in row for row in rows):
-            yield kind, _speed_ups(operator, rows)
+            yield kind, _speed_ups(operator, rows, colours)
     if len({row["problem"] for row in first if "both_peak_bytes" in row}) > 1:
-        yield "memory", _memory(operator, first)
+        yield "memory", _memory(operator, first, colours)
     if any("both_roofline" in row for row in mine):
-        yield "roofline", _roofline(operator, mine)
+        yield "roofline", _roofline(operator, mine, colours)
     for what, names in SCALING.items():
         grown = [row for row in mine if row["problem"] in names]
         if len({row["problem"] for row in grown}) > 1:
-            yield f"scaling-{what}", _scaling(operator, grown, what)
+            yield f"scaling-{what}", _scaling(operator, grown, what, colours)
 
 
-def _speed_ups(operator: str, rows: Rows) -> Figure:
+def _everywhere(rows: Rows, shapes: dict[str, list[tuple[int, int]]]) -> Rows:
+    """Problems that were measured in several shapes, one after the other, with the providers that
+    all of them have."""
+    several = [name for name, found in shapes.items() if len(set(found)) > 1]
+    found = sorted(
+        (row for row in rows if row["problem"] in several),
+        key=lambda row: several.index(row["problem"]),
+    )
+    places = {_place(row) for row in found}
+    return [
+        row
+        for row in found
+        if places == {_place(x) for x in found if x["provider"] == row["provider"]}
+    ]
+
+
+def _speed_ups(operator: str, rows: Rows, colours: dict[str, str]) -> Figure:
     """How many times longer each peer takes than the first provider, forward and backward."""
     mine, *peers = _providers([row for row in rows if "both_x" in row])
     places = list(dict.fromkeys(_place(row) for row in rows))[:MOST]
-    figure, axes = _figure(operator, rows, 2.5 + 0.7 * len(places))
+    figure, axes = _figure(operator, rows, max(6.0, 2.5 + 0.7 * len(places)))
     width = 0.84 / len(peers)
     for i, peer in enumerate(peers):
         found = {_place(row): row.get("both_x") for row in rows if row["provider"] == peer}
         heights = [found.get(place) or math.nan for place in places]
         at = [j + (i - (len(peers) - 1) / 2) * width for j in range(len(places))]
         # from 1: what takes less time hangs below
-        axes.bar(at, [x - 1 for x in heights], width, 1, label=peer, color=f"C{i + 1}")
-    axes.axhline(1, color="C0", linewidth=1.2)
-    axes.set_yscale("log")
-    axes.set_ylabel(f"forward and backward, times {mine}'s")
+        axes.bar(at, [x - 1 for x in heights], width, 1, label=peer, color=colours[peer])
+    axes.axhline(1, color=colours[mine], linewidth=1.2)
+    _logarithmic(axes.yaxis)
+    axes.set_ylabel(f"times as long as {mine}\n(forward and backward)")
     axes.set_xticks(range(len(places)), _short(places), rotation=30, ha="right", fontsize=8)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=7)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=7)
     return figure
 
 
-def _memory(operator: str, rows: Rows) -> Figure:
+def _memory(operator: str, rows: Rows, colours: dict[str, str]) -> Figure:
     """Peak memory of forward and backward over the sizes of problems."""
     figure, axes = _figure(operator, rows)
-    _curves(axes, rows, "edges" if "edges" in rows[0] else "rows", "both_peak_bytes", 1e-6)
-    axes.set_ylabel("peak memory of forward and backward, MB")
+    size = "edges" if "edges" in rows[0] else "rows"
+    _points(axes, rows, size, "both_peak_bytes", 1e-6, colours, "o")
+    axes.set_ylabel("peak memory, MB (forward and backward)")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=7)
     return figure
 
 
-def _scaling(operator: str, rows: Rows, what: str) -> Figure:
+def _scaling(operator: str, rows: Rows, what: str, colours: dict[str, str]) -> Figure:
     """Time and memory of problems that grow."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    figure.suptitle(_title(operator, rows), fontsize=9)
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    first = rows[0]
+    grown = "R-MAT, 12 to 16 edges a node" if what == "nodes" else f"{first['rows']:,} nodes"
+    shape = f"H={first['heads']}, D={first['width']}"
+    figure.suptitle(f"{_title(operator, rows)}\n{grown}, {shape}", fontsize=9)
     size = "rows" if what == "nodes" else "edges"
     for axes, column, scale, label in zip(
         figure.subplots(1, 2),
@@ -101,57 +128,72 @@ def _scaling(operator: str, rows: Rows, what: str) -> Figure:
         ("forward and backward, ms", "peak memory, MB"),
         strict=True,
     ):
-        _curves(axes, rows, size, column, scale)
+        _points(axes, rows, size, column, scale, colours, "o-")
         axes.set_ylabel(label)
+        axes.legend(fontsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _curves(axes: Axes, rows: Rows, size: str, column: str, scale: float) -> None:
-    for i, provider in enumerate(_providers(rows)):
+def _points(
+    axes: Axes,
+    rows: Rows,
+    size: str,
+    column: str,
+    scale: float,
+    colours: dict[str, str],
+    style: str,
+) -> None:
+    for provider in _providers(rows):
         points = sorted(
             (row[size], row[column] * scale)
             for row in rows
             if row["provider"] == provider and column in row
         )
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=provider, color=f"C{i}")
+            across, up = zip(*points, strict=True)
+            axes.plot(across, up, style, markersize=4, label=provider, color=colours[provider])
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    _logarithmic(axes.yaxis)
     axes.set_xlabel("nodes" if size == "rows" else size)
-    axes.legend(fontsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
-def _roofline(operator: str, rows: Rows) -> Figure:
+def _roofline(operator: str, rows: Rows, colours: dict[str, str]) -> Figure:
     """Operations a second over operations a byte, under what this device copied and multiplied."""
     figure, axes = _figure(operator, rows)
     known = [row for row in rows if "both_roofline" in row]
-    for i, provider in enumerate(_providers(known)):
+    for provider in _providers(known):
         mine = [row for row in known if row["provider"] == provider]
         across = [row["both_flops_per_byte"] for row in mine]
-        axes.plot(
-            across,
-            [row["both_flops_per_s"] / 1e9 for row in mine],
-            "o",
-            markersize=3,
-            label=provider,
-            color=f"C{i}",
-        )
+        up = [row["both_flops_per_s"] / 1e9 for row in mine]
+        axes.plot(across, up, "o", markersize=3, label=provider, color=colours[provider])
     reached = [row["both_flops_per_byte"] for row in known]
     ends = min(reached) / 2, max(reached) * 2
-    # the slowest and the fastest copy among the problems: out of memory, or within a cache
     copies = [row["copy_bytes_per_s"] for row in known]
     products = max(row["matmul_flops_per_s"] for row in known)
-    for copy, style in ((min(copies), "-"), (max(copies), ":")):
+    for copy, style, label in (
+        (min(copies), "-", "slowest copy"),
+        (max(copies), ":", "fastest copy (in cache)"),
+    ):
         bend = sorted({*ends, min(max(products / copy, ends[0]), ends[1])})
         roof = [min(products, copy * x) / 1e9 for x in bend]
-        axes.plot(bend, roof, style, color="black", linewidth=1)
+        axes.plot(bend, roof, style, color="black", linewidth=1, label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("operations a byte that must move")
-    axes.set_ylabel("GFLOP/s, forward and backward")
-    axes.legend(fontsize=7)
+    axes.set_xlabel("operations for each byte that moves at least once")
+    axes.set_ylabel("GFLOP/s (forward and backward)")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=7)
     return figure
+
+
+def _logarithmic(axis: Axis) -> None:
+    """With ticks that are numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.axes.set_yscale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda x, place: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _figure(operator: str, rows: Rows, wide: float = 5.5) -> tuple[Figure, Axes]:
@@ -165,8 +207,9 @@ def _figure(operator: str, rows: Rows, wide: float = 5.5) -> tuple[Figure, Axes]
 
 
 def _title(operator: str, rows: Rows) -> str:
-    said = [rows[0]["dtype"], rows[0]["device"], rows[0]["date"], f"commit {rows[0]['commit']}"]
-    return f"{operator}, {', '.join(said)}"
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    first = rows[0]
+    return f"{operator}, {first['dtype']}\n{first['device']}, {first['date']}, commit {commits}"
 
 
 def _providers(rows: Rows) -> list[str]:

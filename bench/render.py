@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from fastgt.bench import targets
+from fastgt.bench.table import SPREAD, usual
 from fastgt.testing import SCALING
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +81,7 @@ def _table(rows: Rows, chosen: str = "") -> str:
         operator, *problems = chosen.split()
         rows = [row for row in rows if row["operator"] == operator]
         rows = [row for row in rows if not problems or row["problem"] in problems]
-        rows = _usual(rows)
+        rows = usual(rows)
         return _masked_heads(rows) if operator == "masked_heads" else _providers(rows)
     if "ratio_to_design" in rows[0]:
         return _traffic(rows)
@@ -89,18 +90,6 @@ def _table(rows: Rows, chosen: str = "") -> str:
     if "microseconds" in rows[0]:
         return _launch(rows)
     return _pruned(rows)
-
-
-def _usual(rows: Rows) -> Rows:
-    """Of each problem the heads that it was measured with first."""
-    shapes: dict[tuple, tuple] = {}
-    for row in rows:
-        shapes.setdefault((row["operator"], row["problem"]), (row["heads"], row["width"]))
-    return [
-        row
-        for row in rows
-        if shapes[row["operator"], row["problem"]] == (row["heads"], row["width"])
-    ]
 
 
 def _providers(rows: Rows) -> str:
@@ -112,7 +101,7 @@ def _providers(rows: Rows) -> str:
             problem = row["problem"]
             lines += [
                 *([""] if lines else []),
-                f"`{problem}`: {_size(row)}; {_machine(row)}",
+                f"`{problem}`: {_size(row)}; {_machine(rows)}",
                 "",
                 "| provider | agrees | forward | backward | both | peak extra memory | roofline |",
                 "|---|---|---|---|---|---|---|",
@@ -127,8 +116,13 @@ def _size(row: dict[str, Any]) -> str:
     return ", ".join([*parts, f"H={row['heads']}, D={row['width']}, {row['dtype']}"])
 
 
-def _machine(row: dict[str, Any]) -> str:
-    return f"{row['device']}, torch {row['torch']}, {row['date']}, commit {row['commit']}."
+def _machine(rows: Rows) -> str:
+    """All of them that the rows name."""
+    names = ("device", "torch", "date", "commit")
+    device, torch, date, commit = (
+        ", ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in names
+    )
+    return f"{device}; torch {torch}; {date}; commit {commit}."
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -137,14 +131,21 @@ def _line(row: dict[str, Any]) -> str:
         return f"| {row['provider']} | {agrees} | {_why(row)} | | | | |"
     cells = [row["provider"], "yes"]
     for part in ("forward", "backward", "both"):
-        cells.append(
-            f"{_ms(row[f'{part}_s'])} ({row[f'{part}_x']:.1f}x)" if f"{part}_s" in row else ""
-        )
+        cells.append(_time(row, part, 1))
     peaks = [row.get(f"{part}_peak_bytes") for part in ("forward", "both")]
     cells.append(" / ".join("" if x is None else f"{x / 1e6:.0f}" for x in peaks) + " MB")
     share = row.get("both_roofline", row.get("forward_roofline"))
     cells.append("" if share is None else f"{share:.1%}")
     return f"| {' | '.join(cells)} |"
+
+
+def _time(row: dict[str, Any], part: str, digits: int) -> str:
+    """Marked where the times spread."""
+    if f"{part}_s" not in row:
+        return ""
+    mark = "~" if row.get(f"{part}_spread", 0.0) > SPREAD else ""
+    factor = f" ({row[f'{part}_x']:.{digits}f}x)" if f"{part}_x" in row else ""
+    return f"{mark}{_ms(row[f'{part}_s'])}{factor}"
 
 
 def _why(row: dict[str, Any]) -> str:
@@ -160,12 +161,12 @@ def _overview(rows: Rows, chosen: str) -> str:
     """One line a problem: ours, and how many times longer some peers take."""
     operator, _, names = chosen.partition(" ")
     peers = [name.strip() for name in names.split(";")]
-    rows = _usual([row for row in rows if row["operator"] == operator])
+    rows = usual([row for row in rows if row["operator"] == operator])
     grown = {problem for problems in SCALING.values() for problem in problems}
     rows = [row for row in rows if row["problem"] not in grown]  # they are drawn
     first = rows[0]
     lines = [
-        f"H={first['heads']}, D={first['width']}, {first['dtype']}; {_machine(first)}",
+        f"H={first['heads']}, D={first['width']}, {first['dtype']}; {_machine(rows)}",
         "",
         f"| graph | nodes | edges | forward | both | {' | '.join(peers)} | memory, {peers[0]} |",
         f"|---|---|---|---|---|{'---|' * (len(peers) + 1)}",
@@ -174,10 +175,11 @@ def _overview(rows: Rows, chosen: str) -> str:
         found = {row["provider"]: row for row in rows if row["problem"] == problem}
         mine = found["fastgt"]
         cells = [f"`{problem}`", f"{mine['rows']:,}", f"{mine['edges']:,}"]
-        cells += [_ms(mine[part]) for part in ("forward_s", "both_s")]
+        cells += [_ms(mine[part]) if part in mine else "-" for part in ("forward_s", "both_s")]
         cells += [_factors(found.get(name, {})) for name in peers]
         peak = found.get(peers[0], {}).get("both_peak_bytes")
-        cells.append("" if peak is None else f"{peak / mine['both_peak_bytes']:.0f}x")
+        known = peak is not None and "both_peak_bytes" in mine
+        cells.append(f"{peak / mine['both_peak_bytes']:.0f}x" if known else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -185,17 +187,19 @@ def _overview(rows: Rows, chosen: str) -> str:
 def _factors(row: dict[str, Any]) -> str:
     if not row.get("match"):
         return "no" if row.get("match") is False else "-"
-    both = _factor(row["both_x"]) if "both_x" in row else "-"
-    return f"{_factor(row['forward_x'])} / {both}"
+    return f"{_factor(row, 'forward')} / {_factor(row, 'both')}"
 
 
-def _factor(x: float) -> str:
-    return f"{x:.{1 if x >= 0.1 else 2}f}x"
+def _factor(row: dict[str, Any], part: str) -> str:
+    if f"{part}_x" not in row:
+        return "-"
+    x, mark = row[f"{part}_x"], "~" if row.get(f"{part}_spread", 0.0) > SPREAD else ""
+    return f"{mark}{x:.{1 if x >= 0.1 else 2}f}x"
 
 
 def _operators(rows: Rows) -> str:
     """One line a problem of every operator but attention, with all its peers."""
-    rows = _usual(
+    rows = usual(
         [
             row
             for row in rows
@@ -203,9 +207,10 @@ def _operators(rows: Rows) -> str:
         ]
     )
     lines = [
-        _machine(rows[0]),
+        _machine(rows),
         "",
-        "| operator | problem | forward | both | peers: forward / both | memory of the first |",
+        "| operator | problem | forward | both | peers: forward / both "
+        "| peak memory of the first that ran |",
         "|---|---|---|---|---|---|",
     ]
     for operator, problem in dict.fromkeys((row["operator"], row["problem"]) for row in rows):
@@ -214,8 +219,9 @@ def _operators(rows: Rows) -> str:
         )
         told = [f"{row['provider']} {_factors(row)}" for row in peers]
         peaks = [row["both_peak_bytes"] for row in peers if "both_peak_bytes" in row]
-        memory = f"{peaks[0] / mine['both_peak_bytes']:.1f}x" if peaks else ""
-        times = [_ms(mine[part]) for part in ("forward_s", "both_s")]
+        known = peaks and "both_peak_bytes" in mine
+        memory = f"{peaks[0] / mine['both_peak_bytes']:.1f}x" if known else ""
+        times = [_ms(mine[part]) if part in mine else "-" for part in ("forward_s", "both_s")]
         cells = [operator, f"`{problem}`", *times, "; ".join(told), memory]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -282,21 +288,24 @@ def _launch(rows: Rows) -> str:
     """What a call costs the host."""
     first = rows[0]
     lines = [
-        f"Kernels for {first['target']}, triton {first['triton']}; {_machine(first)}",
+        f"Kernels for {first['target']}, triton {first['triton']}; {_machine(rows)}",
         "",
-        "| call | microseconds of the host | target |",
-        "|---|---|---|",
+        "| call | microseconds of the host | target | |",
+        "|---|---|---|---|",
     ]
     for row in rows:
-        bound = "" if "backward" in row["call"] else f"at most {targets.LAUNCH_US}"
-        lines.append(f"| {row['call']} | {row['microseconds']:.1f} | {bound} |")
+        bound = enough = ""
+        if "backward" not in row["call"]:
+            bound = f"at most {targets.LAUNCH_US}"
+            enough = "met" if row["microseconds"] <= targets.LAUNCH_US else "missed"
+        lines.append(f"| {row['call']} | {row['microseconds']:.1f} | {bound} | {enough} |")
     return "\n".join(lines)
 
 
 def _masked_heads(rows: Rows) -> str:
     """Times with some of the heads, and their shares of the time with all of them."""
     lines = [
-        f"{_size(rows[0])}; {_machine(rows[0])}",
+        f"{_size(rows[0])}; {_machine(rows)}",
         "",
         "| active heads | agrees | forward | both | peak extra memory |",
         "|---|---|---|---|---|",
@@ -307,7 +316,7 @@ def _masked_heads(rows: Rows) -> str:
             continue
         cells = [row["provider"], "yes"]
         for part in ("forward", "both"):
-            cells.append(f"{row[f'{part}_s'] * 1e3:.0f} ms ({row[f'{part}_x']:.2f})")
+            cells.append(_time(row, part, 2))
         forward, both = (row[f"{part}_peak_bytes"] / 1e6 for part in ("forward", "both"))
         lines.append(f"| {' | '.join([*cells, f'{forward:.0f} / {both:.0f} MB'])} |")
     return "\n".join(lines)
@@ -340,7 +349,7 @@ def _models(rows: Rows) -> str:
     """Seconds of a training epoch and of an inference of models."""
     rows = [row for row in rows if "batches" in row]
     lines = [
-        _machine(rows[0]),
+        _machine(rows),
         "",
         "| model | data | provider | agrees | training epoch | inference |",
         "|---|---|---|---|---|---|",
@@ -348,7 +357,7 @@ def _models(rows: Rows) -> str:
     for row in rows:
         cells = [row["operator"], f"`{row['problem']}`", row["provider"]]
         if row["match"]:
-            cells += ["yes", *(f"{_ms(row[f'{x}_s'])} ({row[f'{x}_x']:.1f}x)" for x in _PASSES)]
+            cells += ["yes", *(_time(row, part, 1) for part in _PASSES)]
         else:
             cells += ["no", _why(row), ""]
         lines.append(f"| {' | '.join(cells)} |")

@@ -37,8 +37,11 @@ class Work(NamedTuple):
 
 def roofline(work: Work, seconds: float, rates: dict[str, float]) -> dict[str, float]:
     """Columns of a row: bytes a second with the gathered ones, operations a second, operations a
-    byte, and the share of the time that the device needs at least."""
+    byte, and the share of the time that the device needs at least. None of them where that is more
+    than all of it: who is faster does less work than was counted."""
     least = max(work.once / rates["copy_bytes_per_s"], work.flops / rates["matmul_flops_per_s"])
+    if least > seconds:
+        return {}
     return {
         "bytes_per_s": (work.once + work.gathered) / seconds,
         "flops_per_s": work.flops / seconds,
@@ -53,13 +56,14 @@ def measured_rates(device: torch.device, dtype: torch.dtype, nbytes: int) -> dic
     size = 1 << max(20, min(30, (max(1, nbytes) - 1).bit_length()))
     return {
         "copy_bytes_per_s": _copy(device, size),
-        "matmul_flops_per_s": _matmul(device, dtype),
+        # a CPU multiplies narrow types slowly, and kernels may widen them
+        "matmul_flops_per_s": max(_matmul(device, dtype), _matmul(device, torch.float32)),
     }
 
 
 @functools.cache
 def _copy(device: torch.device, size: int) -> float:
-    x, y = torch.rand(2, size // 8, device=device)  # both together are of that size
+    x, y = torch.rand(2, size // 8).to(device)  # both together are of that size
     # as many copies as make a timing long
     often = max(1, (64 << 20) // size)
 
@@ -73,7 +77,7 @@ def _copy(device: torch.device, size: int) -> float:
 @functools.cache
 def _matmul(device: torch.device, dtype: torch.dtype) -> float:
     n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.rand(2, n, n, device=device).to(dtype)
+    a, b = torch.rand(2, n, n).to(device, dtype)
     return 2 * n**3 / _seconds(lambda: a @ b, device)
 
 

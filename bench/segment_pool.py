@@ -26,6 +26,7 @@ def case(
     sizes, graphs = offsets.diff(), graph.num_graphs
     batch = torch.arange(graphs, device=device).repeat_interleave(sizes)
     x, do = draw([(graph.num_rows, channels), (graphs, channels)], dtype, device)
+    do *= graph.num_rows / graphs  # gradients of x are shares of it
 
     def definition(x: Tensor) -> Tensor:
         total = x.new_zeros(graphs, channels).index_add(0, batch, x)

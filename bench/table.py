@@ -27,9 +27,10 @@ def table(rows: Rows) -> str:
         cells = [_time(row, part) for part in PARTS[:3]]
         cells.append(f"{'/'.join(_memory(row, part) for part in ('forward', 'both')):>15}")
         if modelled:
-            part = "both" if "both_roofline" in row else "forward"
-            cells.append(f"{row[f'{part}_bytes_per_s'] / 1e9:6.1f}")
-            cells.append(f"{row[f'{part}_roofline']:5.0%}")
+            part = "both" if "both_s" in row else "forward"
+            known = f"{part}_roofline" in row
+            cells.append(f"{row[f'{part}_bytes_per_s'] / 1e9:6.1f}" if known else f"{'-':>6}")
+            cells.append(f"{row[f'{part}_roofline']:5.0%}" if known else f"{'-':>5}")
         lines.append(" ".join([label, *cells]))
     return "\n".join([*lines, *_remarks(rows)])
 
@@ -59,7 +60,21 @@ def compared(rows: Rows, before: Rows) -> Iterator[str]:
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What makes a row of another run the same measurement."""
-    return tuple(row.get(x) for x in ("operator", "problem", "dtype", "heads", "width", "provider"))
+    names = ("operator", "problem", "dtype", "heads", "width", "batches", "provider")
+    return tuple(row.get(x) for x in names)
+
+
+def usual(rows: Rows) -> Rows:
+    """Of every operator's problems the dtype and heads that they were measured with first."""
+    shapes: dict[tuple, tuple] = {}
+    names = ("dtype", "heads", "width")
+    for row in rows:
+        shapes.setdefault((row["operator"], row["problem"]), tuple(row[x] for x in names))
+    return [
+        row
+        for row in rows
+        if shapes[row["operator"], row["problem"]] == tuple(row[x] for x in names)
+    ]
 
 
 def _epochs(rows: Rows) -> str:
@@ -76,7 +91,8 @@ def _epochs(rows: Rows) -> str:
             lines.append(_failure(label, row))
             continue
         times = (
-            f"{row[f'{part}_s']:11.3f} {'(' + format(row[f'{part}_x'], '.2f') + 'x)':>8}"
+            f"{row[f'{part}_s']:11.3f} "
+            f"{'(' + format(row[f'{part}_x'], '.2f') + 'x)' if f'{part}_x' in row else '':>8}"
             for part in ("epoch", "inference")
         )
         lines.append(" ".join([label, *times]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from fastgt.bench.table import usual
+
 Rows = list[dict[str, Any]]
 
 
@@ -59,6 +61,7 @@ TARGETS = (
 def reached(rows: Rows, device: str) -> Iterator[tuple[Target, str, float, bool]]:
     """-> for every target whose rows are there: it, the problem that is farthest from it, what was
     measured there, and whether that is enough."""
+    rows = usual(rows)
     for target in TARGETS:
         if target.device != device:
             continue

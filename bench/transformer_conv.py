@@ -62,9 +62,11 @@ def case(
         return theirs.to(device, dtype)
 
     def compiled() -> Provider:
-        theirs = pyg()
+        # every module and shape is compiled anew, and beyond some of them none would be
+        torch.compiler.reset()
+        theirs, edge_index = pyg(), graph.edge_index
         call = torch.compile(theirs, dynamic=True)
-        return Provider(lambda x, e: call(x, graph.edge_index, e), tuple(theirs.parameters()))
+        return Provider(lambda x, e: call(x, edge_index, e), tuple(theirs.parameters()))
 
     extra = {"edge_dim": edge_dim, "in_channels": in_channels}
     return Case(

@@ -71,9 +71,49 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path, monkeypatch,
     assert bench(*where, "--json", path, "--resume", "--width", "16") == 0
     assert bench(*where, "--json", path, "--resume") == 0
     assert measured[5:] == []
+    capsys.readouterr()
+    assert bench(*where, "--json", path, "--resume") == 0
+    assert f"{path} has 8 rows; 0 problems are left" in capsys.readouterr().out
+    monkeypatch.setattr(harness, "_cpu_name", lambda: "another")
+    assert bench(*where, "--json", path, "--resume") == 1
+    assert "and this is another" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(harness, "compare", compare)
     monkeypatch.setattr(harness, "_commit", lambda: "later")
     assert bench(*where, "--json", path, "--resume") == 0
     assert measured[5:] == ["cora", "zinc"]
+
+
+def test_peers_that_are_not_there_yet_are_measured(tmp_path):
+    path = tmp_path / "rows.json"
+    where = ["attention", "--problems", "cora", "--json", path, "--resume", "--peers"]
+    assert bench(*where, "gather-scatter") == 0
+    assert bench(*where, "gather-scatter", "sdpa, dense mask") == 0
+    rows = json.loads(path.read_text())
+    names = [row["provider"] for row in rows]
+    assert names == ["fastgt", "gather-scatter", "sdpa, dense mask"]  # the newer ones, once
+    before = rows[0]["both_s"]
+    assert cli.main(["bench", *map(str, where), "gather-scatter", "--repeats", "3"]) == 0
+    found = {row["provider"]: row for row in json.loads(path.read_text())}
+    assert found["fastgt"]["both_s"] != before
+    assert found["fastgt"]["repeats"] == 3
+
+
+def test_a_wrong_fastgt_is_a_failure(capsys, monkeypatch):
+    def wrong(q, k, v, graph):
+        return peers.composed(graph)(q, k, v) * 1.5
+
+    monkeypatch.setattr(attention, "neighborhood_attention", wrong)
+    assert bench(*ONE) == 1
+    assert "attention, cora: fastgt: output is off by" in capsys.readouterr().out
+
+
+def test_what_an_operator_refuses_leaves_the_others(capsys):
+    where = ["--problems", "cora", "--width", "300", "--peers", "pyg"]
+    assert bench("transformer_conv", "segment_pool", *where) == 0
+    out = capsys.readouterr().out
+    assert "transformer_conv, cora: refused: out_channels must be from 1 to 256, got 300" in out
+    assert "segment_pool, cora: 40 nodes" in out
 
 
 def test_a_full_disk_leaves_what_was_written(tmp_path, monkeypatch, capsys):
@@ -232,8 +272,11 @@ def test_unknown_names_are_refused_with_the_nearest(options, message, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["attention", "--problems", "ragged"], "attention has no problem 'ragged': it has power"),
-        (["segment_pool", "--peers", "torch.sparse"], "segment_pool has no such peer: it has pyg"),
+        (["attention", "--problems", "ragged"], "attention has no problem 'ragged': it has 'power"),
+        (
+            ["segment_pool", "--peers", "torch.sparse"],
+            "segment_pool has no such peer: it has 'pyg'",
+        ),
         (["--heads", "0"], "--heads must be positive, got 0"),
         (["--most", "-1"], "--most must be positive, got -1"),
         (["--shapes", "gt_zinc", "--heads", "4"], "leave --heads and --width out"),
@@ -244,6 +287,12 @@ def test_unknown_names_are_refused_with_the_nearest(options, message, capsys):
         (["--compare", "absent.json"], "--compare absent.json: "),
         (["--tune", "--device", "cpu"], "tuning needs a GPU"),
         (["--tune", "--render"], "one at a time"),
+        (["attention", "--peers", "anemoi"], "name their folder with --peer-path"),
+        (["segment_softmax", "--width", "5"], "segment_softmax has heads and widths of its own"),
+        (["gps", "--shapes", "gt_zinc"], "gps has heads and widths of its own"),
+        (["--json", "/"], "--json /: it is a folder"),
+        (["--csv", __file__ + "/x.csv"], "x.csv: File exists"),
+        (["--plot", __file__], "File exists"),
     ],
 )
 def test_what_cannot_be_run_is_told(options, message, capsys):
@@ -260,6 +309,26 @@ def test_files_that_are_none_of_this_command_are_refused(tmp_path, capsys):
         assert "it holds no rows of this command" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"forward_s": None}, {"forward_s": 0.0}, {"heads": [1]}, {"commit": None}, {"date": 3}],
+)
+def test_rows_that_were_changed_are_refused(change, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    assert bench(*ONE, "--json", path) == 0
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([row | change for row in rows]))
+    assert bench(*ONE, "--compare", path) == 1
+    assert bench(*ONE, "--json", path, "--resume") == 1
+    assert capsys.readouterr().err.count("it holds no rows of this command") == 2
+
+
+def test_only_what_ran_out_of_memory_does_not_fit():
+    assert command._of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GB"))
+    assert command._of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert not command._of_memory(RuntimeError("an illegal memory access was encountered"))
+
+
 def test_repeats_must_be_positive(capsys):
     assert cli.main(["bench", "--repeats", "0"]) == 1
     assert "--repeats must be positive, got 0" in capsys.readouterr().err
@@ -269,3 +338,4 @@ def test_another_run_s_row_is_found_by_what_was_measured():
     row = {"operator": "a", "problem": "p", "heads": 8, "width": 16, "provider": "pyg"}
     assert table.key(row) == table.key(row | {"both_s": 1.0})
     assert table.key(row) != table.key(row | {"width": 8})
+    assert table.key(row | {"batches": 2}) != table.key(row | {"batches": 8})

@@ -142,7 +142,7 @@ def test_every_marker_is_filled_from_its_file(results):
     assert "| gine | `zinc` | 500 ms | 500 ms | pyg 0.5x / 0.5x | 0.5x |" in parts[2]
     assert "attention" not in parts[2].replace("<!-- operators cpu -->", "")
     assert "| attention | `power_law` | pyg, memory | 4.50x | at least 5x | missed |" in parts[3]
-    assert "| 2 of 8 | yes | 200 ms (0.40) | 200 ms (0.40) | 0 / 1 MB |" in parts[4]
+    assert "| 2 of 8 | yes | 200 ms (0.40x) | 200 ms (0.40x) | 0 / 1 MB |" in parts[4]
     assert "No GPU has been measured." in parts[5]
 
 
@@ -171,6 +171,64 @@ def test_providers_that_were_not_timed_are_in_the_readme(results):
     assert "| flex attention | yes | 500 ms (1.0x) |  |  | 1 /  MB | 25.0% |" in text
     text = render.rendered("<!-- overview cpu attention flex attention; pyg -->\n<!-- end -->")
     assert "| 1.0x / - | no |" in text
+
+
+def test_every_commit_and_spread_is_named(results):
+    found = [
+        row("attention", "cora", "fastgt"),
+        row("attention", "cora", "pyg", 2.0, both_spread=0.3, commit="def"),
+    ]
+    (results / "cpu.json").write_text(json.dumps(found))
+    text = render.rendered("<!-- table cpu attention -->\n<!-- end -->")
+    assert "commit abc, def." in text
+    assert "| 1000 ms (2.0x) | 1000 ms (2.0x) | ~1000 ms (2.0x) |" in text
+    text = render.rendered("<!-- overview cpu attention pyg -->\n<!-- end -->")
+    assert "| 2.0x / ~2.0x |" in text
+
+
+def test_a_second_dtype_is_left_out(results):
+    wide = [row("attention", "cora", "fastgt"), row("attention", "cora", "pyg", 3.0)]
+    narrow = [dict(x, dtype="bfloat16") for x in (wide[0], row("attention", "cora", "pyg", 20.0))]
+    (results / "cpu.json").write_text(json.dumps(narrow + wide))
+    text = render.rendered("<!-- overview cpu attention pyg -->\n<!-- end -->")
+    assert "bfloat16" in text
+    assert "20.0x" in text
+    assert "3.0x" not in text
+    assert render.rendered("<!-- table cpu attention -->\n<!-- end -->").count("| yes |") == 2
+    assert "MISSED: attention, cora, pyg, both_x: 3" not in " ".join(
+        targets.lines(narrow + wide, "cuda")
+    )
+
+
+def test_a_fastgt_that_failed_leaves_the_tables_whole(results, tmp_path):
+    failed = {
+        x: y
+        for x, y in row("attention", "cora", "fastgt").items()
+        if not x.startswith(("forward", "backward", "both"))
+    }
+    failed |= {"match": None, "error": "no room"}
+    peer = {x: y for x, y in row("attention", "cora", "pyg").items() if not x.endswith("_x")}
+    found = [failed, peer, dict(failed, operator="gine"), dict(peer, operator="gine")]
+    (results / "cpu.json").write_text(json.dumps(found))
+    for marker in ("table cpu attention", "overview cpu attention pyg", "operators cpu"):
+        assert "500 ms" in render.rendered(f"<!-- {marker} -->\n<!-- end -->") or "- | -" in (
+            render.rendered(f"<!-- {marker} -->\n<!-- end -->")
+        )
+    pytest.importorskip("matplotlib")
+    kinds = {path.stem for path in plots.plot(found, tmp_path / "plots")}
+    assert not any("speedup" in kind for kind in kinds)
+
+
+def test_what_the_host_pays_is_met_or_missed(results):
+    found = [
+        {"call": call, "microseconds": us, "target": "sm_90", "triton": "3.7.1"} | MACHINE
+        for call, us in (("forward", 44.5), ("forward, no_grad", 36.9), ("forward and backward", 9))
+    ]
+    (results / "launch.json").write_text(json.dumps(found))
+    text = render.rendered("<!-- table launch -->\n<!-- end -->")
+    assert "| forward | 44.5 | at most 40 | missed |" in text
+    assert "| forward, no_grad | 36.9 | at most 40 | met |" in text
+    assert "| forward and backward | 9.0 |  |  |" in text
 
 
 def test_rendering_a_checkout_rewrites_the_readme_and_draws(results, capsys):
@@ -227,7 +285,8 @@ def test_plots_are_drawn_where_rows_are_enough_for_them(tmp_path):
 def test_what_is_drawn_is_what_the_rows_say():
     pytest.importorskip("matplotlib")
     mine = [x for x in rows() if x["operator"] == "attention"]
-    axes = plots._speed_ups("attention", mine).axes[0]
+    colours = dict.fromkeys(("fastgt", "pyg", "pyg, compiled"), "C0")
+    axes = plots._speed_ups("attention", mine, colours).axes[0]
     ends = [bar.get_y() + bar.get_height() for bar in axes.patches]
     assert sorted(end for end in ends if end == end) == [1.5, 2.5, 4.5, 9.5]
     labels = [x.get_text() for x in axes.get_xticklabels()]
@@ -240,8 +299,14 @@ def test_what_is_drawn_is_what_the_rows_say():
         ticks = shapes[kind].axes[0].get_xticklabels()
         assert [x.get_text() for x in ticks] == expected
     grown = [row("attention", "rmat", "fastgt", rows=10), row("attention", "rmat_11", "fastgt", 2)]
-    line = plots._scaling("attention", grown, "nodes").axes[0].lines[0]
+    line = plots._scaling("attention", grown, "nodes", colours).axes[0].lines[0]
     assert list(line.get_xdata()) == [10, 40]
     assert list(line.get_ydata()) == [500, 1000]
-    roof = plots._roofline("attention", mine).axes[0].lines[-1]
+    roof = plots._roofline("attention", mine, colours).axes[0].lines[-1]
     assert list(roof.get_ydata()) == [2.5, 10.0]  # GFLOP/s at a quarter and at one operation a byte
+
+
+def test_rows_of_several_devices_are_not_drawn_together(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="several devices"):
+        plots.plot([*rows(), row("attention", "cora", "pyg", device="another")], tmp_path)

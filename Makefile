@@ -28,6 +28,9 @@ bench: $(VENV)/test.stamp
 	  --shapes $(SHAPES) $(RESUMED)
 	$(BIN)/fastgt bench attention --scaling nodes --peers pyg "pyg, compiled" --most 3000000 $(RESUMED)
 	$(BIN)/fastgt bench attention --scaling edges --peers pyg "pyg, compiled" --most 5000000 $(RESUMED)
+	OMP_NUM_THREADS=1 $(BIN)/fastgt bench attention --problems power_law zinc cora molecules pattern \
+	  amazon_computers --peers pyg "pyg, compiled" torch-scatter \
+	  --resume --json bench/results/cpu-1-thread.json
 	$(BIN)/python -m fastgt.bench.launch --json bench/results/launch.json
 	$(BIN)/python -m fastgt.bench.reordering $(ORDERED:%=--problem %) \
 	  --json bench/results/reordering-cpu.json

@@ -11,7 +11,8 @@ from torch import Tensor
 from fastgt import Graph, aggregate, gated_aggregate, reference, segment_softmax
 from fastgt.bench.attention import draw, load, shape
 from fastgt.bench.harness import Case, Provider
-from fastgt.bench.roofline import Work
+from fastgt.bench.peers import scatters, softmaxes
+from fastgt.bench.roofline import Work, passes
 
 Providers = dict[str, Callable[[], Provider]]
 
@@ -49,7 +50,7 @@ def sums(
             **_scattered(graph, lambda x: x[source]),
             "torch.sparse": torch_sparse,
         },
-        work={"forward": one_way, "backward": one_way, "both": one_way + one_way},
+        work=passes(one_way, one_way),
     )
 
 
@@ -89,7 +90,7 @@ def gine(
             lambda x, e: reference.aggregate(x, graph, edge_value=e, activation="relu")
         ),
         providers={"fastgt": lambda: Provider(ours), **_scattered(graph, message)},
-        work={"forward": forward, "backward": backward, "both": forward + backward},
+        work=passes(forward, backward),
     )
 
 
@@ -132,9 +133,9 @@ def gated(
         ),
         providers={
             "fastgt": lambda: Provider(ours),
-            **{name: lambda make=make: composed(make()) for name, make in _scatters(graph).items()},
+            **{name: lambda make=make: composed(make()) for name, make in scatters(graph).items()},
         },
-        work={"forward": forward, "backward": backward, "both": forward + backward},
+        work=passes(forward, backward),
     )
 
 
@@ -148,20 +149,8 @@ def softmax(
     """A softmax over each node's edges, for every head."""
     graph = load(problem, device)
     x, do = draw([(graph.num_edges, heads)] * 2, dtype, device)
-    target, size = graph.edge_index[1], graph.num_rows
-
-    def pyg() -> Provider:
-        from torch_geometric.utils import softmax
-
-        return Provider(lambda x: softmax(x, target, num_nodes=size))
-
-    def torch_scatter() -> Provider:
-        from torch_scatter import scatter_softmax
-
-        return Provider(lambda x: scatter_softmax(x, target, dim=0, dim_size=size))
-
     edge = graph.num_edges * heads
-    index = graph.col.element_size() * (graph.num_edges + size)
+    index = graph.col.element_size() * (graph.num_edges + graph.num_rows)
     forward = Work(2 * edge * dtype.itemsize + index, 0, 3 * edge)
     backward = Work(3 * edge * dtype.itemsize + index, 0, 4 * edge)
     return Case(
@@ -171,10 +160,9 @@ def softmax(
         definition=lambda dtype: Provider(lambda x: reference.segment_softmax(x, graph)),
         providers={
             "fastgt": lambda: Provider(lambda x: segment_softmax(x, graph)),
-            "pyg": pyg,
-            "torch-scatter": torch_scatter,
+            **{n: lambda make=make: Provider(make()) for n, make in softmaxes(graph).items()},
         },
-        work={"forward": forward, "backward": backward, "both": forward + backward},
+        work=passes(forward, backward),
     )
 
 
@@ -185,21 +173,4 @@ def _scattered(graph: Graph, message: Callable[..., Tensor]) -> Providers:
         scatter = make()
         return Provider(lambda *inputs: scatter(message(*inputs)))
 
-    return {name: lambda make=make: provider(make) for name, make in _scatters(graph).items()}
-
-
-def _scatters(graph: Graph) -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:
-    """Sums of edge tensors [E, ...] over the edges of each node."""
-    target, size = graph.edge_index[1], graph.num_rows
-
-    def pyg() -> Callable[[Tensor], Tensor]:
-        from torch_geometric.utils import scatter
-
-        return lambda m: scatter(m, target, dim=0, dim_size=size)
-
-    def torch_scatter() -> Callable[[Tensor], Tensor]:
-        from torch_scatter import scatter_add
-
-        return lambda m: scatter_add(m, target, dim=0, dim_size=size)
-
-    return {"pyg": pyg, "torch-scatter": torch_scatter}
+    return {name: lambda make=make: provider(make) for name, make in scatters(graph).items()}

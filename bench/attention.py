@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgt import Graph, neighborhood_attention, reference
 from fastgt.bench import peer_paths, peers
 from fastgt.bench.harness import Case, Provider
-from fastgt.bench.roofline import Work
+from fastgt.bench.roofline import Work, passes
 from fastgt.testing import PROBLEMS
 
 CHUNK = 2**28  # numbers of an [E, H, D] tensor that the definition may make
@@ -111,4 +111,4 @@ def _work(graph: Graph, channels: int, heads: int, item: int) -> dict[str, Work]
     gathered = 2 * edges * channels * item
     forward = Work(rows + stat + index, gathered, 4 * edges * channels)
     backward = Work(2 * rows + stat + 2 * index, 2 * gathered, 10 * edges * channels)
-    return {"forward": forward, "backward": backward, "both": forward + backward}
+    return passes(forward, backward)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
 from fastgt import channelwise_attention, reference
 from fastgt.bench.attention import draw, load, shape
 from fastgt.bench.harness import Case, Provider
-from fastgt.bench.roofline import Work
+from fastgt.bench.peers import scatters, softmaxes
+from fastgt.bench.roofline import Work, passes
 
 
 def case(
@@ -29,30 +27,16 @@ def case(
         dtype,
         device,
     )
-    (source, target), size = graph.edge_index, graph.num_rows
+    source = graph.edge_index[0]
+    softmax, scatter = softmaxes(graph), scatters(graph)
 
-    def composed(softmax: Callable[[Tensor], Tensor], scatter: Callable[[Tensor], Tensor]):  # type: ignore[no-untyped-def]
-        return Provider(lambda logits, v: scatter(softmax(logits) * v[source]))
-
-    def pyg() -> Provider:
-        from torch_geometric.utils import scatter, softmax
-
-        return composed(
-            lambda x: softmax(x, target, num_nodes=size),
-            lambda x: scatter(x, target, dim=0, dim_size=size),
-        )
-
-    def torch_scatter() -> Provider:
-        from torch_scatter import scatter_add, scatter_softmax
-
-        return composed(
-            lambda x: scatter_softmax(x, target, dim=0, dim_size=size),
-            lambda x: scatter_add(x, target, dim=0, dim_size=size),
-        )
+    def composed(name: str) -> Provider:
+        weigh, add = softmax[name](), scatter[name]()
+        return Provider(lambda logits, v: add(weigh(logits) * v[source]))
 
     node, edge = channels * dtype.itemsize, graph.num_edges
-    index = graph.col.element_size() * (2 * edge + size)
-    once = (size + graph.num_cols + edge) * node + index
+    index = graph.col.element_size() * (2 * edge + graph.num_rows)
+    once = (graph.num_rows + graph.num_cols + edge) * node + index
     forward = Work(once, edge * node, 5 * edge * channels)
     backward = Work(2 * once, 3 * edge * node, 8 * edge * channels)
     return Case(
@@ -64,8 +48,7 @@ def case(
         ),
         providers={
             "fastgt": lambda: Provider(lambda x, v: channelwise_attention(x, v, graph)),
-            "pyg": pyg,
-            "torch-scatter": torch_scatter,
+            **{name: lambda name=name: composed(name) for name in scatter},
         },
-        work={"forward": forward, "backward": backward, "both": forward + backward},
+        work=passes(forward, backward),
     )

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from fastgt import files
 from fastgt.bench import harness, table, targets
 from fastgt.bench.operators import EXTERNAL, OPERATORS, SHAPES, Operator
+from fastgt.ops._impl import device_named
 from fastgt.testing import PROBLEMS, SCALING
 
 Rows = list[dict[str, Any]]
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         import matplotlib  # noqa: F401  an absent extra must show before minutes of measuring
     _check(args)
     before = [] if args.compare is None else _read(args.compare, "--compare")
-    where = harness.environment(_device(args.device))
+    where = harness.environment(device_named(args.device))
     kept = _kept(args, where)
     found = list(kept)
     chosen = [x for x in _chosen(args) if not _has(kept, x, where, args)]
@@ -278,7 +279,7 @@ def _chosen(args: argparse.Namespace) -> Iterator[_Choice]:
                     heads=heads,
                     width=width,
                     dtype=_dtype(args.dtype),
-                    device=_device(args.device),
+                    device=device_named(args.device),
                     peer_path=args.peer_path,
                 )
                 yield _Choice(name, problem, repeats, options)
@@ -304,17 +305,6 @@ def _dtype(name: str) -> Any:
     import torch
 
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {name}")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"--device {device}: this PyTorch sees no CUDA device")
-    return device
 
 
 def _kept(args: argparse.Namespace, where: dict[str, str]) -> Rows:

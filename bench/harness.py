@@ -6,7 +6,6 @@ import functools
 import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgt.bench import timing
 from fastgt.bench.memory import allocation_limit, peak_extra_memory
 from fastgt.bench.roofline import Work, measured_rates, roofline
 from fastgt.testing import assert_as_accurate
@@ -24,9 +24,6 @@ Call = Callable[[], Any]
 Rows = list[dict[str, Any]]
 # what others' code raises where it cannot do this; Triton's errors and a compiler's are among them
 FAILURES = (Exception,)
-SAMPLE = 0.03  # seconds that one timing takes on a CPU at least: short calls are repeated
-LONG = 20.0  # seconds that all timings of a call take at most, unless they are FEWEST
-FEWEST = 3
 
 
 class Provider(NamedTuple):
@@ -295,8 +292,8 @@ def _fill(
     repeats: int,
 ) -> None:
     times = {
-        "forward": measure(forwards, case.device, repeats=repeats),
-        **_measure_steps(steps, case.device, repeats),
+        "forward": timing.measure(forwards, case.device, repeats=repeats),
+        **timing.measure_steps(steps, case.device, repeats),
     }
     rates = measured_rates(case.device, case.upstream.dtype, _footprint(case))
     first = next(iter(case.providers))
@@ -306,9 +303,9 @@ def _fill(
             if name not in seconds:
                 continue
             row[f"{part}_s"] = statistics.median(seconds[name])
-            row[f"{part}_spread"] = spread(seconds[name])
+            row[f"{part}_spread"] = timing.spread(seconds[name])
             if first in seconds:
-                row[f"{part}_x"] = ratio(seconds[name], seconds[first])
+                row[f"{part}_x"] = timing.ratio(seconds[name], seconds[first])
             if part in case.work:
                 found = roofline(case.work[part], row[f"{part}_s"], rates)
                 row |= {f"{part}_{key}": value for key, value in found.items()}
@@ -333,85 +330,6 @@ def _on_device(part: str, call: Any, device: torch.device) -> dict[str, Any]:
 def _footprint(case: Case) -> int:
     """Bytes of inputs and output: what a pass over the problem touches."""
     return sum(x.nbytes for x in case.inputs.values()) + case.upstream.nbytes
-
-
-def measure(
-    calls: dict[str, Call], device: torch.device, *, repeats: int = 9, sample: float = SAMPLE
-) -> dict[str, list[float]]:
-    """-> seconds of every call. Providers take turns, in both orders, so that a slow moment of
-    the machine hits all of them. Each timing is the mean of as many calls as take ``sample``
-    seconds; of one call, after one to warm up, if that is 0."""
-    clock = _clock(device)
-
-    def whole(call: Call) -> Callable[[], tuple[float, ...]]:
-        return lambda: clock(lambda between: call())
-
-    parts = _in_turns({name: whole(call) for name, call in calls.items()}, device, repeats, sample)
-    return {name: [times[-1] for times in samples] for name, samples in parts.items()}
-
-
-def _measure_steps(
-    steps: dict[str, Callable[[Callable[[], None]], Any]], device: torch.device, repeats: int
-) -> dict[str, dict[str, list[float]]]:
-    clock = _clock(device)
-    calls = {name: lambda step=step: clock(step) for name, step in steps.items()}
-    samples = _in_turns(calls, device, repeats, SAMPLE)
-    return {
-        "backward": {name: [both - fwd for fwd, both in x] for name, x in samples.items()},
-        "both": {name: [both for _, both in x] for name, x in samples.items()},
-    }
-
-
-def _in_turns(
-    calls: dict[str, Callable[[], tuple[float, ...]]],
-    device: torch.device,
-    repeats: int,
-    sample: float,
-) -> dict[str, list[tuple[float, ...]]]:
-    often, rounds = {}, {}
-    for name, call in calls.items():
-        seconds = call()[-1]
-        rounds[name] = min(repeats, max(FEWEST, int(LONG / seconds)))
-        # a GPU's cache is emptied before every call
-        once = device.type == "cuda" or not sample
-        often[name] = 1 if once else max(1, round(sample / seconds))
-    samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
-    for i in range(repeats):
-        for name in reversed(calls) if i % 2 else calls:
-            if i >= rounds[name]:
-                continue
-            found = [calls[name]() for _ in range(often[name])]
-            samples[name].append(tuple(sum(x) / len(found) for x in zip(*found, strict=True)))
-    return samples
-
-
-def _clock(device: torch.device) -> Callable[[Callable[..., Any]], tuple[float, ...]]:
-    """-> times from a step to (what it took until ``between``, if it said so; all of it)."""
-    if device.type == "cuda":
-        from fastgt.bench import device_time
-
-        return device_time.clock(device)
-
-    def clock(step: Callable[..., Any]) -> tuple[float, ...]:
-        moments = [time.perf_counter()]
-        step(lambda: moments.append(time.perf_counter()))
-        moments.append(time.perf_counter())
-        return tuple(moment - moments[0] for moment in moments[1:])
-
-    return clock
-
-
-def ratio(slow: list[float], fast: list[float]) -> float:
-    """Median of the ratios of calls made next to each other, as far as both go."""
-    return statistics.median(s / f for s, f in zip(slow, fast, strict=False))
-
-
-def spread(times: list[float]) -> float:
-    """The middle half's width, as a share of the median."""
-    if len(times) < 2:
-        return 0.0
-    quarters = statistics.quantiles(times, n=4, method="inclusive")
-    return (quarters[2] - quarters[0]) / quarters[1]
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -15,7 +15,7 @@ from fastgt import implementation, linear_attention, reference
 from fastgt.bench import peer_paths
 from fastgt.bench.attention import draw
 from fastgt.bench.harness import Case, Provider
-from fastgt.bench.roofline import Work
+from fastgt.bench.roofline import Work, passes
 from fastgt.nn import PerformerAttention
 from fastgt.testing import PROBLEMS
 
@@ -74,7 +74,7 @@ def case(
             lambda q, k, v: reference.linear_attention(q, k, v, offsets, feature_map="elu")
         ),
         providers=providers,
-        work={"forward": once, "backward": back, "both": once + back},
+        work=passes(once, back),
     )
 
 

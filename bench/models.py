@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, l1_loss
 
 from fastgt import Graph, implementation
-from fastgt.bench import harness
+from fastgt.bench import harness, timing
 from fastgt.bench.harness import Case, Provider
 from fastgt.bench.on_pyg import GINE, GPS, Edges, OnPyG, on_pyg
 from fastgt.models import (
@@ -100,7 +100,7 @@ def epochs(
     device, problem = torch.device(device), problem or MODELS[model][0]
     shape, ours, made = _prepare(model, problem, batches, device, dtype, sizes)
     one = _case(shape, ours, made[0])
-    graphs = harness.measure({"": lambda: [x.remade() for x in made]}, device, repeats=repeats)
+    graphs = timing.measure({"": lambda: [x.remade() for x in made]}, device, repeats=repeats)
     shape["graphs_s"] = statistics.median(graphs[""])
     truth, eager = (_defined_results(ours, wide, made[0], one) for wide in (torch.float64, dtype))
     rows, train, infer = [], {}, {}
@@ -121,13 +121,13 @@ def epochs(
             train[name], infer[name] = _epoch(module, made), _inference(module, made)
     del truth, eager
     for part, calls in (("epoch", train), ("inference", infer)):
-        seconds = harness.measure(calls, device, repeats=repeats)
+        seconds = timing.measure(calls, device, repeats=repeats)
         for row in rows:
             if (mine := seconds.get(row["provider"])) is not None:
                 row[f"{part}_s"] = statistics.median(mine)
-                row[f"{part}_spread"] = harness.spread(mine)
+                row[f"{part}_spread"] = timing.spread(mine)
                 if "fastgt" in seconds:
-                    row[f"{part}_x"] = harness.ratio(mine, seconds["fastgt"])
+                    row[f"{part}_x"] = timing.ratio(mine, seconds["fastgt"])
     extra = {"repeats": repeats} | harness.environment(device)
     return [shape | row | extra for row in rows]
 

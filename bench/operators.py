@@ -48,7 +48,7 @@ class Operator:
     @property
     def smallest(self) -> str:
         """What is over soon."""
-        return next((name for name in self.problems if name == "molecules"), self.quick[0])
+        return "molecules" if "molecules" in self.problems else self.quick[0]
 
     def takes(self, option: str) -> bool:
         """Whether its case has that keyword."""

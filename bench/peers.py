@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fastgt import Graph
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+EdgeCall = Callable[[Tensor], Tensor]
 DENSE_BYTES = 2**30  # of a mask
 
 
@@ -70,14 +71,11 @@ def pyg_compiled(graph: Graph) -> Attend:
 
 def torch_scatter(graph: Graph) -> Attend:
     """``torch_scatter``'s softmax and sum."""
-    from torch_scatter import scatter_add, scatter_softmax
-
+    softmax, scatter = softmaxes(graph)["torch-scatter"](), scatters(graph)["torch-scatter"]()
     edge_index = graph.edge_index
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        source, target = edge_index
-        weight = scatter_softmax(_logits(q, k, edge_index), target, dim=0, dim_size=q.shape[0])
-        return scatter_add(weight[..., None] * v[source], target, dim=0, dim_size=q.shape[0])
+        return scatter(softmax(_logits(q, k, edge_index))[..., None] * v[edge_index[0]])
 
     return attend
 
@@ -202,6 +200,40 @@ ATTENTION: dict[str, Callable[[Graph], Attend]] = {
     "sdpa, by graph": sdpa_by_graph,
     "flex attention": flex,
 }
+
+
+def scatters(graph: Graph) -> dict[str, Callable[[], EdgeCall]]:
+    """Packages' sums of edge tensors [E, ...] over the edges of each node."""
+    target, size = graph.edge_index[1], graph.num_rows
+
+    def pyg() -> EdgeCall:
+        from torch_geometric.utils import scatter
+
+        return lambda x: scatter(x, target, dim=0, dim_size=size)
+
+    def torch_scatter() -> EdgeCall:
+        from torch_scatter import scatter_add
+
+        return lambda x: scatter_add(x, target, dim=0, dim_size=size)
+
+    return {"pyg": pyg, "torch-scatter": torch_scatter}
+
+
+def softmaxes(graph: Graph) -> dict[str, Callable[[], EdgeCall]]:
+    """Packages' softmaxes of edge tensors [E, ...] over the edges of each node."""
+    target, size = graph.edge_index[1], graph.num_rows
+
+    def pyg() -> EdgeCall:
+        from torch_geometric.utils import softmax
+
+        return lambda x: softmax(x, target, num_nodes=size)
+
+    def torch_scatter() -> EdgeCall:
+        from torch_scatter import scatter_softmax
+
+        return lambda x: scatter_softmax(x, target, dim=0, dim_size=size)
+
+    return {"pyg": pyg, "torch-scatter": torch_scatter}
 
 
 def _pyg(q: Tensor, k: Tensor, v: Tensor, edge_index: Tensor) -> Tensor:

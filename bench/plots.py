@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgt.bench import table
 from fastgt.testing import SCALING
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
         raise ValueError("rows of several devices are not drawn together")
     for operator in dict.fromkeys(row["operator"] for row in rows):
         mine = [row for row in rows if row["operator"] == operator and row["match"]]
-        mine = [row for row in mine if row["dtype"] == next(iter(mine))["dtype"]]
+        mine = [row for row in mine if row["dtype"] == mine[0]["dtype"]]
         grown = {name for names in SCALING.values() for name in names} - {"rmat"}
         usual = [row for row in mine if row["problem"] not in grown]
         for kind, figure in _figures(operator, mine, usual):
@@ -48,7 +49,7 @@ def _figures(operator: str, mine: Rows, usual: Rows) -> Iterator[tuple[str, Figu
     for row in usual:
         shapes.setdefault(row["problem"], []).append((row["heads"], row["width"]))
     # each problem as it was measured first, and those that were measured in several shapes
-    first = [row for row in usual if shapes[row["problem"]][0] == (row["heads"], row["width"])]
+    first = table.usual(usual)
     for kind, rows in (("speedup", first), ("shapes", _everywhere(usual, shapes))):
         peers = _providers(rows)[1:]
         if not rows or rows[0]["provider"] not in ("fastgt", "no gate"):

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fastgt.bench import targets
+from fastgt.bench import table, targets
 from fastgt.bench.table import SPREAD, usual
 from fastgt.testing import SCALING
 
@@ -101,19 +101,13 @@ def _providers(rows: Rows) -> str:
             problem = row["problem"]
             lines += [
                 *([""] if lines else []),
-                f"`{problem}`: {_size(row)}; {_machine(rows)}",
+                f"`{problem}`: {table.size(row)}; {_machine(rows)}",
                 "",
                 "| provider | agrees | forward | backward | both | peak extra memory | roofline |",
                 "|---|---|---|---|---|---|---|",
             ]
         lines.append(_line(row))
     return "\n".join(lines)
-
-
-def _size(row: dict[str, Any]) -> str:
-    parts = [f"{row['rows']:,} nodes"]
-    parts += [f"{row[key]:,} {key}" for key in ("edges", "graphs") if row.get(key, 1) != 1]
-    return ", ".join([*parts, f"H={row['heads']}, D={row['width']}, {row['dtype']}"])
 
 
 def _machine(rows: Rows) -> str:
@@ -305,7 +299,7 @@ def _launch(rows: Rows) -> str:
 def _masked_heads(rows: Rows) -> str:
     """Times with some of the heads, and their shares of the time with all of them."""
     lines = [
-        f"{_size(rows[0])}; {_machine(rows)}",
+        f"{table.size(rows[0])}; {_machine(rows)}",
         "",
         "| active heads | agrees | forward | both | peak extra memory |",
         "|---|---|---|---|---|",

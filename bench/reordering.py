@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastgt import Graph, neighborhood_attention
-from fastgt.bench import harness
+from fastgt.bench import harness, timing
 from fastgt.testing import PROBLEMS, assert_as_accurate
 from fastgt.tiles import density
 
@@ -74,12 +74,12 @@ def run(
         if row["match"]:
             calls[method] = lambda moved=moved, own=own: _attend(moved, own)
         rows.append(shape | row)
-    seconds = harness.measure(calls, device, repeats=repeats)
+    seconds = timing.measure(calls, device, repeats=repeats)
     for row in rows:
         if row["match"]:
             times = seconds[row["node_order"]]
             row["both_s"] = statistics.median(times)
-            row["both_x"] = harness.ratio(times, seconds["as loaded"])
+            row["both_x"] = timing.ratio(times, seconds["as loaded"])
     return [row | harness.environment(device) for row in rows]
 
 

@@ -35,6 +35,11 @@ class Work(NamedTuple):
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
 
+def passes(forward: Work, backward: Work) -> dict[str, Work]:
+    """Of a forward, of a backward and of both."""
+    return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
 def roofline(work: Work, seconds: float, rates: dict[str, float]) -> dict[str, float]:
     """Columns of a row: bytes a second with the gathered ones, operations a second, operations a
     byte, and the share of the time that the device needs at least. None of them where that is more

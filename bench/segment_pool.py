@@ -8,7 +8,7 @@ from torch import Tensor
 from fastgt import segment_mean
 from fastgt.bench.attention import draw, load, shape
 from fastgt.bench.harness import Case, Provider
-from fastgt.bench.roofline import Work
+from fastgt.bench.roofline import Work, passes
 
 
 def case(
@@ -60,5 +60,5 @@ def case(
             "torch-scatter": torch_scatter,
             "torch.segment_reduce": torch_segment_reduce,
         },
-        work={"forward": work, "backward": work, "both": work + work},
+        work=passes(work, work),
     )

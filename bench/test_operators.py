@@ -13,7 +13,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from fastgt.bench import harness
+from fastgt.bench import harness, timing
 from fastgt.bench.memory import allocation_limit, peak_extra_memory
 from fastgt.bench.operators import OPERATORS
 
@@ -55,7 +55,7 @@ def test_provider(benchmark, operator, provider, part):
         benchmark.extra_info |= case.shape | harness.environment(DEVICE)
         benchmark.extra_info["peak_bytes"] = peak_extra_memory(call, DEVICE)
         if DEVICE.type == "cuda":
-            times = harness.measure({provider: call}, DEVICE)[provider]
+            times = timing.measure({provider: call}, DEVICE)[provider]
             benchmark.extra_info["device_s"] = statistics.median(times)
         benchmark(_waited(call))
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastgt import Graph, neighborhood_attention, reference, tiles
-from fastgt.bench import harness
+from fastgt.bench import harness, timing
 from fastgt.ops._impl import Impl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -100,7 +100,7 @@ def _ratio(
     shape = 4, graph.num_rows, heads, width
     q, k, v, do = torch.randn(shape, generator=generator).to(device, dtype)
 
-    def both(planned: Graph) -> harness.Call:
+    def both(planned: Graph) -> timing.Call:
         def fn() -> tuple[Tensor, ...]:
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
             return torch.autograd.grad(neighborhood_attention(*inputs, planned), inputs, do)
@@ -112,9 +112,9 @@ def _ratio(
         "gather": both(graph.plan("gather")),
         "windows": both(graph.plan("windows", height=height)),
     }
-    times = harness.measure(plans, device)
+    times = timing.measure(plans, device)
     rho = tiles.density(graph.row_ptr, graph.col, graph.num_cols)
-    return round(rho, 2), harness.ratio(times["gather"], times["windows"])
+    return round(rho, 2), timing.ratio(times["gather"], times["windows"])
 
 
 def merged(old: list[dict], new: list[dict]) -> list[dict]:
@@ -169,13 +169,13 @@ def _time_tiles(
             row |= {"match": None, "error": harness.reason(error)}
         if row["match"]:
             calls[str(change)] = call
-    times = harness.measure(calls, graph.device, repeats=5)
+    times = timing.measure(calls, graph.device, repeats=5)
     for row in rows:
         mine, usual = times.get(str(row["change"])), times.get("{}")
         if mine is not None:
             row["both_s"] = statistics.median(mine)
         if mine is not None and usual is not None:
-            row["x"] = harness.ratio(mine, usual)
+            row["x"] = timing.ratio(mine, usual)
     return [row | harness.environment(graph.device) for row in rows]
 
 
@@ -187,7 +187,7 @@ def _gradients(
     return out.detach(), *torch.autograd.grad(out, leaves, do)
 
 
-def _with_tiles(path: str, change: dict[str, float], call: harness.Call) -> harness.Call:
+def _with_tiles(path: str, change: dict[str, float], call: timing.Call) -> timing.Call:
     """The call, forward and backward, with tiles so many times those that it would take."""
     from fastgt.kernels import attention, attention_windows
 

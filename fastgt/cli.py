@@ -253,14 +253,9 @@ def _device(args: argparse.Namespace) -> torch.device:
     """The device of the options, on which their implementation can run."""
     import torch
 
-    from fastgt.ops._impl import choose, require_triton
+    from fastgt.ops._impl import choose, device_named, require_triton
 
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {name}")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"--device {device}: this PyTorch sees no CUDA device")
+    device = device_named(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     probe = torch.empty(0, device=device)
     if choose(args.impl, probe) == "triton":
         require_triton(probe)

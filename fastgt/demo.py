@@ -169,7 +169,7 @@ def compare(model: PackageClassifier, data: Packages, repeats: int = 3) -> list[
 
     Epochs are timed in turns, on copies that go on training.
     """
-    from fastgt.bench import harness, memory
+    from fastgt.bench import memory, timing
     from fastgt.bench.peers import gather_scatter
 
     class GatherScatter(NeighborhoodAttention):
@@ -187,7 +187,7 @@ def compare(model: PackageClassifier, data: Packages, repeats: int = 3) -> list[
     print("comparing with gather-softmax-scatter in the same model ...")
     scores = {name: accuracy(m, data, 2) for name, m in models.items()}
     steps = {name: _Step(copy.deepcopy(m), data, repeats + 2) for name, m in models.items()}
-    seconds = harness.measure(steps, device, repeats=repeats, sample=0)
+    seconds = timing.measure(steps, device, repeats=repeats, sample=0)
     for step in steps.values():
         step.optimizer.zero_grad()  # gradients count as the epoch's own memory
     peaks = {name: memory.peak_extra_memory(step, device) for name, step in steps.items()}

@@ -23,6 +23,7 @@ from fastgt.bench import (
     peers,
     roofline,
     table,
+    timing,
     tune,
 )
 from fastgt.bench.operators import OPERATORS
@@ -254,7 +255,7 @@ def test_whatever_a_peer_raises_is_its_own(problem, monkeypatch, error):
 
 @pytest.mark.parametrize("calls", [3, 5, 8])  # verified twice, then timed forward, then both
 def test_a_provider_that_fails_while_timed_leaves_the_others(problem, monkeypatch, calls):
-    monkeypatch.setattr(harness, "SAMPLE", 0)
+    monkeypatch.setattr(timing, "SAMPLE", 0)
     left = [calls]
 
     def tires(out):
@@ -373,23 +374,23 @@ def test_peak_memory_counts_what_is_held_at_once():
 def test_providers_take_turns_in_both_orders():
     order = []
     providers = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    times = harness.measure(providers, CPU, repeats=2, sample=0)
+    times = timing.measure(providers, CPU, repeats=2, sample=0)
     assert order == ["a", "b", "a", "b", "b", "a"]  # once to warm up
     assert [len(t) for t in times.values()] == [2, 2]
-    assert harness.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
+    assert timing.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
 
 
 def test_long_calls_are_timed_less_often(monkeypatch):
-    monkeypatch.setattr(harness, "LONG", 0.05)
+    monkeypatch.setattr(timing, "LONG", 0.05)
     calls = {"slow": lambda: time.sleep(0.02), "fast": lambda: None}
-    times = harness.measure(calls, CPU, repeats=5, sample=0)
+    times = timing.measure(calls, CPU, repeats=5, sample=0)
     assert [len(t) for t in times.values()] == [3, 5]
-    assert harness.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0, 1e9]) == 2.0
+    assert timing.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0, 1e9]) == 2.0
 
 
 def test_short_calls_are_timed_several_at_once():
     calls = []
-    times = harness.measure({"short": lambda: calls.append(1)}, CPU, repeats=3, sample=1e-3)
+    times = timing.measure({"short": lambda: calls.append(1)}, CPU, repeats=3, sample=1e-3)
     assert len(times["short"]) == 3
     assert len(calls) > 100
     assert all(0 < t < 1e-4 for t in times["short"])
@@ -465,10 +466,10 @@ def test_tuning_finds_where_windows_begin_to_win(monkeypatch):
         assert found == pytest.approx(rho, rel=0.05)
 
     monkeypatch.setattr(
-        tune.harness, "measure", lambda plans, device: {name: [name] for name in plans}
+        tune.timing, "measure", lambda plans, device: {name: [name] for name in plans}
     )
     seen = []
-    monkeypatch.setattr(tune.harness, "ratio", lambda slow, fast: seen[-1] / 2)
+    monkeypatch.setattr(tune.timing, "ratio", lambda slow, fast: seen[-1] / 2)
     real = tiles.density
     monkeypatch.setattr(tune.tiles, "density", lambda *args: seen.append(real(*args)) or seen[-1])
     rows = tune.tune(torch.device("cpu"), rows=640)
@@ -501,7 +502,7 @@ def test_tiles_are_verified_and_timed(monkeypatch, capsys):
     monkeypatch.setattr("fastgt.kernels.attention_backward.attention_plan", attention_plan)
     monkeypatch.setattr(tune, "CHANGES", ({}, {"block_r": 2, "block_n": 2}, {"num_warps": 2}))
     monkeypatch.setattr(
-        tune.harness,
+        tune.timing,
         "measure",
         lambda calls, device, repeats: {name: [float(len(name))] for name in calls},
     )

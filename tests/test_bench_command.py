@@ -6,7 +6,7 @@ import json
 import pytest
 
 from fastgt import cli, files
-from fastgt.bench import attention, command, harness, peers, table
+from fastgt.bench import attention, command, harness, peers, table, timing
 from fastgt.testing import PROBLEMS, SCALING, Problem, random_graph
 
 
@@ -202,7 +202,7 @@ def test_later_runs_are_compared_and_spreads_told(tmp_path, capsys, monkeypatch)
         row["forward_s"] /= 1e6
     path.write_text(json.dumps(rows))
     capsys.readouterr()
-    monkeypatch.setattr(harness, "spread", lambda times: 0.25)
+    monkeypatch.setattr(timing, "spread", lambda times: 0.25)
     assert bench(*ONE, "--compare", path) == 0
     out = capsys.readouterr().out
     assert f"fastgt takes, of its time at {rows[0]['commit']}: forward " in out

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastgt import files
-from fastgt.bench import harness, memory
+from fastgt.bench import harness, memory, timing
 from fastgt.nn import HeadGate
 from fastgt.pruning import prune_heads
 
@@ -78,10 +78,10 @@ def compare(
     removed = {name: prune_heads(model) for name, model in gated.items()}
     steps = {name: _Steps(copy.deepcopy(model)) for name, model in gated.items()}
     epochs = {name: lambda s=s: s(batches["train"]) for name, s in steps.items()}
-    epoch_s = harness.measure(epochs, device, repeats=REPEATS)
+    epoch_s = timing.measure(epochs, device, repeats=REPEATS)
     passes = {(kind, name): _pass(m, batches["test"]) for kind, models in
               (("gated", gated), ("removed", removed)) for name, m in models.items()}  # fmt: skip
-    pass_s = harness.measure(
+    pass_s = timing.measure(
         {f"{kind} {name}": f for (kind, name), f in passes.items()}, device, repeats=3 * REPEATS
     )
     largest = max(batches["train"], key=lambda b: len(b[0]))

@@ -53,18 +53,10 @@ def case(
 
         return Provider(call, tuple(conv.parameters()))
 
-    def pyg() -> nn.Module:
-        """PyG's module with the parameters of ours."""
-        from torch_geometric.nn import TransformerConv as PyG
-
-        theirs = PyG(in_channels, width, heads, edge_dim=edge_dim)
-        theirs.load_state_dict(ours.state_dict())
-        return theirs.to(device, dtype)
-
     def compiled() -> Provider:
         # every module and shape is compiled anew, and beyond some of them none would be
         torch.compiler.reset()
-        theirs, edge_index = pyg(), graph.edge_index
+        theirs, edge_index = _pyg(ours), graph.edge_index
         call = torch.compile(theirs, dynamic=True)
         return Provider(lambda x, e: call(x, edge_index, e), tuple(theirs.parameters()))
 
@@ -76,12 +68,21 @@ def case(
         definition=definition,
         providers={
             "fastgt": lambda: provider(ours, graph),
-            "pyg": lambda: provider(pyg(), graph.edge_index),
+            "pyg": lambda: provider(_pyg(ours), graph.edge_index),
             "pyg, compiled": compiled,
         },
         parameters=tuple(name for name, _ in ours.named_parameters()),
         terms=_terms(ours, graph, x, edge_attr, do),
     )
+
+
+def _pyg(ours: TransformerConv) -> nn.Module:
+    """PyG's module with the parameters of ours; ImportError where the package is absent."""
+    from torch_geometric.nn import TransformerConv as PyG
+
+    theirs = PyG(ours.in_channels, ours.out_channels, ours.heads, edge_dim=ours.edge_dim)
+    theirs.load_state_dict(ours.state_dict())
+    return theirs.to(ours.lin_key.weight)
 
 
 def _terms(

@@ -1,7 +1,6 @@
 """LinearAttention, PerformerAttention, VirtualNode and their random features."""
 
 import copy
-import json
 import math
 import pickle
 import sys
@@ -11,8 +10,10 @@ import torch
 from attention_cases import DEVICE, close
 
 from fastgt import Graph
+from fastgt.bench import harness, table
 from fastgt.bench import linear_attention as bench
 from fastgt.nn import LinearAttention, PerformerAttention, VirtualNode, random_features
+from fastgt.testing import PROBLEMS, Problem, random_batch
 
 
 def batch(seed=0, sizes=(5, 0, 12, 1), dim=16):
@@ -153,31 +154,34 @@ def test_virtual_node_module(residual):
     assert all(p.grad is not None for p in node.parameters())
 
 
-def test_benchmark_times_who_agrees(capsys, monkeypatch, tmp_path):
+@pytest.fixture
+def rows(monkeypatch):
+    """-> rows of the benchmark on ragged graphs."""
+    sizes = [(2, 3), (9, 20), (5, 0), (7, 12)]
+    monkeypatch.setitem(PROBLEMS, "tiny", Problem("tiny", lambda: random_batch(0, sizes)))
+    return lambda: harness.compare(bench.performer("tiny", channels=8, heads=2, width=4), repeats=1)
+
+
+def test_benchmark_times_who_agrees(rows):
     """torch-geometric's module as released disagrees, and is not timed."""
     pytest.importorskip("torch_geometric.nn")
-    rows = bench.run(graphs=4, smallest=2, largest=9, channels=8, heads=2, width=4, repeats=1)
-    assert [(row["provider"], row["match"]) for row in rows] == [
+    found = rows()
+    assert [(row["provider"], row["match"]) for row in found] == [
         ("fastgt", True),
         ("pyg", False),
         ("pyg, padded keys zeroed", True),
     ]
-    assert rows[0]["both_x"] == 1
-    assert "both_s" not in rows[1]
-    assert rows[2]["both_s"] > 0
-    path = tmp_path / "new" / "rows.json"
-    sizes = ["--graphs", "4", "--smallest", "2", "--largest", "9", "--channels", "8"]
-    monkeypatch.setattr("sys.argv", ["bench", *sizes, "--repeats", "1", "--json", str(path)])
-    bench.main()
-    assert "pyg                     False" in capsys.readouterr().out
-    assert len(json.loads(path.read_text())) == 3
+    assert found[0]["both_x"] == 1
+    assert "both_s" not in found[1]
+    assert found[2]["both_s"] > 0
+    assert "MISMATCH" in table.table(found)
 
 
-def test_benchmark_without_torch_geometric(monkeypatch):
+def test_benchmark_without_torch_geometric(rows, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_geometric.nn.attention", None)
-    rows = bench.run(graphs=4, smallest=2, largest=9, channels=8, heads=2, width=4, repeats=1)
-    assert [(row["provider"], row["match"]) for row in rows] == [("fastgt", True), ("pyg", None)]
-    assert "not installed" in bench.show(rows)
+    found = rows()
+    assert [row["match"] for row in found] == [True, None, None]
+    assert "not installed" in table.table(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,7 +1,6 @@
 """fastgt.nn.TransformerConv against torch-geometric's, from one state_dict."""
 
 import copy
-import json
 import math
 import sys
 
@@ -11,7 +10,7 @@ from attention_cases import BF16, DEVICE, FAST, FP32, FP64
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastgt import Graph, implementation
-from fastgt.bench import memory
+from fastgt.bench import harness, memory, table
 from fastgt.bench import transformer_conv as bench
 from fastgt.nn import TransformerConv
 from fastgt.testing import (
@@ -358,30 +357,29 @@ def test_inputs_that_do_not_fit_are_refused(edge_dim, changes, error, message):
 
 
 @pytest.fixture
-def problem(monkeypatch):
+def rows(monkeypatch):
+    """-> rows of the benchmark on a tiny graph, by provider."""
     tiny = Problem("tiny", lambda: random_graph(0, 50, 300, isolated=3))
-    monkeypatch.setitem(bench.PROBLEMS, "tiny", tiny)
-    return "tiny"
+    monkeypatch.setitem(PROBLEMS, "tiny", tiny)
+
+    def measured():
+        case = bench.case("tiny", width=4, in_channels=8, edge_dim=4)
+        return {row["provider"]: row for row in harness.compare(case, repeats=1)}
+
+    return measured
 
 
-def test_benchmark_rows_are_complete_and_written(problem, tmp_path, capsys, monkeypatch):
-    path = tmp_path / "new" / "rows.json"
-    arguments = ["--problem", problem, "--repeats", "1", "--in-channels", "8", "--edge-dim", "4"]
-    monkeypatch.setattr("sys.argv", ["bench", *arguments, "--width", "4", "--json", str(path)])
-    bench.main()
-    rows = json.loads(path.read_text())
-    assert [row["provider"] for row in rows] == ["fastgt", "pyg"]
-    for row in rows:
+def test_benchmark_rows_are_complete(rows):
+    found = rows()
+    assert list(found) == ["fastgt", "pyg", "pyg, compiled"]
+    for row in found.values():
         assert row["match"] is True, row
         assert row["both_s"] > 0
         assert row["both_peak_bytes"] >= row["forward_peak_bytes"] > 0
-        one = 300 * 8 * 4 * 4
-        assert row["both_peak_edge_tensors"] == pytest.approx(row["both_peak_bytes"] / one)
         assert {"commit", "device", "torch", "triton", "date", "edge_dim"} <= row.keys()
-    assert "fastgt" in capsys.readouterr().out
 
 
-def test_a_module_that_disagrees_is_reported_and_not_timed(problem, monkeypatch):
+def test_a_module_that_disagrees_is_reported_and_not_timed(rows, monkeypatch):
     real = bench._pyg
 
     def wrong(ours):
@@ -391,17 +389,33 @@ def test_a_module_that_disagrees_is_reported_and_not_timed(problem, monkeypatch)
         return theirs
 
     monkeypatch.setattr(bench, "_pyg", wrong)
-    ours, theirs = bench.run(problem, width=4, in_channels=8, edge_dim=4, repeats=1)
-    assert ours["match"] is True
-    assert theirs["match"] is False
-    assert "forward_s" not in theirs
-    assert "pyg        False" in bench.show([ours, theirs])
+    found = rows()
+    assert found["fastgt"]["match"] is True
+    assert found["pyg"]["match"] is False
+    assert "forward_s" not in found["pyg"]
+    assert "MISMATCH" in table.table([found["fastgt"], found["pyg"]])
 
 
-def test_an_absent_peer_is_listed(problem, monkeypatch):
+def test_a_wrong_bias_is_not_hidden_by_what_its_gradient_sums(rows, monkeypatch):
+    """Each bias's gradient off by a thousandth of the largest."""
+    real = bench._pyg
+    for name in ("lin_query", "lin_value", "lin_skip"):
+
+        def wrong(ours, name=name):
+            theirs = real(ours)
+            bias = getattr(theirs, name).bias
+            bias.register_hook(lambda grad: grad + 1e-3 * grad.abs().max())
+            return theirs
+
+        monkeypatch.setattr(bench, "_pyg", wrong)
+        row = rows()["pyg"]
+        assert row["match"] is False
+        assert row["error"].startswith(f"{name}.bias is off")
+
+
+def test_an_absent_peer_is_listed(rows, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_geometric.nn", None)
-    rows = bench.run(problem, width=4, in_channels=8, edge_dim=4, repeats=1)
-    assert [row["match"] for row in rows] == [True, None]
+    assert [row["match"] for row in rows().values()] == [True, None, None]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="measures the CPU path")
@@ -418,7 +432,13 @@ def test_no_tensor_of_edges_by_width_is_made():
             pair(16, width, heads=heads, edge_dim=8, dtype=FP32), (edge_index, graph), strict=True
         ):
             do = torch.randn(nodes, heads * width)
-            both = bench._with_backward(conv, walk, x, edge_attr, do)
+            provider = harness.Provider(
+                lambda x, e, conv=conv, walk=walk: conv(x, walk, e), tuple(conv.parameters())
+            )
+            inputs = {"x": x, "edge_attr": edge_attr}
+            both = harness.step(
+                provider, harness.Case({}, inputs, do, lambda dtype, p=provider: p, {})
+            )
             both()
             peaks.append(memory.peak_extra_memory(both, torch.device("cpu")))
     grown = 4 * edges * heads * (64 - 16)

@@ -510,6 +510,20 @@ def test_inference_never_sorts_the_column_walk(impl):
     assert not x.graph._cache
 
 
+def test_compiles_where_dynamo_cannot_ask_for_autocast(monkeypatch):
+    """As on torch 2.11, whose Dynamo does not know is_autocast_available."""
+    torch._dynamo.reset()
+    untraceable = torch._dynamo.disable(torch.amp.is_autocast_available)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    x = case(0, 5, 12, dtype=FP32)
+    compiled = torch.compile(neighborhood_attention, fullgraph=True, backend="aot_eager")
+    for enabled in (False, True):
+        with torch.autocast(DEVICE, BF16, enabled=enabled):
+            found = compiled(x.q, x.k, x.v, x.graph)
+            assert torch.equal(found, neighborhood_attention(x.q, x.k, x.v, x.graph))
+            assert found.dtype == (BF16 if enabled else FP32)
+
+
 @pytest.mark.parametrize("impl", FAST)
 def test_compiles_with_one_tensor_in_all_places(impl):
     torch._dynamo.reset()

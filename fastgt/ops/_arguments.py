@@ -17,9 +17,17 @@ _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALF, torch.float32, torch.float64)
 
 
+# asked once: Dynamo of torch 2.11 cannot trace the question
+_AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "maia")
+    if torch.amp.is_autocast_available(device)
+) | {torch._C._get_privateuse1_backend_name()}
+
+
 def autocasts(device: str) -> bool:
     # meta and other devices without autocast are refused by is_autocast_enabled
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> Tensor:

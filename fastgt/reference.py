@@ -71,8 +71,7 @@ def neighborhood_attention(
         product = torch.where(on, product, 0)  # nor do its scores' gradients, whatever they are
     logit = product.sum(-1) * scale  # [E, H]
     if logit_clamp is not None:
-        low, high = logit_clamp if isinstance(logit_clamp, tuple) else (-logit_clamp, logit_clamp)
-        logit = logit.clamp(low, high)
+        logit = _clamped(logit, logit_clamp)
     if edge_bias is not None:
         logit = logit + edge_bias
     if on is not None:
@@ -109,6 +108,12 @@ def neighborhood_attention(
     if return_edge_scores:
         extras.append(product * scale)
     return (out, *extras) if extras else out
+
+
+def _clamped(x: Tensor, bounds: float | tuple[float, float]) -> Tensor:
+    """``x.clamp``, whose gradient at a bound itself is 1 (torch 2.14 made torch.clamp's 0)."""
+    low, high = bounds if isinstance(bounds, tuple) else (-bounds, bounds)
+    return torch.where((low <= x) & (x <= high), x, x.detach().clamp(low, high))
 
 
 def _masked(x: Tensor | None, on: Tensor) -> Tensor | None:
@@ -216,8 +221,7 @@ def channelwise_attention(
         on = active.expand(graph.num_rows, -1)[row][..., None]  # [E, H, 1]
         logit = torch.where(on, logit, 0)
     if logit_clamp is not None:
-        low, high = logit_clamp if isinstance(logit_clamp, tuple) else (-logit_clamp, logit_clamp)
-        logit = logit.clamp(low, high)
+        logit = _clamped(logit, logit_clamp)
     terms = [] if v is None else [v[column]]
     terms += [] if edge_value is None else [edge_value]
     value = sum(terms[1:], start=terms[0])  # [E, ...]
@@ -290,9 +294,8 @@ def _features(
     if name == "relu":
         return x.relu()
     if name == "elu":
-        return torch.where(
-            x > 0, x + 1, x.clamp(max=0).exp()
-        )  # exp() of large x is not to overflow
+        # exp() of large x is not to overflow, and its gradient at 0 is 1
+        return torch.where(x > 0, x + 1, torch.where(x > 0, 0, x).exp())
     if name == "sigmoid":
         return x.sigmoid()
     assert projection is not None

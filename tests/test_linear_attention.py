@@ -260,6 +260,15 @@ def test_second_derivatives(impl, name):
     assert torch.autograd.gradgradcheck(f, leaves)
 
 
+@pytest.mark.parametrize("impl", ["reference", *FAST])
+def test_elu_passes_its_whole_gradient_at_zero(impl):
+    """elu(x) + 1 has the derivative 1 at 0, from both sides."""
+    q, k = torch.zeros(2, 1, 1, 1, dtype=FP64, device=DEVICE).requires_grad_().unbind()
+    v = torch.ones(1, 1, 1, dtype=FP64, device=DEVICE)
+    o = linear_attention(q, k, v, feature_map="elu", normalize=False, impl=impl)
+    assert [float(g) for g in torch.autograd.grad(o, (q, k))] == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("impl", FAST)
 def test_stabilised_features_reach_far(impl):
     """Products of a thousand: exp() stays in range, and the largest weights are exact."""

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 import fastgt
+from fastgt import versions
 
 ROOT = Path(__file__).parent.parent
 
 # layer -> the layers it may import; "triton" and "torch" only where listed or unrestricted
 LAYERS = {
     "files": set(),
+    "versions": set(),
     "reordering": set(),
     "tiles": set(),
     "graph": {"reordering", "tiles"},
@@ -26,7 +28,7 @@ LAYERS = {
     "reference": {"graph", "philox"},
     "cpu": set(),
     "kernels": set(),
-    "ops": {"graph", "tiles", "philox", "reference", "cpu", "kernels"},
+    "ops": {"graph", "tiles", "versions", "philox", "reference", "cpu", "kernels"},
     "nn": {"graph", "ops"},
     "pruning": {"graph", "ops", "nn"},
     "models": {"graph", "encodings", "nn", "ops"},
@@ -165,6 +167,74 @@ def test_triton_on_cpu_tensors_is_refused_without_the_interpreter():
     )
     run = run_python(code, TRITON_INTERPRET="0")
     assert "needs tensors on a GPU, got cpu" in run.stdout, run.stdout + run.stderr
+
+
+ATTEND = (
+    "import torch; from fastgt import Graph, neighborhood_attention as na\n"
+    "g = Graph.from_edge_index(torch.tensor([[0, 1], [1, 0]]))\n"
+    "x = torch.randn(2, 1, 4)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "range_"),
+    [
+        ("torch", "2.10.1", "2.11 to 2.15"),
+        ("torch", "1.13.0+cu117", "2.11 to 2.15"),
+        ("triton", "3.5.1", "3.6 to 3.9"),
+    ],
+)
+def test_an_older_version_is_refused_by_the_first_call(package, version, range_):
+    code = (
+        f"import {package}; {package}.__version__ = {version!r}\n{ATTEND}"
+        "print('imported')\n"
+        f"impl = {'triton' if package == 'triton' else None!r}\n"
+        "for _ in range(2):\n"
+        "    try: na(x, x, x, g, impl=impl)\n"
+        "    except RuntimeError as error: print(error)\n"
+    )
+    run = run_python(code)
+    said = f"fastgt supports {package} {range_}, and {version} is installed"
+    assert run.stdout.startswith("imported\n"), run.stdout + run.stderr
+    assert run.stdout.count(said) == 2, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(("package", "version"), [("torch", "2.16.0a0+git"), ("triton", "4.0.0")])
+def test_a_newer_version_works_and_warns_once(package, version):
+    pytest.importorskip(package)
+    code = (
+        f"import {package}; {package}.__version__ = {version!r}\n{ATTEND}"
+        f"impl = {'triton' if package == 'triton' else None!r}\n"
+        "for _ in range(2): print(na(x, x, x, g, impl=impl).shape)\n"
+    )
+    run = run_python(code, TRITON_INTERPRET="1")
+    assert run.stdout.count("torch.Size([2, 1, 4])") == 2, run.stdout + run.stderr
+    assert run.stderr.count(f"and {version} is installed: fastgt was not tested with it") == 1
+
+
+def test_the_declared_versions_are_those_that_are_tested_and_stated():
+    """pyproject.toml, the check at run time, README's line and the files of the matrix."""
+    declared = dict(
+        re.findall(r'"(torch|triton|numpy|scipy)>=([\d.]+),<[\d.]+', _text("pyproject.toml"))
+    )
+    assert len(declared) == 4
+    lowest, highest = (
+        dict(re.findall(r"^(\w+)==([\d.]+)", _text(f"tests/matrix/{name}.txt"), re.MULTILINE))
+        for name in ("lowest", "highest")
+    )
+    for package, least in declared.items():
+        assert lowest[package].startswith(f"{least}."), package
+        bound = re.search(rf'"{package}>=[\d.]+,<([\d.]+)', _text("pyproject.toml"))[1]
+        low, high = ([int(n) for n in x[package].split(".")] for x in (lowest, highest))
+        assert low < high < [int(n) for n in bound.split(".")]
+    for package, (low, high) in versions.SUPPORTED.items():
+        assert declared[package] == low
+        assert highest[package].startswith(f"{high}.")
+        assert f"{package} {low} to {high}" in _text("README.md").replace("\n", " ")
+
+
+def _text(name: str) -> str:
+    return (ROOT / name).read_text()
 
 
 def test_kernels_refuse_their_folder_name():

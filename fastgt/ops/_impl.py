@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastgt import versions
+
 Impl = Literal["triton", "torch", "reference"]
 
 _forced: Impl | None = None
@@ -38,6 +40,8 @@ def implementation(impl: Impl | None) -> Iterator[None]:
 def choose(impl: Impl | None, x: Tensor) -> Impl:
     """``impl``, else the surrounding :func:`implementation`, else what suits ``x``'s device."""
     check_impl(impl)
+    if not torch.compiler.is_compiling():
+        versions.check("torch", torch.__version__)
     impl = impl or _forced
     if impl is None:
         return "torch" if x.device.type == "cpu" else "triton"
@@ -73,6 +77,7 @@ def require_triton(x: Tensor) -> None:
         import triton
     except ImportError as error:
         raise RuntimeError("impl='triton' needs the package triton, which is missing") from error
+    versions.check("triton", triton.__version__)
     if x.device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise RuntimeError(
             "impl='triton' needs tensors on a GPU, got cpu (or Triton's interpreter: set "

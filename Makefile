@@ -6,7 +6,7 @@ RESUMED = --resume --json bench/results/cpu.json
 SHAPES = gt_zinc gt_sbm gps_cluster gps_wide gps_zinc scene_graphs one_head
 ORDERED = cora mesh amazon_computers tolokers debian moby power_law
 
-.PHONY: setup test-setup demo test bench gpu budget lint clean
+.PHONY: setup test-setup demo test matrix matrix-lowest matrix-highest bench gpu budget lint clean
 
 setup: $(VENV)/demo.stamp
 
@@ -21,6 +21,12 @@ test: $(VENV)/test.stamp
 	$(BIN)/mypy fastgt
 	$(BIN)/pytest
 	$(BIN)/pytest bench --benchmark-disable
+
+# The lowest and the highest versions declared; each environment takes several gigabytes of cache.
+matrix: matrix-lowest matrix-highest
+
+matrix-lowest matrix-highest: matrix-%: | $(BIN)/python
+	$(BIN)/python tests/matrix/run.py $*
 
 bench: $(VENV)/test.stamp
 	$(BIN)/fastgt bench $(RESUMED)

@@ -49,6 +49,8 @@ def _poisoned(allocate):
     @functools.wraps(allocate)
     def empty(*args, **kwargs):
         x = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling():  # what follows cannot be traced
+            return x
         if sys._getframe(1).f_globals.get("__name__", "").split(".")[0] != "fastgt":
             return x
         if x.is_floating_point() or x.is_complex():

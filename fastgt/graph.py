@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from dataclasses import FrozenInstanceError
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
 from torch import Tensor
@@ -37,7 +37,6 @@ class ColumnWalk(NamedTuple):
     edge: Tensor
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Graph:
     """A multiset of (row, column) pairs: row i, the query, attends to column j, the key.
 
@@ -91,9 +90,48 @@ class Graph:
     edge: Tensor  # [E]
     graph_ptr: Tensor  # [G + 1]
     col_graph_ptr: Tensor  # [G + 1]
-    _cache: dict[Any, Any] = field(default_factory=dict)
-    choice: Plan | None = None
-    order: Tensor | None = None  # [N]
+    choice: Plan | None
+    order: Tensor | None  # [N]
+    _cache: dict[Any, Any]
+
+    # no dataclass: libraries rebuild those field by field, or refuse frozen ones
+    def __init__(
+        self,
+        num_rows: int,
+        num_cols: int,
+        row_ptr: Tensor,
+        col: Tensor,
+        edge: Tensor,
+        graph_ptr: Tensor,
+        col_graph_ptr: Tensor,
+        _cache: dict[Any, Any] | None = None,
+        choice: Plan | None = None,
+        order: Tensor | None = None,
+    ):
+        fields = {
+            "num_rows": num_rows,
+            "num_cols": num_cols,
+            "row_ptr": row_ptr,
+            "col": col,
+            "edge": edge,
+            "graph_ptr": graph_ptr,
+            "col_graph_ptr": col_graph_ptr,
+            "_cache": {} if _cache is None else _cache,
+            "choice": choice,
+            "order": order,
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise FrozenInstanceError(f"cannot set {name!r}: a Graph does not change")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise FrozenInstanceError(f"cannot delete {name!r}: a Graph does not change")
+
+    def _replace(self, **changes: Any) -> Graph:
+        """A graph with other values of some fields, and the others of this one."""
+        return Graph(**{**vars(self), **changes})
 
     @classmethod
     def from_edge_index(
@@ -363,13 +401,13 @@ class Graph:
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
         if self.device.type == "meta":
             raise RuntimeError("a graph on the meta device has no values to plan with")
-        graph = replace(self, choice=None)
+        graph = self._replace(choice=None)
         if path != "auto":
-            graph = replace(
-                self, choice=Plan(path, 0 if path == "gather" else height or 64, "named")
+            graph = self._replace(
+                choice=Plan(path, 0 if path == "gather" else height or 64, "named")
             )
         elif width is not None:
-            graph = replace(self, choice=graph.choose(width, dtype))
+            graph = self._replace(choice=graph.choose(width, dtype))
         # without a choice, what gathering needs
         prepared = graph.choice or tiles.SMALL
         graph.row_walk(prepared)
@@ -476,34 +514,64 @@ class Graph:
         ends = torch.stack([self.col, self.row]).long()
         return torch.empty_like(ends).index_copy_(1, self.edge.long(), ends)
 
-    def to(self, device: torch.device | str) -> Graph:
-        """The same graph on another device, with what was cached (itself if already there)."""
+    def to(
+        self,
+        device: torch.device | str | int,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+        copy: bool = False,
+    ) -> Graph:
+        """The same graph on another device, with what was cached; itself if it is there already.
+
+        The arguments are those of ``Tensor.to``. A floating-point ``dtype`` changes nothing, for
+        indices stay integers. A graph that goes to the CPU with ``non_blocking=True`` must not be
+        used before the device has been waited for, as with tensors.
+        """
         if not isinstance(device, (torch.device, str, int)):
             raise TypeError(f"device must be a torch.device or its name, got {device!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(
+                "dtype must be a floating-point torch.dtype, for a graph keeps its own index type, "
+                f"got {dtype!r}"
+            )
         device = self.col.new_empty(0).to(device).device  # "cuda" means "cuda:0"
         if self.device == device:
-            return self
-
-        moved: dict[int, Tensor] = {}
-
-        def move(x: Tensor) -> Tensor:
-            # one tensor in two places stays one
-            if id(x) not in moved:
-                moved[id(x)] = x.to(device)
-            return moved[id(x)]
-
-        return replace(
-            self,
-            row_ptr=move(self.row_ptr),
-            col=move(self.col),
-            edge=move(self.edge),
-            graph_ptr=move(self.graph_ptr),
-            col_graph_ptr=move(self.col_graph_ptr),
-            order=None if self.order is None else move(self.order),
+            return self._mapped(torch.clone) if copy else self
+        moved = self._mapped(lambda x: x.to(device, non_blocking=non_blocking))
+        return moved._replace(
             # choices are made for a device, unless the user named one
             choice=self.choice if self.choice and self.choice.reason == "named" else None,
-            _cache={key: _each(move, x) for key, x in self._cache.items() if key.__class__ is str},
+            _cache={key: x for key, x in moved._cache.items() if key.__class__ is str},
         )
+
+    def cpu(self) -> Graph:
+        """:meth:`to` the CPU."""
+        return self.to("cpu")
+
+    def cuda(
+        self, device: torch.device | str | int | None = None, non_blocking: bool = False
+    ) -> Graph:
+        """:meth:`to` a CUDA device; default: the current one."""
+        return self.to("cuda" if device is None else device, non_blocking=non_blocking)
+
+    def pin_memory(self) -> Graph:
+        """The same graph in page-locked memory, from which a GPU can copy while others compute."""
+        return self if self.is_pinned() else self._mapped(Tensor.pin_memory)
+
+    def is_pinned(self) -> bool:
+        """Whether :meth:`pin_memory` would change nothing."""
+        return all(x.is_pinned() for x in self._tensors() if x.numel())
+
+    def share_memory_(self) -> Graph:
+        """Moves the tensors to memory that processes share, in place; itself."""
+        for x in self._tensors():
+            x.share_memory_()
+        return self
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """``Tensor.record_stream`` of every tensor: another stream uses them."""
+        for x in self._tensors():
+            x.record_stream(stream)
 
     def transpose(self) -> Graph:
         """Every edge the other way round; edges keep their numbers."""
@@ -539,7 +607,7 @@ class Graph:
             torch.cat([target, loop]), torch.cat([source, loop]), self.num_rows, self.num_cols
         )
         ptr = self.graph_ptr.to(graph.col.dtype)  # the loops may be more than int32 counts
-        return replace(graph, graph_ptr=ptr, col_graph_ptr=ptr, order=self.order)
+        return graph._replace(graph_ptr=ptr, col_graph_ptr=ptr, order=self.order)
 
     def reordered(self, order: Tensor | str) -> Graph:
         """Nodes renumbered: node i of the result is node ``order[i]`` of this graph.
@@ -599,7 +667,7 @@ class Graph:
         if self.order is not None:
             order = self.order[order]
         ptr = self.graph_ptr
-        return replace(graph, graph_ptr=ptr, col_graph_ptr=ptr, order=order)
+        return graph._replace(graph_ptr=ptr, col_graph_ptr=ptr, order=order)
 
     def apply_order(self, x: Tensor) -> Tensor:
         """A node tensor ``[N, ...]`` of the graph as first built, in the order of this graph.
@@ -622,13 +690,10 @@ class Graph:
         size = f"N={self.num_rows}" if square else f"N={self.num_rows}x{self.num_cols}"
         if self.device.type == "meta":  # no values to describe
             return f"Graph({size}, E={self.num_edges}, meta)"
-        kept: list[Tensor] = []
-        _each(kept.append, tuple(self._cache.values()))
-        tensors = [self.row_ptr, self.col, self.edge, self.graph_ptr, self.col_graph_ptr, *kept]
-        if self.order is not None:
-            tensors.append(self.order)
         # two walks may share a tensor: count each storage once
-        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        held = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self._tensors()
+        }
         parts = [size, f"E={self.num_edges}"]
         if self.num_graphs != 1:
             parts.append(f"G={self.num_graphs}")
@@ -649,6 +714,24 @@ class Graph:
             if isinstance(plan, Plan) and self.choice is None:
                 parts.append(f"plan for width {key[0]} {key[1]}: {plan}".replace("torch.", ""))
         return f"Graph({', '.join(parts)})"
+
+    def _tensors(self) -> list[Tensor]:
+        """All that it holds, what is cached too."""
+        found: list[Tensor] = []
+        _each(found.append, (*vars(self).values(), *self._cache.values()))
+        return found
+
+    def _mapped(self, f: Callable[[Tensor], Tensor]) -> Graph:
+        """The same graph with ``f`` of every tensor; one tensor in two places stays one."""
+        done: dict[int, Tensor] = {}
+
+        def once(x: Tensor) -> Tensor:
+            if id(x) not in done:
+                done[id(x)] = f(x)
+            return done[id(x)]
+
+        fields = {name: _each(once, x) for name, x in vars(self).items()}
+        return Graph(**fields | {"_cache": {k: _each(once, x) for k, x in self._cache.items()}})
 
     def _graph_of(self) -> Tensor:
         """The number of each row's graph, ``[N_rows]``."""
@@ -716,7 +799,7 @@ def _with_boundaries(graph: Graph, graph_ptr: Tensor) -> Graph:
         raise ValueError(f"graph_ptr is on {graph_ptr.device}, edge_index on {graph.device}")
     check_boundaries(graph_ptr, "graph_ptr", graph.num_rows, "nodes")
     ptr = graph_ptr.to(graph.col.dtype, copy=True)
-    graph = replace(graph, graph_ptr=ptr, col_graph_ptr=ptr)
+    graph = graph._replace(graph_ptr=ptr, col_graph_ptr=ptr)
     graph_of = graph._graph_of()
     row_graph = graph_of.repeat_interleave(graph.row_degree, output_size=graph.num_edges)
     outside = graph_of.index_select(0, graph.col) != row_graph

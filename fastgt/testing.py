@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -111,8 +111,7 @@ def with_index_dtype(graph: Graph, dtype: torch.dtype) -> Graph:
     """The same graph with its indices in ``dtype``: int64 as for a graph beyond 2^31."""
     graph_ptr = graph.graph_ptr.to(dtype)
     square = graph.graph_ptr is graph.col_graph_ptr
-    return replace(
-        graph,
+    return graph._replace(
         row_ptr=graph.row_ptr.to(dtype),
         col=graph.col.to(dtype),
         edge=graph.edge.to(dtype),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgt import tiles
+from fastgt.graph_build import normal
 from fastgt.reordering import node_order
 from fastgt.tiles import Buckets, Path, Plan, Windows
 
@@ -108,17 +109,18 @@ class Graph:
         choice: Plan | None = None,
         order: Tensor | None = None,
     ):
+        ends = normal(graph_ptr)
         fields = {
             "num_rows": num_rows,
             "num_cols": num_cols,
-            "row_ptr": row_ptr,
-            "col": col,
-            "edge": edge,
-            "graph_ptr": graph_ptr,
-            "col_graph_ptr": col_graph_ptr,
+            "row_ptr": normal(row_ptr),
+            "col": normal(col),
+            "edge": normal(edge),
+            "graph_ptr": ends,
+            "col_graph_ptr": ends if col_graph_ptr is graph_ptr else normal(col_graph_ptr),
             "_cache": {} if _cache is None else _cache,
             "choice": choice,
-            "order": order,
+            "order": None if order is None else normal(order),
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -128,6 +130,12 @@ class Graph:
 
     def __delattr__(self, name: str) -> NoReturn:
         raise FrozenInstanceError(f"cannot delete {name!r}: a Graph does not change")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or of a pickle."""
+        vars(self).update(state)
+        if any(x.is_inference() for x in self._tensors()):
+            vars(self).update(vars(self._mapped(normal)))
 
     def _replace(self, **changes: Any) -> Graph:
         """A graph with other values of some fields, and the others of this one."""
@@ -344,7 +352,7 @@ class Graph:
             walk = ColumnWalk(ptr, row, slot, self.edge.index_select(0, slot))
             # torch.export traces with fake tensors: they must not outlive the trace
             if type(slot) is type(self.col):
-                self._cache["columns"] = walk
+                walk = self._kept("columns", walk)
         return walk
 
     def plan(
@@ -468,7 +476,7 @@ class Graph:
             small = self.num_edges <= tiles.SMALL_EDGES
             if small or not self._measurable():
                 return None
-            self._cache[key] = tiles.buckets(ptr)
+            return self._kept(key, tiles.buckets(ptr))
         return self._cache[key]
 
     def _tables(self, plan: Plan) -> tuple[Windows, Windows]:
@@ -499,8 +507,16 @@ class Graph:
             columns = tiles.windows(ptr, row, edge, self.num_rows, height)
         if rows is None or columns is None:
             return None
-        self._cache[key] = rows, tiles.shared(columns, rows)
-        return self._cache[key]
+        return self._kept(key, (rows, tiles.shared(columns, rows)))
+
+    def _kept(self, key: str, tables: Any) -> Any:
+        """Tables, from now on in the cache."""
+        # compiled under inference_mode, they are inference tensors, and Dynamo cannot tell
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return tables
+        tables = _each(normal, tables)
+        self._cache[key] = tables
+        return tables
 
     @property
     def row(self) -> Tensor:
@@ -581,7 +597,7 @@ class Graph:
         place[walk.slot.long()] = torch.arange(
             self.num_edges, dtype=place.dtype, device=place.device
         )
-        back = ColumnWalk(self.row_ptr, self.col, place, self.edge)
+        back = ColumnWalk(self.row_ptr, self.col, normal(place), self.edge)
         return Graph(
             self.num_cols,
             self.num_rows,
@@ -727,7 +743,7 @@ class Graph:
 
         def once(x: Tensor) -> Tensor:
             if id(x) not in done:
-                done[id(x)] = f(x)
+                done[id(x)] = normal(f(x))
             return done[id(x)]
 
         fields = {name: _each(once, x) for name, x in vars(self).items()}

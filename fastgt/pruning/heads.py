@@ -16,6 +16,7 @@ from fastgt.nn.head_gate import HeadGate
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@torch.inference_mode(False)  # its parameters are trained afterwards
 def prune_heads(
     model: Model,
     *,
@@ -231,6 +232,7 @@ class HeadSparsity:
         2
     """
 
+    @torch.inference_mode(False)  # what it sums up is written to in training
     def __init__(
         self,
         model: nn.Module,
@@ -293,6 +295,7 @@ class HeadSparsity:
         """Where it stands; the masks are in the model's."""
         return {"done": self.done, "sums": [x.clone() for x in self._sums]}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         done, sums = state["done"], state["sums"]
         assert isinstance(done, int)

@@ -82,6 +82,7 @@ class SkipLayer(nn.Module):
         return f"p={self.p}" + (", skipped" if self.skipped else "")
 
 
+@torch.inference_mode(False)  # its parameters are trained afterwards
 def prune_layers(model: Model) -> Model:
     """A copy of the model without the layers that are ``skipped``, and without any
     :class:`SkipLayer`: its outputs are those of ``model.eval()``.

@@ -59,6 +59,7 @@ class GradualPruning:
         80
     """
 
+    @torch.inference_mode(False)  # masks are saved for the backwards to come
     def __init__(
         self,
         model: nn.Module,
@@ -119,6 +120,7 @@ class GradualPruning:
         self._check_masks()
         return sum(int((layer.weight_mask == 0).sum()) for layer in self.layers)
 
+    @torch.inference_mode(False)
     def step(self) -> None:
         """After every step of the optimizer, which this does not take."""
         self._check_masks()
@@ -128,6 +130,7 @@ class GradualPruning:
             self._prune()
         self._refresh()
 
+    @torch.inference_mode(False)
     def finish(self) -> None:
         """Make the zeros part of plain weights: there are no masks any more."""
         self._check_masks()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgt import tiles
-from fastgt.graph_build import normal
+from fastgt.graph_build import INTEGERS, normal, sides_of_pyg
 from fastgt.reordering import node_order
 from fastgt.tiles import Buckets, Path, Plan, Windows
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import scipy.sparse
 
 _INT32_MAX = 2**31 - 1
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class ColumnWalk(NamedTuple):
@@ -183,7 +182,10 @@ class Graph:
             _check_range(edge_index[0], cols, "edge_index[0] (source)", "columns")
             _check_range(edge_index[1], rows, "edge_index[1] (target)", "rows")
         graph = _build(edge_index[1], edge_index[0], rows, cols)
-        return graph if graph_ptr is None else _with_boundaries(graph, graph_ptr)
+        if graph_ptr is None:
+            return graph
+        graph._check_square("graph_ptr")
+        return _with_boundaries(graph, graph_ptr, graph_ptr)
 
     @classmethod
     def from_csr(cls, row_ptr: Tensor, col: Tensor, num_cols: int | None = None) -> Graph:
@@ -245,15 +247,28 @@ class Graph:
 
     @classmethod
     def from_pyg(cls, data: Any) -> Graph:
-        """From a ``torch_geometric.data.Data`` or ``Batch`` (boundaries are kept)."""
+        """From a ``torch_geometric.data.Data`` or ``Batch``, or ``hetero[relation]``.
+
+        The boundaries of a batch are kept: ``ptr``, else those of a sorted ``batch``. A relation
+        has rows of the target's type and columns of the source's. PyG keeps Graphs that are
+        attributes of batched ``Data`` in a list, which :meth:`batch` takes.
+
+        Raises:
+            TypeError: There is no ``edge_index``, or ``batch`` does not hold integers.
+            ValueError: ``batch`` is not sorted, or a number of nodes is not known; says what to do.
+        """
         if getattr(data, "edge_index", None) is None:
             raise TypeError(
                 f"data must have an edge_index, got {type(data).__name__} without one: use "
-                "from_edge_index (one relation of a HeteroData: size (targets, sources)) or "
-                "from_csr"
+                "from_edge_index or from_csr, and data[relation] of a HeteroData"
             )
-        ptr = getattr(data, "ptr", None)
-        return cls.from_edge_index(data.edge_index, data.num_nodes, graph_ptr=ptr)
+        rows, cols, row_ptr, col_ptr = sides_of_pyg(data)
+        graph = cls.from_edge_index(data.edge_index, (rows, cols))
+        if row_ptr is None or col_ptr is None:
+            return graph
+        _check_ptr(row_ptr, "ptr", "G + 1")
+        _check_ptr(col_ptr, "ptr", "G + 1")
+        return _with_boundaries(graph, row_ptr, col_ptr)
 
     @classmethod
     def batch(cls, graphs: Sequence[Graph]) -> Graph:
@@ -670,7 +685,7 @@ class Graph:
             missing = int((place < 0).nonzero()[0])
             raise ValueError(f"order is not a permutation: node {missing} of {n} is missing")
         if self.num_graphs > 1:
-            graph_of = self._graph_of()
+            graph_of = _owners(self.graph_ptr, n)
             astray = graph_of[order] != graph_of
             if bool(astray.any()):
                 i = int(astray.nonzero()[0])
@@ -749,11 +764,6 @@ class Graph:
         fields = {name: _each(once, x) for name, x in vars(self).items()}
         return Graph(**fields | {"_cache": {k: _each(once, x) for k, x in self._cache.items()}})
 
-    def _graph_of(self) -> Tensor:
-        """The number of each row's graph, ``[N_rows]``."""
-        rows = torch.arange(self.num_rows, dtype=self.graph_ptr.dtype, device=self.device)
-        return torch.searchsorted(self.graph_ptr, rows, right=True) - 1
-
     def _check_nodes(self, x: Tensor, name: str, what: str) -> None:
         self._check_square(what)
         if not isinstance(x, Tensor):
@@ -809,16 +819,24 @@ def _single(num_rows: int, num_cols: int, row_ptr: Tensor, col: Tensor, edge: Te
     return Graph(num_rows, num_cols, row_ptr, col, edge, graph_ptr, col_graph_ptr)
 
 
-def _with_boundaries(graph: Graph, graph_ptr: Tensor) -> Graph:
-    graph._check_square("graph_ptr")
-    if graph_ptr.device != graph.device:
-        raise ValueError(f"graph_ptr is on {graph_ptr.device}, edge_index on {graph.device}")
-    check_boundaries(graph_ptr, "graph_ptr", graph.num_rows, "nodes")
-    ptr = graph_ptr.to(graph.col.dtype, copy=True)
-    graph = graph._replace(graph_ptr=ptr, col_graph_ptr=ptr)
-    graph_of = graph._graph_of()
-    row_graph = graph_of.repeat_interleave(graph.row_degree, output_size=graph.num_edges)
-    outside = graph_of.index_select(0, graph.col) != row_graph
+def _with_boundaries(graph: Graph, row_ptr: Tensor, col_ptr: Tensor) -> Graph:
+    """The graph as a batch, with its boundaries in rows and in columns."""
+    sides = (row_ptr, graph.num_rows), (col_ptr, graph.num_cols)
+    for ptr, size in sides[: 1 if row_ptr is col_ptr else 2]:
+        if ptr.device != graph.device:
+            raise ValueError(f"graph_ptr is on {ptr.device}, edge_index on {graph.device}")
+        check_boundaries(ptr, "graph_ptr", size, "nodes")
+    if row_ptr.shape != col_ptr.shape:
+        raise ValueError(
+            f"the targets are of {len(row_ptr) - 1} graphs but the sources of {len(col_ptr) - 1}"
+        )
+    ptr = row_ptr.to(graph.col.dtype, copy=True)
+    own = ptr if row_ptr is col_ptr else col_ptr.to(graph.col.dtype, copy=True)
+    graph = graph._replace(graph_ptr=ptr, col_graph_ptr=own)
+    row_graph = _owners(ptr, graph.num_rows).repeat_interleave(
+        graph.row_degree, output_size=graph.num_edges
+    )
+    outside = _owners(own, graph.num_cols).index_select(0, graph.col) != row_graph
     if bool(outside.any()):
         slot = int(outside.nonzero()[0])
         raise ValueError(
@@ -826,6 +844,12 @@ def _with_boundaries(graph: Graph, graph_ptr: Tensor) -> Graph:
             f"{int(graph.row[slot])} of another graph of the batch"
         )
     return graph
+
+
+def _owners(ptr: Tensor, size: int) -> Tensor:
+    """The number of each node's graph, ``[N]``."""
+    nodes = torch.arange(size, dtype=ptr.dtype, device=ptr.device)
+    return torch.searchsorted(ptr, nodes, right=True) - 1
 
 
 def _index_dtype(num_rows: int, num_cols: int, num_edges: int) -> torch.dtype:
@@ -837,7 +861,7 @@ def _check_index(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a tensor of integers, got {type(x).__name__}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {x.layout}")
-    if x.dtype not in _INTEGERS:
+    if x.dtype not in INTEGERS:
         raise TypeError(f"{name} must hold integers (uint8 or int8 to int64), got {x.dtype}")
 
 

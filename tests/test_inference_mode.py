@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import scipy.sparse as sp
 import torch
 from graph_cases import SIX, assert_same
 from torch import Tensor, nn
@@ -68,13 +67,15 @@ MADE: dict[str, Callable[[], Graph]] = {
     "no edges": lambda: Graph.from_edge_index(SIX[:, :0], 6),
     "from_csr": lambda: Graph.from_csr(BEFORE.row_ptr.clone(), BEFORE.col.clone()),
     "from_dense": lambda: Graph.from_dense(MASK),
-    "from_scipy": lambda: Graph.from_scipy(sp.coo_array(MASK.numpy())),
+    "from_scipy": lambda: Graph.from_scipy(
+        pytest.importorskip("scipy.sparse").coo_array(MASK.numpy())
+    ),
     "batch": lambda: Graph.batch([batch(), BEFORE]),
     "batch of none": lambda: Graph.batch([]),
     "transpose": BEFORE.transpose,
     "with_self_loops": BEFORE.with_self_loops,
     "reordered": lambda: BEFORE.reordered(ORDER),
-    "rcm": lambda: BEFORE.reordered("rcm"),
+    "degree": lambda: BEFORE.reordered("degree"),
     "plan": lambda: batch().plan("windows"),
     "plan of one made before": lambda: BEFORE.plan("windows", height=16),
     "plan of graphs": lambda: Graph.from_dense(MASK).plan("graphs"),

@@ -14,6 +14,7 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,6 +123,14 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         import matplotlib  # noqa: F401  an absent extra must show before minutes of measuring
     _check(args)
+    with ExitStack() as locks:
+        for path in (args.json, args.csv, args.plot):
+            if path is not None:  # another run's rows would be lost without a word
+                locks.enter_context(files.lock(path))
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     before = [] if args.compare is None else _read(args.compare, "--compare")
     where = harness.environment(device_named(args.device))
     kept = _kept(args, where)

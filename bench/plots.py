@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgt import files
 from fastgt.bench import table
 from fastgt.testing import SCALING
 
@@ -39,7 +41,9 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
                 # the same rows give the same bytes
                 with rc_context({"svg.hashsalt": "fastgt"}):
                     date = {"Date": None} if suffix == "svg" else None
-                    figure.savefig(paths[-1], dpi=110, metadata=date)
+                    buffer = io.BytesIO()
+                    figure.savefig(buffer, format=suffix, dpi=110, metadata=date)
+                files.write(paths[-1], buffer.getvalue())
     return paths
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from fastgt import files
 from fastgt.bench import table, targets
 from fastgt.bench.table import SPREAD, usual
 from fastgt.testing import SCALING
@@ -43,7 +44,7 @@ def run() -> None:
     readme = ROOT / "README.md"
     if not readme.is_file() or not RESULTS.is_dir():
         raise FileNotFoundError(f"{readme}: --render needs a checkout, and this is none")
-    readme.write_text(rendered(readme.read_text()))
+    files.write(readme, rendered(readme.read_text()).encode())
     print(readme)
     from fastgt.bench.plots import plot
 

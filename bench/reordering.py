@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgt import Graph, neighborhood_attention
+from fastgt import Graph, files, neighborhood_attention
 from fastgt.bench import harness, timing
 from fastgt.testing import PROBLEMS, assert_as_accurate
 from fastgt.tiles import density
@@ -155,7 +155,7 @@ def main() -> None:
         print(show(rows))
         found += rows
         if args.json:
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
+            files.write(args.json, (json.dumps(found, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import os
 import sys
 from pathlib import Path
 
+from fastgt import files
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         print(show(target, found[target]), end="\n\n", flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        files.write(args.json, (json.dumps(found, indent=1) + "\n").encode())
     return 0
 
 

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgt import Graph, tiles
+from fastgt import Graph, files, tiles
 from fastgt.tiles import Plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -490,7 +490,8 @@ def run(args: argparse.Namespace) -> int:
                 rows.append(row)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        text = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
+        files.write(args.json, text.encode())
     return 0
 
 

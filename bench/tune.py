@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastgt import Graph, neighborhood_attention, reference, tiles
 from fastgt.bench import harness, timing
+from fastgt.files import lock, write
 from fastgt.ops._impl import Impl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -223,12 +224,14 @@ def run(name: str, path: Path | None = None) -> None:
     if device.type != "cuda" or not torch.cuda.is_available():
         raise RuntimeError(f"--device {name}: tuning needs a GPU, and there is none of that name")
     path = path or Path(str(files("fastgt.data") / "plans.json"))
-    old = json.loads(path.read_text()) if path.exists() else []
-    table = merged(old, tune(device))
-    path.write_text("[\n" + ",\n".join(" " + json.dumps(row) for row in table) + "\n]\n")
+    with lock(path):
+        old = json.loads(path.read_text()) if path.exists() else []
+        table = merged(old, tune(device))
+        text = "[\n" + ",\n".join(" " + json.dumps(row) for row in table) + "\n]\n"
+        write(path, text.encode())
     print(path)
     from fastgt.bench.render import RESULTS, slug
 
     measured = RESULTS / f"tiles-{slug(device)}.json"
-    measured.write_text(json.dumps(tune_tiles(device), indent=1) + "\n")
+    write(measured, (json.dumps(tune_tiles(device), indent=1) + "\n").encode())
     print(measured)

@@ -4,6 +4,7 @@ and dependencies, beside the same model with the usual gather-softmax-scatter at
 from __future__ import annotations
 
 import copy
+import io
 import math
 import statistics
 import zipfile
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastgt.files import lock, write
 from fastgt.graph import Graph
 from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
 from fastgt.nn import NeighborhoodAttention
@@ -65,17 +67,17 @@ def run(
     import matplotlib  # noqa: F401
     import tqdm  # noqa: F401
 
-    data = load(device)
-    print(data.graph)
-    torch.manual_seed(seed)
-    model = PackageClassifier(
-        PackageClassifierConfig(data.vocabulary, data.edge_kinds, data.sections)
-    ).to(device)
-    with implementation(impl):
+    with lock(output), implementation(impl):
+        data = load(device)
+        print(data.graph)
+        torch.manual_seed(seed)
+        model = PackageClassifier(
+            PackageClassifierConfig(data.vocabulary, data.edge_kinds, data.sections)
+        ).to(device)
         curve = train(model, data, epochs)
         results = compare(model, data)
-    print("\n" + table(results))
-    draw(curve, results, device, output)
+        print("\n" + table(results))
+        draw(curve, results, device, output)
     print(f"\nLearning curve and bars: {output}")
 
 
@@ -241,7 +243,9 @@ def draw(
         axes.set_title(title)
         axes.margins(y=0.15)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(output, dpi=150)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=output.suffix[1:], dpi=150)
+    write(output, buffer.getvalue())
 
 
 def _forward(model: PackageClassifier, data: Packages) -> Tensor:

@@ -1,16 +1,38 @@
-"""Files that are replaced whole or not at all."""
+"""Files that are replaced whole or not at all, and places that one process has at a time."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import secrets
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def write(path: Path, content: bytes | memoryview) -> None:
-    """Replace the file: whoever reads it, after any accident, finds the old or the new one."""
-    partial = path.with_name(path.name + ".partial")
+    """Replace the file: whoever reads it, after any accident, finds the old or the new one.
+
+    Several processes may write the same file: one whole content is there at any time, the last in
+    the end. A process that is killed may leave a file NAME.TOKEN.partial, which nobody reads and
+    :func:`lock` removes.
+    """
+    if path.exists() and not path.is_file():  # a device or a pipe: there is nothing to replace
+        path.write_bytes(content)
+        return
+    path = Path(os.path.realpath(path))
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -23,3 +45,85 @@ def write(path: Path, content: bytes | memoryview) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Have a folder, or a file that is about to be written, to oneself: for writers alone.
+
+    The lock is a file beside it, ``.lock`` or ``.NAME.lock``, that says who has it. The system lets
+    it go when the process ends, however that ends. Reading needs no lock. What killed processes
+    left half written there is removed. Windows, and file systems that have no locks, give a
+    warning instead of a lock.
+
+    Raises:
+        RuntimeError: Another process has it; names that.
+        OSError: The folder cannot be written to.
+    """
+    if path.exists() and not path.is_dir() and not path.is_file():
+        yield  # a device or a pipe
+        return
+    whole = path.is_dir()
+    place = path / ".lock" if whole else path.with_name(f".{path.name}.lock")
+    held = _acquired(path, place)
+    try:
+        if held is not None:
+            name = ".+" if whole else re.escape(path.name)
+            for left in place.parent.iterdir():
+                if re.fullmatch(rf"{name}\.[0-9a-f]{{16}}\.partial", left.name):
+                    left.unlink(missing_ok=True)
+        yield
+    finally:
+        if held is not None:
+            # while it is held: whoever waits for this file finds that it is gone, and makes another
+            place.unlink(missing_ok=True)
+            fcntl.flock(held, fcntl.LOCK_UN)  # a forked process may have it too
+            os.close(held)
+
+
+def _acquired(path: Path, place: Path) -> int | None:
+    """The open and locked file; None, with a warning, where there are no locks."""
+    while True:
+        file = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is None:
+                raise OSError("Windows has no flock")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = _owner(file)
+            os.close(file)
+            raise RuntimeError(
+                f"{path} is in use by {owner}: wait until that ends, or name another place"
+            ) from None
+        except OSError as error:
+            os.close(file)
+            place.unlink(missing_ok=True)
+            warnings.warn(
+                f"{path} cannot be locked ({error}): start no other run that writes there",
+                stacklevel=4,
+            )
+            return None
+        if _is_named(file, place):
+            break
+        os.close(file)  # another process had it, and has removed it since
+    now = datetime.now().astimezone().isoformat(" ", "seconds")
+    said = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
+    os.ftruncate(file, 0)
+    os.write(file, json.dumps(said).encode())
+    return file
+
+
+def _is_named(file: int, place: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(place))
+    except FileNotFoundError:
+        return False
+
+
+def _owner(file: int) -> str:
+    """Who has the lock, as it says in the file."""
+    try:
+        owner = json.loads(os.pread(file, 4096, 0))
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except ValueError:  # it was locked a moment ago
+        return "another process"

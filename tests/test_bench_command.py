@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import pytest
 
@@ -82,6 +83,20 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path, monkeypatch,
     monkeypatch.setattr(harness, "_commit", lambda: "later")
     assert bench(*where, "--json", path, "--resume") == 0
     assert measured[5:] == ["cora", "zinc"]
+
+
+@pytest.mark.parametrize("option", ["--json", "--csv", "--plot"])
+def test_a_file_that_another_run_writes_is_refused_before_anything_is_measured(
+    option, tmp_path, monkeypatch, capsys
+):
+    """Each writes all of its rows every time: those of the other would be lost."""
+    monkeypatch.setattr(harness, "compare", lambda case, **how: pytest.fail("measured"))
+    path = tmp_path / "rows"
+    if option == "--plot":
+        path.mkdir()
+    with files.lock(path):
+        assert bench(*ONE, option, path) == 1
+    assert f"fastgt: {path} is in use by process {os.getpid()} on " in capsys.readouterr().err
 
 
 def test_peers_that_are_not_there_yet_are_measured(tmp_path):

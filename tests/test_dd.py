@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_cases import DEVICE, close
 
-from fastgt import cli
+from fastgt import cli, files
 from fastgt.models import GraphClassifier, GraphClassifierConfig
 from fastgt.training import checkpoint, comparison, dd
 from fastgt.training.proteins import Proteins, load_dd
@@ -254,6 +254,13 @@ def test_runs_that_are_refused(data, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(command(data, tmp_path, "--epochs", "2")) == 1
     assert "holds a run with epochs 1, not 2" in capsys.readouterr().err
+
+
+def test_a_second_comparison_in_the_same_folder_is_refused(data, tmp_path, capsys):
+    with files.lock(tmp_path):
+        assert cli.main(command(data, tmp_path, "--epochs", "1")) == 1
+    assert f"fastgt: {tmp_path} is in use by process {os.getpid()} on " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_proteins_are_frozen(data):

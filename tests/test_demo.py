@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastgt
-from fastgt import cli, demo
+from fastgt import cli, demo, files
 from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
 
 
@@ -41,6 +41,20 @@ def test_demo_runs_and_reports(small, tmp_path, capsys):
     # one set of weights, two ways to compute the same attention
     assert float(rows[0][1]) == pytest.approx(float(rows[1][1]), abs=0.01)
     assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_demo_with_the_same_output_is_refused(small, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "demo.png"
+    output.write_bytes(b"of the first")
+    options = ["demo", "--epochs", "1", "--device", "cpu", "--output", str(output)]
+    with files.lock(output):
+        assert cli.main(options) == 1
+    assert f"fastgt: {output} is in use by process {os.getpid()} on " in capsys.readouterr().err
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("torn")))
+    monkeypatch.setattr(demo, "compare", lambda *_: [demo.Result("a", 0.5, 1.0, 1)] * 2)
+    assert cli.main(options) == 1
+    assert output.read_bytes() == b"of the first"
+    assert os.listdir(tmp_path) == ["demo.png"]
 
 
 def test_demo_is_the_same_for_the_same_seed(small):

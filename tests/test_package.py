@@ -47,7 +47,7 @@ LAYERS = {
         "files",
         "__init__",
     },
-    "demo": {"graph", "ops", "nn", "models", "bench"},
+    "demo": {"files", "graph", "ops", "nn", "models", "bench"},
     "training": {
         "files",
         "graph",

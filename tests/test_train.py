@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -280,12 +281,22 @@ def test_a_process_stopped_inside_an_epoch_goes_on(name, straight, data, tmp_pat
         assert err.splitlines()[-1].startswith("fastgt: stopped in epoch ")
     epochs, batches = position(tmp_path)
     assert epochs < 3
-    (tmp_path / "checkpoint.pt.partial").write_bytes(b"half of a checkpoint")
+    (tmp_path / "checkpoint.pt.0123456789abcdef.partial").write_bytes(b"half of a checkpoint")
     capsys.readouterr()
     assert cli.main(command(data, tmp_path, "--epochs", "3")) == 0
     assert f"{epochs} epochs and {batches} batches done" in capsys.readouterr().out
     assert_same_run(tmp_path, straight)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(straight, data, tmp_path, capsys):
+    with files.lock(tmp_path):
+        assert cli.main(command(data, tmp_path, "--epochs", "3")) == 1
+    said = capsys.readouterr().err
+    assert re.search(rf"^fastgt: {tmp_path} is in use by process {os.getpid()} on \S+ since ", said)
+    assert list(tmp_path.iterdir()) == []
+    assert cli.main(command(data, tmp_path, "--epochs", "3")) == 0
+    assert_same_run(tmp_path, straight)
 
 
 def test_files_lost_after_the_last_checkpoint_are_made_again(straight, data, tmp_path):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fastgt import files
 from fastgt.models import GraphClassifier, GraphClassifierConfig
 from fastgt.ops._impl import Impl, implementation
 from fastgt.pruning import HeadSparsity
@@ -75,7 +76,8 @@ def run(
     if settings.limit is not None:
         splits["train"] = splits["train"][: settings.limit]
     trained = []
-    with implementation(impl):
+    output.mkdir(parents=True, exist_ok=True)
+    with files.lock(output), implementation(impl):
         for share in [0.0, *shares]:
             mine = Settings(**{**asdict(settings), "pruned": share})
             folder = output / (f"heads-{share:g}" if share else "dense")
@@ -83,7 +85,7 @@ def run(
         rows = comparison.compare(
             trained, lambda chosen: proteins.batch(chosen).to(device), splits, settings.batch_size
         )
-    comparison.write(rows, output, TITLE)
+        comparison.write(rows, output, TITLE)
     print(comparison.table(rows))
     print(f"majority of the classes in training: {_majority(proteins, splits):.3f}")
     print(f"{output / 'comparison.csv'}, {output / 'comparison.json'}, comparison.png beside them")

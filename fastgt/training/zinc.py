@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastgt import files
 from fastgt.models import EdgeGraphTransformer, EdgeGraphTransformerConfig
 from fastgt.ops._impl import Impl, implementation
 from fastgt.training.checkpoint import open_run, seed_everything
 from fastgt.training.loop import Task, Training
-from fastgt.training.molecules import ATOM_TYPES, BOND_TYPES, load_zinc
+from fastgt.training.molecules import ATOM_TYPES, BOND_TYPES, Molecules, load_zinc
 
 TITLE = "ZINC-12k, substitute train"  # val and test are the benchmark's own molecules
 PUBLISHED = "0.226, trained on the benchmark's own training molecules"
@@ -61,6 +63,21 @@ def run(
     if settings.limit is not None:
         splits["train"] = splits["train"].first(settings.limit)
     kept = {"task": "zinc", **asdict(settings), "data": digest}
+    output.mkdir(parents=True, exist_ok=True)
+    with files.lock(output), implementation(impl):
+        print(_trained(settings, splits, kept, output, epochs, hours, device))
+
+
+def _trained(
+    settings: Settings,
+    splits: dict[str, Molecules],
+    kept: dict[str, Any],
+    output: Path,
+    epochs: int,
+    hours: float,
+    device: torch.device,
+) -> str:
+    """Train, or go on. -> what is told in the end."""
     resumed = open_run(output, kept)
     seed_everything(settings.seed)
     model = EdgeGraphTransformer(
@@ -101,11 +118,10 @@ def run(
         resumed=resumed,
     )
     print(_opening(training, model))
-    with implementation(impl):
-        ended = training.run(epochs=epochs, hours=hours, min_lr=MIN_LEARNING_RATE)
+    ended = training.run(epochs=epochs, hours=hours, min_lr=MIN_LEARNING_RATE)
     median = splits["train"].y.median()
     guess = float((splits["test"].y - median).abs().mean())
-    print(_closing(training, ended, guess))
+    return _closing(training, ended, guess)
 
 
 def _opening(training: Training, model: nn.Module) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgt.nn.gated_heads import GatedHeads, is_linear
@@ -31,6 +32,11 @@ def prune_heads(
     training. An ``edge_bias`` for the copy has a column for each head that is left. Where the query
     heads that are left do not share their key heads evenly any more, each gets a key head of its
     own.
+
+    All ranks of a distributed training prune the same heads, without asking each other: outside
+    training, gates of :mod:`fastgt.nn` depend on parameters and buffers alone, which
+    ``DistributedDataParallel`` keeps equal. In training, each rank draws random gates for itself,
+    as it does for dropout.
 
     Args:
         model: With modules that have a ``head_gate``, of :class:`fastgt.nn.NeighborhoodAttention`,
@@ -182,6 +188,10 @@ def _like(model: Model, state_dict: Mapping[str, Tensor]) -> Model:
     return smaller
 
 
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class HeadSparsity:
     """Dynamic sparse training of heads: of each layer as many are active, not always the same.
 
@@ -199,6 +209,11 @@ class HeadSparsity:
     has the weights that it had.
 
     The gates are set in place: their masks are kept in the model's ``state_dict``.
+
+    Where ``torch.distributed`` is initialised, all ranks have the same active heads, those that one
+    process with the batches of all ranks would have: rank 0 draws the first ones, and gradients of
+    gates are summed over the ranks in the steps that score. Every rank then has to make one of
+    these and to call :meth:`step` as often as the others.
 
     Args:
         model: With :class:`fastgt.nn.HeadGate` as the ``head_gate`` of its attention modules.
@@ -271,6 +286,8 @@ class HeadSparsity:
                 )
             self._layers.append(gate)
             order = torch.randperm(len(gate.mask), device=gate.mask.device)
+            if _has_ranks():
+                dist.broadcast(order, 0)
             gate.mask.zero_().index_fill_(0, order[:count], 1)
         if not self._layers:
             raise ValueError("model has no attention module with a HeadGate")
@@ -281,7 +298,9 @@ class HeadSparsity:
         """After the backward of every batch."""
         if self._scoring():
             for gate, sums in zip(self._layers, self._sums, strict=True):
-                grad = gate.take_gradient()
+                grad = gate.take_gradient().float()
+                if _has_ranks():
+                    dist.all_reduce(grad)
                 # a loss that overflowed says nothing about any head
                 grad = torch.where(grad.isfinite().all(), grad, 0)
                 sums[0] += gate.mask * grad

@@ -18,7 +18,8 @@ class SkipLayer(nn.Module):
     that its time is saved; outside training it is there, unless ``skipped`` says that it never is.
     Nothing is rescaled: a block that is skipped is the identity, as its residual path is, and one
     that ends with a norm is no sum whose second term could be made smaller. The draw is the host's,
-    so that ``torch.compile`` makes a graph of each block in training.
+    so that ``torch.compile`` makes a graph of each block in training. Each rank of a distributed
+    training draws for itself: ``DistributedDataParallel`` needs ``find_unused_parameters=True``.
 
     Args:
         block: Called as it is: ``block(x, graph)``, ``block(x, e, graph, ...)``.

@@ -87,14 +87,14 @@ class NeighborhoodAttention(GatedHeads):
             found = list(edge_bias.shape)
             raise ValueError(f"edge_bias must be [E, H] = [E, {self.heads}], got {found}")
         attended = self.attend(
-            self.into_heads(self.q, x, gate),
-            self.into_heads(self.k, y, gate),
-            self.into_heads(self.v, y, gate),
+            self.into_heads("q", x, gate),
+            self.into_heads("k", y, gate),
+            self.into_heads("v", y, gate),
             graph,
             edge_bias,
             gate,
         )
-        return self.out_of_heads(self.out, self.dropout(gate.scaled(attended)), gate)
+        return self.out_of_heads("out", self.dropout(gate.scaled(attended)), gate)
 
     def attend(
         self,
@@ -181,7 +181,7 @@ class EdgeGatedAttention(GatedHeads):
         check_impl(impl)
         self.heads, self.kv_heads, self.head_dim = heads, heads, dim // heads
         self.logit_clamp, self.denominator_eps, self.impl = logit_clamp, denominator_eps, impl
-        edge_dim = dim if edge_dim is None else edge_dim
+        self.dim, self.edge_dim = dim, (edge_dim := dim if edge_dim is None else edge_dim)
         self.q = nn.Linear(dim, dim, bias=bias)
         self.k = nn.Linear(dim, dim, bias=bias)
         self.v = nn.Linear(dim, dim, bias=bias)
@@ -205,11 +205,11 @@ class EdgeGatedAttention(GatedHeads):
         Without ``edge_output`` no t_ij is stored, and None stands for the edges.
         """
         check_graph(graph)
-        self._check("x", x, "N, dim", graph.num_rows, self.q.in_features)
-        self._check("e", e, "E, edge_dim", graph.num_edges, self.gate.in_features)
+        self._check("x", x, "N, dim", graph.num_rows, self.dim)
+        self._check("e", e, "E, edge_dim", graph.num_edges, self.edge_dim)
         gate = self.gate_of(head_gate, x)
-        q, k, v = (self.into_heads(layer, x, gate) for layer in (self.q, self.k, self.v))
-        edge_gate = self.into_heads(self.gate, e, gate)
+        q, k, v = (self.into_heads(name, x, gate) for name in ("q", "k", "v"))
+        edge_gate = self.into_heads("gate", e, gate)
         attended, scores = q, edge_gate if edge_output else None
         if q.shape[1]:
             found = neighborhood_attention(
@@ -226,10 +226,10 @@ class EdgeGatedAttention(GatedHeads):
                 impl=self.impl,
             )
             attended, scores = found if isinstance(found, tuple) else (found, None)
-        x = self.out_of_heads(self.out, self.dropout(gate.scaled(attended)), gate)
+        x = self.out_of_heads("out", self.dropout(gate.scaled(attended)), gate)
         if scores is None:
             return x, None
-        return x, self.out_of_heads(self.edge_out, self.dropout(scores), gate)
+        return x, self.out_of_heads("edge_out", self.dropout(scores), gate)
 
     @staticmethod
     def _check(name: str, x: Tensor, letters: str, *shape: int) -> None:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
+from fastgt.nn.sublayers import is_plain_linear
 from fastgt.ops._arguments import readable
 from fastgt.ops._head_gate import check_head_gate, gated
 from fastgt.ops._impl import Impl, choose
@@ -46,7 +44,8 @@ class GatedHeads(nn.Module):
 
     A masked head takes no part in their projections either, unless ``dense_gate_grad`` asks for its
     gradient: then everything is computed wherever the gate itself requires one. A projection that
-    is no plain ``nn.Linear``, or has hooks after its call, is called as it is, for all heads.
+    is no plain ``nn.Linear``, for an adapter or a hook for example, is called as it is: for all
+    heads, of which the masked ones then go no further.
 
     Attributes:
         INTO, INTO_KV: Names of the linear layers into query and into key heads.
@@ -110,57 +109,42 @@ class GatedHeads(nn.Module):
             scale = None
         return Gate(index=index, key_index=key_index, scale=scale)
 
-    def into_heads(self, layer: nn.Linear, x: Tensor, gate: Gate) -> Tensor:
-        """x ``[N, C]`` -> ``[N, H, D]``, of the active heads only."""
-        active, heads = gate.active, layer.out_features // max(1, self.head_dim)
-        if (active is None and gate.index is None) or not heads:
-            return layer(x).unflatten(-1, (heads, self.head_dim))
-        size, index = (heads, self.head_dim), gate.index
-        if index is not None and heads != self.heads:
+    def into_heads(self, name: str, x: Tensor, gate: Gate) -> Tensor:
+        """x ``[N, C]`` -> ``[N, H, D]`` by the layer of that name, of the active heads only."""
+        layer: nn.Module = getattr(self, name)
+        shared = name in self.INTO_KV
+        heads, index = self.kv_heads if shared else self.heads, gate.index
+        active, size = gate.active, (heads, self.head_dim)
+        if (active is None and index is None) or not heads:
+            return layer(x).unflatten(-1, size)
+        if shared and index is not None:
             index = gate.key_index
-        if active is not None and heads < active.shape[0]:
-            active = (active != 0).unflatten(0, (heads, -1)).any(1)
-        if not is_linear(layer):
+        if not is_plain_linear(layer):
             y = layer(x).unflatten(-1, size)
             return y if index is None else y.index_select(1, index)
-        weight, bias = current_parameters(layer, x)
-        weight, bias = weight.unflatten(0, size), None if bias is None else bias.unflatten(0, size)
+        assert isinstance(layer, nn.Linear)
+        if active is not None and heads < self.heads:
+            active = (active != 0).unflatten(0, (heads, -1)).any(1)
+        weight = layer.weight.unflatten(0, size)
+        bias = None if layer.bias is None else layer.bias.unflatten(0, size)
         if index is not None:
             weight = weight.index_select(0, index).flatten(0, 1)
             bias = None if bias is None else bias.index_select(0, index).flatten()
             return linear(x, weight, bias).unflatten(-1, (len(index), self.head_dim))
         return head_projection(x, weight, bias, active, impl=self.impl)
 
-    def out_of_heads(self, layer: nn.Linear, x: Tensor, gate: Gate) -> Tensor:
-        """x ``[N, H, D]`` -> ``[N, C]``, from the active heads only."""
+    def out_of_heads(self, name: str, x: Tensor, gate: Gate) -> Tensor:
+        """x ``[N, H, D]`` -> ``[N, C]`` by the layer of that name, from the active heads only."""
+        layer: nn.Module = getattr(self, name)
         if (gate.active is None and gate.index is None) or not self.heads:
             return layer(x.flatten(-2))
-        if not is_linear(layer):
+        if not is_plain_linear(layer):
             if gate.index is not None:
                 whole = x.new_zeros(x.shape[0], self.heads, self.head_dim)
                 x = whole.index_copy(1, gate.index, x)
             return layer(x.flatten(-2))
-        weight, bias = current_parameters(layer, x)
-        weight = weight.unflatten(1, (self.heads, self.head_dim))
+        assert isinstance(layer, nn.Linear)
+        weight, bias = layer.weight.unflatten(1, (self.heads, self.head_dim)), layer.bias
         if gate.index is not None:
             return linear(x.flatten(-2), weight.index_select(1, gate.index).flatten(1), bias)
         return head_projection(x, weight, bias, gate.active, impl=self.impl)
-
-
-def is_linear(layer: nn.Module) -> bool:
-    """Whether a call of the layer is its weight's product and no more: what hooks after the call,
-    subclasses or hooks that are not about the weight do, only a call does."""
-    about_weight = (BasePruningMethod, WeightNorm, SpectralNorm)
-    return (
-        type(layer) is nn.Linear
-        and not layer._forward_hooks
-        and all(isinstance(hook, about_weight) for hook in layer._forward_pre_hooks.values())
-    )
-
-
-def current_parameters(layer: nn.Linear, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias as a call of the layer has them: hooks before it may make them, as those of
-    ``torch.nn.utils.prune`` do."""
-    for hook in layer._forward_pre_hooks.values():
-        hook(layer, inputs)
-    return layer.weight, layer.bias

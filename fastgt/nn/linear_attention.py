@@ -100,7 +100,7 @@ class LinearAttention(GatedHeads):
                 f"feature_map must be one of {list(get_args(FeatureMap))}, got {feature_map!r}"
             )
         check_impl(impl)
-        self.heads, self.kv_heads, self.head_dim = heads, heads, head_dim
+        self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, heads, head_dim
         self.feature_map, self.impl = feature_map, impl
         self.eps, self.normalize = eps, normalize
         self.q = nn.Linear(dim, heads * head_dim, bias=bias)
@@ -123,9 +123,9 @@ class LinearAttention(GatedHeads):
     ) -> Tensor:
         """x ``[N, dim]``; offsets ``[G + 1]``, None for one graph; head_gate ``[H]`` or ``[G, H]``,
         where the module has none of its own."""
-        _check_nodes(x, self.q.in_features)
+        _check_nodes(x, self.dim)
         gate = self.gate_of(head_gate, x)
-        q, k, v = (self.into_heads(layer, x, gate) for layer in (self.q, self.k, self.v))
+        q, k, v = (self.into_heads(name, x, gate) for name in ("q", "k", "v"))
         attended = q
         if q.shape[1]:
             attended = linear_attention(
@@ -141,7 +141,7 @@ class LinearAttention(GatedHeads):
                 dense_gate_grad=gate.dense,
                 impl=self.impl,
             )
-        return self.out_of_heads(self.out, self.dropout(gate.scaled(attended)), gate)
+        return self.out_of_heads("out", self.dropout(gate.scaled(attended)), gate)
 
     def redraw_projection(self, generator: torch.Generator | None = None) -> None:
         """New random features, in place."""
@@ -206,7 +206,8 @@ class PerformerAttention(nn.Module):
                 f"head_channels={head_channels} has {features} random features; supported are up "
                 f"to {MAX_FEATURES}"
             )
-        self.heads, self.feature_map, self.impl = heads, feature_map, impl
+        self.channels, self.heads = channels, heads
+        self.feature_map, self.impl = feature_map, impl
         inner = heads * head_channels
         self.fast_attn = _Projection(
             head_channels, "gaussian" if feature_map == "softmax" else "unit"
@@ -219,7 +220,7 @@ class PerformerAttention(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """x ``[N, channels]``; offsets ``[G + 1]``, None for one graph."""
-        _check_nodes(x, self.q.in_features)
+        _check_nodes(x, self.channels)
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))
         attended = linear_attention(
             q,

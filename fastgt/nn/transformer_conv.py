@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fastgt.graph import Graph
-from fastgt.nn.gated_heads import current_parameters
+from fastgt.nn.sublayers import is_plain_linear
 from fastgt.ops._arguments import MAX_WIDTH, check_graph
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.attention import neighborhood_attention
@@ -28,7 +28,9 @@ class TransformerConv(nn.Module):
         x'_i = m_i + r_i;  with beta  b_i r_i + (1 - b_i) m_i,
                            b_i = sigmoid(lin_beta [m_i, r_i, m_i - r_i])
 
-    e_ij, of size E H D, is never made. A node without edges has m_i = 0.
+    e_ij, of size E H D, is never made while ``lin_edge`` is a plain ``nn.Linear`` without a bias;
+    one that is more, for an adapter or a hook, is called, as is ``lin_beta``. A node without edges
+    has m_i = 0.
 
     Args:
         in_channels: Width of x, or ``(sources, targets)``. Not -1: nothing is lazy.
@@ -131,15 +133,12 @@ class TransformerConv(nn.Module):
         if target is None:
             raise ValueError("x must be (x_src, x_dst), got None for x_dst, which the queries need")
         heads = self.heads, self.out_channels
-        edge_weight = self._edge_weight(edge_attr, graph)
         found = neighborhood_attention(
             self.lin_query(target).unflatten(-1, heads),
             self.lin_key(source).unflatten(-1, heads),
             self.lin_value(source).unflatten(-1, heads),
             graph,
-            edge_attr=edge_attr,
-            edge_key_weight=edge_weight,
-            edge_value_weight=edge_weight,
+            **self._edge_terms(edge_attr, graph),
             dropout_p=self.dropout if self.training else 0.0,
             return_weights=bool(return_attention_weights),
             impl=self.impl,
@@ -149,25 +148,33 @@ class TransformerConv(nn.Module):
         out = self._with_root(m, self.lin_skip(target)) if self.root_weight else m
         return out if weights is None else (out, (graph.edge_index, weights))
 
-    def _edge_weight(self, edge_attr: Tensor | None, graph: Graph) -> Tensor | None:
-        """[C, H, D], once ``edge_attr`` has been checked."""
+    def _edge_terms(self, edge_attr: Tensor | None, graph: Graph) -> dict[str, Any]:
+        """What the attention takes of edges, once ``edge_attr`` has been checked."""
         if self.lin_edge is None:
             if edge_attr is not None:
                 raise ValueError("edge_dim is None, but there is an edge_attr")
-            return None
+            return {}
         wanted = [graph.num_edges, self.edge_dim]
         found: Any = list(edge_attr.shape) if isinstance(edge_attr, Tensor) else edge_attr
         if found != wanted:
             raise ValueError(f"edge_attr must be [E, edge_dim] = {wanted}, got {found}")
         assert edge_attr is not None
-        weight, _ = current_parameters(self.lin_edge, edge_attr)
-        return weight.view(self.heads, self.out_channels, -1).permute(2, 0, 1)
+        layer, heads = self.lin_edge, (self.heads, self.out_channels)
+        if not is_plain_linear(layer) or layer.bias is not None:
+            e = layer(edge_attr).unflatten(-1, heads)
+            return {"edge_key": e, "edge_value": e}
+        weight = layer.weight.unflatten(0, heads).permute(2, 0, 1)  # [C, H, D]
+        return {"edge_attr": edge_attr, "edge_key_weight": weight, "edge_value_weight": weight}
 
     def _with_root(self, m: Tensor, r: Tensor) -> Tensor:
-        if self.lin_beta is None:
+        layer = self.lin_beta
+        if layer is None:
             return m + r
-        # lin_beta [m, r, m - r], without making that
-        weight, _ = current_parameters(self.lin_beta, m, r)
-        of_m, of_r, of_difference = weight.chunk(3, -1)
-        logit = linear(m, of_m + of_difference) + linear(r, of_r - of_difference)  # [N, 1]
+        if is_plain_linear(layer):
+            # lin_beta [m, r, m - r], without making that
+            of_m, of_r, of_difference = layer.weight.chunk(3, -1)
+            logit = linear(m, of_m + of_difference, layer.bias)
+            logit = logit + linear(r, of_r - of_difference)  # [N, 1]
+        else:
+            logit = layer(torch.cat([m, r, m - r], -1))
         return torch.lerp(m, r, logit.sigmoid())

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastgt.nn.gated_heads import GatedHeads, is_linear
+from fastgt.nn.gated_heads import GatedHeads
 from fastgt.nn.head_gate import HeadGate
+from fastgt.nn.sublayers import is_plain_linear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,8 +50,8 @@ def prune_heads(
 
     Raises:
         ValueError: A module's heads are all masked, without ``allow_empty``; its gate is NaN, or
-            differs from graph to graph; its projections are no plain ``nn.Linear``, have hooks or
-            are one layer; or ``state_dict`` does not fit.
+            differs from graph to graph; its projections are no plain ``nn.Linear``, for an adapter
+            or a hook for example, or are one layer; or ``state_dict`` does not fit.
 
     Example:
         >>> import torch
@@ -95,15 +96,17 @@ def _check_layers(name: str, module: GatedHeads) -> None:
     seen: dict[int, str] = {}
     for short in (*module.INTO, *module.INTO_KV, *module.OUT_OF):
         layer, path = getattr(module, short), f"{name}.{short}" if name else short
-        for part in ("weight", "bias"):
+        # what is no nn.Linear at all may have neither
+        for part in ("weight", "bias") if isinstance(layer, nn.Linear) else ():
             if getattr(layer, part) is not None and part not in layer._parameters:
                 raise ValueError(
                     f"the {part} of {path!r} is made by a hook or a parametrization, as pruning by "
                     "torch.nn.utils.prune: remove that before its heads are taken"
                 )
-        if not is_linear(layer):
+        if not is_plain_linear(layer):
             raise ValueError(
-                f"{path!r} is no plain nn.Linear, or has hooks: its heads are not known"
+                f"{path!r} is no plain nn.Linear, or has hooks, got {type(layer).__name__}: its "
+                "heads are not known. Merge adapters into it, and remove hooks, before"
             )
         if id(layer) in seen:
             raise ValueError(f"{seen[id(layer)]!r} and {path!r} are one layer: heads of both go")
@@ -170,6 +173,7 @@ def _like(model: Model, state_dict: Mapping[str, Tensor]) -> Model:
         heads, key_heads = sizes
         if heads % max(1, key_heads):
             raise ValueError(f"state_dict has {heads} heads for {key_heads} key heads in {name!r}")
+        _check_layers(name, module)
         device = getattr(module, module.INTO[0]).weight.device
         # whichever heads: the values are loaded
         first = torch.arange(heads, device=device)

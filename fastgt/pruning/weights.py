@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector, prune
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class GradualPruning:
@@ -35,7 +36,8 @@ class GradualPruning:
 
     Raises:
         ValueError: A setting is out of range; there is no layer; or one is pruned already, shares
-            its weight, or belongs to ``nn.MultiheadAttention``, which never calls it.
+            its weight, has one that is made by a parametrization or is sharded or quantised, or
+            belongs to ``nn.MultiheadAttention``, which never calls it.
         RuntimeError: A call after :meth:`finish`.
 
     Source:
@@ -88,6 +90,16 @@ class GradualPruning:
         for name, layer in layers:
             if prune.is_pruned(layer):
                 raise ValueError(f"{name!r} is pruned already")
+            if "weight" not in layer._parameters:
+                raise ValueError(
+                    f"the weight of {name!r} is made by a hook or a parametrization, as weight "
+                    "norms are: remove that before it is pruned"
+                )
+            if is_traceable_wrapper_subclass(layer.weight):
+                raise ValueError(
+                    f"the weight of {name!r} is a {type(layer.weight).__name__}: prune before it "
+                    "is sharded or quantised"
+                )
         weights, seen = {id(layer.weight) for layer in self.layers}, dict[int, str]()
         for name, module in model.named_modules():
             if isinstance(module, nn.MultiheadAttention):

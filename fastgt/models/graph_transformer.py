@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fastgt.encodings import flip_signs
 from fastgt.graph import Graph
 from fastgt.nn import EdgeGatedAttention, NeighborhoodAttention
-from fastgt.ops._arguments import check_graph
+from fastgt.ops._arguments import check_graph, integer
 
 Norm = Literal["batch", "layer"]
 
@@ -62,7 +62,7 @@ class GraphTransformerConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_config(self, "node_types", "out_dim", "dim", "heads", "layers")
+        check_config(self, "node_types", "out_dim", "dim", "heads", "layers", "pe_dim")
 
 
 @dataclass
@@ -93,7 +93,9 @@ class EdgeGraphTransformerConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_config(self, "node_types", "edge_types", "out_dim", "dim", "heads", "layers")
+        check_config(
+            self, "node_types", "edge_types", "out_dim", "dim", "heads", "layers", "pe_dim"
+        )
 
 
 class GraphTransformerLayer(nn.Module):
@@ -121,6 +123,7 @@ class GraphTransformerLayer(nn.Module):
         head_gate: nn.Module | None = None,
     ):
         super().__init__()
+        dim = integer("dim", dim, 1)
         self.attention = NeighborhoodAttention(
             dim, heads, bias=False, dropout=dropout, logit_clamp=5.0, head_gate=head_gate,
             dense_gate_grad=True,
@@ -161,6 +164,7 @@ class GraphTransformerEdgeLayer(nn.Module):
         head_gate: nn.Module | None = None,
     ):
         super().__init__()
+        dim = integer("dim", dim, 1)
         self.attention = EdgeGatedAttention(
             dim, heads, dropout=dropout, logit_clamp=5.0, denominator_eps=1e-6, head_gate=head_gate,
             dense_gate_grad=True,
@@ -306,11 +310,9 @@ def readout(dim: int, out_dim: int) -> nn.Sequential:
 
 
 def check_config(config: Any, *names: str) -> None:
+    """Sizes become Python ints."""
     for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
-    if getattr(config, "pe_dim", 0) < 0:
-        raise ValueError(f"pe_dim must not be negative, got {config.pe_dim}")
+        setattr(config, name, integer(name, getattr(config, name), 0 if name == "pe_dim" else 1))
 
 
 def check_types(name: str, x: Tensor, letter: str, size: int) -> None:

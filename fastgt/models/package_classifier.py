@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
-from fastgt.models.graph_transformer import GraphTransformerLayer
+from fastgt.models.graph_transformer import GraphTransformerLayer, check_config
 
 
 @dataclass
@@ -28,6 +28,9 @@ class PackageClassifierConfig:
     layers: int = 2
     dropout: float = 0.2
     word_dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_config(self, "vocabulary", "edge_kinds", "classes", "dim", "heads", "layers")
 
 
 class PackageClassifier(nn.Module):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastgt.graph import Graph
 from fastgt.nn.gated_heads import Gate, GatedHeads
-from fastgt.ops._arguments import check_graph
+from fastgt.ops._arguments import check_graph, integer
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.attention import neighborhood_attention
 
@@ -55,16 +55,18 @@ class NeighborhoodAttention(GatedHeads):
         impl: Impl | None = None,
     ):
         super().__init__(head_gate, dense_gate_grad)
-        kv_heads = heads if kv_heads is None else kv_heads
+        dim, heads = integer("dim", dim, 1), integer("heads", heads)
+        kv_heads = heads if kv_heads is None else integer("kv_heads", kv_heads)
+        context_dim = dim if context_dim is None else integer("context_dim", context_dim, 1)
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"kv_heads must divide heads, got {kv_heads} and {heads}")
         check_impl(impl)
+        self.dim, self.context_dim = dim, context_dim
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
         self.logit_clamp, self.denominator_eps, self.impl = logit_clamp, denominator_eps, impl
         kv_dim = dim // heads * kv_heads
-        context_dim = dim if context_dim is None else context_dim
         self.q = nn.Linear(dim, dim, bias=bias)
         self.k = nn.Linear(context_dim, kv_dim, bias=bias)
         self.v = nn.Linear(context_dim, kv_dim, bias=bias)
@@ -176,12 +178,14 @@ class EdgeGatedAttention(GatedHeads):
         impl: Impl | None = None,
     ):
         super().__init__(head_gate, dense_gate_grad)
+        dim, heads = integer("dim", dim, 1), integer("heads", heads)
+        edge_dim = dim if edge_dim is None else integer("edge_dim", edge_dim, 1)
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
         check_impl(impl)
+        self.dim, self.edge_dim = dim, edge_dim
         self.heads, self.kv_heads, self.head_dim = heads, heads, dim // heads
         self.logit_clamp, self.denominator_eps, self.impl = logit_clamp, denominator_eps, impl
-        self.dim, self.edge_dim = dim, (edge_dim := dim if edge_dim is None else edge_dim)
         self.q = nn.Linear(dim, dim, bias=bias)
         self.k = nn.Linear(dim, dim, bias=bias)
         self.v = nn.Linear(dim, dim, bias=bias)

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastgt.ops._arguments import integer
+
 
 class HeadGate(nn.Module):
     """A fixed gate: numbers that are kept with the model and not trained.
@@ -94,8 +96,9 @@ class TopKHeadGate(nn.Module):
 
     def __init__(self, heads: int, k: int):
         super().__init__()
-        if not isinstance(k, int) or not 0 <= k <= heads or heads < 1:
-            raise ValueError(f"k must be an int from 0 to heads, got k={k} and heads={heads}")
+        heads, k = integer("heads", heads), integer("k", k)
+        if not 0 <= k <= heads or heads < 1:
+            raise ValueError(f"k must be from 0 to heads, got k={k} and heads={heads}")
         self.k = k
         self.logits = nn.Parameter(torch.zeros(heads))
 
@@ -142,8 +145,7 @@ class HardConcreteHeadGate(nn.Module):
 
     def __init__(self, heads: int, *, logit: float = 2.0):
         super().__init__()
-        if heads < 1:
-            raise ValueError(f"heads must be positive, got {heads}")
+        heads = integer("heads", heads, 1)
         if not math.isfinite(logit):
             raise ValueError(f"logit must be finite, got {logit}")
         self.logits = nn.Parameter(torch.full((heads,), float(logit)))

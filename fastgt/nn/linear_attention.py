@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.nn.gated_heads import GatedHeads
+from fastgt.ops._arguments import integer
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.linear_attention import MAX_FEATURES, FeatureMap, linear_attention
 
@@ -33,6 +34,7 @@ def random_features(
         >>> random_features(44, 16).shape
         torch.Size([44, 16])
     """
+    num_features, width = integer("num_features", num_features), integer("width", width)
     if num_features < 1 or width < 1:
         raise ValueError(f"num_features and width must be positive, got {num_features}, {width}")
     if norms not in ("gaussian", "unit"):
@@ -92,9 +94,10 @@ class LinearAttention(GatedHeads):
         impl: Impl | None = None,
     ):
         super().__init__(head_gate, dense_gate_grad)
+        dim, heads = integer("dim", dim, 1), integer("heads", heads)
         if heads < 1 or (head_dim is None and dim % heads):
             raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
-        head_dim = dim // heads if head_dim is None else head_dim
+        head_dim = dim // heads if head_dim is None else integer("head_dim", head_dim, 1)
         if feature_map not in get_args(FeatureMap):
             raise ValueError(
                 f"feature_map must be one of {list(get_args(FeatureMap))}, got {feature_map!r}"
@@ -194,6 +197,8 @@ class PerformerAttention(nn.Module):
         impl: Impl | None = None,
     ):
         super().__init__()
+        channels, heads = integer("channels", channels, 1), integer("heads", heads)
+        head_channels = integer("head_channels", head_channels)
         check_impl(impl)
         if feature_map not in ("relu_random", "softmax"):
             raise ValueError(f"feature_map must be 'relu_random' or 'softmax', got {feature_map!r}")

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from fastgt.graph import Graph
 from fastgt.nn.sublayers import is_plain_linear
-from fastgt.ops._arguments import MAX_WIDTH, check_graph
+from fastgt.ops._arguments import MAX_WIDTH, check_graph, integer
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.attention import neighborhood_attention
 
@@ -76,7 +76,15 @@ class TransformerConv(nn.Module):
         impl: Impl | None = None,
     ):
         super().__init__()
-        source, target = (in_channels,) * 2 if isinstance(in_channels, int) else in_channels
+        if isinstance(in_channels, (tuple, list)):
+            if len(in_channels) != 2:
+                raise ValueError(f"in_channels must be an int or two, got {len(in_channels)}")
+            source, target = (integer("in_channels", size) for size in in_channels)
+            in_channels = source, target
+        else:
+            source = target = in_channels = integer("in_channels", in_channels)
+        out_channels, heads = integer("out_channels", out_channels), integer("heads", heads)
+        edge_dim = None if edge_dim is None else integer("edge_dim", edge_dim)
         if source < 1 or target < 1:
             raise ValueError(f"in_channels must be positive, nothing is lazy: got {in_channels}")
         if heads < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastgt.ops._arguments import integer
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.segment_pool import virtual_node
 
@@ -47,7 +48,8 @@ class VirtualNode(nn.Module):
     ):
         super().__init__()
         check_impl(impl)
-        hidden_dim = 2 * dim if hidden_dim is None else hidden_dim
+        dim = integer("dim", dim, 1)
+        hidden_dim = 2 * dim if hidden_dim is None else integer("hidden_dim", hidden_dim, 1)
         self.residual, self.impl = residual, impl
         self.start = nn.Parameter(torch.zeros(dim))
         self.update = nn.Sequential(
@@ -62,7 +64,7 @@ class VirtualNode(nn.Module):
 
     def initial(self, num_graphs: int) -> Tensor:
         """The learnt first state, ``[G, dim]``: 0 before training."""
-        return self.start.expand(num_graphs, -1)
+        return self.start.expand(integer("num_graphs", num_graphs, 0), -1)
 
     def forward(self, x: Tensor, state: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """x ``[N, dim]``; state ``[G, dim]``; offsets ``[G + 1]`` -> y and the next state."""

@@ -56,6 +56,21 @@ def number(name: str, x: object) -> float:
     return float(x)
 
 
+def integer(name: str, x: object, least: int | None = None) -> int:
+    """A Python int, of ``least`` (0 or 1) at least; NumPy's integers are taken, floats are not."""
+    try:
+        if isinstance(x, bool):
+            raise TypeError
+        found = operator.index(x)  # type: ignore[arg-type]
+    except TypeError:
+        value = f" {x}" if isinstance(x, (bool, float)) else ""
+        raise TypeError(f"{name} must be an int, got {type(x).__name__}{value}") from None
+    if least is not None and found < least:
+        wanted = "be positive" if least else "not be negative"
+        raise ValueError(f"{name} must {wanted}, got {found}")
+    return found
+
+
 def check_graph(graph: object) -> None:
     if not isinstance(graph, Graph):
         raise TypeError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastgt.nn.gated_heads import GatedHeads
 from fastgt.nn.head_gate import HeadGate
 from fastgt.nn.sublayers import is_plain_linear
+from fastgt.ops._arguments import integer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -266,6 +267,8 @@ class HeadSparsity:
             raise ValueError(f"active must be above 0, to 1, got {active}")
         if not 0 <= exchange <= 1:
             raise ValueError(f"exchange must be from 0 to 1, got {exchange}")
+        steps, every = integer("steps", steps), integer("every", every)
+        scored = integer("scored", scored)
         if not 1 <= scored <= every or steps < 1:
             raise ValueError(
                 f"scored must be from 1 to every, and steps positive, got scored={scored}, "

@@ -8,6 +8,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fastgt.ops._arguments import integer
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -55,8 +57,7 @@ class SkipLayer(nn.Module):
         super().__init__()
         if not 0 <= p <= 1:
             raise ValueError(f"p must be from 0 to 1, got {p}")
-        if passes < 1:
-            raise ValueError(f"passes must be positive, got {passes}")
+        passes = integer("passes", passes, 1)
         self.block, self.p, self.passes = block, p, passes
         self.skipped = False
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
-from fastgt.ops._arguments import accumulator, check_float, check_graph
+from fastgt.ops._arguments import accumulator, check_float, check_graph, integer
 from fastgt.ops.segment_pool import segment_max, segment_sum
 
 
@@ -55,22 +55,21 @@ class TokenPruning(nn.Module):
 
     def __init__(self, dim: int, keep: float = 0.5, *, tau: float = 1.0):
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"dim must be positive, got {dim}")
+        dim = integer("dim", dim, 1)
         if not 0 < keep <= 1:
             raise ValueError(f"keep must be above 0, to 1, got {keep}")
         if not 0 < tau < math.inf:
             raise ValueError(f"tau must be positive and finite, got {tau}")
-        self.keep, self.tau = keep, tau
+        self.dim, self.keep, self.tau = dim, keep, tau
         self.score = nn.Linear(dim, 1)
 
     def forward(self, x: Tensor, graph: Graph) -> KeptTokens:
         """x ``[N, dim]``, nodes of a square graph or batch -> what is kept."""
         check_graph(graph)
         check_float("x", x)
-        n, dim = graph.num_nodes, self.score.in_features
-        if tuple(x.shape) != (n, dim):
-            raise ValueError(f"x must be [N, dim] = [{n}, {dim}], got {list(x.shape)}")
+        n = graph.num_nodes
+        if tuple(x.shape) != (n, self.dim):
+            raise ValueError(f"x must be [N, dim] = [{n}, {self.dim}], got {list(x.shape)}")
         if x.device != graph.device:
             raise ValueError(f"x is on {x.device} but graph is on {graph.device}")
         ptr = graph.graph_ptr.long()

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, prune
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastgt.ops._arguments import integer
+
 
 class GradualPruning:
     """Gradual magnitude pruning of all linear layers together, on ``torch.nn.utils.prune``.
@@ -30,11 +32,12 @@ class GradualPruning:
     Args:
         model: Whose ``nn.Linear`` layers lose weights; biases, norms and embeddings do not.
         final: s_f, at ``end`` and after.
-        begin, end: Steps.
+        begin, end: Steps, in whole numbers, as ``int(0.75 * steps)`` is.
         every: Steps between two changes.
         initial: s_i, at ``begin``; of 0, at once.
 
     Raises:
+        TypeError: ``begin``, ``end`` or ``every`` is no int: a float may never be reached.
         ValueError: A setting is out of range; there is no layer; or one is pruned already, shares
             its weight, has one that is made by a parametrization or is sharded or quantised, or
             belongs to ``nn.MultiheadAttention``, which never calls it.
@@ -76,6 +79,8 @@ class GradualPruning:
             raise ValueError(
                 f"initial and final must be from 0 to 1 and rise, got {initial} and {final}"
             )
+        begin, end = integer("begin", begin), integer("end", end)
+        every = integer("every", every)
         if not 0 <= begin < end or every < 1:
             raise ValueError(
                 "begin must be before end, and every positive, got "

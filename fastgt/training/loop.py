@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt import files
+from fastgt.ops._arguments import integer
 from fastgt.pruning import HeadSparsity
 from fastgt.training import checkpoint, report
 
@@ -98,7 +99,8 @@ class Training:
         sparsity: HeadSparsity | None = None,
     ):
         self.task, self.model, self.optimizer, self.schedule = task, model, optimizer, schedule
-        self.batch_size, self.folder, self.settings = batch_size, folder, settings
+        self.batch_size = batch_size = integer("batch_size", batch_size, 1)
+        self.folder, self.settings = folder, settings
         self.sparsity = sparsity
         self._val, self._test = f"val_{task.measure}", f"test_{task.measure}"
         self.device = next(model.parameters()).device
@@ -120,6 +122,7 @@ class Training:
         """
         from tqdm import tqdm
 
+        epochs = integer("epochs", epochs)
         rows = self.progress.rows
         self._clock = time.monotonic()
         with (

@@ -1,0 +1,186 @@
+"""Sizes and counts of modules, models, pruning and their settings: ints, NumPy's too, no floats."""
+
+import dataclasses
+import inspect
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastgt import models, pruning
+from fastgt import nn as modules
+from fastgt.models import graph_transformer
+from fastgt.models.package_classifier import PackageClassifierConfig
+from fastgt.ops._arguments import integer
+from fastgt.pruning import GradualPruning, HeadSparsity
+
+NODES = {"node_types": 3, "out_dim": 2, "dim": 8, "heads": 2, "layers": 2}
+
+
+def sparsity(**counts):
+    gate = modules.HeadGate(torch.ones(4))
+    layer = modules.LinearAttention(8, 4, head_gate=gate, dense_gate_grad=True)
+    return HeadSparsity(layer, 0.5, **counts)
+
+
+# all that has sizes or counts, with fitting ones
+SIZES = {
+    modules.EdgeGatedAttention: {"dim": 8, "heads": 2, "edge_dim": 3},
+    modules.HardConcreteHeadGate: {"heads": 4},
+    modules.LinearAttention: {
+        "dim": 8,
+        "heads": 2,
+        "head_dim": 3,
+        "num_features": 6,
+        "feature_map": "softmax",
+    },
+    modules.NeighborhoodAttention: {"dim": 8, "heads": 4, "kv_heads": 2, "context_dim": 5},
+    modules.PerformerAttention: {"channels": 8, "heads": 2, "head_channels": 4},
+    modules.TopKHeadGate: {"heads": 4, "k": 2},
+    modules.TransformerConv: {"in_channels": 8, "out_channels": 4, "heads": 2, "edge_dim": 3},
+    modules.VirtualNode: {"dim": 8, "hidden_dim": 6},
+    modules.random_features: {"num_features": 6, "width": 4},
+    graph_transformer.GraphTransformerLayer: {"dim": 8, "heads": 2},
+    graph_transformer.GraphTransformerEdgeLayer: {"dim": 8, "heads": 2},
+    models.GraphTransformerConfig: NODES | {"pe_dim": 2},
+    models.EdgeGraphTransformerConfig: NODES | {"edge_types": 4, "pe_dim": 2},
+    models.GraphClassifierConfig: NODES,
+    PackageClassifierConfig: {
+        "vocabulary": 5,
+        "edge_kinds": 2,
+        "classes": 3,
+        "dim": 8,
+        "heads": 2,
+        "layers": 2,
+    },
+    pruning.TokenPruning: {"dim": 8},
+    pruning.SkipLayer: {"block": nn.Identity(), "passes": 2},
+    GradualPruning: {"final": 0.5, "begin": 2, "end": 8, "every": 3},
+    HeadSparsity: {"steps": 10, "every": 4, "scored": 2},
+}
+MAKE = {
+    GradualPruning: lambda **counts: GradualPruning(nn.Linear(4, 4), **counts),
+    HeadSparsity: sparsity,
+}
+
+
+def counted(thing):
+    """The names of its arguments that are ints."""
+    arguments = inspect.signature(thing).parameters.values()
+    return [a.name for a in arguments if re.match(r"int\b", str(a.annotation))]
+
+
+def make(thing, **changes):
+    torch.manual_seed(0)
+    return MAKE.get(thing, thing)(**SIZES[thing] | changes)
+
+
+def content(made):
+    """What tells two of a kind apart."""
+    if isinstance(made, torch.Tensor):
+        return made.tolist()
+    if isinstance(made, nn.Module):
+        state = {key: x.tolist() for key, x in made.state_dict().items() if "extra" not in key}
+        return repr(made), state, {k: v for k, v in vars(made).items() if isinstance(v, int)}
+    if dataclasses.is_dataclass(made):
+        return made
+    return {key: x for key, x in vars(made).items() if isinstance(x, int)}
+
+
+CASES = [(thing, name) for thing in SIZES for name in counted(thing)]
+IDS = [f"{thing.__name__}({name}=)" for thing, name in CASES]
+
+
+def test_all_that_is_public_is_here():
+    public = [getattr(m, name) for m in (modules, models, pruning) for name in m.__all__]
+    results = {pruning.KeptTokens}
+    assert {thing for thing in public if counted(thing)} - results <= set(SIZES)
+    for thing, arguments in SIZES.items():
+        assert counted(thing), thing
+        assert set(counted(thing)) <= set(arguments), thing
+
+
+@pytest.mark.parametrize(("thing", "name"), CASES, ids=IDS)
+def test_what_is_no_int_is_refused_by_name(thing, name):
+    fitting = SIZES[thing][name]
+    for wrong, found in (
+        (float(fitting), f"float {float(fitting)}"),
+        (fitting + 0.5, "float"),
+        (np.float64(fitting), "float64"),
+        (True, "bool True"),
+        (np.bool_(True), "bool"),
+        (str(fitting), "str"),
+        (torch.tensor(float(fitting)), "Tensor"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be an int, got {found}"):
+            make(thing, **{name: wrong})
+
+
+@pytest.mark.parametrize(("thing", "name"), CASES, ids=IDS)
+def test_integers_of_numpy_and_torch_are_ints(thing, name):
+    fitting = SIZES[thing][name]
+    wanted = content(make(thing))
+    for integers in (np.int64, np.int32, np.uint8, torch.tensor):
+        made = make(thing, **{name: integers(fitting)})
+        assert content(made) == wanted
+        kept = list(vars(made).values()) if hasattr(made, "__dict__") else []
+        assert not any(isinstance(x, np.generic) for x in kept)
+
+
+@pytest.mark.parametrize(("thing", "name"), CASES, ids=IDS)
+def test_sizes_below_their_range_are_refused_with_the_number(thing, name):
+    with pytest.raises(ValueError, match=r"got .*-1"):
+        make(thing, **{name: -1})
+
+
+def test_widths_of_two_kinds_of_nodes_are_ints_too():
+    make_conv = modules.TransformerConv
+    conv = make_conv((np.int64(8), np.int32(6)), 4)
+    assert (conv.in_channels, type(conv.in_channels[0])) == ((8, 6), int)
+    assert make_conv([8, 6], 4).in_channels == (8, 6)
+    for wrong in ((8.0, 6), (8, True), "86", 8.0):
+        with pytest.raises(TypeError, match="in_channels must be an int, got"):
+            make_conv(wrong, 4)
+    for wrong in ((8,), (8, 6, 4)):
+        with pytest.raises(
+            ValueError, match=f"in_channels must be an int or two, got {len(wrong)}"
+        ):
+            make_conv(wrong, 4)
+
+
+def test_a_number_of_graphs_is_an_int():
+    node = modules.VirtualNode(8)
+    assert node.initial(np.int64(2)).shape == (2, 8)
+    assert node.initial(0).shape == (0, 8)
+    with pytest.raises(TypeError, match=r"num_graphs must be an int, got float 2\.0"):
+        node.initial(2.0)
+    with pytest.raises(ValueError, match="num_graphs must not be negative, got -1"):
+        node.initial(-1)
+
+
+@pytest.mark.parametrize("end", [7, 8, 40])
+def test_every_end_that_is_taken_is_reached(end):
+    model = nn.Linear(20, 20)
+    steps = GradualPruning(model, 0.8, end=np.int64(end), every=5)
+    for _ in range(end):
+        steps.step()
+    assert steps.pruned() == 320
+
+
+def test_integers():
+    for x, least in itertools.product((3, np.int8(3), torch.tensor(3)), (None, 0, 1)):
+        assert integer("size", x, least) == 3
+        assert type(integer("size", x, least)) is int
+    assert integer("size", -3) == -3
+    assert integer("size", 0, 0) == 0
+    assert integer("size", 2**70) == 2**70
+    with pytest.raises(ValueError, match="size must be positive, got 0"):
+        integer("size", 0, 1)
+    with pytest.raises(ValueError, match="size must not be negative, got -1"):
+        integer("size", -1, 0)
+    for x in (None, [3], 3 + 0j, np.array([3, 4])):
+        with pytest.raises(TypeError, match=f"size must be an int, got {type(x).__name__}"):
+            integer("size", x)

@@ -479,7 +479,6 @@ LONG = torch.long
     ("changes", "message"),
     [
         ({"node_type": torch.zeros(5, dtype=LONG)}, r"node_type .*\[N\] = \[4\].* got \[5\]"),
-        ({"node_type": torch.zeros(4)}, r"node_type .* integers, got \[4\] torch.float32"),
         ({"edge_type": torch.zeros(4, dtype=LONG)}, r"edge_type .*\[E\] = \[6\].* got \[4\]"),
         ({"edge_type": torch.zeros(6, 1, dtype=LONG)}, r"edge_type .* got \[6, 1\]"),
         ({"pe": None}, r"pe must be \[N, pe_dim\] = \[4, 3\], got None"),

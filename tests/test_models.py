@@ -140,9 +140,13 @@ def test_module_takes_bipartite_graphs_grouped_heads_and_bias():
     ("types", "pe", "message"),
     [
         (torch.zeros(4, 1, dtype=torch.long), torch.zeros(4, 3), r"node_type .* \[4\] .* \[4, 1\]"),
-        (torch.zeros(4), torch.zeros(4, 3), "node_type .* integers, got .*float32"),
         (torch.zeros(5, dtype=torch.long), torch.zeros(4, 3), r"node_type .* got \[5\]"),
         (torch.zeros(4, dtype=torch.long), torch.zeros(4, 2), r"pe .* \[4, 3\], got \[4, 2\]"),
+        (
+            torch.tensor([0, 1, 4, 2]),
+            torch.zeros(4, 3),
+            "node_type must be from 0 to 3, got 4 at 2",
+        ),
     ],
 )
 def test_inputs_of_other_shapes_are_refused(types, pe, message):

@@ -24,6 +24,7 @@ from fastgt.models.graph_transformer import (
     readout,
 )
 from fastgt.nn import HeadGate
+from fastgt.ops._arguments import check_graph
 from fastgt.ops.segment_pool import segment_mean
 
 
@@ -89,9 +90,11 @@ class GraphClassifier(nn.Module):
 
     def forward(self, node_type: Tensor, graph: Graph) -> Tensor:
         """node_type ``[N]`` integers -> logits ``[G, out_dim]``."""
-        check_types("node_type", node_type, "N", graph.num_rows)
-        degree = graph.row_degree.to(self.embed.weight.dtype)
-        x = self.embed(node_type) + self.embed_degree(degree.log1p()[:, None])
+        check_graph(graph)
+        kinds = self.config.node_types
+        node_type = check_types("node_type", node_type, "N", graph.num_rows, kinds, graph)
+        x = self.embed(node_type)
+        x = x + self.embed_degree(graph.row_degree.to(x.dtype).log1p()[:, None])
         for layer in self.layers:
             x = layer(x, graph)
         return self.readout(segment_mean(x, graph.graph_ptr))

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from fastgt.encodings import flip_signs
 from fastgt.graph import Graph
 from fastgt.nn import EdgeGatedAttention, NeighborhoodAttention
-from fastgt.ops._arguments import check_graph, integer
+from fastgt.ops._arguments import check_float, check_graph, integer, readable
 
 Norm = Literal["batch", "layer"]
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass
@@ -219,8 +220,10 @@ class GraphTransformer(nn.Module):
 
         In training every eigenvector gets one random sign for the whole batch.
         """
-        check_types("node_type", node_type, "N", graph.num_rows)
-        _check_pe(pe, graph.num_rows, self.config.pe_dim)
+        check_graph(graph)
+        c, n = self.config, graph.num_rows
+        node_type = check_types("node_type", node_type, "N", n, c.node_types, graph)
+        _check_pe(pe, n, c.pe_dim)
         x = self.embed(node_type)
         if pe is not None and self.embed_pe is not None:
             x = x + self.embed_pe(flip_signs(pe) if self.training else pe)
@@ -268,9 +271,10 @@ class EdgeGraphTransformer(nn.Module):
         In training every eigenvector gets one random sign for the whole batch.
         """
         check_graph(graph)
-        check_types("node_type", node_type, "N", graph.num_rows)
-        check_types("edge_type", edge_type, "E", graph.num_edges)
-        _check_pe(pe, graph.num_rows, self.config.pe_dim)
+        c, n = self.config, graph.num_rows
+        node_type = check_types("node_type", node_type, "N", n, c.node_types, graph)
+        edge_type = check_types("edge_type", edge_type, "E", graph.num_edges, c.edge_types, graph)
+        _check_pe(pe, n, c.pe_dim)
         x = self.in_dropout(self.embed(node_type))
         if pe is not None and self.embed_pe is not None:
             x = x + self.embed_pe(flip_signs(pe) if self.training else pe)
@@ -315,13 +319,32 @@ def check_config(config: Any, *names: str) -> None:
         setattr(config, name, integer(name, getattr(config, name), 0 if name == "pe_dim" else 1))
 
 
-def check_types(name: str, x: Tensor, letter: str, size: int) -> None:
-    if x.shape != (size,) or x.is_floating_point():
-        found = f"{list(x.shape)} {x.dtype}"
-        raise ValueError(f"{name} must be [{letter}] = [{size}] integers, got {found}")
+def check_types(name: str, x: object, letter: str, size: int, kinds: int, graph: Graph) -> Tensor:
+    """Types of nodes or edges as an embedding takes them: int32 or int64.
+
+    Their range is checked where their values are at hand: on a GPU the embedding does that.
+    """
+    if not isinstance(x, Tensor):
+        hint = f"torch.as_tensor({name}) makes one"
+        raise TypeError(f"{name} must be a tensor of integers, got {type(x).__name__}: {hint}")
+    if x.dtype not in _INTEGERS or x.layout != torch.strided:
+        found = f"{x.dtype} ({x.layout})"
+        raise TypeError(f"{name} must hold integers (uint8 or int8 to int64), got {found}")
+    if x.shape != (size,):
+        raise ValueError(f"{name} must be [{letter}] = [{size}] integers, got {list(x.shape)}")
+    if x.device != graph.device:
+        raise ValueError(f"{name} is on {x.device} but graph is on {graph.device}")
+    if readable(x):
+        wrong = ((x < 0) | (x >= kinds)).nonzero().flatten()
+        if len(wrong):
+            found = f"{int(x[wrong[0]])} at {int(wrong[0])}"
+            raise ValueError(f"{name} must be from 0 to {kinds - 1}, got {found}")
+    return x if x.dtype in (torch.int32, torch.int64) else x.long()
 
 
 def _check_pe(pe: Tensor | None, n: int, pe_dim: int) -> None:
+    if pe is not None:
+        check_float("pe", pe)
     if (None if pe is None else tuple(pe.shape)) != ((n, pe_dim) if pe_dim else None):
         wanted = f"[N, pe_dim] = [{n}, {pe_dim}]" if pe_dim else "None (pe_dim is 0)"
         raise ValueError(f"pe must be {wanted}, got {None if pe is None else list(pe.shape)}")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
-from fastgt.models.graph_transformer import GraphTransformerLayer, check_config
+from fastgt.models.graph_transformer import GraphTransformerLayer, check_config, check_types
+from fastgt.ops._arguments import check_graph
 
 
 @dataclass
@@ -56,6 +57,12 @@ class PackageClassifier(nn.Module):
         Node i owns the words ``word[word_ptr[i]:word_ptr[i + 1]]``. In training whole words are
         dropped at random.
         """
+        check_graph(graph)
+        c = self.config
+        word = check_types("word", word, "W", len(word), c.vocabulary, graph).long()
+        ends = graph.num_rows + 1, len(word) + 1
+        word_ptr = check_types("word_ptr", word_ptr, "N + 1", *ends, graph).long()
+        edge_kind = check_types("edge_kind", edge_kind, "E", graph.num_edges, c.edge_kinds, graph)
         count = word_ptr.diff()
         weight = count.clamp(min=1).rsqrt().repeat_interleave(count, output_size=len(word))
         weight = nn.functional.dropout(weight, self.config.word_dropout, self.training)

@@ -84,6 +84,11 @@ class NeighborhoodAttention(GatedHeads):
     ) -> Tensor:
         """x ``[N_rows, dim]``; context ``[N_cols, context_dim]``; edge_bias ``[E, H]``; head_gate
         ``[H]`` or ``[G, H]``, where the module has none of its own."""
+        check_graph(graph)
+        _check_features("x", x, "N_rows, dim", graph.num_rows, self.dim)
+        if context is not None or graph.num_cols != graph.num_rows or self.context_dim != self.dim:
+            of = "N_cols, context_dim", graph.num_cols, self.context_dim
+            _check_features("context", context, *of)
         y, gate = x if context is None else context, self.gate_of(head_gate, x)
         if isinstance(edge_bias, Tensor) and edge_bias.shape[1:] != (self.heads,):
             found = list(edge_bias.shape)
@@ -209,8 +214,8 @@ class EdgeGatedAttention(GatedHeads):
         Without ``edge_output`` no t_ij is stored, and None stands for the edges.
         """
         check_graph(graph)
-        self._check("x", x, "N, dim", graph.num_rows, self.dim)
-        self._check("e", e, "E, edge_dim", graph.num_edges, self.edge_dim)
+        _check_features("x", x, "N, dim", graph.num_rows, self.dim)
+        _check_features("e", e, "E, edge_dim", graph.num_edges, self.edge_dim)
         gate = self.gate_of(head_gate, x)
         q, k, v = (self.into_heads(name, x, gate) for name in ("q", "k", "v"))
         edge_gate = self.into_heads("gate", e, gate)
@@ -235,9 +240,9 @@ class EdgeGatedAttention(GatedHeads):
             return x, None
         return x, self.out_of_heads("edge_out", self.dropout(scores), gate)
 
-    @staticmethod
-    def _check(name: str, x: Tensor, letters: str, *shape: int) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{name} must be [{letters}] = {list(shape)}, got {list(x.shape)}")
+
+def _check_features(name: str, x: object, letters: str, *shape: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must be [{letters}] = {list(shape)}, got {list(x.shape)}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.nn.gated_heads import GatedHeads
-from fastgt.ops._arguments import integer
+from fastgt.ops._arguments import check_offsets, integer
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.linear_attention import MAX_FEATURES, FeatureMap, linear_attention
 
@@ -144,6 +144,8 @@ class LinearAttention(GatedHeads):
                 dense_gate_grad=gate.dense,
                 impl=self.impl,
             )
+        elif offsets is not None:
+            check_offsets(offsets, len(x), x.device)
         return self.out_of_heads("out", self.dropout(gate.scaled(attended)), gate)
 
     def redraw_projection(self, generator: torch.Generator | None = None) -> None:
@@ -260,7 +262,9 @@ class _Projection(nn.Module):
         self.register_buffer("projection_matrix", projection)
 
 
-def _check_nodes(x: Tensor, width: int) -> None:
+def _check_nodes(x: object, width: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.ndim != 2 or x.shape[1] != width:
         padded = ": of a padded batch, x[mask], with batch.ptr for offsets" if x.ndim == 3 else ""
         raise ValueError(f"x must be [N, {width}], got {list(x.shape)}{padded}")

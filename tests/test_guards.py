@@ -1,0 +1,225 @@
+"""Modules and models refuse what operators refuse, in the same words."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastgt import Graph
+from fastgt.models import (
+    EdgeGraphTransformer,
+    EdgeGraphTransformerConfig,
+    GraphClassifier,
+    GraphClassifierConfig,
+    GraphTransformer,
+    GraphTransformerConfig,
+)
+from fastgt.models.graph_transformer import GraphTransformerEdgeLayer, GraphTransformerLayer
+from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
+from fastgt.nn import (
+    EdgeGatedAttention,
+    HeadGate,
+    LinearAttention,
+    NeighborhoodAttention,
+    PerformerAttention,
+    TransformerConv,
+    VirtualNode,
+)
+from fastgt.pruning import SkipLayer, TokenPruning
+
+N, E, DIM = 4, 6, 8
+EDGES = torch.tensor([[0, 1, 2, 3, 0, 1], [1, 2, 3, 0, 2, 3]])
+GRAPH = Graph.from_edge_index(EDGES, N)
+X, EDGE = torch.randn(N, DIM), torch.randn(E, DIM)
+NODE_TYPE, EDGE_TYPE = torch.tensor([0, 2, 1, 0]), torch.tensor([0, 1, 1, 0, 1, 0])
+WORD_PTR, WORD = torch.tensor([0, 2, 2, 3, 5]), torch.tensor([4, 0, 1, 2, 2])
+SMALL = {"dim": DIM, "heads": 2, "layers": 2}
+
+
+def no_heads():
+    return HeadGate(torch.zeros(2))
+
+
+# how it is made, and called with a graph
+TAKE_A_GRAPH = {
+    "NeighborhoodAttention": (lambda: NeighborhoodAttention(DIM, 2), lambda m, g: m(X, g)),
+    "NeighborhoodAttention without heads": (
+        lambda: NeighborhoodAttention(DIM, 2, head_gate=no_heads()),
+        lambda m, g: m(X, g),
+    ),
+    "EdgeGatedAttention": (lambda: EdgeGatedAttention(DIM, 2), lambda m, g: m(X, EDGE, g)),
+    "TransformerConv": (lambda: TransformerConv(DIM, 4), lambda m, g: m(X, g)),
+    "GraphTransformerLayer": (lambda: GraphTransformerLayer(DIM, 2), lambda m, g: m(X, g)),
+    "GraphTransformerEdgeLayer": (
+        lambda: GraphTransformerEdgeLayer(DIM, 2),
+        lambda m, g: m(X, EDGE, g),
+    ),
+    "GraphTransformer": (
+        lambda: GraphTransformer(GraphTransformerConfig(3, 2, **SMALL)),
+        lambda m, g: m(NODE_TYPE, g),
+    ),
+    "EdgeGraphTransformer": (
+        lambda: EdgeGraphTransformer(EdgeGraphTransformerConfig(3, 2, pe_dim=0, **SMALL)),
+        lambda m, g: m(NODE_TYPE, EDGE_TYPE, g),
+    ),
+    "GraphClassifier": (
+        lambda: GraphClassifier(GraphClassifierConfig(3, 2, **SMALL)),
+        lambda m, g: m(NODE_TYPE, g),
+    ),
+    "PackageClassifier": (
+        lambda: PackageClassifier(PackageClassifierConfig(5, 2, 3, **SMALL)),
+        lambda m, g: m(WORD_PTR, WORD, g, EDGE_TYPE),
+    ),
+    "TokenPruning": (lambda: TokenPruning(DIM), lambda m, g: m(X, g)),
+    "SkipLayer": (lambda: SkipLayer(GraphTransformerLayer(DIM, 2)), lambda m, g: m(X, g)),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_A_GRAPH)
+def test_an_edge_index_is_no_graph(name):
+    make, call = TAKE_A_GRAPH[name]
+    for wrong in (EDGES, EDGES.tolist(), None, "graph"):
+        found = type(wrong).__name__
+        message = (
+            rf"graph must be a fastgt\.Graph, got {found}: make one, for all calls, with Graph"
+        )
+        with pytest.raises(TypeError, match=message):
+            call(make(), wrong)
+    call(make(), GRAPH)
+
+
+TAKE_OFFSETS = {
+    "LinearAttention": (lambda: LinearAttention(DIM, 2), lambda m, o: m(X, o)),
+    "LinearAttention without heads": (
+        lambda: LinearAttention(DIM, 2, head_gate=no_heads()),
+        lambda m, o: m(X, o),
+    ),
+    "PerformerAttention": (lambda: PerformerAttention(DIM, 2), lambda m, o: m(X, o)),
+    "VirtualNode": (lambda: VirtualNode(DIM), lambda m, o: m(X, torch.zeros(2, DIM), o)),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_OFFSETS)
+def test_a_graph_is_no_offsets(name):
+    make, call = TAKE_OFFSETS[name]
+    with pytest.raises(TypeError, match="offsets must be a tensor of integers, got Graph: its gra"):
+        call(make(), GRAPH)
+    with pytest.raises(TypeError, match="offsets must be a tensor of integers, got list"):
+        call(make(), [0, 2, 4])
+    with pytest.raises(ValueError, match=r"offsets must be \[G \+ 1\], got \[2, 6\]"):
+        call(make(), EDGES)
+    with pytest.raises(ValueError, match="offsets ends at 3 but there are 4 nodes"):
+        call(make(), torch.tensor([0, 2, 3]))
+    call(make(), torch.tensor([0, 2, 4]))
+
+
+@pytest.mark.parametrize("name", [*TAKE_OFFSETS, "NeighborhoodAttention", "EdgeGatedAttention"])
+def test_features_are_tensors(name):
+    """x, and the context of an attention between two sets of nodes."""
+    module = (TAKE_OFFSETS.get(name) or TAKE_A_GRAPH[name])[0]()
+    others = {
+        "VirtualNode": (torch.zeros(2, DIM), torch.tensor([0, 2, 4])),
+        "NeighborhoodAttention": (GRAPH,),
+        "EdgeGatedAttention": (EDGE, GRAPH),
+    }.get(name, (torch.tensor([0, 2, 4]),))
+    with pytest.raises(TypeError, match="x must be a tensor, got ndarray"):
+        module(X.numpy(), *others)
+
+
+def test_nodes_that_do_not_fit_the_graph_are_refused():
+    attention = NeighborhoodAttention(DIM, 2)
+    with pytest.raises(ValueError, match=r"x must be \[N_rows, dim\] = \[4, 8\], got \[5, 8\]"):
+        attention(torch.zeros(5, DIM), GRAPH)
+    with pytest.raises(ValueError, match=r"x must be \[N_rows, dim\] = \[4, 8\], got \[4, 7\]"):
+        attention(torch.zeros(4, 7), GRAPH)
+    with pytest.raises(ValueError, match=r"context must be .* = \[4, 8\], got \[3, 8\]"):
+        attention(X, GRAPH, context=torch.zeros(3, DIM))
+    between = Graph.from_edge_index(torch.tensor([[0, 4], [1, 0]]), (4, 5))
+    with pytest.raises(TypeError, match="context must be a tensor, got NoneType"):
+        attention(X, between)
+
+
+# a model, and the names of the types that it takes, with what fits and how many kinds there are
+TYPED = {
+    "GraphTransformer": ({"node_type": (NODE_TYPE, 3)}, {"graph": GRAPH}),
+    "EdgeGraphTransformer": (
+        {"node_type": (NODE_TYPE, 3), "edge_type": (EDGE_TYPE, 2)},
+        {"graph": GRAPH},
+    ),
+    "GraphClassifier": ({"node_type": (NODE_TYPE, 3)}, {"graph": GRAPH}),
+    "PackageClassifier": (
+        {"word_ptr": (WORD_PTR, 6), "word": (WORD, 5), "edge_kind": (EDGE_TYPE, 2)},
+        {"graph": GRAPH},
+    ),
+}
+CASES = [(model, name) for model, (types, _) in TYPED.items() for name in types]
+
+
+def call_typed(model, **changes):
+    types, others = TYPED[model]
+    torch.manual_seed(0)
+    made = TAKE_A_GRAPH[model][0]().eval()
+    return made(**{name: x for name, (x, _) in types.items()} | others | changes)
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_types_of_every_integer_dtype_are_taken(model, name):
+    wanted = call_typed(model)
+    fitting = TYPED[model][0][name][0]
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        assert torch.equal(call_typed(model, **{name: fitting.to(dtype)}), wanted)
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_types_that_are_no_integers_are_refused_by_name(model, name):
+    fitting = TYPED[model][0][name][0]
+    for wrong, found in (
+        (fitting.tolist(), "list"),
+        (fitting.numpy(), "ndarray"),
+        (np.asarray(fitting), "ndarray"),
+        (tuple(fitting.tolist()), "tuple"),
+    ):
+        message = rf"{name} must be a tensor of integers, got {found}: torch.as_tensor\({name}\) m"
+        with pytest.raises(TypeError, match=message):
+            call_typed(model, **{name: wrong})
+    for dtype in (torch.bool, torch.float32, torch.float16, torch.complex64, torch.uint16):
+        message = rf"{name} must hold integers \(uint8 or int8 to int64\), got {dtype}"
+        with pytest.raises(TypeError, match=message):
+            call_typed(model, **{name: fitting.to(dtype)})
+    with pytest.raises(TypeError, match=f"{name} must hold integers .*sparse"):
+        call_typed(model, **{name: fitting.to_sparse()})
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_types_out_of_range_are_refused_with_their_place(model, name):
+    fitting, kinds = TYPED[model][0][name]
+    for wrong in (-1, kinds, 100):
+        types = fitting.to(torch.int8)
+        types[2] = wrong
+        with pytest.raises(
+            ValueError, match=f"{name} must be from 0 to {kinds - 1}, got {wrong} a"
+        ):
+            call_typed(model, **{name: types})
+    if name != "word":  # there may be any number of words
+        for wrong in (fitting[:-1], fitting[:, None], fitting[:0]):
+            with pytest.raises(
+                ValueError, match=rf"{name} must be \[.*\] = \[{len(fitting)}\] int"
+            ):
+                call_typed(model, **{name: wrong})
+
+
+def test_graphs_without_nodes_or_edges_have_types_too():
+    none = torch.zeros(0, dtype=torch.long)
+    empty = Graph.from_edge_index(torch.zeros(2, 0, dtype=torch.long), 0)
+    assert call_typed("GraphTransformer", node_type=none, graph=empty).shape == (0, 2)
+    assert call_typed("GraphClassifier", node_type=none, graph=empty).shape == (1, 2)
+    edgeless = Graph.from_edge_index(torch.zeros(2, 0, dtype=torch.long), N)
+    assert call_typed("EdgeGraphTransformer", edge_type=none, graph=edgeless).shape == (1, 1)
+
+
+def test_encodings_that_are_no_numbers_are_refused():
+    model = GraphTransformer(GraphTransformerConfig(3, 2, pe_dim=2, **SMALL))
+    for wrong, found in ((np.zeros((N, 2)), "a tensor, got ndarray"), ([[0.0, 0.0]] * N, "list")):
+        with pytest.raises(TypeError, match=f"pe must be .*{found}"):
+            model(NODE_TYPE, GRAPH, wrong)
+    with pytest.raises(TypeError, match=r"pe must be float16.* got torch\.int64"):
+        model(NODE_TYPE, GRAPH, torch.zeros(N, 2, dtype=torch.long))

@@ -223,3 +223,81 @@ def test_encodings_that_are_no_numbers_are_refused():
             model(NODE_TYPE, GRAPH, wrong)
     with pytest.raises(TypeError, match=r"pe must be float16.* got torch\.int64"):
         model(NODE_TYPE, GRAPH, torch.zeros(N, 2, dtype=torch.long))
+
+
+ALONE = Graph.from_edge_index(torch.zeros(2, 3, dtype=torch.long), 1)
+ONE_EDGE = Graph.from_edge_index(torch.tensor([[0], [1]]), N)
+# what has batch norms, called with one row
+ONE_ROW = {
+    "a node": (
+        lambda: GraphTransformerLayer(DIM, 2),
+        lambda m: m(X[:1], ALONE),
+        "norm1 of GraphTransformerLayer is a batch norm in training and got 1 node: a variance",
+    ),
+    "a node of a model": (
+        lambda: GraphTransformer(GraphTransformerConfig(3, 2, **SMALL)),
+        lambda m: m(NODE_TYPE[:1], ALONE),
+        r"got 1 node: .* Make larger batches.* norm='layer'",
+    ),
+    "a node of a graph": (
+        lambda: GraphClassifier(GraphClassifierConfig(3, 2, **SMALL)),
+        lambda m: m(NODE_TYPE[:1], ALONE),
+        "norm1 of GraphTransformerLayer .* got 1 node",
+    ),
+    "a node with edges": (
+        lambda: GraphTransformerEdgeLayer(DIM, 2),
+        lambda m: m(X[:1], EDGE[:3], ALONE),
+        "norm1 of GraphTransformerEdgeLayer is .* got 1 node",
+    ),
+    "an edge": (
+        lambda: GraphTransformerEdgeLayer(DIM, 2),
+        lambda m: m(X, EDGE[:1], ONE_EDGE),
+        "edge_norm1 of GraphTransformerEdgeLayer is .* got 1 edge: a variance takes 2 at least",
+    ),
+    "an edge of a model": (
+        lambda: EdgeGraphTransformer(EdgeGraphTransformerConfig(3, 2, pe_dim=0, **SMALL)),
+        lambda m: m(NODE_TYPE, EDGE_TYPE[:1], ONE_EDGE),
+        "edge_norm1 of .* got 1 edge",
+    ),
+    "a graph": (
+        lambda: VirtualNode(DIM),
+        lambda m: m(X, torch.zeros(1, DIM), torch.tensor([0, N])),
+        "update of VirtualNode is a batch norm in training and got 1 graph: a variance",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_ROW)
+def test_one_row_under_a_batch_norm_in_training_is_refused(name):
+    make, call, message = ONE_ROW[name]
+    module = make()
+    before = {key: x.clone() for key, x in module.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        call(module)
+    for key, x in module.state_dict().items():
+        assert torch.equal(x, before[key]), key
+    call(module.eval())
+
+
+def test_one_row_passes_other_norms_and_the_last_layers_edges():
+    torch.manual_seed(0)
+    layer = {"dim": DIM, "heads": 2, "norm": "layer"}
+    GraphTransformerLayer(**layer)(X[:1], ALONE)
+    GraphTransformerEdgeLayer(**layer)(X, EDGE[:1], ONE_EDGE)
+    x, _ = GraphTransformerEdgeLayer(DIM, 2)(X, EDGE[:1], ONE_EDGE, edge_output=False)
+    assert x.isfinite().all()
+    model = EdgeGraphTransformer(
+        EdgeGraphTransformerConfig(3, 2, pe_dim=0, dim=DIM, heads=2, layers=1)
+    )
+    model(NODE_TYPE, EDGE_TYPE[:1], ONE_EDGE).sum().backward()
+
+
+def test_no_edge_leaves_the_batch_norms_of_edges_as_they_are():
+    torch.manual_seed(0)
+    edgeless = Graph.from_edge_index(torch.zeros(2, 0, dtype=torch.long), N)
+    layer = GraphTransformerEdgeLayer(DIM, 2)
+    x, e = layer(X, EDGE[:0], edgeless)
+    assert e.shape == (0, DIM)
+    assert x.isfinite().all()
+    assert layer.edge_norm1.running_mean.tolist() == [0.0] * DIM
+    assert layer.edge_norm1.running_var.tolist() == [1.0] * DIM

@@ -38,7 +38,8 @@ class GraphClassifierConfig:
         dim: Width of a node's features; a multiple of ``heads``.
         heads: Of every attention.
         layers: Attention and feed-forward, so many times.
-        norm: ``"batch"`` or ``"layer"``, after every residual.
+        norm: ``"batch"`` or ``"layer"``, after every residual. In training a batch norm needs two
+            nodes, and refuses one.
         dropout: Inside the layers.
         gated: Give each layer a :class:`fastgt.nn.HeadGate`, all heads active: its mask may be
             written into, by :class:`fastgt.pruning.HeadSparsity` for example.

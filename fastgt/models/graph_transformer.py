@@ -30,9 +30,11 @@ from torch import Tensor, nn
 from fastgt.encodings import flip_signs
 from fastgt.graph import Graph
 from fastgt.nn import EdgeGatedAttention, NeighborhoodAttention
+from fastgt.nn.sublayers import check_rows
 from fastgt.ops._arguments import check_float, check_graph, integer, readable
 
 Norm = Literal["batch", "layer"]
+_NORM = ", or take norm='layer'"
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -47,7 +49,8 @@ class GraphTransformerConfig:
         heads: Of every attention.
         layers: Attention and feed-forward, so many times.
         pe_dim: Laplacian eigenvectors of a node; 0 for a model without encodings.
-        norm: ``"batch"`` or ``"layer"``, after every residual.
+        norm: ``"batch"`` or ``"layer"``, after every residual. In training a batch norm needs two
+            nodes, and refuses one.
         in_dropout: Of the embedded nodes.
         dropout: Inside the layers.
     """
@@ -77,7 +80,8 @@ class EdgeGraphTransformerConfig:
         heads: Of every attention.
         layers: Attention and feed-forward, so many times.
         pe_dim: Laplacian eigenvectors of a node; 0 for a model without encodings.
-        norm: ``"batch"`` or ``"layer"``, after every residual.
+        norm: ``"batch"`` or ``"layer"``, after every residual. In training a batch norm needs two
+            nodes and two edges, or no edge, and refuses one.
         in_dropout: Of the embedded nodes.
         dropout: Inside the layers.
     """
@@ -135,7 +139,9 @@ class GraphTransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, graph: Graph, *, edge_bias: Tensor | None = None) -> Tensor:
         """x ``[N, dim]``, edge_bias ``[E, H]`` -> ``[N, dim]``."""
-        x = self.norm1(x + self.attention(x, graph, edge_bias=edge_bias))
+        attended = self.attention(x, graph, edge_bias=edge_bias)
+        check_rows(self.norm1, x, "norm1 of GraphTransformerLayer", "node", _NORM)
+        x = self.norm1(x + attended)
         return self.norm2(x + self.ffn(x))
 
 
@@ -182,6 +188,10 @@ class GraphTransformerEdgeLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x ``[N, dim]``, e ``[E, dim]`` -> the same shapes; e as it came without edge_output."""
         attended, scores = self.attention(x, e, graph, edge_output=edge_output)
+        check_rows(self.norm1, x, "norm1 of GraphTransformerEdgeLayer", "node", _NORM)
+        if scores is not None:
+            name = "edge_norm1 of GraphTransformerEdgeLayer"
+            check_rows(self.edge_norm1, e, name, "edge", _NORM)
         x = self.norm1(x + attended)
         x = self.norm2(x + self.ffn(x))
         if scores is not None:

@@ -34,5 +34,16 @@ def is_plain_linear(layer: object) -> bool:
     )
 
 
+def check_rows(norm: nn.Module, x: Tensor, where: str, of: str, instead: str = "") -> None:
+    """Refuse one row where a batch norm in training needs two; the norm may stand inside."""
+    if x.shape[0] != 1:
+        return
+    if any(type(layer) is nn.BatchNorm1d and layer.training for layer in norm.modules()):
+        raise ValueError(
+            f"{where} is a batch norm in training and got 1 {of}: a variance takes 2 at least. "
+            f"Make larger batches, or leave such a one out (drop_last of a DataLoader){instead}"
+        )
+
+
 def _is_plain_tensor(x: object) -> bool:
     return isinstance(x, Tensor) and not is_traceable_wrapper_subclass(x)

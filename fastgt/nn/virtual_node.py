@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastgt.nn.sublayers import check_rows
 from fastgt.ops._arguments import integer
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.segment_pool import virtual_node
@@ -15,7 +16,7 @@ class VirtualNode(nn.Module):
 
     ``y_i = x_i + s_g`` goes on to the layer's message passing, and
     ``s'_g = dropout(MLP(s_g + sum_i y_i))`` to the next layer's virtual node, where MLP is twice
-    Linear, BatchNorm and ReLU: in training a batch has two graphs at least.
+    Linear, BatchNorm and ReLU: in training a batch has two graphs at least, and one is refused.
 
     Args:
         dim: Width of nodes and virtual nodes.
@@ -69,5 +70,6 @@ class VirtualNode(nn.Module):
     def forward(self, x: Tensor, state: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """x ``[N, dim]``; state ``[G, dim]``; offsets ``[G + 1]`` -> y and the next state."""
         y, pooled = virtual_node(x, state, offsets, impl=self.impl)
+        check_rows(self.update, pooled, "update of VirtualNode", "graph")
         new = self.update(pooled)
         return y, state + new if self.residual else new

@@ -24,6 +24,7 @@ from fastgt.models.graph_transformer import (
     readout,
 )
 from fastgt.nn import HeadGate
+from fastgt.nn.sublayers import reset_sublayers
 from fastgt.ops._arguments import check_graph
 from fastgt.ops.segment_pool import segment_mean
 
@@ -88,6 +89,10 @@ class GraphClassifier(nn.Module):
             for _ in range(c.layers)
         )
         self.readout = readout(c.dim, c.out_dim)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
 
     def forward(self, node_type: Tensor, graph: Graph) -> Tensor:
         """node_type ``[N]`` integers -> logits ``[G, out_dim]``."""

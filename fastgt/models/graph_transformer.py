@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fastgt.encodings import flip_signs
 from fastgt.graph import Graph
 from fastgt.nn import EdgeGatedAttention, NeighborhoodAttention
-from fastgt.nn.sublayers import check_rows
+from fastgt.nn.sublayers import check_rows, reset_sublayers
 from fastgt.ops._arguments import check_float, check_graph, integer, readable
 
 Norm = Literal["batch", "layer"]
@@ -137,6 +137,10 @@ class GraphTransformerLayer(nn.Module):
         self.ffn = _feed_forward(dim, dropout)
         self.norm2 = _norm(norm, dim)
 
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
+
     def forward(self, x: Tensor, graph: Graph, *, edge_bias: Tensor | None = None) -> Tensor:
         """x ``[N, dim]``, edge_bias ``[E, H]`` -> ``[N, dim]``."""
         attended = self.attention(x, graph, edge_bias=edge_bias)
@@ -183,6 +187,10 @@ class GraphTransformerEdgeLayer(nn.Module):
         self.edge_ffn = _feed_forward(dim, dropout)
         self.edge_norm2 = _norm(norm, dim)
 
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
+
     def forward(
         self, x: Tensor, e: Tensor, graph: Graph, *, edge_output: bool = True
     ) -> tuple[Tensor, Tensor]:
@@ -224,6 +232,10 @@ class GraphTransformer(nn.Module):
             for _ in range(c.layers)
         )
         self.readout = readout(c.dim, c.out_dim)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
 
     def forward(self, node_type: Tensor, graph: Graph, pe: Tensor | None = None) -> Tensor:
         """node_type ``[N]`` integers, pe ``[N, pe_dim]`` -> logits ``[N, out_dim]``.
@@ -272,6 +284,10 @@ class EdgeGraphTransformer(nn.Module):
             for _ in range(c.layers)
         )
         self.readout = readout(c.dim, c.out_dim)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
 
     def forward(
         self, node_type: Tensor, edge_type: Tensor, graph: Graph, pe: Tensor | None = None

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
 from fastgt.models.graph_transformer import GraphTransformerLayer, check_config, check_types
+from fastgt.nn.sublayers import reset_sublayers
 from fastgt.ops._arguments import check_graph
 
 
@@ -38,18 +38,18 @@ class PackageClassifier(nn.Module):
     def __init__(self, config: PackageClassifierConfig):
         super().__init__()
         c = self.config = config
-        self.words = nn.EmbeddingBag(c.vocabulary, c.dim, mode="sum", include_last_offset=True)
-        nn.init.normal_(self.words.weight, std=0.1)
+        self.words = _Words(c.vocabulary, c.dim, mode="sum", include_last_offset=True)
         self.norm = nn.LayerNorm(c.dim)
         self.layers = nn.ModuleList(
             GraphTransformerLayer(c.dim, c.heads, dropout=c.dropout) for _ in range(c.layers)
         )
-        self.edge_bias = nn.ModuleList(
-            nn.Embedding.from_pretrained(torch.zeros(c.edge_kinds, c.heads), freeze=False)
-            for _ in range(c.layers)
-        )
+        self.edge_bias = nn.ModuleList(_EdgeBias(c.edge_kinds, c.heads) for _ in range(c.layers))
         self.dropout = nn.Dropout(c.dropout)
         self.out = nn.Linear(c.dim, c.classes)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
 
     def forward(self, word_ptr: Tensor, word: Tensor, graph: Graph, edge_kind: Tensor) -> Tensor:
         """word_ptr ``[N + 1]``, word ``[W]``, edge_kind ``[E]`` -> logits ``[N, classes]``.
@@ -71,3 +71,16 @@ class PackageClassifier(nn.Module):
         for layer, bias in zip(self.layers, self.edge_bias, strict=True):
             x = layer(x, graph, edge_bias=bias(edge_kind))
         return self.out(self.dropout(x))
+
+
+class _Words(nn.EmbeddingBag):
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # a seed draws as it did
+        nn.init.normal_(self.weight, std=0.1)
+
+
+class _EdgeBias(nn.Embedding):
+    """Of 0 to begin with."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fastgt.nn.sublayers import is_plain_linear
+from fastgt.nn.sublayers import is_plain_linear, reset_sublayers
 from fastgt.ops._arguments import readable
 from fastgt.ops._head_gate import check_head_gate, gated
 from fastgt.ops._impl import Impl, choose
@@ -69,6 +69,10 @@ class GatedHeads(nn.Module):
             found = type(head_gate).__name__
             raise TypeError(f"head_gate must be a module, as HeadGate(mask) is, got {found}")
         self.head_gate, self.dense_gate_grad = head_gate, dense_gate_grad
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
 
     def gate_of(self, head_gate: Tensor | None, x: Tensor) -> Gate:
         """The module's own, or the one given to this call, for nodes ``x``."""

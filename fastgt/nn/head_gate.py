@@ -44,7 +44,15 @@ class HeadGate(nn.Module):
         if not mask.is_meta and mask.isnan().any():
             raise ValueError(f"mask is NaN at heads {mask.isnan().nonzero().flatten().tolist()}")
         self.register_buffer("mask", mask.detach().clone())
+        self._made = None if mask.is_meta else mask.detach().to("cpu", copy=True)
         self._probe: Tensor | None = None
+
+    def reset_parameters(self) -> None:
+        """The mask that it was made with; all heads, where that was on the meta device."""
+        if self._made is None:
+            self.mask.fill_(1)
+        else:
+            self.mask.copy_(self._made)
 
     def forward(self) -> Tensor:
         """-> ``[H]``."""
@@ -102,6 +110,10 @@ class TopKHeadGate(nn.Module):
         self.k = k
         self.logits = nn.Parameter(torch.zeros(heads))
 
+    def reset_parameters(self) -> None:
+        """Logits of 0."""
+        nn.init.zeros_(self.logits)
+
     def forward(self, logits: Tensor | None = None) -> Tensor:
         """-> ``[H]`` from the parameter, or ``[..., H]`` from ``logits``, of graphs for example."""
         logits = _given(logits, self.logits)
@@ -148,7 +160,12 @@ class HardConcreteHeadGate(nn.Module):
         heads = integer("heads", heads, 1)
         if not math.isfinite(logit):
             raise ValueError(f"logit must be finite, got {logit}")
-        self.logits = nn.Parameter(torch.full((heads,), float(logit)))
+        self.logit = float(logit)
+        self.logits = nn.Parameter(torch.full((heads,), self.logit))
+
+    def reset_parameters(self) -> None:
+        """The logit to begin with."""
+        nn.init.constant_(self.logits, self.logit)
 
     def forward(self, logits: Tensor | None = None) -> Tensor:
         """-> ``[H]`` from the parameter, or ``[..., H]`` from ``logits``, of graphs for example."""

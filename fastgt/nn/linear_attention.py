@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.nn.gated_heads import GatedHeads
+from fastgt.nn.sublayers import reset_sublayers
 from fastgt.ops._arguments import check_offsets, integer
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.linear_attention import MAX_FEATURES, FeatureMap, linear_attention
@@ -148,6 +149,12 @@ class LinearAttention(GatedHeads):
             check_offsets(offsets, len(x), x.device)
         return self.out_of_heads("out", self.dropout(gate.scaled(attended)), gate)
 
+    def reset_parameters(self) -> None:
+        """Draw every parameter, and the projection, anew."""
+        super().reset_parameters()
+        if self.projection is not None:
+            self.redraw_projection()
+
     def redraw_projection(self, generator: torch.Generator | None = None) -> None:
         """New random features, in place."""
         _redraw(self.projection, self.norms, generator)
@@ -241,6 +248,10 @@ class PerformerAttention(nn.Module):
         )
         return self.dropout(self.attn_out(attended.flatten(-2)))
 
+    def reset_parameters(self) -> None:
+        """Draw every parameter, and the projection, anew."""
+        reset_sublayers(self)
+
     def redraw_projection_matrix(self, generator: torch.Generator | None = None) -> None:
         """New random features, in place."""
         _redraw(self.fast_attn.projection_matrix, self.fast_attn.norms, generator)
@@ -260,6 +271,9 @@ class _Projection(nn.Module):
         self.norms: Literal["gaussian", "unit"] = norms
         projection = random_features(_default_features(width), width, norms=norms)
         self.register_buffer("projection_matrix", projection)
+
+    def reset_parameters(self) -> None:
+        _redraw(self.projection_matrix, self.norms, None)
 
 
 def _check_nodes(x: object, width: int) -> None:

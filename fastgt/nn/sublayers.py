@@ -34,6 +34,18 @@ def is_plain_linear(layer: object) -> bool:
     )
 
 
+def reset_sublayers(module: nn.Module) -> None:
+    """Reset what is inside a module, in the order in which it was made: a seed draws the same.
+
+    What has no ``reset_parameters``, as containers and adapters, passes that on to its own layers.
+    """
+    for layer in module.children():
+        if callable(reset := getattr(layer, "reset_parameters", None)):
+            reset()
+        else:
+            reset_sublayers(layer)
+
+
 def check_rows(norm: nn.Module, x: Tensor, where: str, of: str, instead: str = "") -> None:
     """Refuse one row where a batch norm in training needs two; the norm may stand inside."""
     if x.shape[0] != 1:

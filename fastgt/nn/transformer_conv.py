@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fastgt.graph import Graph
-from fastgt.nn.sublayers import is_plain_linear
+from fastgt.nn.sublayers import is_plain_linear, reset_sublayers
 from fastgt.ops._arguments import MAX_WIDTH, check_graph, integer
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.attention import neighborhood_attention
@@ -110,8 +110,7 @@ class TransformerConv(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
-        for projection in self.children():
-            projection.reset_parameters()  # type: ignore[operator]
+        reset_sublayers(self)
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastgt.nn.sublayers import check_rows
+from fastgt.nn.sublayers import check_rows, reset_sublayers
 from fastgt.ops._arguments import integer
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.segment_pool import virtual_node
@@ -62,6 +62,11 @@ class VirtualNode(nn.Module):
             nn.ReLU(),
             nn.Dropout(dropout),
         )
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew; the first state is 0."""
+        nn.init.zeros_(self.start)
+        reset_sublayers(self)
 
     def initial(self, num_graphs: int) -> Tensor:
         """The learnt first state, ``[G, dim]``: 0 before training."""

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fastgt.nn.sublayers import reset_sublayers
 from fastgt.ops._arguments import integer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,6 +61,10 @@ class SkipLayer(nn.Module):
         passes = integer("passes", passes, 1)
         self.block, self.p, self.passes = block, p, passes
         self.skipped = False
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter of the block anew."""
+        reset_sublayers(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) < self.passes:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
+from fastgt.nn.sublayers import reset_sublayers
 from fastgt.ops._arguments import accumulator, check_float, check_graph, integer
 from fastgt.ops.segment_pool import segment_max, segment_sum
 
@@ -62,6 +63,10 @@ class TokenPruning(nn.Module):
             raise ValueError(f"tau must be positive and finite, got {tau}")
         self.dim, self.keep, self.tau = dim, keep, tau
         self.score = nn.Linear(dim, 1)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
 
     def forward(self, x: Tensor, graph: Graph) -> KeptTokens:
         """x ``[N, dim]``, nodes of a square graph or batch -> what is kept."""

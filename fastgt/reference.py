@@ -60,9 +60,9 @@ def neighborhood_attention(
     if edge_value is not None:
         values = values + edge_value
     if edge_attr is not None and edge_key_weight is not None:
-        keys = keys + torch.einsum("ec,chd->ehd", edge_attr, edge_key_weight)
+        keys = keys + _einsum("ec,chd->ehd", edge_attr, edge_key_weight)
     if edge_attr is not None and edge_value_weight is not None:
-        values = values + torch.einsum("ec,chd->ehd", edge_attr, edge_value_weight)
+        values = values + _einsum("ec,chd->ehd", edge_attr, edge_value_weight)
 
     product = q[query] * keys  # [E, H, D]
     if edge_gate is not None:
@@ -276,10 +276,10 @@ def linear_attention(
             continue
         f = _features(q[begin:end], feature_map, projection, stabilise_over=(2,))  # [n, H, M]
         g = _features(k[begin:end], feature_map, projection, stabilise_over=(0, 2))
-        state = torch.einsum("nhm,nhd->hmd", g, v[begin:end])
-        out = torch.einsum("nhm,hmd->nhd", f, state)
+        state = _einsum("nhm,nhd->hmd", g, v[begin:end])
+        out = _einsum("nhm,hmd->nhd", f, state)
         if normalize:
-            out = out / (torch.einsum("nhm,hm->nh", f, g.sum(0)) + eps)[..., None]
+            out = out / (_einsum("nhm,hm->nh", f, g.sum(0)) + eps)[..., None]
         outs.append(out)
     whole = torch.cat(outs)
     return whole if keep is None else torch.where(keep, whole, 0)
@@ -299,7 +299,7 @@ def _features(
     if name == "sigmoid":
         return x.sigmoid()
     assert projection is not None
-    product = x @ projection.to(x.dtype).mT
+    product = _einsum("nhd,md->nhm", x, projection.to(x.dtype))
     if name == "relu_random":
         return product.relu() + 1e-3
     m, d = projection.shape
@@ -309,14 +309,25 @@ def _features(
     return ((product - half - top).exp() + 1e-4) * m**-0.5
 
 
+def _einsum(equation: str, x: Tensor, y: Tensor) -> Tensor:
+    """``torch.einsum``; on a CPU in 16 bits of float32 operands, and rounded once, as there.
+
+    Where a CPU multiplies 16 bits by AMX, NaN of one row reaches the rows before it.
+    """
+    if x.device.type != "cpu" or x.element_size() > 2:
+        return torch.einsum(equation, x, y)
+    with torch.autocast("cpu", enabled=False):
+        return torch.einsum(equation, x.float(), y.float()).to(x.dtype)
+
+
 def head_projection(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
     """The definition of :func:`fastgt.head_projection`, for a mask [H] of heads."""
     keep = mask[:, None]
     if x.ndim == 3:
         x = torch.where(keep, x, 0)
-        out = torch.einsum("nhd,chd->nc", x, torch.where(keep, weight, 0))
+        out = _einsum("nhd,chd->nc", x, torch.where(keep, weight, 0))
         return out if bias is None else out + bias
-    out = torch.einsum("nc,hdc->nhd", x, torch.where(keep[..., None], weight, 0))
+    out = _einsum("nc,hdc->nhd", x, torch.where(keep[..., None], weight, 0))
     if bias is not None:
         out = out + bias
     return torch.where(keep, out, 0)

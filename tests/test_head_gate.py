@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from attention_cases import DEVICE, FP64, close
+from attention_cases import BF16, DEVICE, FP64, close
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgt import head_projection
-from fastgt.nn import HardConcreteHeadGate, HeadGate, TopKHeadGate
+from fastgt import Graph, head_projection
+from fastgt.nn import HardConcreteHeadGate, HeadGate, NeighborhoodAttention, TopKHeadGate
 
 logit_rows = st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.5, 3.0]), min_size=1, max_size=6)
 
@@ -159,3 +159,24 @@ def test_refusals():
     for gate in (TopKHeadGate(3, 1), HardConcreteHeadGate(3)):
         with pytest.raises(ValueError, match=r"logits must be \[..., H\] = \[..., 3\], got \[2\]"):
             gate(torch.zeros(2))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nan_of_a_node_reaches_no_other_through_the_projections_in_16_bits(autocast):
+    """Every node attends to itself alone, in heads of an odd width."""
+    torch.manual_seed(0)
+    gate = HeadGate(torch.tensor([1.0, 0.0, 0.5, 1.0, 1.0]))
+    layer = NeighborhoodAttention(35, heads=5, head_gate=gate, bias=False)
+    x = torch.randn(70, 35)
+    x[1::2] = torch.nan
+    loops = torch.arange(70).expand(2, -1)
+    layer, x = layer.to(DEVICE), x.to(DEVICE)
+    if not autocast:
+        layer, x = layer.to(BF16), x.to(BF16)
+    x.requires_grad_()
+    with torch.autocast(DEVICE, BF16, enabled=autocast):
+        out = layer(x, Graph.from_edge_index(loops.to(DEVICE), 70))
+    (dx,) = torch.autograd.grad(out.float().sum(), x)
+    assert out[::2].isfinite().all()
+    assert dx[::2].isfinite().all()
+    assert out[1::2].isnan().all()

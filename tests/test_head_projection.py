@@ -156,6 +156,37 @@ def test_nan_of_a_node_stays_out_of_masked_heads_and_other_nodes(impl, into):
     close(found, clean.detach(), "out")
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("into", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_beside_a_row_of_16_bits_reaches_no_other(impl, dtype, into, gated):
+    """Every other node is NaN, and so is what surrounds a view; the others' rows stay finite."""
+    interpreted = impl == "triton" and DEVICE == "cpu"
+    for n, d, c, layout in (
+        (20, 3, 35, "contiguous"),
+        (70, 17, 65, "sliced"),
+        (70, 31, 34, "contiguous"),
+        (200, 11, 47, "sliced"),
+        (200, 1, 3, "contiguous"),
+    )[: 1 if interpreted else 5]:
+        x, weight, bias, gate, do = case(0, n, (1, 0, 1), d, c, into=into, dtype=dtype)
+        gate = gate if gated else None
+        laid = [arrange(spoilt(t.detach()), layout).requires_grad_() for t in (x, do)]
+        out = head_projection(laid[0], weight, bias, gate, impl=impl)
+        (dx,) = torch.autograd.grad(out, laid[0], laid[1])
+        clean = head_projection(x, weight, bias, gate, impl=impl)
+        (clean_dx,) = torch.autograd.grad(clean, x, do)
+        for found, wanted in ((out, clean), (dx, clean_dx)):
+            close(found[::2].double(), wanted[::2].double(), "", 0.05)
+
+
+def spoilt(x):
+    x = x.clone()
+    x[1::2] = torch.nan
+    return x
+
+
 @pytest.mark.parametrize("into", [True, False])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nan_of_a_node_stays_out_of_the_gradients_of_masked_heads(impl, into):

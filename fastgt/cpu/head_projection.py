@@ -1,16 +1,18 @@
 """Projections of active heads on a CPU: one dense product of what they have.
 
 Active heads that stand one after another are multiplied where they are. Others are copied together
-for some nodes at a time: the copies stay in a cache. The symbols are those of
-``fastgt.ops.head_projection``.
+for some nodes at a time: the copies stay in a cache. Rows of 16 bits are filled up with zeros where
+the product would read on behind their end. The symbols are those of ``fastgt.ops.head_projection``.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _NODES = 2048
+_STEP = 32  # numbers of 16 bits that a matrix unit takes of a row at once
 
 
 @torch.no_grad()
@@ -62,7 +64,19 @@ def head_outer(y: Tensor, x: Tensor, heads: Tensor) -> Tensor:
     return g
 
 
+def keeps_rows_apart(x: Tensor, width: int) -> bool:
+    """Whether PyTorch's product of ``width`` numbers of a row uses nothing behind them.
+
+    In 16 bits it takes them in steps, on CPUs with AMX. What stands where the last step goes beyond
+    the row, the next row or what is beside a view, is multiplied by 0: NaN comes out.
+    """
+    return x.device.type != "cpu" or x.element_size() > 2 or width % _STEP == 0
+
+
 def _product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    if not keeps_rows_apart(x, x.shape[1]):
+        room = -x.shape[1] % _STEP
+        x, w = pad(x, (0, room)), pad(w, (0, 0, 0, room))
     return torch.mm(x, w, out=out) if bias is None else torch.addmm(bias, x, w, out=out)
 
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from fastgt.nn.sublayers import is_plain_linear, reset_sublayers
 from fastgt.ops._arguments import readable
 from fastgt.ops._head_gate import check_head_gate, gated
 from fastgt.ops._impl import Impl, choose
-from fastgt.ops.head_projection import head_projection
+from fastgt.ops.head_projection import dense, head_projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +133,7 @@ class GatedHeads(nn.Module):
         if index is not None:
             weight = weight.index_select(0, index).flatten(0, 1)
             bias = None if bias is None else bias.index_select(0, index).flatten()
-            return linear(x, weight, bias).unflatten(-1, (len(index), self.head_dim))
+            return dense(x, weight, bias).unflatten(-1, (len(index), self.head_dim))
         return head_projection(x, weight, bias, active, impl=self.impl)
 
     def out_of_heads(self, name: str, x: Tensor, gate: Gate) -> Tensor:
@@ -150,5 +149,5 @@ class GatedHeads(nn.Module):
         assert isinstance(layer, nn.Linear)
         weight, bias = layer.weight.unflatten(1, (self.heads, self.head_dim)), layer.bias
         if gate.index is not None:
-            return linear(x.flatten(-2), weight.index_select(1, gate.index).flatten(1), bias)
+            return dense(x.flatten(-2), weight.index_select(1, gate.index).flatten(1), bias)
         return head_projection(x, weight, bias, gate.active, impl=self.impl)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastgt import reference
+from fastgt.cpu.head_projection import keeps_rows_apart
 from fastgt.ops._arguments import autocast, autocasts, check_float, refuse_forward_mode
 from fastgt.ops._head_gate import check_head_gate, head_mask
 from fastgt.ops._impl import Impl, choose, require_triton
@@ -89,9 +90,9 @@ def head_projection(
     impl = choose(impl, x)
     if head_gate is None and impl != "reference":
         if not into:
-            return linear(x.flatten(1), weight.flatten(1), bias)
+            return dense(x.flatten(1), weight.flatten(1), bias)
         flat = None if bias is None else bias.flatten()
-        return linear(x, weight.flatten(0, 1), flat).unflatten(1, (heads, width))
+        return dense(x, weight.flatten(0, 1), flat).unflatten(1, (heads, width))
     mask = x.new_ones(heads, dtype=torch.bool) if head_gate is None else head_mask(head_gate)[0]
     if impl == "reference":
         return reference.head_projection(x, weight, bias, mask)
@@ -99,6 +100,19 @@ def head_projection(
     if into:
         return _expand(impl, x, weight, bias, active_heads(mask))
     return _contract(impl, x, weight.permute(1, 2, 0), bias, active_heads(mask))
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``linear`` of x [N, C], in which no row reaches another one's result or gradient."""
+    if autocasts(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = autocast(x, dtype), autocast(weight, dtype)
+        bias = None if bias is None else autocast(bias, dtype)
+    # the gradient of x is a product of rows as wide as the output
+    if all(keeps_rows_apart(x, width) for width in weight.shape):
+        return linear(x, weight, bias)
+    one_head = torch.arange(2, dtype=torch.int32)  # number 0, and that 1 is active
+    return _expand("torch", x, weight[None], None if bias is None else bias[None], one_head)[:, 0]
 
 
 def active_heads(mask: Tensor) -> Tensor:

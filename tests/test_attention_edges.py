@@ -386,10 +386,31 @@ def test_threads_and_heads_together_do_not_change_a_bit(monkeypatch, terms):
     x = case(1, 300, 4000, heads=3, kind="power_law", dtype=FP32, d=16, dv=16, terms=terms)
     threads, found = torch.get_num_threads(), []
     try:
-        for n, together in ((1, 2**16), (2, 2**16), (2, 0), (2, 9000)):
+        for n, together in ((1, 2**16), (2, 2**16), (4, 2**16), (2, 0), (2, 9000)):
             torch.set_num_threads(n)
             monkeypatch.setattr("fastgt.cpu.attention._TOGETHER", together)
             found.append(evaluate(x, "torch"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        same_bits(found[0], other)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="threads are the CPU's")
+@pytest.mark.parametrize("terms", ["attr-key attr-value", "attr-key scores"])
+@pytest.mark.parametrize("dtype", [FP64, FP32], ids=str)
+@pytest.mark.parametrize(("nodes", "channels"), [(2000, 200), (30, 3), (2000, 1)])
+def test_threads_do_not_change_products_with_weights_of_attributes(nodes, channels, dtype, terms):
+    x = case(1, nodes, 3000, heads=1, d=17, dv=16, dtype=dtype, terms=terms)
+    generator = x.generator
+    sizes = {"edge_attr": (3000, channels)}
+    sizes |= {name: (channels, *t.shape[1:]) for name, t in x.terms.items() if name not in sizes}
+    made = {n: torch.randn(s, generator=generator, dtype=dtype) for n, s in sizes.items()}
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 4):
+            torch.set_num_threads(n)
+            found.append(evaluate(replace(x, terms=made), "torch"))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:

@@ -243,7 +243,7 @@ def _attend(
         k, v = k.view_as(k), v.view_as(v)
         on_cols = None if on_cols is None else on_cols.view_as(on_cols)
     refuse_forward_mode(*tensors)
-    plan = _plan(impl, graph, q, v, bool(edges))
+    plan = _plan(impl, graph, q, v, len(edges) > 0)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     rows, columns = _rows(graph, plan), _columns(graph, plan) if differentiable else ()
     scores = None

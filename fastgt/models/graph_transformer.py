@@ -84,6 +84,9 @@ class EdgeGraphTransformerConfig:
             nodes and two edges, or no edge, and refuses one.
         in_dropout: Of the embedded nodes.
         dropout: Inside the layers.
+        last_edges: Whether the last layer has the parameters of an edge branch, as in the authors'
+            code and parameter counts. Nothing uses them: without, every parameter gets a gradient,
+            as ``DistributedDataParallel`` wants it.
     """
 
     node_types: int = 28
@@ -96,6 +99,7 @@ class EdgeGraphTransformerConfig:
     norm: Norm = "batch"
     in_dropout: float = 0.0
     dropout: float = 0.0
+    last_edges: bool = True
 
     def __post_init__(self) -> None:
         check_config(
@@ -152,7 +156,8 @@ class GraphTransformerLayer(nn.Module):
 class GraphTransformerEdgeLayer(nn.Module):
     """Gated attention, then a feed-forward for nodes and one for edges; residuals, norms after.
 
-    ``head_gate``: as of :class:`GraphTransformerLayer`.
+    ``head_gate``: as of :class:`GraphTransformerLayer`. ``edge_output=False``: edges come out as
+    they came, and there are no parameters for more.
 
     Example:
         >>> import torch
@@ -172,29 +177,38 @@ class GraphTransformerEdgeLayer(nn.Module):
         *,
         norm: Norm = "batch",
         dropout: float = 0.0,
+        edge_output: bool = True,
         head_gate: nn.Module | None = None,
     ):
         super().__init__()
         dim = integer("dim", dim, 1)
         self.attention = EdgeGatedAttention(
-            dim, heads, dropout=dropout, logit_clamp=5.0, denominator_eps=1e-6, head_gate=head_gate,
+            dim,
+            heads,
+            dropout=dropout,
+            edge_output=edge_output,
+            logit_clamp=5.0,
+            denominator_eps=1e-6,
+            head_gate=head_gate,
             dense_gate_grad=True,
-        )  # fmt: skip
+        )
         self.norm1 = _norm(norm, dim)
         self.ffn = _feed_forward(dim, dropout)
         self.norm2 = _norm(norm, dim)
-        self.edge_norm1 = _norm(norm, dim)
-        self.edge_ffn = _feed_forward(dim, dropout)
-        self.edge_norm2 = _norm(norm, dim)
+        if edge_output:
+            self.edge_norm1 = _norm(norm, dim)
+            self.edge_ffn = _feed_forward(dim, dropout)
+            self.edge_norm2 = _norm(norm, dim)
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
         reset_sublayers(self)
 
     def forward(
-        self, x: Tensor, e: Tensor, graph: Graph, *, edge_output: bool = True
+        self, x: Tensor, e: Tensor, graph: Graph, *, edge_output: bool | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x ``[N, dim]``, e ``[E, dim]`` -> the same shapes; e as it came without edge_output."""
+        """x ``[N, dim]``, e ``[E, dim]`` -> the same shapes; e as it came without edge_output,
+        which is by default what the layer was made with."""
         attended, scores = self.attention(x, e, graph, edge_output=edge_output)
         check_rows(self.norm1, x, "norm1 of GraphTransformerEdgeLayer", "node", _NORM)
         if scores is not None:
@@ -260,7 +274,8 @@ class EdgeGraphTransformer(nn.Module):
 
     Nodes are averaged over each graph before the readout. The edges of the last layer reach no
     output: its edge branch is there, as in the authors' code and parameter counts, but is not
-    computed and gets no gradient.
+    computed and gets no gradient. With ``last_edges=False`` it is not there, as suits
+    ``DistributedDataParallel``.
 
     Example:
         >>> import torch
@@ -280,8 +295,14 @@ class EdgeGraphTransformer(nn.Module):
         self.embed_edge = nn.Embedding(c.edge_types, c.dim)
         self.in_dropout = nn.Dropout(c.in_dropout)
         self.layers = nn.ModuleList(
-            GraphTransformerEdgeLayer(c.dim, c.heads, norm=c.norm, dropout=c.dropout)
-            for _ in range(c.layers)
+            GraphTransformerEdgeLayer(
+                c.dim,
+                c.heads,
+                norm=c.norm,
+                dropout=c.dropout,
+                edge_output=i < c.layers or c.last_edges,
+            )
+            for i in range(1, c.layers + 1)
         )
         self.readout = readout(c.dim, c.out_dim)
 

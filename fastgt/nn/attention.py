@@ -114,7 +114,7 @@ class NeighborhoodAttention(GatedHeads):
     ) -> Tensor:
         """The attention between the projections: what a subclass replaces."""
         if not q.shape[1]:
-            return q
+            return self.without_heads(q, k, v)
         out = neighborhood_attention(
             q,
             k,
@@ -148,6 +148,8 @@ class EdgeGatedAttention(GatedHeads):
         edge_dim: Width of edges, in and out; default ``dim``.
         bias: Whether the four projections before the attention have one; W_o and W_oe always do.
         dropout: Probability of dropping a channel before W_o and W_oe, in training.
+        edge_output: Whether edges get new features. Without, there is no W_oe: a parameter that no
+            call uses would trouble ``DistributedDataParallel``.
         head_gate, dense_gate_grad: As for :class:`NeighborhoodAttention`. The gate multiplies
             what goes into W_o; a masked head has no t_ij either.
         logit_clamp, denominator_eps, impl: As for :func:`fastgt.neighborhood_attention`.
@@ -166,7 +168,8 @@ class EdgeGatedAttention(GatedHeads):
         (torch.Size([3, 64]), torch.Size([4, 16]))
     """
 
-    INTO, OUT_OF = ("q", "k", "v", "gate"), ("out", "edge_out")
+    INTO = ("q", "k", "v", "gate")
+    OUT_OF: tuple[str, ...] = ("out", "edge_out")
 
     def __init__(
         self,
@@ -176,6 +179,7 @@ class EdgeGatedAttention(GatedHeads):
         edge_dim: int | None = None,
         bias: bool = False,
         dropout: float = 0.0,
+        edge_output: bool = True,
         head_gate: nn.Module | None = None,
         dense_gate_grad: bool = False,
         logit_clamp: float | tuple[float, float] | None = None,
@@ -197,7 +201,9 @@ class EdgeGatedAttention(GatedHeads):
         self.gate = nn.Linear(edge_dim, dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(dim, dim)
-        self.edge_out = nn.Linear(dim, edge_dim)
+        self.edge_out = nn.Linear(dim, edge_dim) if edge_output else None
+        if not edge_output:
+            self.OUT_OF = ("out",)
 
     def forward(
         self,
@@ -205,22 +211,29 @@ class EdgeGatedAttention(GatedHeads):
         e: Tensor,
         graph: Graph,
         *,
-        edge_output: bool = True,
+        edge_output: bool | None = None,
         head_gate: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x ``[N, dim]``, e ``[E, edge_dim]`` -> the same shapes; head_gate ``[H]`` or ``[G, H]``,
         where the module has none of its own.
 
-        Without ``edge_output`` no t_ij is stored, and None stands for the edges.
+        With ``edge_output=False`` no t_ij is stored, and None stands for the edges; None for it is
+        what the module was made with.
         """
+        if edge_output is None:
+            edge_output = self.edge_out is not None
+        elif edge_output and self.edge_out is None:
+            raise ValueError("edge_output=True, but the module was made with edge_output=False")
         check_graph(graph)
         _check_features("x", x, "N, dim", graph.num_rows, self.dim)
         _check_features("e", e, "E, edge_dim", graph.num_edges, self.edge_dim)
         gate = self.gate_of(head_gate, x)
         q, k, v = (self.into_heads(name, x, gate) for name in ("q", "k", "v"))
         edge_gate = self.into_heads("gate", e, gate)
-        attended, scores = q, edge_gate if edge_output else None
-        if q.shape[1]:
+        if not q.shape[1]:
+            attended = self.without_heads(q, k, v, edge_gate)
+            scores = edge_gate if edge_output else None
+        else:
             found = neighborhood_attention(
                 q,
                 k,

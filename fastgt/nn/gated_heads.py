@@ -136,6 +136,12 @@ class GatedHeads(nn.Module):
             return dense(x, weight, bias).unflatten(-1, (len(index), self.head_dim))
         return head_projection(x, weight, bias, active, impl=self.impl)
 
+    @staticmethod
+    def without_heads(q: Tensor, *others: Tensor) -> Tensor:
+        """The attention of no heads, ``[N, 0, D]``. Gradients of 0 reach every projection, which
+        ``DistributedDataParallel`` wants of all parameters."""
+        return q + sum(x.sum() for x in others)
+
     def out_of_heads(self, name: str, x: Tensor, gate: Gate) -> Tensor:
         """x ``[N, H, D]`` -> ``[N, C]`` by the layer of that name, from the active heads only."""
         layer: nn.Module = getattr(self, name)

@@ -130,7 +130,6 @@ class LinearAttention(GatedHeads):
         _check_nodes(x, self.dim)
         gate = self.gate_of(head_gate, x)
         q, k, v = (self.into_heads(name, x, gate) for name in ("q", "k", "v"))
-        attended = q
         if q.shape[1]:
             attended = linear_attention(
                 q,
@@ -145,8 +144,10 @@ class LinearAttention(GatedHeads):
                 dense_gate_grad=gate.dense,
                 impl=self.impl,
             )
-        elif offsets is not None:
-            check_offsets(offsets, len(x), x.device)
+        else:
+            if offsets is not None:
+                check_offsets(offsets, len(x), x.device)
+            attended = self.without_heads(q, k, v)
         return self.out_of_heads("out", self.dropout(gate.scaled(attended)), gate)
 
     def reset_parameters(self) -> None:

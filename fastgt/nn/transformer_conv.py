@@ -41,7 +41,8 @@ class TransformerConv(nn.Module):
         dropout: Probability of dropping an attention weight, in training.
         edge_dim: Width of ``edge_attr``, from 1 to 256; None: there is none.
         bias: Whether the projections of x have one; that of ``edge_attr`` never does.
-        root_weight: Whether r is added; ``lin_skip`` exists without it too, as in PyG.
+        root_weight: Whether r is added; ``lin_skip`` exists without it too, as in PyG, and gets no
+            gradient: for ``DistributedDataParallel``, ``lin_skip.requires_grad_(False)``.
         impl: As for :func:`fastgt.neighborhood_attention`.
 
     Raises:

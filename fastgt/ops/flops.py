@@ -1,0 +1,320 @@
+"""What operators take in products, for ``torch.utils.flop_counter.FlopCounterMode``.
+
+As PyTorch's own formulas do, these count multiply-adds, as two each, by shapes alone. Sums,
+softmaxes, maxima and feature maps count nothing, and ops that only sum count 0. An edge counts as a
+pair of nodes does in PyTorch's attention: on a complete graph both are equal. Heads that a gate
+masks count, and where the quadratic form of linear attention runs, the linear one counts: shapes do
+not tell. A backward counts the gradients that are asked for, and what it makes again of the
+forward, once. ``impl="reference"`` runs PyTorch's operators, which count by themselves. The counter
+follows modules by hooks of all modules: within it, those of ``fastgt.nn`` call each of their
+layers, for all heads.
+
+PyTorch's counter imports Triton where that is installed. It is not imported here: the formulas wait
+until somebody does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+Shape = Sequence[int]
+
+
+def register_formulas() -> None:
+    """With PyTorch's counter: now, if it has been imported, or as it is."""
+    if _COUNTER in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _FINDER)
+
+
+def _register() -> None:
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for name, formula in _FORMULAS.items():
+        op = getattr(torch.ops.fastgt, name)
+        if op not in flop_registry:  # this package may be loaded a second time
+            register_flop_formula(op)(formula)
+
+
+class _Finder:
+    """Finds PyTorch's counter as Python does, and registers the formulas when it has run."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module: ModuleType) -> None:
+                run(module)
+                sys.meta_path.remove(_FINDER)
+                _register()
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+_FINDER = _Finder()
+
+
+def _attention_fwd(
+    path: str,
+    height: int,
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    bias: Any,
+    on_rows: Any,
+    rows: Any,
+    *settings: Any,
+    out_shape: Any,
+) -> int:
+    return 2 * _pairs(q, rows) * (q[2] + v[2])
+
+
+def _attention_bwd(
+    path: str,
+    height: int,
+    do: Shape,
+    dlse: Any,
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    bias: Any,
+    on_rows: Any,
+    on_cols: Any,
+    lse: Any,
+    o: Any,
+    rows: Any,
+    columns: Any,
+    *settings: Any,
+    out_shape: Any,
+) -> int:
+    need_q, need_k, need_v, need_bias = settings[-4:]
+    scores, weights = _attention_gradients(need_q, need_k, need_v, need_q or need_k or need_bias)
+    return 2 * _pairs(q, rows) * (scores * q[2] + weights * v[2])
+
+
+def _attention_edges_fwd(
+    path: str,
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    bias: Any,
+    gate: Any,
+    key: Any,
+    value: Any,
+    attr: Any,
+    attr_q: Any,
+    seed: Any,
+    on_rows: Any,
+    rows: Any,
+    *flags: Any,
+    out_shape: Any,
+) -> int:
+    _, _, weigh_attr, _ = flags[-4:]
+    channels = ((attr_q is not None) + weigh_attr) * attr[1] if attr is not None else 0
+    return 2 * _pairs(q, rows) * (q[2] + v[2] + channels)
+
+
+def _attention_edges_bwd(
+    path: str,
+    do: Shape,
+    dlse: Any,
+    dscores: Any,
+    dattr_o: Any,
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    bias: Any,
+    gate: Any,
+    key: Any,
+    value: Any,
+    attr: Any,
+    attr_q: Any,
+    seed: Any,
+    on_rows: Any,
+    on_cols: Any,
+    lse: Any,
+    exps: Any,
+    rows: Any,
+    columns: Any,
+    *flags: Any,
+    out_shape: Any,
+) -> int:
+    need_q, need_k, need_v, need_bias, need_gate, need_key, _, need_attr, need_attr_q = flags[-1]
+    logits = need_q or need_k or need_bias or need_gate or need_key or need_attr or need_attr_q
+    scores, weights = _attention_gradients(need_q, need_k, need_v, logits)
+    channels = 0
+    if attr is not None:
+        of_logits, of_output = attr_q is not None, dattr_o is not None
+        channels += of_logits * (1 + need_attr_q + need_attr)
+        channels += of_output * (bool(logits) + need_attr)
+        channels *= attr[1]
+    return 2 * _pairs(q, rows) * (scores * q[2] + weights * v[2] + channels)
+
+
+def _channelwise_attention_fwd(
+    impl: str, logits: Shape, v: Any, edge_value: Any, *rest: Any, out_shape: Any
+) -> int:
+    return 2 * _size(logits)
+
+
+def _channelwise_attention_bwd(
+    impl: str,
+    do: Shape,
+    dlse: Any,
+    logits: Shape,
+    v: Any,
+    edge_value: Any,
+    *rest: Any,
+    out_shape: Any,
+) -> int:
+    need_logits, need_v, _ = rest[-3:]
+    return 2 * _size(logits) * (need_logits + need_v)
+
+
+def _gated_aggregate_fwd(
+    path: str,
+    x: Shape,
+    gate: Any,
+    gate_row: Any,
+    gate_col: Any,
+    rows: Any,
+    *rest: Any,
+    out_shape: Any,
+) -> int:
+    return 2 * rows[2][0] * x[1]
+
+
+def _gated_aggregate_bwd(
+    path: str,
+    do: Shape,
+    de: Any,
+    x: Shape,
+    gate: Any,
+    gate_row: Any,
+    gate_col: Any,
+    total: Any,
+    mean: Any,
+    rows: Any,
+    columns: Any,
+    *rest: Any,
+    out_shape: Any,
+) -> int:
+    _, need_x, need_gate, need_row, need_col = rest
+    return 2 * rows[2][0] * x[1] * (need_x + (need_gate or need_row or need_col))
+
+
+def _linear_attention_fwd(
+    impl: str,
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    offsets: Any,
+    projection: Any,
+    mask: Any,
+    feature_map: str,
+    eps: float,
+    normalize: bool,
+    out_shape: Any,
+) -> int:
+    nodes, heads, width = q
+    projected, features = (0, width) if projection is None else (2 * width, projection[0])
+    return 2 * nodes * heads * features * (projected + 2 * v[2] + normalize)
+
+
+def _linear_attention_bwd(
+    impl: str,
+    do: Shape,
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    tops: Any,
+    offsets: Any,
+    projection: Any,
+    mask: Any,
+    feature_map: str,
+    eps: float,
+    normalize: bool,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+    out_shape: Any,
+) -> int:
+    nodes, heads, width = q
+    projected, features = (0, width) if projection is None else (width, projection[0])
+    # S again, and of S, phi(q), phi(k) and v the gradients; the denominator again, and of z
+    products = 1 + (need_k or need_v) + need_q + need_k + need_v
+    return (
+        2
+        * nodes
+        * heads
+        * features
+        * (projected * (2 + need_q + need_k) + products * v[2] + normalize * (1 + need_k))
+    )
+
+
+def _head_expand(impl: str, x: Shape, weight: Shape, bias: Any, heads: Any, out_shape: Any) -> int:
+    return 2 * x[0] * _size(weight)
+
+
+def _head_contract(
+    impl: str, y: Shape, weight: Shape, bias: Any, heads: Any, out_shape: Any
+) -> int:
+    return 2 * y[0] * _size(weight)
+
+
+def _head_outer(impl: str, y: Shape, x: Shape, heads: Any, out_shape: Any) -> int:
+    return 2 * _size(y) * x[1]
+
+
+def _no_products(*shapes: Any, out_shape: Any) -> int:
+    return 0
+
+
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "attention_fwd": _attention_fwd,
+    "attention_bwd": _attention_bwd,
+    "attention_edges_fwd": _attention_edges_fwd,
+    "attention_edges_bwd": _attention_edges_bwd,
+    "channelwise_attention_fwd": _channelwise_attention_fwd,
+    "channelwise_attention_bwd": _channelwise_attention_bwd,
+    "gated_aggregate_fwd": _gated_aggregate_fwd,
+    "gated_aggregate_bwd": _gated_aggregate_bwd,
+    "linear_attention_fwd": _linear_attention_fwd,
+    "linear_attention_bwd": _linear_attention_bwd,
+    "head_expand": _head_expand,
+    "head_contract": _head_contract,
+    "head_outer": _head_outer,
+    "segment_softmax_fwd": _no_products,
+    "segment_softmax_bwd": _no_products,
+    "aggregate_fwd": _no_products,
+    "aggregate_bwd": _no_products,
+}
+
+
+def _pairs(q: Shape, rows: Sequence[Shape]) -> int:
+    """Edges times heads; the second tensor of every walk has an entry for each edge."""
+    return rows[1][0] * q[1]
+
+
+def _attention_gradients(need_q: bool, need_k: bool, need_v: bool, logits: bool) -> tuple[int, int]:
+    """How many products of width D and of width Dv an edge takes: its logit again, and the
+    gradients of q and k; that of its weight, and the gradient of v."""
+    return 1 + need_q + need_k, bool(logits) + need_v
+
+
+def _size(shape: Shape) -> int:
+    return torch.Size(shape).numel()

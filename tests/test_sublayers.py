@@ -167,7 +167,7 @@ MODULES = {
     "virtual node": (
         lambda: VirtualNode(DIM),
         virtual,
-        lambda m, x, e, graph, gate: m(x, m.initial(2), graph.graph_ptr),
+        lambda m, x, e, graph, gate: m(x, None, graph.graph_ptr),
         ("update.0", "update.3"),
     ),
 }
@@ -460,9 +460,10 @@ def mesh(tmp_path):
     distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["layers", "layers and module"])
 @pytest.mark.parametrize(("name", "gate"), CASES)
 @pytest.mark.skipif(DEVICE != "cpu", reason="the mesh is one of CPUs")
-def test_sharded_layers_are_called(name, gate, mesh):
+def test_sharded_layers_are_called(name, gate, whole, mesh):
     from torch.distributed.fsdp import fully_shard
 
     _, definition, call, layers = MODULES[name]
@@ -470,6 +471,8 @@ def test_sharded_layers_are_called(name, gate, mesh):
     wanted = run(module, definition, gate=GATES[gate])
     for path in layers:
         fully_shard(module.get_submodule(path), mesh=mesh)
+    if whole:
+        fully_shard(module, mesh=mesh)
     x, e, graph = batch()
     x.requires_grad_()
     found = call(module, x, e, graph, None if GATES[gate] is None else GATES[gate].double())

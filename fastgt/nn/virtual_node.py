@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.nn.sublayers import check_rows, reset_sublayers
-from fastgt.ops._arguments import integer
+from fastgt.ops._arguments import check_offsets, integer
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.segment_pool import virtual_node
 
@@ -69,11 +69,19 @@ class VirtualNode(nn.Module):
         reset_sublayers(self)
 
     def initial(self, num_graphs: int) -> Tensor:
-        """The learnt first state, ``[G, dim]``: 0 before training."""
+        """The learnt first state, ``[G, dim]``: 0 before training.
+
+        Where the module is sharded or offloaded, its parameters are there within a call only: give
+        the call None for the state.
+        """
         return self.start.expand(integer("num_graphs", num_graphs, 0), -1)
 
-    def forward(self, x: Tensor, state: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """x ``[N, dim]``; state ``[G, dim]``; offsets ``[G + 1]`` -> y and the next state."""
+    def forward(self, x: Tensor, state: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """x ``[N, dim]``; state ``[G, dim]``, None for the first one; offsets ``[G + 1]`` -> y and
+        the next state."""
+        if state is None:
+            check_offsets(offsets, x.shape[0], x.device)
+            state = self.initial(offsets.shape[0] - 1)
         y, pooled = virtual_node(x, state, offsets, impl=self.impl)
         check_rows(self.update, pooled, "update of VirtualNode", "graph")
         new = self.update(pooled)

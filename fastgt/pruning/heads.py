@@ -105,9 +105,10 @@ def _check_layers(name: str, module: GatedHeads) -> None:
                     "torch.nn.utils.prune: remove that before its heads are taken"
                 )
         if not is_plain_linear(layer):
+            kind = f"{type(layer).__module__}.{type(layer).__qualname__}"  # adapters are Linear too
             raise ValueError(
-                f"{path!r} is no plain nn.Linear, or has hooks, got {type(layer).__name__}: its "
-                "heads are not known. Merge adapters into it, and remove hooks, before"
+                f"{path!r} is no plain nn.Linear, or has hooks, got {kind}: its heads are not "
+                "known. Merge adapters into it, and remove hooks, before"
             )
         if id(layer) in seen:
             raise ValueError(f"{seen[id(layer)]!r} and {path!r} are one layer: heads of both go")

@@ -184,3 +184,14 @@ def test_integers():
     for x in (None, [3], 3 + 0j, np.array([3, 4])):
         with pytest.raises(TypeError, match=f"size must be an int, got {type(x).__name__}"):
             integer("size", x)
+
+
+def test_steps_that_are_done_are_counted_in_ints():
+    for made in (make(GradualPruning), make(HeadSparsity)):
+        state = made.state_dict()
+        made.load_state_dict(state | {"done": np.int64(3)})
+        assert made.done == 3
+        for wrong, error in ((7.5, TypeError), (True, TypeError), (-1, ValueError)):
+            with pytest.raises(error, match="done must"):
+                made.load_state_dict(state | {"done": wrong})
+        assert made.done == 3

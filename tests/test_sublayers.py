@@ -522,6 +522,21 @@ def test_hooks_of_all_modules_see_every_layer(name, gate, hook):
         close(found[key], x, key)
 
 
+@pytest.mark.parametrize("change", [lora, forward_hook, parametrized], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(("name", "gate"), [c for c in CASES if c[1] in ("no gate", "[H]")])
+def test_called_layers_compile_whole(name, gate, change):
+    torch._dynamo.reset()
+    module, call = changed(name, change), MODULES[name][2]
+    x, e, graph = batch()
+    values = None if GATES[gate] is None else GATES[gate].to(DEVICE, FP64)
+    compiled = torch.compile(
+        lambda x, e: call(module, x, e, graph, values), backend="eager", fullgraph=True
+    )
+    found, wanted = compiled(x, e), call(module, x, e, graph, values)
+    for y, z in zip(*(t if isinstance(t, tuple) else (t,) for t in (found, wanted)), strict=True):
+        close(y, z)
+
+
 def types(high, size):
     return torch.arange(size, device=DEVICE) % high
 

@@ -58,4 +58,7 @@ def check_rows(norm: nn.Module, x: Tensor, where: str, of: str, instead: str = "
 
 
 def _is_plain_tensor(x: object) -> bool:
-    return isinstance(x, Tensor) and not is_traceable_wrapper_subclass(x)
+    # the usual types first: this is asked at every call
+    return type(x) in (nn.Parameter, Tensor) or (
+        isinstance(x, Tensor) and not is_traceable_wrapper_subclass(x)
+    )

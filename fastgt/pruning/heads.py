@@ -324,8 +324,7 @@ class HeadSparsity:
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        done, sums = state["done"], state["sums"]
-        assert isinstance(done, int)
+        done, sums = integer("done", state["done"], 0), state["sums"]
         assert isinstance(sums, list)
         self.done = done
         for x, y in zip(self._sums, sums, strict=True):

@@ -160,7 +160,7 @@ class GradualPruning:
         return {"done": self.done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.done = int(state["done"])
+        self.done = integer("done", state["done"], 0)
 
     def _check_masks(self) -> None:
         if not self.layers:

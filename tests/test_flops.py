@@ -96,6 +96,19 @@ def test_attention_counts_its_edges(impl):
         assert count(attend()) == 2 * E * 4 * (D + DV)
 
 
+@pytest.mark.skipif("triton" not in FAST, reason="plans are those of Triton's kernels")
+def test_every_path_of_the_kernels_counts_the_same():
+    q = draw(N, H, D)
+    for plan in ({"path": "gather"}, {"path": "windows", "height": 16}):
+        planned = graph().plan(**plan)
+
+        def attend(planned=planned):
+            return neighborhood_attention(q, q, q, planned, impl="triton")
+
+        assert count(attend) == 2 * E * H * 2 * D
+        assert count(attend, backward=True) == 2 * E * H * 5 * D
+
+
 @pytest.mark.parametrize(
     ("needed", "wanted"),
     [

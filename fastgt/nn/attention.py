@@ -24,7 +24,8 @@ class NeighborhoodAttention(GatedHeads):
         bias: Whether the query, key and value projections have one; the output's always does.
         dropout: Probability of dropping a channel of the heads' output, in training.
         head_gate: A module that gives a gate ``[H]`` at every call, such as
-            :class:`fastgt.nn.HeadGate`. Masked heads are left out of the projections too.
+            :class:`fastgt.nn.HeadGate`. Masked heads are left out of the projections too, as long
+            as these are plain ``nn.Linear``: one with an adapter or a hook is called for all heads.
         dense_gate_grad: Compute masked heads where the gate requires a gradient, to make it exact.
         logit_clamp, denominator_eps, impl: As for :func:`fastgt.neighborhood_attention`.
 

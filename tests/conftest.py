@@ -34,15 +34,20 @@ def device() -> str:
 def poison():
     """Memory that the library asks for uninitialised starts as NaN, or as an absurd integer."""
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in (
-            (torch, "empty"),
-            (torch, "empty_like"),
-            (torch, "empty_strided"),
-            (torch.Tensor, "new_empty"),
-            (torch.Tensor, "new_empty_strided"),
-        ):
-            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        poison_memory(patch.setattr)
         yield
+
+
+def poison_memory(set_attribute):
+    """Replace what allocates, by ``setattr`` or one that is undone."""
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        set_attribute(owner, name, _poisoned(getattr(owner, name)))
 
 
 def _poisoned(allocate):

@@ -52,7 +52,7 @@ _LIBC.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
 class Crash(AssertionError):
-    """The process of a call has died."""
+    """A signal has ended the process of a call."""
 
 
 class Worker:
@@ -86,8 +86,9 @@ class Worker:
             self._process.join()
             code, lines = self._process.exitcode, Path(self._log.name).read_text()
             self._stop()
-            cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            raise Crash(f"{call}: {cause}\n{lines}") from None
+            if code < 0:
+                raise Crash(f"{call}: {signal.Signals(-code).name}\n{lines}") from None
+            raise AssertionError(f"{call}: the process has left, exit code {code}") from None
         if error is not None:
             raise AssertionError(f"{call}:\n{error}")
         return found
@@ -95,7 +96,9 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         # what every process needs; the kernels may be others each time
-        context.set_forkserver_preload(["torch._dynamo.testing", "triton.language", "fastgt"])
+        context.set_forkserver_preload(
+            ["hypothesis", "pytest", "torch._dynamo.testing", "triton", "fastgt.testing"]
+        )
         self._log = tempfile.NamedTemporaryFile(prefix="fence-")  # noqa: SIM115
         self._pipe, other = context.Pipe()
         self._process = context.Process(

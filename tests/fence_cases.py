@@ -26,9 +26,12 @@ AROUND = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
 GATES = ("", "shared", "per graph")
 
 
-def attention(text, gate=""):
-    """neighborhood_attention; ``gate``: one of GATES, of the heads."""
+def attention(text, gate="", spoilt=False):
+    """neighborhood_attention; ``gate``: one of GATES, of the heads; ``spoilt``: amid NaN."""
     x = _made(text, attention_cases.case)
+    if spoilt:
+        for tensor in (x.q, x.k, x.v, x.do):
+            tensor[-1] = torch.nan
     return digests(attention_cases.evaluate(_gated(x, gate, x.q.shape[1]), "triton"))
 
 
@@ -123,31 +126,32 @@ _TERMS = [
     ({"rows": 5, "edges": 14, "d": 5, "dv": 7, "terms": _ALL} | _BUCKETS, "per graph"),
 ]
 _WINDOWS = [
-    ({"rows": rows, "edges": 60, "heads": heads, "d": d, "dv": dv, "plan": plan} | more, gate)
-    for plan, rows, heads, d, dv, more, gate in (
-        ("windows 16", 17, 3, 5, 17, {"cols": 17, "dtype": FP32}, ""),
-        ("windows 16", 15, 1, 17, 15, {"cols": 33, "biased": False, "group": 2}, ""),
-        ("windows 32", 33, 1, 16, 16, {"cols": 15, "dtype": BF16}, "shared"),
-        ("windows 64", 65, 1, 5, 5, {"dtype": FP16}, "per graph"),
-        ("graphs 64", 17, 1, 5, 17, {"group": 2, "dtype": FP32}, ""),
-        ("graphs 64", 33, 1, 17, 5, {"clamped": True}, "per graph"),
+    ({"rows": rows, "edges": edges, "heads": heads, "d": d, "dv": dv, "plan": plan} | more, *how)
+    for plan, rows, edges, heads, d, dv, more, *how in (
+        ("windows 16", 17, 60, 3, 5, 17, {"cols": 17, "dtype": FP32}),
+        # few enough edges that none stands twice, as windows of whole graphs need it
+        ("graphs 64", 17, 9, 1, 5, 17, {"group": 2, "dtype": FP32}),
+        ("windows 16", 15, 30, 1, 17, 15, {"cols": 33, "biased": False}, "", True),
+        ("graphs 64", 33, 6, 1, 17, 5, {"clamped": True}, "per graph"),
+        ("windows 32", 33, 60, 1, 16, 16, {"cols": 15, "dtype": BF16}, "shared"),
+        ("windows 64", 65, 60, 1, 5, 5, {"dtype": FP16}, "per graph"),
     )
 ]
 _CHANNELWISE = [
-    ({"rows": 17, "edges": 40, "channels": (7,), "dtype": FP32} | _BUCKETS, ""),
     ({"rows": 15, "edges": 40, "channels": (2, 5), "dtype": FP16, "clamped": True}, "shared"),
+    ({"rows": 16, "edges": 40, "channels": (7,), "dtype": FP32} | _BUCKETS,),
     (
         {"rows": 9, "edges": 30, "channels": (3, 3), "dtype": BF16, "layout": "planes of heads"},
         "per graph",
     ),
     # more channels than a program takes
-    ({"rows": 2, "edges": 9, "channels": (129,)} | _BUCKETS, ""),
+    ({"rows": 2, "edges": 9, "channels": (129,)} | _BUCKETS,),
 ]
 _AGGREGATION = {
     op: [
-        ({"op": op, "rows": 17, "edges": 40, "channels": (7,), "dtype": FP32} | _BUCKETS,),
-        ({"op": op, "rows": 15, "edges": 40, "channels": (9,), "dtype": FP16, "relu": True},),
-        ({"op": op, "rows": 2, "edges": 9, "channels": (129,)} | _BUCKETS,),
+        ({"op": op, "rows": 15, "edges": 40, "channels": (7,), "dtype": FP32} | _BUCKETS,),
+        ({"op": op, "rows": 17, "edges": 40, "channels": (9,), "dtype": FP16, "relu": True},),
+        ({"op": op, "rows": 13, "edges": 20, "channels": (129,)} | _BUCKETS,),
     ]
     for op in aggregate_cases.OPS
 }
@@ -160,8 +164,9 @@ _LINEAR = [
         gate,
     )
     for sizes, heads, d, dv, name, m, dtype, form, gate in (
-        ((15, 0, 33), 3, 5, 17, "softmax", 7, FP32, "triton", "per graph"),
-        ((17, 33), 1, 5, 7, "elu", 1, FP64, "triton", ""),
+        # as many pieces as the host makes room for, the last of them a graph
+        ((17, 7), 3, 5, 9, "softmax", 7, FP32, "pieces", ""),
+        ((15, 0, 33), 2, 5, 17, "softmax", 7, FP64, "triton", "per graph"),
         ((33, 3), 1, 17, 15, "softmax", 17, BF16, "pieces", "shared"),
         ((31, 4), 1, 33, 9, "identity", 1, FP16, "pieces", ""),
     )

@@ -1,10 +1,18 @@
 """No kernel touches memory beyond its tensors, at either end."""
 
+import ast
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from fence import SIDES, Crash, Worker
 from fence_cases import ENDS, OPERATORS, calls, copied
 from hypothesis import HealthCheck, given, settings
+
+from fastgt import kernels
+
+KERNELS = Path(kernels.__file__).parent
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(),
@@ -74,3 +82,88 @@ def test_what_is_read_beside_elements_is_nan(worker):
     found = worker("end", copied, 9, -1)
     assert found[0] != found[0]
     assert found[1:] == list(range(8))
+
+
+# by file, the calls that reach all its masks
+REACH = {
+    "aggregate.py": [ENDS["mean"][1], ENDS["max"][0], ENDS["sum"][2]],
+    "aggregate_gated.py": ENDS["gated"][:2],
+    "attention.py": ENDS["attention"][:1],
+    "attention_backward.py": ENDS["edge terms"][:1],
+    "attention_combine.py": ENDS["attention"][:1],
+    "attention_windows.py": ENDS["windows"][:3],
+    "channelwise_attention.py": ENDS["channelwise"][:3],
+    "head_projection.py": ENDS["projection"][::3],
+    "linear_attention.py": ENDS["linear"][:1],
+    "linear_attention_backward.py": ENDS["linear"][:1],
+    "linear_features.py": ENDS["linear"][:1],
+    "prims.py": [ENDS["attention"][0], ENDS["attention"][4], ENDS["windows"][0], ENDS["sum"][2]],
+    "segment_softmax.py": ENDS["softmax"][:1],
+}
+# Where these masks are false, the address is still one of the tensor: that of number 0, of the next
+# row, or of an inactive head. Without them kernels compute nonsense, but they stay inside.
+INSIDE = {
+    "attention_windows.py": [
+        "tl.store(place, p.to(weights_ptr.dtype.element_ty), mask=live & read[:, None])",
+        "tl.store(out, ds.to(dbias_ptr.dtype.element_ty), mask=live & mine[:, None])",
+        "tl.load(bias_ptr + at, mask=mask, other=0.0)",
+    ],
+    "channelwise_attention.py": ["tl.load(cu_ptr + at, mask=mask, other=0.0)"],
+    "head_projection.py": ["tl.load(at, mask=active, other=0.0)"],
+    # in tables of buckets: the same loads of rows as they stand are not among these
+    "prims.py": [
+        "tl.load(ptr_ptr + row, mask=mine, other=0)",
+        "tl.load(ptr_ptr + row + 1, mask=mine, other=0)",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", REACH)
+def test_a_kernel_without_one_of_its_masks_dies(tmp_path, name):
+    source = (KERNELS / name).read_text()
+    survivors = []
+    for number, mask in enumerate(_masks(source)):
+        folder = tmp_path / str(number)
+        shutil.copytree(KERNELS, folder)
+        (folder / name).write_text(_without(source, mask))
+        if not _dies(folder, REACH[name]):
+            survivors.append(ast.unparse(mask))
+    assert sorted(survivors) == sorted(INSIDE.get(name, []))
+
+
+def test_every_file_of_kernels_is_tried():
+    masked = {path.name for path in KERNELS.glob("*.py") if list(_masks(path.read_text()))}
+    assert masked == set(REACH)
+
+
+def _dies(folder, calls):
+    """Whether the kernels of a folder do, in one of the calls."""
+    with Worker(folder) as worker:
+        try:
+            for call in calls:
+                check(worker, call)
+        except Crash as crash:
+            return str(folder) in str(crash)
+    return False
+
+
+def _masks(source):
+    """Loads and stores with a mask, and statements that narrow one."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("tl.load", "tl.store"):
+            if any(keyword.arg == "mask" for keyword in node.keywords):
+                yield node
+        elif isinstance(node, ast.AugAssign) and ast.unparse(node.target) == "mask":
+            yield node
+
+
+def _without(source, node):
+    """The source with an unmasked load or store there, or without the narrowing."""
+    text = "pass"
+    if isinstance(node, ast.Call):
+        left = [keyword for keyword in node.keywords if keyword.arg not in ("mask", "other")]
+        text = ast.unparse(ast.Call(node.func, node.args, left))
+    lines = source.splitlines(keepends=True)
+    before = lines[node.lineno - 1][: node.col_offset]
+    after = lines[node.end_lineno - 1][node.end_col_offset :]
+    return "".join([*lines[: node.lineno - 1], before, text, after, *lines[node.end_lineno :]])

@@ -97,7 +97,7 @@ REACH = {
     "linear_attention.py": ENDS["linear"][:1],
     "linear_attention_backward.py": ENDS["linear"][:1],
     "linear_features.py": ENDS["linear"][:1],
-    "prims.py": [ENDS["attention"][0], ENDS["attention"][4], ENDS["windows"][0], ENDS["sum"][2]],
+    "prims.py": [ENDS["sum"][2], ENDS["attention"][4], ENDS["windows"][0], ENDS["attention"][0]],
     "segment_softmax.py": ENDS["softmax"][:1],
 }
 # Where these masks are false, the address is still one of the tensor: that of number 0, of the next

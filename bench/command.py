@@ -218,6 +218,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be positive, got {value}")
+        if value is not None and value > 2**31 - 1:
+            raise ValueError(f"--{name} must be at most {2**31 - 1}, got {value}")
     if args.shapes and (args.heads or args.width):
         raise ValueError("--shapes names heads and widths: leave --heads and --width out")
     if args.scaling and args.problems:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 EPOCHS = 80
+INT32_MAX = 2**31 - 1
+MOST = {"layers": 1000, "dim": 2**16, "heads": 2**16}  # beyond any model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\nfastgt: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
-    except (RuntimeError, ValueError, OSError, ImportError) as error:
-        print(f"fastgt: {error}", file=sys.stderr)
+    except (RuntimeError, ValueError, OSError, ImportError, MemoryError) as error:
+        # PyTorch's own may end with the frames of its C++ code
+        said = str(error).partition("\nException raised from ")[0]
+        print(f"fastgt: {said or type(error).__name__}", file=sys.stderr)
         return 1
 
 
@@ -43,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         "packages) and compare it with the same model on gather-softmax-scatter attention. "
         "Time means something on a quiet machine only.",
     )
-    demo.add_argument("--epochs", type=_positive, default=EPOCHS, help="default: %(default)s")
+    demo.add_argument(
+        "--epochs", type=_up_to(INT32_MAX), default=EPOCHS, help="default: %(default)s"
+    )
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     _add_where(demo)
     demo.add_argument("--output", type=Path, default=Path("demo.png"), help="default: %(default)s")
@@ -82,7 +88,9 @@ def _add_trainings(data: Any) -> None:
         "last checkpoint and gives what it would have given.",
     )
     _add_run(zinc, "zinc12k.npz", "runs/zinc", "the run: checkpoint, metrics, curve, best weights")
-    zinc.add_argument("--epochs", type=_positive, default=1000, help="at most; default: 1000")
+    zinc.add_argument(
+        "--epochs", type=_up_to(INT32_MAX), default=1000, help="at most; default: 1000"
+    )
     zinc.add_argument("--hours", type=_hours, default=24.0, help="at most; default: 24")
     _add_where(zinc)
     settings = _add_settings(
@@ -95,7 +103,10 @@ def _add_trainings(data: Any) -> None:
     )
     settings.add_argument("--no-pe", action="store_true", help="no Laplacian eigenvectors")
     settings.add_argument(
-        "--limit", type=_positive, metavar="N", help="train on the first N molecules only"
+        "--limit",
+        type=_up_to(INT32_MAX),
+        metavar="N",
+        help="train on the first N molecules only",
     )
     zinc.set_defaults(run=_train_zinc)
     dd = data.add_parser(
@@ -126,7 +137,10 @@ def _add_trainings(data: Any) -> None:
         ("heads", 8, "of every attention"),
     )
     settings.add_argument(
-        "--limit", type=_positive, metavar="N", help="train on the first N proteins only"
+        "--limit",
+        type=_up_to(INT32_MAX),
+        metavar="N",
+        help="train on the first N proteins only",
     )
     dd.set_defaults(run=_train_dd)
 
@@ -149,7 +163,7 @@ def _add_run(command: argparse.ArgumentParser, data: str, output: str, holds: st
 def _add_settings(command: argparse.ArgumentParser, *settings: tuple[str, int, str]) -> Any:
     group = command.add_argument_group("settings of the run", "a folder holds one run")
     for name, default, help in settings:
-        kind = int if name == "seed" else _positive
+        kind = int if name == "seed" else _up_to(MOST.get(name, INT32_MAX))
         group.add_argument(
             f"--{name}", type=kind, default=default, help=f"{help}; default: {default}"
         )
@@ -191,7 +205,7 @@ def _demo(args: argparse.Namespace) -> int:
     demo.run(
         device=device,
         epochs=args.epochs,
-        seed=args.seed,
+        seed=_seed(args),
         impl=args.impl,
         output=args.output,
     )
@@ -262,10 +276,16 @@ def _device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
+def _up_to(most: int) -> Callable[[str], int]:
+    def check(text: str) -> int:
+        # numbers of thousands of digits are not read at all
+        if not text.isdecimal() or (len(text) < 20 and int(text) < 1):
+            raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+        if len(text) >= 20 or int(text) > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
+        return int(text)
+
+    return check
 
 
 def _shares(text: str) -> list[float]:

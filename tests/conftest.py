@@ -7,6 +7,7 @@ import sys
 import hypothesis
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first `import triton`
@@ -23,6 +24,9 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("fastgt")
+
+# torch.device("meta") looks once for the functions that make tensors: before any is poisoned
+_device_constructors()
 
 
 @pytest.fixture(scope="session")

@@ -294,6 +294,7 @@ def test_unknown_names_are_refused_with_the_nearest(options, message, capsys):
         ),
         (["--heads", "0"], "--heads must be positive, got 0"),
         (["--most", "-1"], "--most must be positive, got -1"),
+        (["--width", "9" * 20], f"--width must be at most 2147483647, got {'9' * 20}"),
         (["--shapes", "gt_zinc", "--heads", "4"], "leave --heads and --width out"),
         (["--scaling", "nodes", "--problems", "cora"], "leave --problems out"),
         (["--resume"], "name it with --json"),

@@ -66,6 +66,30 @@ def test_demo_is_the_same_for_the_same_seed(small):
     assert losses[0] == losses[1]
 
 
+def test_what_pytorch_says_is_told_without_its_c_frames(monkeypatch, capsys):
+    def memory(**_):
+        raise MemoryError
+
+    def wrong(**_):
+        raise RuntimeError(
+            "Overflow when unpacking long long\nException raised from THPUtils_unpackLong at "
+            "python_numbers.h:79 (most recent call first):\nframe #0: c10::Error::Error"
+        )
+
+    for run, message in ((wrong, "Overflow when unpacking"), (memory, "MemoryError")):
+        monkeypatch.setattr(demo, "run", run)
+        assert cli.main(["demo", "--device", "cpu"]) == 1
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("seed", ["9" * 26, str(2**64), str(-(2**63) - 1)])
+def test_a_seed_of_too_many_digits_is_said(seed, capsys):
+    assert cli.main(["demo", "--device", "cpu", "--seed", seed]) == 1
+    assert capsys.readouterr().err == f"fastgt: --seed must fit in 64 bits, got {seed}\n"
+
+
 def test_demo_data_is_whole():
     data = demo.load(torch.device("cpu"))
     assert (data.graph.num_rows, data.graph.num_edges) == (63_436, 2 * 345_795)

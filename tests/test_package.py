@@ -51,6 +51,7 @@ LAYERS = {
     "training": {
         "files",
         "graph",
+        "tiles",
         "encodings",
         "ops",
         "nn",

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastgt import cli, files
-from fastgt.training import checkpoint, loop, zinc
+from fastgt.training import checkpoint, loop, size, zinc
 from fastgt.training.molecules import Molecules, load_zinc
 
 SMALL = ["--layers", "2", "--dim", "16", "--heads", "2", "--batch-size", "32", "--device", "cpu"]
@@ -467,6 +467,15 @@ def test_damaged_archives_are_said(kind, data, tmp_path, capsys):
         (["--hours", "nan"], 2, "positive number, got 'nan'"),
         (["--hours", "soon"], 2, "positive number, got 'soon'"),
         (["--batch-size", "0"], 2, "positive integer, got '0'"),
+        (["--dim", "9" * 20], 2, f"--dim: must be at most 65536, got {'9' * 20}"),
+        (["--dim", "9" * 5000], 2, "--dim: must be at most 65536, got 999"),
+        (["--layers", "1001"], 2, "--layers: must be at most 1000, got 1001"),
+        (
+            ["--batch-size", str(2**31)],
+            2,
+            "at most 2147483647, got 2147483648",
+        ),
+        (["--epochs", "9" * 20], 2, f"--epochs: must be at most 2147483647, got {'9' * 20}"),
         (["--limit", "none"], 2, "positive integer, got 'none'"),
         (["--impl", "cuda"], 2, "invalid choice"),
         (["--seed", str(2**64)], 1, "--seed must fit in 64 bits"),
@@ -485,6 +494,27 @@ def test_usage_errors(options, status, message, data, tmp_path, monkeypatch, cap
     assert found == status
     assert message in err
     assert "Traceback" not in err
+    assert len(err.splitlines()) == 1 or err.startswith("usage: ")
+
+
+@pytest.mark.parametrize("options", [["--dim", "512"], ["--layers", "100"]])
+def test_a_model_that_fits_in_no_memory_is_refused_before_it_is_made(
+    options, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(size, "free_memory", lambda device: 4_000_000)
+    assert cli.main(command(data, tmp_path / "run", *options)) == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(
+        r"fastgt: (2|100) layers of width (512|16) have [\d,]+ parameters, which take 0\.\d GB in "
+        r"training, and 0\.0 GB are free: choose a smaller --dim or --layers\n",
+        err,
+    )
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    drawn = torch.get_rng_state()
+    small = zinc.Settings(layers=2, dim=16, heads=2)
+    size.check_fits(lambda: zinc._model(small), 2, 16, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_a_folder_that_takes_no_files_shows_before_training(data, tmp_path, monkeypatch, capsys):

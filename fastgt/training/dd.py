@@ -24,6 +24,7 @@ from fastgt.training import comparison
 from fastgt.training.checkpoint import open_run, seed_everything
 from fastgt.training.loop import Task, Training
 from fastgt.training.proteins import CLASSES, NODE_TYPES, Proteins, load_dd
+from fastgt.training.size import check_fits
 
 TITLE = "D&D, one random split"
 LEARNING_RATE, MIN_LEARNING_RATE, PATIENCE = 1e-3, 1e-6, 5
@@ -75,6 +76,7 @@ def run(
     splits = proteins.splits()
     if settings.limit is not None:
         splits["train"] = splits["train"][: settings.limit]
+    check_fits(lambda: _model(settings), settings.layers, settings.dim, device)
     trained = []
     output.mkdir(parents=True, exist_ok=True)
     with files.lock(output), implementation(impl):
@@ -102,16 +104,7 @@ def _train(
     kept = {"task": "dd", **asdict(settings), "data": digest}
     resumed = open_run(folder, kept)
     seed_everything(settings.seed)
-    model = GraphClassifier(
-        GraphClassifierConfig(
-            NODE_TYPES,
-            CLASSES,
-            dim=settings.dim,
-            heads=settings.heads,
-            layers=settings.layers,
-            gated=settings.pruned > 0,
-        )
-    ).to(device)
+    model = _model(settings).to(device)
     sparsity = None
     if settings.pruned:
         batches = -(-len(splits["train"]) // settings.batch_size)
@@ -158,6 +151,19 @@ def _train(
     print(f"{ended}; test accuracy {1 - best['test_error']:.4f} at epoch {best['epoch']}")
     model.load_state_dict(best["model"])
     return comparison.Trained(settings.pruned, model, 1 - best["test_error"], best["epoch"])
+
+
+def _model(settings: Settings) -> GraphClassifier:
+    return GraphClassifier(
+        GraphClassifierConfig(
+            NODE_TYPES,
+            CLASSES,
+            dim=settings.dim,
+            heads=settings.heads,
+            layers=settings.layers,
+            gated=settings.pruned > 0,
+        )
+    )
 
 
 def _majority(proteins: Proteins, splits: dict[str, Tensor]) -> float:

@@ -20,6 +20,7 @@ from fastgt.ops._impl import Impl, implementation
 from fastgt.training.checkpoint import open_run, seed_everything
 from fastgt.training.loop import Task, Training
 from fastgt.training.molecules import ATOM_TYPES, BOND_TYPES, Molecules, load_zinc
+from fastgt.training.size import check_fits
 
 TITLE = "ZINC-12k, substitute train"  # val and test are the benchmark's own molecules
 PUBLISHED = "0.226, trained on the benchmark's own training molecules"
@@ -62,6 +63,7 @@ def run(
     splits, digest = load_zinc(data)
     if settings.limit is not None:
         splits["train"] = splits["train"].first(settings.limit)
+    check_fits(lambda: _model(settings), settings.layers, settings.dim, device)
     kept = {"task": "zinc", **asdict(settings), "data": digest}
     output.mkdir(parents=True, exist_ok=True)
     with files.lock(output), implementation(impl):
@@ -80,16 +82,7 @@ def _trained(
     """Train, or go on. -> what is told in the end."""
     resumed = open_run(output, kept)
     seed_everything(settings.seed)
-    model = EdgeGraphTransformer(
-        EdgeGraphTransformerConfig(
-            node_types=ATOM_TYPES,
-            edge_types=BOND_TYPES,
-            dim=settings.dim,
-            heads=settings.heads,
-            layers=settings.layers,
-            pe_dim=settings.pe_dim,
-        )
-    ).to(device)
+    model = _model(settings).to(device)
     if settings.pe_dim:
         splits = {name: x.with_laplacian_pe(settings.pe_dim) for name, x in splits.items()}
 
@@ -122,6 +115,19 @@ def _trained(
     median = splits["train"].y.median()
     guess = float((splits["test"].y - median).abs().mean())
     return _closing(training, ended, guess)
+
+
+def _model(settings: Settings) -> EdgeGraphTransformer:
+    return EdgeGraphTransformer(
+        EdgeGraphTransformerConfig(
+            node_types=ATOM_TYPES,
+            edge_types=BOND_TYPES,
+            dim=settings.dim,
+            heads=settings.heads,
+            layers=settings.layers,
+            pe_dim=settings.pe_dim,
+        )
+    )
 
 
 def _opening(training: Training, model: nn.Module) -> str:

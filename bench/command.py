@@ -143,13 +143,13 @@ def _run(args: argparse.Namespace) -> int:
         rows = _measure(choice, args, f"{number}/{len(chosen)}")
         if rows is None:
             continue
+        new = {table.key(row) for row in rows}
+        found = [row for row in found if table.key(row) not in new] + rows
+        _write(found, args)  # before it is told: nobody may be there to hear
         print(f"\n{choice.operator}, {choice.problem}: {table.size(rows[0])}")
         print(table.table(rows), flush=True)
         for line in table.compared(rows, before):
             print(line)
-        new = {table.key(row) for row in rows}
-        found = [row for row in found if table.key(row) not in new] + rows
-        _write(found, args)
     if not found:
         raise RuntimeError("nothing was measured")
     told = list(targets.lines(found, args.device.partition(":")[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,10 +21,27 @@ MOST = {"layers": 1000, "dim": 2**16, "heads": 2**16}  # beyond any model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """-> exit status: 0 done, 1 failed with a reason on stderr, 2 usage, 130 interrupted."""
+    """-> exit status: 0 done, 1 failed with a reason on stderr, 2 usage, 130 interrupted, 141 where
+    nobody reads the output any more."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # after --help too
+    except BrokenPipeError:  # as by `| head`
+        # what is still buffered has to go somewhere at exit
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        return 128 + 13  # what a shell makes of SIGPIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt as stop:
         print(f"\nfastgt: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130

@@ -1,0 +1,76 @@
+"""The command line where nobody reads what it prints, as in ``fastgt bench | head -1``."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes of a shell")
+MAIN = [sys.executable, "-m", "fastgt"]
+# what runs for minutes is replaced by what it prints in the end
+LONG = """
+import sys
+from fastgt import cli, demo
+from fastgt.training import dd, zinc
+demo.run = zinc.run = dd.run = lambda *_, **__: print("a line\\n" * 3)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+TINY = """
+import sys
+from fastgt import cli
+from fastgt.bench import report
+from fastgt.testing import PROBLEMS, Problem, random_graph
+PROBLEMS["cora"] = Problem("cora", lambda: random_graph(0, 40, 200))
+report.run = lambda args: print("a line") or 0
+sys.exit(cli.main(sys.argv[1:]))
+"""
+BENCH = ["attention", "--problems", "cora", "--peers", "gather-scatter", "--repeats", "1"]
+COMMANDS = {
+    "version": [*MAIN, "--version"],
+    "help": [*MAIN, "bench", "--help"],
+    "demo": [sys.executable, "-c", LONG, "demo", "--device", "cpu"],
+    "train zinc": [sys.executable, "-c", LONG, "train", "zinc", "--device", "cpu"],
+    "train dd": [sys.executable, "-c", LONG, "train", "dd", "--device", "cpu"],
+    "bench": [sys.executable, "-c", TINY, "bench", *BENCH],
+    "report kernels": [sys.executable, "-c", TINY, "report", "kernels"],
+    "report traffic": [sys.executable, "-c", TINY, "report", "traffic", "--problem", "cora"],
+}
+
+
+def run(command: list[str], *, errors_too: bool = False) -> subprocess.CompletedProcess:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return subprocess.run(
+            command,
+            stdout=writer,
+            stderr=writer if errors_too else subprocess.PIPE,
+            text=True,
+            timeout=120,
+            # buffered, as for users
+            env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
+        )
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_closed_pipe_ends_a_command_quietly(name: str) -> None:
+    found = run(COMMANDS[name])
+    assert found.returncode == 141, found.stderr
+    assert found.stderr == ""
+
+
+def test_a_closed_pipe_for_errors_too() -> None:
+    command = [*MAIN, "demo", "--device", "cpu", "--seed", str(2**64)]
+    assert run(command, errors_too=True).returncode == 141
+
+
+def test_the_rows_that_were_measured_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    assert run([*COMMANDS["bench"], "--json", str(path)]).returncode == 141
+    assert os.listdir(tmp_path) == ["rows.json"]  # and no lock
+    assert [row["provider"] for row in json.loads(path.read_text())] == ["fastgt", "gather-scatter"]

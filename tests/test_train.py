@@ -391,6 +391,74 @@ def test_damaged_checkpoints_are_said_and_kept(damage, straight, data, tmp_path,
     assert path.read_bytes() == before
 
 
+def lacking(content, key):
+    """A copy without the entry of that path, "progress.rows.0.lr" for one."""
+    head, _, rest = key.partition(".")
+    if isinstance(content, list):
+        return [lacking(content[0], rest), *content[1:]]
+    if not rest:
+        return {name: x for name, x in content.items() if name != head}
+    return {**content, head: lacking(content[head], rest)}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "settings",
+        "model",
+        "optimizer",
+        "schedule",
+        "random",
+        "progress",
+        "optimizer.state",
+        "random.torch",
+        "progress.rows",
+        "progress.order",
+        "progress.loss",
+        "progress.best",
+        "progress.best.model",
+        "progress.best.val_mae",
+        "progress.rows.0.lr",
+        "progress.rows.0.test_mae",
+    ],
+)
+def test_a_checkpoint_that_lacks_a_part_is_said(key, straight, data, tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    whole = checkpoint.load(straight / "checkpoint.pt")
+    torch.save(lacking(whole, key), path)
+    before = path.read_bytes()
+    assert cli.main(command(data, tmp_path, "--epochs", "3")) == 1
+    err = capsys.readouterr().err
+    last = key.rpartition(".")[2]
+    assert err == (
+        f"fastgt: {path} is no whole checkpoint: {last!r} is missing; delete it, or name another "
+        "--output\n"
+    )
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("settings", 3, "no whole checkpoint: 'settings' is a int"),
+        ("model", {}, "does not fit the run: Error.s. in loading state_dict"),
+        ("optimizer", {"state": {}, "param_groups": []}, "does not fit the run: .*param"),
+        ("random", {"python": 1}, "does not fit the run: "),
+        ("progress", {"more": 1}, "no whole checkpoint: 'rows' is missing"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_said(
+    part, value, message, straight, data, tmp_path, capsys
+):
+    content = checkpoint.load(straight / "checkpoint.pt") | {part: value}
+    torch.save(content, tmp_path / "checkpoint.pt")
+    assert cli.main(command(data, tmp_path, "--epochs", "3")) == 1
+    err = capsys.readouterr().err
+    assert re.match(f"fastgt: {tmp_path / 'checkpoint.pt'} (is )?{message}", err), err
+    assert err.endswith("; delete it, or name another --output\n")
+    assert err.count("\n") == 1
+
+
 def damaged(kind):
     content = arrays()
     if kind == "missing":

@@ -6,6 +6,8 @@ import io
 import pickle
 import random
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from fastgt.files import write
 
 FORMAT = 1  # of the checkpoint
+PARTS = ("settings", "model", "optimizer", "schedule", "random", "progress")
 
 
 def open_run(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -31,6 +34,13 @@ def open_run(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     content = load(path)
     if content.get("format") != FORMAT:
         raise ValueError(f"{path} has format {content.get('format')}, this version reads {FORMAT}")
+    for key in PARTS:
+        if not isinstance(content.get(key), dict):
+            was = f"a {type(content[key]).__name__}" if key in content else "missing"
+            raise ValueError(
+                f"{path} is no whole checkpoint: {key!r} is {was}; delete it, or name another "
+                "--output"
+            )
     found = content["settings"]
     differing = [
         f"{name} {found.get(name)}, not {settings.get(name)}"
@@ -42,6 +52,23 @@ def open_run(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
             f"{folder} holds a run with {', '.join(differing)}: name another --output for this one"
         )
     return content
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """What does not fit inside is told as a fault of that checkpoint."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(
+            f"{path} is no whole checkpoint: {error.args[0]!r} is missing; delete it, or name "
+            "another --output"
+        ) from error
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} does not fit the run: {reason}; delete it, or name another --output"
+        ) from error
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -258,16 +258,26 @@ class Training:
         self._saved = time.monotonic()
 
     def _restore(self, content: dict[str, Any]) -> None:
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.schedule.load_state_dict(content["schedule"])
-        if self.sparsity is not None:
-            self.sparsity.load_state_dict(content["sparsity"])
-        self.progress = p = Progress(**content["progress"])
+        with checkpoint.restoring(self.folder / "checkpoint.pt"):
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.schedule.load_state_dict(content["schedule"])
+            if self.sparsity is not None:
+                self.sparsity.load_state_dict(content["sparsity"])
+            self.progress = p = self._progress(content["progress"])
+            if p.rows:
+                self._report()  # the run may have ended between its checkpoint and these
+            checkpoint.set_random_state(content["random"], self.device)
+
+    def _progress(self, content: dict[str, Any]) -> Progress:
+        """As it was saved; whatever is missing is a KeyError, not a default."""
+        p = Progress(**content | {field.name: content[field.name] for field in fields(Progress)})
         p.loss = None if p.loss is None else p.loss.to(self.device)
-        if p.rows:
-            self._report()  # the run may have ended between its checkpoint and these
-        checkpoint.set_random_state(content["random"], self.device)
+        best = p.best or {}
+        for name in ("epoch", self._val, self._test, "model") if p.rows else ():
+            if name not in best:
+                raise KeyError(name)
+        return p
 
     def _report(self) -> None:
         p = self.progress

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgt import tiles
-from fastgt.graph_build import INTEGERS, normal, sides_of_pyg
+from fastgt.graph_build import INTEGERS, check_values, normal, sides_of_pyg
 from fastgt.reordering import node_order
 from fastgt.tiles import Buckets, Path, Plan, Windows
 
@@ -157,17 +157,20 @@ class Graph:
             graph_ptr: ``[G + 1]`` node boundaries of a batch of graphs (PyG's ``Batch.ptr``).
 
         Raises:
-            TypeError: ``edge_index`` is not an integer tensor.
+            TypeError: ``edge_index`` is not an integer tensor, or a size is no int.
             ValueError: A wrong shape, an index out of range, boundaries that do not fit, or an
                 edge from one graph of the batch to another.
+            RuntimeError: ``edge_index`` is on the meta device.
         """
         if hasattr(edge_index, "as_tensor"):  # PyG's EdgeIndex would leave its own types here
             edge_index = edge_index.as_tensor()
         _check_index(edge_index, "edge_index")
         if edge_index.ndim != 2 or edge_index.shape[0] != 2:
             raise ValueError(f"edge_index must be [2, E], got {list(edge_index.shape)}")
+        check_values(edge_index, "edge_index")
         if graph_ptr is not None:
             _check_ptr(graph_ptr, "graph_ptr", "G + 1")
+            _check_devices(graph_ptr, edge_index)
         if num_nodes is None and graph_ptr is not None:
             num_nodes = int(graph_ptr[-1])
         elif num_nodes is None:
@@ -200,6 +203,7 @@ class Graph:
             raise ValueError(f"row_ptr is on {row_ptr.device} but col is on {col.device}")
         if col.ndim != 1:
             raise ValueError(f"col must be [E], got {list(col.shape)}")
+        check_values(col, "col")
         rows = row_ptr.shape[0] - 1
         cols = rows if num_cols is None else _size(num_cols, "num_cols")
         check_boundaries(row_ptr, "row_ptr", col.shape[0], "edges")
@@ -221,6 +225,7 @@ class Graph:
             raise TypeError(f"mask must be a boolean tensor, got {kind}")
         if mask.ndim != 2:
             raise ValueError(f"mask must be [rows, columns], got {list(mask.shape)}")
+        check_values(mask, "mask")
         rows, cols = mask.shape
         row, col = mask.nonzero(as_tuple=True)  # in row order already
         dtype = _index_dtype(rows, cols, col.shape[0])
@@ -414,11 +419,13 @@ class Graph:
         """
         if path not in ("auto", *get_args(Path)):
             raise ValueError(f"path must be 'auto' or one of {list(get_args(Path))}, got {path!r}")
-        if height is not None and _size(height, "height") not in tiles.HEIGHTS:
+        height = None if height is None else _size(height, "height")
+        width = None if width is None else _size(width, "width")
+        if height is not None and height not in tiles.HEIGHTS:
             raise ValueError(f"height must be one of {list(tiles.HEIGHTS)}, got {height!r}")
         if height is not None and path not in ("windows", "graphs"):
             raise ValueError(f"height is for windows and graphs, got path={path!r}")
-        if width is not None and not 1 <= _size(width, "width") <= tiles.MAX_WIDTH:
+        if width is not None and not 1 <= width <= tiles.MAX_WIDTH:
             raise ValueError(f"width must be from 1 to {tiles.MAX_WIDTH}, got {width}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
@@ -565,6 +572,11 @@ class Graph:
                 "dtype must be a floating-point torch.dtype, for a graph keeps its own index type, "
                 f"got {dtype!r}"
             )
+        if self.device.type == "meta" and torch.device(device).type != "meta":
+            raise NotImplementedError(
+                f"a graph on the meta device has no values to copy to {device}: keep the one that "
+                "was moved there"
+            )
         device = self.col.new_empty(0).to(device).device  # "cuda" means "cuda:0"
         if self.device == device:
             return self._mapped(torch.clone) if copy else self
@@ -669,6 +681,10 @@ class Graph:
             True
         """
         self._check_square("reordered()")
+        if self.device.type == "meta":
+            raise RuntimeError(
+                "a graph on the meta device has no values to order: reorder it before it is moved"
+            )
         if isinstance(order, str):
             order = node_order(order, self.row_ptr, self.col, self.graph_ptr)
         _check_index(order, "order")
@@ -823,8 +839,7 @@ def _with_boundaries(graph: Graph, row_ptr: Tensor, col_ptr: Tensor) -> Graph:
     """The graph as a batch, with its boundaries in rows and in columns."""
     sides = (row_ptr, graph.num_rows), (col_ptr, graph.num_cols)
     for ptr, size in sides[: 1 if row_ptr is col_ptr else 2]:
-        if ptr.device != graph.device:
-            raise ValueError(f"graph_ptr is on {ptr.device}, edge_index on {graph.device}")
+        _check_devices(ptr, graph.col)
         check_boundaries(ptr, "graph_ptr", size, "nodes")
     if row_ptr.shape != col_ptr.shape:
         raise ValueError(
@@ -869,6 +884,11 @@ def _check_ptr(x: Tensor, name: str, size: str) -> None:
     _check_index(x, name)
     if x.ndim != 1 or x.shape[0] == 0:
         raise ValueError(f"{name} must be [{size}], got {list(x.shape)}")
+
+
+def _check_devices(ptr: Tensor, edge_index: Tensor) -> None:
+    if ptr.device != edge_index.device:
+        raise ValueError(f"graph_ptr is on {ptr.device}, edge_index on {edge_index.device}")
 
 
 def _size(n: Any, name: str) -> int:

@@ -10,6 +10,15 @@ from torch import Tensor
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+def check_values(x: Tensor, name: str) -> None:
+    """Refuse a tensor that holds none."""
+    if x.is_meta:
+        raise RuntimeError(
+            f"{name} is on the meta device and holds no values, which a graph is built from: build "
+            "it on another device, then move it with graph.to('meta')"
+        )
+
+
 class Sides(NamedTuple):
     """Rows and columns of a graph, and where the graphs of a batch begin in both, if it is one."""
 

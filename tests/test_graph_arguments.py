@@ -11,6 +11,7 @@ from fastgt import Graph
 _NONE = torch.empty(2, 0, dtype=torch.int64)
 _PTR = torch.tensor([0, 1, 2])
 _GRAPH = Graph.from_edge_index(SIX, 6)
+_META = _GRAPH.to("meta")
 _BIPARTITE = Graph.from_edge_index(SIX, (6, 7))
 
 
@@ -172,6 +173,43 @@ REFUSALS = {
     ),
     "order list": (lambda: _GRAPH.reordered([0]), TypeError, r"order.*list"),
     "order float": (lambda: _GRAPH.reordered(torch.zeros(6)), TypeError, r"order.*float32"),
+    "order on meta": (
+        lambda: _META.reordered(torch.arange(6, device="meta")),
+        RuntimeError,
+        r"meta device has no values to order: reorder it before",
+    ),
+    "rcm on meta": (lambda: _META.reordered("rcm"), RuntimeError, r"no values to order"),
+    "from meta": (lambda: _META.to("cpu"), NotImplementedError, r"no values to copy to cpu: keep"),
+    "edge_index on meta": (
+        lambda: from_edges(SIX.to("meta")),
+        RuntimeError,
+        r"edge_index is on the meta device and holds no values, .* graph\.to\('meta'\)",
+    ),
+    "edge_index on meta, size": (
+        lambda: from_edges(SIX.to("meta"), 6, graph_ptr=_PTR.to("meta")),
+        RuntimeError,
+        r"edge_index is on the meta device",
+    ),
+    "no edges on meta": (
+        lambda: from_edges(_NONE.to("meta"), 6),
+        RuntimeError,
+        r"edge_index is on",
+    ),
+    "graph_ptr on meta": (
+        lambda: from_edges(SIX, graph_ptr=_PTR.to("meta")),
+        ValueError,
+        r"graph_ptr is on meta, edge_index on cpu",
+    ),
+    "csr on meta": (
+        lambda: Graph.from_csr(_PTR.to("meta"), t(0, 1).to("meta")),
+        RuntimeError,
+        r"col is on the meta device",
+    ),
+    "mask on meta": (
+        lambda: Graph.from_dense(torch.ones(2, 2, dtype=torch.bool, device="meta")),
+        RuntimeError,
+        r"mask is on the meta device",
+    ),
     "order short": (lambda: _GRAPH.reordered(torch.arange(5)), ValueError, r"order.*\[6\].*\[5\]"),
     "order twice": (
         lambda: _GRAPH.reordered(t(0, 0, 1, 2, 3, 4)),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -479,6 +480,13 @@ def wide() -> Graph:
 
 def repeated() -> Graph:
     return Graph.from_edge_index(torch.zeros(2, 2, dtype=torch.int64, device=DEVICE), 1)
+
+
+def test_sizes_of_numpy_are_taken() -> None:
+    plan = _GRAPH.plan("windows", height=np.int64(16)).choice
+    assert type(plan.height) is int
+    assert plan == _GRAPH.plan("windows", height=16).choice
+    assert _GRAPH.plan(width=np.int32(64)).choice == _GRAPH.plan(width=64).choice
 
 
 @pytest.mark.parametrize("name", REFUSALS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import FrozenInstanceError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args
@@ -11,7 +10,15 @@ import torch
 from torch import Tensor
 
 from fastgt import tiles
-from fastgt.graph_build import INTEGERS, check_values, normal, sides_of_pyg
+from fastgt.graph_build import (
+    check_index,
+    check_ptr,
+    check_range,
+    check_values,
+    normal,
+    sides_of_pyg,
+    size_of,
+)
 from fastgt.reordering import node_order
 from fastgt.tiles import Buckets, Path, Plan, Windows
 
@@ -164,12 +171,12 @@ class Graph:
         """
         if hasattr(edge_index, "as_tensor"):  # PyG's EdgeIndex would leave its own types here
             edge_index = edge_index.as_tensor()
-        _check_index(edge_index, "edge_index")
+        check_index(edge_index, "edge_index")
         if edge_index.ndim != 2 or edge_index.shape[0] != 2:
             raise ValueError(f"edge_index must be [2, E], got {list(edge_index.shape)}")
         check_values(edge_index, "edge_index")
         if graph_ptr is not None:
-            _check_ptr(graph_ptr, "graph_ptr", "G + 1")
+            check_ptr(graph_ptr, "graph_ptr", "G + 1")
             _check_devices(graph_ptr, edge_index)
         if num_nodes is None and graph_ptr is not None:
             num_nodes = int(graph_ptr[-1])
@@ -178,12 +185,12 @@ class Graph:
         sizes = num_nodes if isinstance(num_nodes, (tuple, list)) else (num_nodes, num_nodes)
         if len(sizes) != 2:
             raise ValueError(f"num_nodes must be an int or (rows, columns), got {len(sizes)} sizes")
-        rows, cols = (_size(n, "num_nodes") for n in sizes)
+        rows, cols = (size_of(n, "num_nodes") for n in sizes)
         if rows == cols:
-            _check_range(edge_index, cols, "edge_index", "nodes")
+            check_range(edge_index, cols, "edge_index", "nodes")
         else:
-            _check_range(edge_index[0], cols, "edge_index[0] (source)", "columns")
-            _check_range(edge_index[1], rows, "edge_index[1] (target)", "rows")
+            check_range(edge_index[0], cols, "edge_index[0] (source)", "columns")
+            check_range(edge_index[1], rows, "edge_index[1] (target)", "rows")
         graph = _build(edge_index[1], edge_index[0], rows, cols)
         if graph_ptr is None:
             return graph
@@ -197,17 +204,17 @@ class Graph:
         The caller's edge order is the order of ``col``. ``num_cols`` defaults to the number of
         rows.
         """
-        _check_ptr(row_ptr, "row_ptr", "N + 1")
-        _check_index(col, "col")
+        check_ptr(row_ptr, "row_ptr", "N + 1")
+        check_index(col, "col")
         if row_ptr.device != col.device:
             raise ValueError(f"row_ptr is on {row_ptr.device} but col is on {col.device}")
         if col.ndim != 1:
             raise ValueError(f"col must be [E], got {list(col.shape)}")
         check_values(col, "col")
         rows = row_ptr.shape[0] - 1
-        cols = rows if num_cols is None else _size(num_cols, "num_cols")
+        cols = rows if num_cols is None else size_of(num_cols, "num_cols")
         check_boundaries(row_ptr, "row_ptr", col.shape[0], "edges")
-        _check_range(col, cols, "col", "columns")
+        check_range(col, cols, "col", "columns")
         dtype = _index_dtype(rows, cols, col.shape[0])
         # a private copy: the graph must not change when the caller's tensors do
         edge = torch.arange(col.shape[0], dtype=dtype, device=col.device)
@@ -246,8 +253,8 @@ class Graph:
         coo = matrix.tocoo()
         row, col = torch.as_tensor(coo.row.copy()), torch.as_tensor(coo.col.copy())
         rows, cols = map(int, coo.shape)
-        _check_range(row, rows, "matrix", "rows")
-        _check_range(col, cols, "matrix", "columns")
+        check_range(row, rows, "matrix", "rows")
+        check_range(col, cols, "matrix", "columns")
         return _build(row, col, rows, cols)
 
     @classmethod
@@ -271,8 +278,8 @@ class Graph:
         graph = cls.from_edge_index(data.edge_index, (rows, cols))
         if row_ptr is None or col_ptr is None:
             return graph
-        _check_ptr(row_ptr, "ptr", "G + 1")
-        _check_ptr(col_ptr, "ptr", "G + 1")
+        check_ptr(row_ptr, "ptr", "G + 1")
+        check_ptr(col_ptr, "ptr", "G + 1")
         return _with_boundaries(graph, row_ptr, col_ptr)
 
     @classmethod
@@ -419,8 +426,8 @@ class Graph:
         """
         if path not in ("auto", *get_args(Path)):
             raise ValueError(f"path must be 'auto' or one of {list(get_args(Path))}, got {path!r}")
-        height = None if height is None else _size(height, "height")
-        width = None if width is None else _size(width, "width")
+        height = None if height is None else size_of(height, "height")
+        width = None if width is None else size_of(width, "width")
         if height is not None and height not in tiles.HEIGHTS:
             raise ValueError(f"height must be one of {list(tiles.HEIGHTS)}, got {height!r}")
         if height is not None and path not in ("windows", "graphs"):
@@ -687,13 +694,13 @@ class Graph:
             )
         if isinstance(order, str):
             order = node_order(order, self.row_ptr, self.col, self.graph_ptr)
-        _check_index(order, "order")
+        check_index(order, "order")
         n = self.num_rows
         if order.shape != (n,):
             raise ValueError(f"order must be [{n}], one entry a node, got {list(order.shape)}")
         if order.device != self.device:
             raise ValueError(f"order is on {order.device} but the graph is on {self.device}")
-        _check_range(order, n, "order", "nodes")
+        check_range(order, n, "order", "nodes")
         order = order.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
         place = torch.full_like(order, -1)
         place[order] = torch.arange(n, device=self.device)
@@ -871,49 +878,9 @@ def _index_dtype(num_rows: int, num_cols: int, num_edges: int) -> torch.dtype:
     return torch.int32 if max(num_rows, num_cols, num_edges) <= _INT32_MAX else torch.int64
 
 
-def _check_index(x: Tensor, name: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of integers, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {x.layout}")
-    if x.dtype not in INTEGERS:
-        raise TypeError(f"{name} must hold integers (uint8 or int8 to int64), got {x.dtype}")
-
-
-def _check_ptr(x: Tensor, name: str, size: str) -> None:
-    _check_index(x, name)
-    if x.ndim != 1 or x.shape[0] == 0:
-        raise ValueError(f"{name} must be [{size}], got {list(x.shape)}")
-
-
 def _check_devices(ptr: Tensor, edge_index: Tensor) -> None:
     if ptr.device != edge_index.device:
         raise ValueError(f"graph_ptr is on {ptr.device}, edge_index on {edge_index.device}")
-
-
-def _size(n: Any, name: str) -> int:
-    """A size as a Python int; NumPy's integers are taken too."""
-    try:
-        if isinstance(n, bool):
-            raise TypeError
-        size = operator.index(n)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {type(n).__name__}") from None
-    if size < 0:
-        raise ValueError(f"{name} must not be negative, got {size}")
-    if size > torch.iinfo(torch.int64).max:
-        raise ValueError(f"{name} must fit in int64, got {size}")
-    return size
-
-
-def _check_range(index: Tensor, size: int, name: str, of: str) -> None:
-    if not index.numel():
-        return
-    low, high = (int(x) for x in torch.aminmax(index))
-    if low < 0:
-        raise ValueError(f"{name} has index {low}; indices must not be negative")
-    if high >= size:
-        raise ValueError(f"{name} has index {high} but the graph has {size} {of}")
 
 
 def check_boundaries(ptr: Tensor, name: str, total: int, of: str) -> None:

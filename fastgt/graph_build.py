@@ -1,13 +1,55 @@
-"""What a Graph is built from: sizes and boundaries in PyG's objects, tensors that may be kept."""
+"""What a Graph is built from: indices and sizes that are checked, boundaries in PyG's objects, and
+tensors that may be kept."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_index(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}")
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"{name} must hold integers (uint8 or int8 to int64), got {x.dtype}")
+
+
+def check_ptr(x: Tensor, name: str, size: str) -> None:
+    check_index(x, name)
+    if x.ndim != 1 or x.shape[0] == 0:
+        raise ValueError(f"{name} must be [{size}], got {list(x.shape)}")
+
+
+def size_of(n: Any, name: str) -> int:
+    """A size as a Python int; NumPy's integers are taken too."""
+    try:
+        if isinstance(n, bool):
+            raise TypeError
+        size = operator.index(n)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(n).__name__}") from None
+    if size < 0:
+        raise ValueError(f"{name} must not be negative, got {size}")
+    if size > torch.iinfo(torch.int64).max:
+        raise ValueError(f"{name} must fit in int64, got {size}")
+    return size
+
+
+def check_range(index: Tensor, size: int, name: str, of: str) -> None:
+    if not index.numel():
+        return
+    low, high = (int(x) for x in torch.aminmax(index))
+    if low < 0:
+        raise ValueError(f"{name} has index {low}; indices must not be negative")
+    if high >= size:
+        raise ValueError(f"{name} has index {high} but the graph has {size} {of}")
 
 
 def check_values(x: Tensor, name: str) -> None:

@@ -13,6 +13,7 @@ symbols are those of ``kernels/attention.py``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from fastgt.cpu.edge_terms import Head, Terms, attributes, slots
 from fastgt.cpu.sparse import (
     Edges,
+    Walk,
     accumulator,
     bags,
     diagonal,
@@ -40,6 +42,7 @@ from fastgt.cpu.sparse import (
 )
 
 _TOGETHER = 2**16  # edges and nodes, heads counted, up to which heads share their calls
+_LARGE = 2**12  # a sum of exponentials that few rows reach whose first logit is among the largest
 _SLICE = 2**15  # edges whose attributes' gradients are made at a time
 
 
@@ -105,33 +108,63 @@ def attention_fwd(
                 results[3][on.caller, h] = unstack(head.scores(scale), count).to(q.dtype)
             top, dead = pivots(s, walk.ptr)
             p = s.sub_(per_edge(top, row, n)).exp_()
-            if keep and count:
-                results[5][h, :count] = p.unflatten(0, (-1, count))
             used = head.dropped(p)
             out = spmm(walk, used, vh)
             if ones:
                 out, total = out[:, :-1], out[:, -1]
             else:
                 total = segment_sum(each, p)
-            if head.value is not None:
-                out += spmm(head.own, used, head.value)
-            if dead is not None:
-                out.masked_fill_(dead[:, None], 0.0)
             lse[:, h] = unstack(total.log().add_(top), n)
+            if keep and count:
+                results[5][h, :count] = _kept(p, total, row, n).unflatten(0, (-1, count))
             if eps:
                 total = total + (math.log(eps) - top).exp()
             # rows without edges: 0 / tiny
             divisor = total.clamp(min=torch.finfo(wide).tiny)
-            o[:, h] = unstack(out.div_(divisor[:, None]), n)
+            values = [(walk, vh[:, :-1] if ones else vh)]
+            if head.value is not None:
+                out += spmm(head.own, used, head.value)
+                values.append((head.own, head.value))
+            o[:, h] = unstack(_mean(out, values, used, divisor, dead, row, n), n)
             if head.attr is not None and weigh_attr:
                 out = spmm(head.common, used, head.attr)
-                if dead is not None:
-                    out.masked_fill_(dead[:, None], 0.0)
-                results[4][:, h] = unstack(out.div_(divisor[:, None]), n)
+                values = [(head.common, head.attr)]
+                results[4][:, h] = unstack(_mean(out, values, used, divisor, dead, row, n), n)
             if return_weights:
                 p.div_(per_edge(divisor, row, n))
                 weights[on.caller, h] = unstack(p, count).to(q.dtype)
     return tuple(results)
+
+
+def _kept(p: Tensor, total: Tensor, row: Tensor, n: int) -> Tensor:
+    """What the backward divides by its sum: where that is large, gradients of small numbers would
+    be lost."""
+    large = total > _LARGE
+    if not bool(large.any()):
+        return p
+    return p * per_edge(torch.where(large, 1 / total, 1.0), row, n)
+
+
+def _mean(
+    out: Tensor,
+    values: list[tuple[Walk, Tensor]],
+    used: Tensor,
+    divisor: Tensor,
+    dead: Tensor | None,
+    row: Tensor,
+    n: int,
+) -> Tensor:
+    """out [heads * N, D] / divisor, in place, where ``out`` is the sum of the weighted ``values``.
+
+    Weights that are divided after the sum may be large, or many: where the sum is not finite, they
+    are divided before it.
+    """
+    out.div_(divisor[:, None])
+    if not bool(out.sum().isfinite()):
+        weights = used / per_edge(divisor, row, n)
+        sums = (spmm(walk, weights, x) for walk, x in values)
+        torch.where(out.isfinite(), out, functools.reduce(Tensor.add_, sums), out=out)
+    return out if dead is None else out.masked_fill_(dead[:, None], 0.0)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastgt.cpu.sparse import Edges, accumulator, make_walk, pivots, runs, spmm, walk_edges
 
 _CHUNK = 2**19  # numbers of a temporary
+_LARGE = 8.0  # logarithm of a sum that few rows reach whose first logit is among the largest
 _WIDE, _NARROW = 64, 16  # channels at a time; where a row has more edges than a chunk
 
 
@@ -67,18 +68,28 @@ def channelwise_attention_fwd(
             mean = spmm(walk, None, x.mul_(p))
             empty = total == 0.0  # without edges, or without a finite logit
             norm = total.reciprocal().masked_fill_(empty, 0.0)
-            top = total.log_().add_(pivot)
+            grown = total.log_()
+            top = grown + pivot
             _put(lse_out, some, at, top)
             share = 1 / (1 + (log_eps - top).exp()) if eps else None  # r
-            mean.mul_(norm if share is None else norm * share).masked_fill_(empty, 0.0)
+            rate = norm if share is None else norm * share
+            mean.mul_(rate)
+            if not bool(mean.sum().isfinite()):
+                # weights may be large, or many: they are divided before the sum
+                x = _values(v_in, x_in, col[slots], number, at, wide)
+                x.mul_(p * rate.index_select(0, owner))
+                torch.where(mean.isfinite(), mean, spmm(walk, None, x), out=mean)
+            mean.masked_fill_(empty, 0.0)
             _put(o_out, some, at, mean)
             if keep:
-                pivot = pivot.masked_fill(empty, math.inf)
+                # where the sum is large, its reciprocal times small gradients would be lost
+                moved = torch.where(grown > _LARGE, pivot + grown, pivot)
+                norm = norm * (moved - pivot).exp_()
+                pivot = moved.masked_fill(empty, math.inf)
                 for i, y in enumerate((pivot, norm, mean)):
                     _put(kept[:, i], some, at, y)
             if return_weights:
-                norm = norm if share is None else norm * share
-                _put(p_out, number.long(), at, p.mul_(norm.index_select(0, owner)))
+                _put(p_out, number.long(), at, p.mul_(rate.index_select(0, owner)))
     return o, lse, weights, stat
 
 

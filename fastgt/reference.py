@@ -83,12 +83,12 @@ def neighborhood_attention(
     pivot = pivot.scatter_reduce(0, index, logit.detach(), "amax")
     pivot = pivot.masked_fill(pivot == -torch.inf, 0.0)
     p = (logit - pivot[query]).exp()  # [E, H]
-    total = p.new_zeros(rows, heads).index_add(0, query, p)  # [N_rows, H]
+    total = _row_sums(p, query, rows)  # [N_rows, H]
     empty = total == 0
     safe = total.masked_fill(empty, 1.0)
     # through the logarithm: exp(-pivot) alone would overflow
     divisor = safe + (math.log(denominator_eps) - pivot).exp() if denominator_eps else safe
-    weights = p / divisor[query]
+    weights = (p / divisor[query]).to(p.dtype)
     used = weights
     if dropout_p > 0:
         seed = dropout_seed
@@ -96,7 +96,7 @@ def neighborhood_attention(
             seed = torch.randint(2**63 - 1, (1,), device=q.device)
         keep = kept(seed, graph.num_edges, heads, dropout_p)
         used = weights * keep * (LEVELS / max(1, LEVELS - threshold(dropout_p)))
-    out = v.new_zeros(rows, heads, v.shape[2]).index_add(0, query, used[..., None] * values)
+    out = _row_sums(used[..., None] * values, query, rows).to(v.dtype)
     out = out.masked_fill(empty[..., None], 0.0)
 
     extras = []
@@ -133,8 +133,8 @@ def segment_softmax(x: Tensor, graph: Graph) -> Tensor:
     # any pivot gives the same result; the row maximum keeps exp() in range
     pivot = x.new_full(shape, -torch.inf).scatter_reduce(0, index, x.detach(), "amax")
     p = (x - pivot.masked_fill(pivot == -torch.inf, 0.0)[row]).exp()  # [E, ...]
-    total = x.new_zeros(shape).index_add(0, row, p)
-    return p / total.masked_fill(total == 0, 1.0)[row]
+    total = _row_sums(p, row, graph.num_rows)
+    return (p / total.masked_fill(total == 0, 1.0)[row]).to(x.dtype)
 
 
 def aggregate(
@@ -163,11 +163,11 @@ def aggregate(
         number = number.masked_fill(~largest, len(row))
         first = index.new_full(top.shape, len(row)).scatter_reduce(0, index, number, "amin")
         return torch.cat([message, message.new_zeros(1, *message.shape[1:])]).gather(0, first)
-    out = message.new_zeros(rows, *message.shape[1:]).index_add(0, row, message)
+    out = _row_sums(message, row, rows)
     if reduce == "mean":
         degree = graph.row_degree.clamp(min=1)
         out = out / degree.view(-1, *[1] * (out.ndim - 1))
-    return out
+    return out.to(message.dtype)
 
 
 def gated_aggregate(
@@ -188,12 +188,19 @@ def gated_aggregate(
     terms += [] if gate_col is None else [gate_col[column]]
     e = sum(terms, start=x.new_zeros(()))  # [E, ...]
     sigma = e.sigmoid()
-    zeros = x.new_zeros(graph.num_rows, *x.shape[1:])
-    out = zeros.index_add(0, row, sigma * x[column])
+    out = _row_sums(sigma * x[column], row, graph.num_rows)
     if normalize:
-        total = zeros.index_add(0, row, sigma) + eps
+        total = _row_sums(sigma, row, graph.num_rows) + eps
         out = out / total.masked_fill(total == 0, 1.0)
+    out = out.to(x.dtype)
     return (out, e) if return_gate else out
+
+
+def _row_sums(x: Tensor, row: Tensor, rows: int) -> Tensor:
+    """x [E, ...] -> [N_rows, ...], in float32 (float64): as PyTorch's sums of 16 bits, rounded by
+    whoever takes them. Degrees and sums of finite numbers overflow float16."""
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_zeros(rows, *x.shape[1:]).index_add(0, row, x)
 
 
 def _over_channels(index: Tensor, x: Tensor) -> Tensor:
@@ -234,13 +241,13 @@ def channelwise_attention(
     pivot = logit.new_full(shape, -torch.inf).scatter_reduce(0, index, logit.detach(), "amax")
     pivot = pivot.masked_fill(pivot == -torch.inf, 0.0)
     p = (logit - pivot[row]).exp()
-    total = p.new_zeros(shape).index_add(0, row, p)
+    total = _row_sums(p, row, graph.num_rows)
     empty = total == 0
     safe = total.masked_fill(empty, 1.0)
     # through the logarithm: exp(-pivot) alone would overflow
     divisor = safe + (math.log(denominator_eps) - pivot).exp() if denominator_eps else safe
-    weights = p / divisor[row]
-    out = value.new_zeros(shape).index_add(0, row, weights * value).masked_fill(empty, 0.0)
+    weights = (p / divisor[row]).to(p.dtype)
+    out = _row_sums(weights * value, row, graph.num_rows).to(value.dtype).masked_fill(empty, 0.0)
 
     extras = []
     if return_lse:
@@ -270,18 +277,21 @@ def linear_attention(
         sizes = torch.tensor(bounds, device=q.device).diff()
         keep = mask.expand(len(sizes), -1).repeat_interleave(sizes, 0)[..., None]
         q, k, v = (torch.where(keep, x, 0) for x in (q, k, v))
+    dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
+    # a graph's sums of finite numbers overflow float16
+    q, k, v = (x.to(wide) for x in (q, k, v))
     outs = [v[:0]]
     for begin, end in pairwise(bounds):
         if begin == end:
             continue
         f = _features(q[begin:end], feature_map, projection, stabilise_over=(2,))  # [n, H, M]
         g = _features(k[begin:end], feature_map, projection, stabilise_over=(0, 2))
-        state = _einsum("nhm,nhd->hmd", g, v[begin:end])
-        out = _einsum("nhm,hmd->nhd", f, state)
+        state = torch.einsum("nhm,nhd->hmd", g, v[begin:end])
+        out = torch.einsum("nhm,hmd->nhd", f, state)
         if normalize:
-            out = out / (_einsum("nhm,hm->nh", f, g.sum(0)) + eps)[..., None]
+            out = out / (torch.einsum("nhm,hm->nh", f, g.sum(0)) + eps)[..., None]
         outs.append(out)
-    whole = torch.cat(outs)
+    whole = torch.cat(outs).to(dtype)
     return whole if keep is None else torch.where(keep, whole, 0)
 
 
@@ -299,7 +309,7 @@ def _features(
     if name == "sigmoid":
         return x.sigmoid()
     assert projection is not None
-    product = _einsum("nhd,md->nhm", x, projection.to(x.dtype))
+    product = x @ projection.to(x.dtype).mT
     if name == "relu_random":
         return product.relu() + 1e-3
     m, d = projection.shape

@@ -8,7 +8,16 @@ import pytest
 import torch
 from attention_cases import BF16, DEVICE, FP16, FP32, FP64, IMPLS, WAYS
 
-from fastgt import channelwise_attention, neighborhood_attention, segment_softmax
+from fastgt import (
+    Graph,
+    aggregate,
+    channelwise_attention,
+    gated_aggregate,
+    linear_attention,
+    neighborhood_attention,
+    segment_mean,
+    segment_softmax,
+)
 
 # of values, and of the gradients that meet them
 SCALES = [(1e30, 1e-30), (1e30, 1.0), (1e-25, 1e25)]
@@ -72,6 +81,47 @@ def test_mean_of_the_largest_values(impl, dtype, value):
     logits = torch.randn(60, 4, generator=x.generator).to(v)
     out = channelwise_attention(logits, v[:, 0], x.graph, impl=impl)
     torch.testing.assert_close(out, wanted[:, 0], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_sums_of_float16_are_not_kept_in_it(impl):
+    hub = Graph.from_edge_index(torch.tensor([[1, 2, 3, 4], [0, 0, 0, 0]], device=DEVICE), 5)
+    x = torch.tensor([0, 6e4, 6e4, 3e4, -6e4], dtype=FP16, device=DEVICE)[:, None]
+    assert aggregate(x, hub, reduce="mean", impl=impl)[0].item() == 22_500 // 16 * 16
+    assert aggregate(x[[0, 1, 2, 4, 4]], hub, reduce="sum", impl=impl)[0].item() == 0
+    offsets = torch.tensor([0, 5], device=DEVICE)
+    assert segment_mean(x.abs(), offsets, impl=impl).item() == pytest.approx(42_000, rel=1e-3)
+    mean = gated_aggregate(x.abs(), hub, torch.zeros_like(x[1:]), impl=impl)
+    assert mean[0].item() == pytest.approx(52_500, rel=1e-3)
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "relu"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_states_of_linear_attention_are_not_kept_in_float16(impl, feature_map):
+    nodes = 60
+    q, k = 9 * torch.rand(2, nodes, 1, 3, generator=torch.Generator().manual_seed(0))
+    v = torch.full((nodes, 1, 2), 5e3)
+    q, k, v = (x.to(DEVICE, FP16) for x in (q, k, v))
+    for autocast in (False, True):
+        with torch.autocast(DEVICE, FP16, enabled=autocast):
+            out = linear_attention(q, k, v, feature_map=feature_map, impl=impl)
+        torch.testing.assert_close(out, v, rtol=1e-2, atol=0)
+
+
+# in the interpreter, triton would take minutes
+@pytest.mark.parametrize("impl", ["torch", "reference"] if DEVICE == "cpu" else IMPLS)
+def test_a_row_of_more_edges_than_float16_counts(impl):
+    edges = 70_000
+    index = torch.stack([torch.arange(edges) % 3, torch.zeros(edges, dtype=torch.int64)])
+    graph = Graph.from_edge_index(index.to(DEVICE), 3)
+    x = torch.ones(3, 1, 2, dtype=FP16, device=DEVICE)
+    out = neighborhood_attention(x, x, x, graph, impl=impl)
+    assert out[0].flatten().tolist() == pytest.approx([1.0, 1.0], rel=0.1)
+    logits = torch.zeros(edges, 2, dtype=FP16, device=DEVICE)
+    out = channelwise_attention(logits, x[:, 0], graph, impl=impl)
+    assert out[0].tolist() == pytest.approx([1.0, 1.0], rel=0.1)
+    weights = segment_softmax(logits, graph, impl=impl)
+    assert weights.double().sum(0).tolist() == pytest.approx([1.0, 1.0], rel=0.1)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

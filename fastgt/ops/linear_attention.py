@@ -210,6 +210,10 @@ def _attend(
 ) -> Tensor:
     feature_map, eps, normalize = settings
     if impl == "reference":
+        if autocasts(q.device.type):
+            # its sums are float32's, whatever the inputs were cast to
+            with torch.autocast(q.device.type, enabled=False):
+                return _attend(q, k, v, offsets, projection, mask, impl, settings)
         return reference.linear_attention(
             q,
             k,

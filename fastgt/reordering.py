@@ -11,9 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
-from scipy.sparse.csgraph import reverse_cuthill_mckee
 from torch import Tensor
 
 _PART = 16  # nodes of a METIS part: windows of 16, 32 and 64 rows are made of whole parts
@@ -82,6 +80,8 @@ def _degree(ptr: np.ndarray, col: np.ndarray) -> np.ndarray:
 
 
 def _rcm(ptr: np.ndarray, col: np.ndarray) -> np.ndarray:
+    from scipy.sparse.csgraph import reverse_cuthill_mckee
+
     pattern = _pattern(ptr, col)
     # scipy sorts a node's neighbours by insertion: quadratic for hubs, unless they are in order
     ascending = np.argsort(np.diff(pattern.indptr), kind="stable")
@@ -108,8 +108,10 @@ def _metis(ptr: np.ndarray, col: np.ndarray) -> np.ndarray:
 
 def _louvain(ptr: np.ndarray, col: np.ndarray) -> np.ndarray:
     igraph = _require("igraph", "louvain")
+    from scipy.sparse import triu
+
     pattern = _pattern(ptr, col)
-    once = sp.triu(pattern, format="coo")
+    once = triu(pattern, format="coo")
     graph = igraph.Graph(pattern.shape[0], np.stack([once.row, once.col], 1).astype(np.int64))
     igraph.set_random_number_generator(random.Random(0))
     try:
@@ -130,11 +132,13 @@ _METHODS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 def _pattern(ptr: np.ndarray, col: np.ndarray) -> Any:
     """Who is a neighbour of whom: symmetric, every edge once each way, no self loops."""
+    from scipy.sparse import coo_array
+
     n = len(ptr) - 1
     row = np.repeat(np.arange(n), np.diff(ptr))
     other = row != col
     ends = row[other], col[other]
-    one_way = sp.coo_array((np.ones(len(ends[0]), dtype=bool), ends), shape=(n, n)).tocsr()
+    one_way = coo_array((np.ones(len(ends[0]), dtype=bool), ends), shape=(n, n)).tocsr()
     pattern = one_way + one_way.T
     pattern.sort_indices()
     return pattern

@@ -1,5 +1,7 @@
 """Laplacian encodings against dense algebra on a Laplacian written out with loops."""
 
+import subprocess
+import sys
 from itertools import pairwise
 from unittest import mock
 
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import ArpackNoConvergence, splu
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh, splu
 
 from fastgt import Graph, encodings
 from fastgt.encodings import flip_signs, laplacian_pe
@@ -173,7 +175,7 @@ def test_every_copy_of_a_repeated_eigenvalue(edges, n, k, solver):
 def test_complete_graphs_take_no_more_searches_than_needed():
     """All eigenvalues are equal: the first search is complete and the second one shows it."""
     graph = both_ways([(i, j) for i in range(120) for j in range(i)], 120)
-    with lanczos(), mock.patch.object(encodings, "eigsh", wraps=encodings.eigsh) as searched:
+    with lanczos(), mock.patch("scipy.sparse.linalg.eigsh", wraps=eigsh) as searched:
         laplacian_pe(graph, 4)
     assert searched.call_count == 2
 
@@ -183,7 +185,7 @@ def test_slow_graphs_are_factorised():
     path = both_ways([(i, i + 1) for i in range(n - 1)], n)
     with (
         mock.patch.object(encodings, "_RESTARTS", 5),
-        mock.patch.object(encodings, "splu", wraps=splu) as factorised,
+        mock.patch("scipy.sparse.linalg.splu", wraps=splu) as factorised,
     ):
         pe, values = laplacian_pe(path, 4, return_eigenvalues=True)
     assert factorised.call_count == 1
@@ -284,6 +286,8 @@ def test_the_graph_is_left_alone(device):
     ("k", "error", "message"),
     [
         (2.0, TypeError, "k must be an int, got float"),
+        (np.float64(2), TypeError, "k must be an int, got float64"),
+        (np.True_, TypeError, "k must be an int, got bool"),
         (True, TypeError, "k must be an int, got bool"),
         (None, TypeError, "k must be an int, got NoneType"),
         (-1, ValueError, "k must not be negative, got -1"),
@@ -292,6 +296,109 @@ def test_the_graph_is_left_alone(device):
 def test_bad_k(k, error, message):
     with pytest.raises(error, match=message):
         laplacian_pe(both_ways([(0, 1)], 2), k)
+
+
+def test_k_of_numpy():
+    graph = both_ways([(0, 1), (1, 2), (2, 3)], 4)
+    assert torch.equal(laplacian_pe(graph, np.int64(3)), laplacian_pe(graph, 3))
+
+
+def test_without_scipy():
+    """Everything but the call works, and that says what is missing."""
+    code = (
+        "import sys; sys.modules['scipy'] = None\n"
+        "import torch, fastgt, fastgt.encodings\n"
+        "g = fastgt.Graph.from_edge_index(torch.tensor([[0, 1], [1, 0]]))\n"
+        "print(fastgt.encodings.flip_signs(torch.ones(2, 1)).shape)\n"
+        "try: fastgt.encodings.laplacian_pe(g, 1)\n"
+        "except ImportError as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == (
+        "torch.Size([2, 1])\nlaplacian_pe needs scipy, which is not installed\n"
+    ), run.stderr
+
+
+def expander(n: int) -> Graph:
+    """The union of two random permutations: every cut is large, and so is every factor."""
+    rng = np.random.default_rng(0)
+    one_way = np.concatenate([np.stack([np.arange(n), rng.permutation(n)]) for _ in range(2)], 1)
+    return Graph.from_edge_index(torch.from_numpy(np.concatenate([one_way, one_way[::-1]], 1)), n)
+
+
+def test_an_expander_is_not_factorised(monkeypatch):
+    """Where Lanczos takes more restarts than it gets at first."""
+    graph = expander(3000)
+    monkeypatch.setattr(encodings, "_RESTARTS", 3)
+    with mock.patch("scipy.sparse.linalg.splu") as factorised:
+        pe, values = laplacian_pe(graph, 8, return_eigenvalues=True)
+    assert not factorised.called
+    exact = np.linalg.eigvalsh(laplacian_of(graph))[1:9]
+    assert abs(values[0].numpy() - exact).max() < 1e-5
+    u = pe.double().numpy()
+    assert abs(laplacian_of(graph) @ u - u * values.numpy()).max() < 1e-5
+
+
+def laplacian_of(graph: Graph) -> np.ndarray:
+    a = adjacency(graph).toarray()
+    root = np.sqrt(a.sum(1))
+    return np.eye(len(a)) - a / root / root[:, None]
+
+
+@pytest.mark.parametrize("kind", ["path", "grid", "tree", "expander", "path and expander"])
+def test_what_stays_sparse(kind):
+    n = 4000
+    if kind == "path":
+        edges = [(i, i + 1) for i in range(n - 1)]
+    elif kind == "grid":
+        cells = np.arange(n).reshape(50, 80)
+        ends = [cells[:, :-1], cells[:, 1:]], [cells[:-1], cells[1:]]
+        edges = np.concatenate([np.stack([x.ravel(), y.ravel()], 1) for x, y in ends]).tolist()
+    elif kind == "tree":
+        edges = [(i, (i - 1) // 2) for i in range(1, n)]
+    else:
+        edges = expander(n).edge_index.T[: 2 * n].tolist()
+        if kind == "path and expander":
+            edges += [(i, i + 1) for i in range(n - 1)]
+    m = adjacency(both_ways(edges, n))
+    assert encodings._stays_sparse(m, 40 * n + m.nnz) == ("expander" not in kind)
+
+
+def test_memory_of_an_expander_is_that_of_a_lanczos_basis():
+    """In a process of its own, whose peak grows by less than the factor alone would take."""
+    code = (
+        "import resource, numpy as np, torch\n"
+        "from fastgt import Graph, encodings\n"
+        "import scipy.sparse.linalg\n"
+        "n, rng = 8000, np.random.default_rng(0)\n"
+        "one = np.concatenate([np.stack([np.arange(n), rng.permutation(n)]) for _ in 'ab'], 1)\n"
+        "g = Graph.from_edge_index(torch.from_numpy(np.concatenate([one, one[::-1]], 1)), n)\n"
+        "encodings._RESTARTS = 3\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before = peak()\n"
+        "encodings.laplacian_pe(g, 4)\n"
+        "print(peak() - before)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # a basis of 80 vectors has 5 MB; the factor of this graph over 70 MB
+    assert float(run.stdout) < 50, run.stderr
+
+
+@pytest.mark.parametrize("solver", [dense, lanczos])
+def test_equal_components_in_another_order(solver):
+    """Three equal components: the same spans, whichever has the first numbers."""
+    ring = [(i, (i + 1) % 5) for i in range(5)] + [(0, 2)]
+    graph = both_ways([(i + 5 * c, j + 5 * c) for c in range(3) for i, j in ring], 15)
+    with solver():
+        pe, values = laplacian_pe(graph, 8, return_eigenvalues=True)
+        check(graph, 8, pe, values[0])
+        for seed in range(5):
+            order = torch.from_numpy(np.random.default_rng(seed).permutation(15))
+            moved, same = laplacian_pe(graph.reordered(order), 8, return_eigenvalues=True)
+            assert torch.allclose(values, same, atol=1e-6)
+            for count in (2, 5, 8):  # each eigenvalue occurs three times, 0 twice more
+                projector = pe[order, :count] @ pe[order, :count].T
+                assert torch.allclose(moved[:, :count] @ moved[:, :count].T, projector, atol=1e-5)
 
 
 def test_an_edge_index_is_not_a_graph():
@@ -311,7 +418,7 @@ def test_no_convergence_is_told():
     with lanczos():
         laplacian_pe(batch, 20)
         with (
-            mock.patch.object(encodings, "_RESTARTS", 1),
+            mock.patch.multiple(encodings, _RESTARTS=1, _PATIENCE=1),
             pytest.raises(RuntimeError, match=r"graph 1 \(400 nodes\) with k=20") as caught,
         ):
             laplacian_pe(batch, 20)

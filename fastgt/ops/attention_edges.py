@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,16 +15,15 @@ from fastgt.graph import Graph
 from fastgt.ops._arguments import (
     accumulator,
     autocast,
-    autocasts,
     check_edge_attr,
     check_edge_tensor,
     check_gate,
 )
 from fastgt.ops._impl import require_triton
+from fastgt.ops._wide_product import wide_product
 from fastgt.philox import LEVELS, kept, threshold
 
 _Settings = tuple[float, float, float, float]  # scale, low, high, eps
-_PIECE = 128  # numbers that a product on a CPU sums at most
 
 
 def edge_attention(
@@ -63,14 +61,14 @@ def edge_attention(
         if return_scores or (gate is not None and gate.ndim == 3):
             # channel by channel: beside a tensor of that size
             flat = key_weight.flatten(1)[None]  # [1, C, H D]
-            made = _wide_product(attr[:, None], flat).unflatten(2, key_weight.shape[1:])[:, 0]
+            made = wide_product(attr[:, None], flat).unflatten(2, key_weight.shape[1:])[:, 0]
             key, shared = made if key is None else key + made, False
         else:
             # 0 in the place of what rows without edges hold, NaN perhaps, and of its gradient
             alone = (graph.row_degree == 0)[:, None, None]
             alone = alone if on_rows is None else alone | ~on_rows[..., None]
             by_head = key_weight.permute(1, 2, 0)  # [H, D, C]
-            attr_q = _narrow(_wide_product(q.masked_fill(alone, 0), by_head), q)
+            attr_q = _narrow(wide_product(q.masked_fill(alone, 0), by_head), q)
     weigh_attr = value_weight is not None
     if attr_q is None and not weigh_attr:
         attr = None
@@ -89,7 +87,7 @@ def edge_attention(
         found = _fwd(path, q, k, v, bias, *terms, seed, on_rows, rows, *settings, *flags)
     o, lse, weights, scores, attr_o, _ = found
     if value_weight is not None:
-        projected = _wide_product(attr_o, value_weight.transpose(0, 1))
+        projected = wide_product(attr_o, value_weight.transpose(0, 1))
         projected = projected.masked_fill((lse.detach() == -torch.inf)[..., None], 0)
         o = projected.add_(o).to(q.dtype)
     return o, lse, weights, scores
@@ -123,34 +121,6 @@ def check_edges(
     if edge_value is not None:
         check_edge_tensor("edge_value", edge_value, q, "E, H, Dv", edges, heads, v.shape[2])
     check_edge_attr(edge_attr, edge_key_weight, edge_value_weight, q, v, edges)
-
-
-def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [N, G, K] times weight [G, K, M], [N, G, M].
-
-    In float32 (float64) whatever the inputs: sums are rounded at the end, and once. Of contiguous
-    ones: matrix products sum in another order for other strides. A CPU cuts a long sum, or a single
-    product, by its number of threads: there rows, columns and terms come in pieces, several
-    products at a time, so that neither result nor gradients depend on it.
-    """
-    wide, device = accumulator(weight), x.device.type
-    if autocasts(device):
-        with torch.autocast(device, enabled=False):
-            return _wide_product(x.to(wide), weight.to(wide))
-    x, weight = x.to(wide).contiguous(), weight.to(wide).contiguous()
-    if device != "cpu":
-        return torch.einsum("ngk,gkm->ngm", x, weight)
-    n, groups = x.shape[:2]
-    count = max(2, -(-n // _PIECE))
-    size = -(-n // count)
-    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, count * size - n))
-    x = x.unflatten(0, (count, size)).transpose(1, 2).flatten(0, 1)
-    parts = []
-    for columns in weight.expand(count, -1, -1, -1).flatten(0, 1).split(_PIECE, 2):
-        terms = zip(x.split(_PIECE, 2), columns.split(_PIECE, 1), strict=True)
-        y = functools.reduce(torch.add, (torch.bmm(*term) for term in terms))
-        parts.append(y.unflatten(0, (count, groups)).transpose(1, 2).flatten(0, 1)[:n])
-    return torch.cat(parts, 2)
 
 
 def _narrow(x: Tensor, like: Tensor) -> Tensor:

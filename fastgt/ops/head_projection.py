@@ -59,8 +59,9 @@ def head_projection(
 
     Returns:
         ``[N, H, D]`` into heads, ``[N, C]`` out of them, in x's dtype. Sums are kept in float32
-        (float64 for float64). Backward derivatives of any order; forward-mode ones need
-        ``impl="reference"``.
+        (float64 for float64). No node reaches another one's row. The result is the same, bit for
+        bit, every time, gradients too (on a CPU, with the same number of threads). Backward
+        derivatives of any order; forward-mode ones need ``impl="reference"``.
 
     Raises:
         TypeError, ValueError: An argument does not fit; its name and both numbers are given.

@@ -134,6 +134,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_import_is_light():
     heavy = [
         "triton",
+        "scipy",
         "matplotlib",
         "torch_geometric",
         "torch_scatter",
@@ -157,6 +158,21 @@ def test_works_without_triton():
     )
     run = run_python(code)
     assert "needs the package triton" in run.stdout, run.stdout + run.stderr
+
+
+def test_works_without_scipy_but_for_what_needs_it():
+    code = (
+        "import sys; sys.modules['scipy'] = None\n"
+        "import torch, fastgt.nn, fastgt.testing\n"
+        "from fastgt import Graph, neighborhood_attention as na\n"
+        "g = Graph.from_edge_index(torch.tensor([[0, 1], [1, 0]])).reordered('degree')\n"
+        "x = torch.randn(2, 1, 4)\n"
+        "na(x, x, x, g)\n"
+        "try: g.reordered('rcm')\n"
+        "except ImportError as error: print(error)\n"
+    )
+    run = run_python(code)
+    assert "scipy" in run.stdout, run.stdout + run.stderr
 
 
 def test_triton_on_cpu_tensors_is_refused_without_the_interpreter():

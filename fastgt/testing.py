@@ -447,9 +447,10 @@ def assert_as_accurate(
     )
     if not actual.numel():
         return
-    found, plain, truth = (x.detach().cpu().double() for x in (actual, eager, oracle))
+    # where they are: on a GPU, a million rows are not fetched to be judged
+    found, plain, truth = (x.detach().to(actual.device).double() for x in (actual, eager, oracle))
     finite = truth.isfinite()
-    zero = torch.zeros(())
+    zero = torch.zeros((), device=actual.device)
     error = torch.where(finite, (found - truth).abs(), zero)
     # NaN and infinities are compared as they are
     alike = (found == truth) | (found.isnan() & truth.isnan())
@@ -458,7 +459,7 @@ def assert_as_accurate(
     eager_error = torch.where(finite & plain.isfinite(), (plain - truth).abs(), zero).max()
     largest = torch.where(finite, truth.abs(), zero).max().clamp(min=1.0)
     if terms is not None:
-        largest = torch.maximum(largest, terms.detach().cpu().double().abs())
+        largest = torch.maximum(largest, terms.detach().to(actual.device).double().abs())
     bound = factor * eager_error + 16 * torch.finfo(actual.dtype).eps * largest.expand_as(error)
     worst = int((error / bound).argmax())
     place = [int(i) for i in np.unravel_index(worst, tuple(actual.shape))]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 from fastgt.graph import Graph
 
@@ -469,6 +474,41 @@ def assert_as_accurate(
         f"{place}: {found.flatten()[worst]} instead of {truth.flatten()[worst]}, eager "
         f"{plain.flatten()[worst]}"
     )
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory that the library asks for uninitialised starts as NaN, or as an absurd integer."""
+    asked = (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    )
+    # torch.device("meta") looks once for the functions that make tensors: before any is poisoned
+    _device_constructors()
+    with ExitStack() as stack:
+        # where it is poisoned already, this module would count as the one that asks
+        for owner, name in () if hasattr(torch.empty, "__wrapped__") else asked:
+            poisoned = _poisoned(getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, poisoned))
+        yield
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(allocate)
+    def empty(*args: Any, **kwargs: Any) -> Tensor:
+        x = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling():  # what follows cannot be traced
+            return x
+        if sys._getframe(1).f_globals.get("__name__", "").split(".")[0] != "fastgt":
+            return x
+        if x.is_floating_point() or x.is_complex():
+            return x.fill_(float("nan"))
+        return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).max // 2)
+
+    return empty
 
 
 def _symmetric(edge_index: np.ndarray, nodes: int) -> Graph:

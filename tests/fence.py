@@ -43,6 +43,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgt.testing import poisoned_memory
+
 SIDES = ("end", "begin")
 SECONDS = 120  # that a call may take
 _GUARD = 1 << 24
@@ -118,14 +120,16 @@ class Worker:
 
 def _serve(pipe: Any, log: str, kernels: Path | None) -> None:
     """What the process does: calls, one after another."""
-    from conftest import poison_memory
-
     torch.set_num_threads(1)
     if kernels is not None:
         _take_kernels(kernels)
     lines = open(log, "w")  # noqa: SIM115  (as long as the process)
     faulthandler.enable(lines, all_threads=False)
-    poison_memory(setattr)
+    with poisoned_memory():
+        _answer(pipe)
+
+
+def _answer(pipe: Any) -> None:
     while True:
         try:
             side, function, args = pipe.recv()

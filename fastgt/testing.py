@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
+from fastgt import published
 from fastgt.graph import Graph
 
 Kind = Literal["uniform", "power_law", "hub"]
@@ -142,6 +143,10 @@ class Problem:
 
 def _power_law() -> Graph:
     return random_graph(0, 20_000, 300_000, kind="power_law")
+
+
+def _tiny() -> Graph:
+    return random_batch(0, [(6, 14), (5, 9)])
 
 
 def _molecules() -> Graph:
@@ -352,6 +357,12 @@ PROBLEMS: dict[str, Problem] = {
         Problem("complete", _complete),
         Problem("rmat", _rmat(15)),  # directed, without duplicates, vertices as generated
         Problem("mesh", _mesh),  # a Delaunay triangulation, nodes in random order
+        # like those that speeds of GPU kernels are published on
+        Problem("igb_small", published.igb_small),
+        Problem("github", published.github),
+        Problem("pascalvoc", published.pascalvoc),  # a batch of 1,024 images
+        Problem("h_to_h", published.h_to_h),
+        Problem("tiny", _tiny),  # what Triton's interpreter is through with in a second
         Problem("cora", _undirected("cora")),
         Problem("citeseer", _undirected("citeseer")),
         Problem("amazon_computers", _undirected("amazon_computers")),
@@ -407,11 +418,15 @@ def open_data(name: str) -> np.lib.npyio.NpzFile:
     return np.load(_data_path(f"{name}.npz"))
 
 
+def data_folder() -> Path:
+    """Of real graphs: that which ``FASTGT_DATA`` names, else ``../shared/data`` of a checkout."""
+    folder = os.environ.get("FASTGT_DATA")
+    return Path(folder) if folder else Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
 def _data_path(name: str) -> Path:
     """Of a file in the folder of real graphs."""
-    folder = os.environ.get("FASTGT_DATA")
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    path = (Path(folder) if folder else beside) / name
+    path = data_folder() / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is absent: set FASTGT_DATA to the folder that holds it")
     return path

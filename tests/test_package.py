@@ -33,7 +33,8 @@ LAYERS = {
     "nn": {"graph", "ops"},
     "pruning": {"graph", "ops", "nn"},
     "models": {"graph", "encodings", "nn", "ops"},
-    "testing": {"graph"},
+    "published": {"graph"},
+    "testing": {"graph", "published"},
     "bench": {
         "graph",
         "tiles",

@@ -82,18 +82,22 @@ SIZES = {
     "rmat_11": (2_048, 25_406, 1),
     "rmat_13": (8_192, 110_798, 1),
     "rmat_17": (131_072, 1_943_022, 1),
+    "github": (37_700, 577_410, 1),
+    "pascalvoc": (497_424, 2_805_792, 1024),
+    "h_to_h": (40_962, 327_660, 1),
+    "tiny": (11, 23, 2),
     "degree_4": (16_384, 65_536, 1),
     "degree_16": (16_384, 262_144, 1),
     "degree_64": (16_384, 1_048_576, 1),
     "degree_256": (16_384, 4_194_304, 1),
 }
-# made as the smaller ones are: 8, 32 and 131 million edges take seconds to minutes
-LARGE = {"rmat_19", "rmat_21", "rmat_23"}
+# 8, 12, 32 and 131 million edges take seconds to minutes
+LARGE = {"rmat_19", "igb_small", "rmat_21", "rmat_23"}
 DEGREES = {"degree_4", "degree_16", "degree_64", "degree_256"}
 RMAT = {"rmat", "rmat_11", "rmat_13", "rmat_17"}
 DIRECTED = {"power_law", "molecules", "superpixels", "points", "squirrel", "flights"}
-DIRECTED |= DEGREES | RMAT
-MULTIGRAPHS = {"power_law", "molecules", "power10k", "power70k", "flights"} | DEGREES
+DIRECTED |= DEGREES | RMAT | {"tiny"}
+MULTIGRAPHS = {"power_law", "molecules", "power10k", "power70k", "flights", "tiny"} | DEGREES
 
 
 def test_every_problem_is_looked_at():
@@ -117,3 +121,16 @@ def test_problems_are_what_they_say(name):
     again = PROBLEMS[name].load()
     assert torch.equal(again.row_ptr, graph.row_ptr)
     assert torch.equal(again.col, graph.col)
+
+
+def test_graphs_of_published_figures_are_like_those():
+    github, mesh = PROBLEMS["github"].load(), PROBLEMS["h_to_h"].load()
+    assert 8_000 < int(github.row_degree.max()) < 10_000  # MUSAE's has a hub of 9,458
+    # level 6 with all coarser ones: a node has six neighbours, and those of the levels it is in
+    assert mesh.num_nodes == 10 * 4**6 + 2
+    assert mesh.num_edges == 2 * sum(30 * 4**level for level in range(7))
+    assert mesh.row_degree.unique().tolist() == [6, 12, 18, 24, 30, 35, 36]
+    assert int((mesh.row_degree == 35).sum()) == 12
+    regions = PROBLEMS["pascalvoc"].load()
+    assert abs(regions.num_nodes / regions.num_graphs / 479.4 - 1) < 0.03
+    assert abs(regions.num_edges / regions.num_graphs / 2710.5 - 1) < 0.03

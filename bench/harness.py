@@ -22,6 +22,7 @@ from fastgt.testing import assert_as_accurate
 
 Call = Callable[[], Any]
 Rows = list[dict[str, Any]]
+UNKNOWN = "unknown"  # the commit of what is no checkout
 # what others' code raises where it cannot do this; Triton's errors and a compiler's are among them
 FAILURES = (Exception,)
 
@@ -80,8 +81,8 @@ class Case:
             self.forget()
             definition = self.definitions.get(name, self.definition)
             self._known[key] = _Truth(
-                _results(definition(torch.float64), self, torch.float64),
-                _results(definition(self.upstream.dtype), self),
+                results(definition(torch.float64), self, torch.float64),
+                results(definition(self.upstream.dtype), self),
             )
         return self._known[key]
 
@@ -171,11 +172,11 @@ def _judged_backward(
     provider: Provider, case: Case, names: Sequence[str], truth: _Truth
 ) -> dict[str, Any]:
     try:
-        results = _results(provider, case)
+        found = results(provider, case)
     except FAILURES as error:
         # some, as FlexAttention on a CPU, have a forward alone
         return {"match": True, "backward_error": reason(error)}
-    return verdict(names, results, truth.eager, truth.wide, terms=case.terms)
+    return verdict(names, found, truth.eager, truth.wide, terms=case.terms)
 
 
 def verdict(
@@ -206,10 +207,8 @@ def _differentiable(case: Case) -> list[str]:
     return [name for name, x in case.inputs.items() if x.is_floating_point()]
 
 
-def _results(
-    provider: Provider, case: Case, dtype: torch.dtype | None = None
-) -> tuple[Tensor, ...]:
-    """The output and all gradients."""
+def results(provider: Provider, case: Case, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """The output and all gradients, ``dtype``: of inputs that are cast to it."""
     inputs = [
         x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x
         for x in case.inputs.values()
@@ -341,11 +340,11 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         "date": date.today().isoformat(),
         "device": where,
-        "commit": _commit(),
+        "commit": commit(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "torch_geometric": _version("torch_geometric"),
-        "torch_scatter": _version("torch_scatter"),
+        "triton": version("triton"),
+        "torch_geometric": version("torch_geometric"),
+        "torch_scatter": version("torch_scatter"),
     }
 
 
@@ -358,17 +357,18 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return run.stdout.strip() or "unknown"
+def commit() -> str:
+    """Of the checkout that this is."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:  # no git
+        return UNKNOWN
+    return run.stdout.strip() or UNKNOWN
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """Of an installed package."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -80,7 +80,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path, monkeypatch,
     assert "and this is another" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(harness, "compare", compare)
-    monkeypatch.setattr(harness, "_commit", lambda: "later")
+    monkeypatch.setattr(harness, "commit", lambda: "later")
     assert bench(*where, "--json", path, "--resume") == 0
     assert measured[5:] == ["cora", "zinc"]
 

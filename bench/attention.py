@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastgt import Graph, neighborhood_attention, reference
+from fastgt import Graph, neighborhood_attention, reference, tiles
 from fastgt.bench import peer_paths, peers
 from fastgt.bench.harness import Case, Provider
 from fastgt.bench.roofline import Work, passes
@@ -29,14 +29,18 @@ def case(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     peer_path: Path | None = None,
+    paths: Sequence[str] = (),
 ) -> Case:
-    """Softmax over each node's edges, of queries, keys and values drawn at random."""
+    """Softmax over each node's edges, of queries, keys and values drawn at random. ``paths``:
+    "gather", "windows" or "graphs", each a provider beside the one that chooses for itself."""
     graph = load(problem, device)
     rows, cols = (graph.num_rows, heads, width), (graph.num_cols, heads, width)
     q, k, v, do = draw([rows, cols, cols, rows], dtype, device)
     providers: dict[str, Callable[[], Provider]] = {
         "fastgt": lambda: Provider(lambda q, k, v: neighborhood_attention(q, k, v, graph))
     }
+    for path in paths:
+        providers[f"fastgt, {path}"] = lambda path=path: _planned(graph, path, width, dtype)
     for name, peer in peers.ATTENTION.items():
         providers[name] = lambda peer=peer: Provider(peer(graph))
     for name, found in peer_paths.ATTENTION.items() if peer_path else ():
@@ -49,6 +53,12 @@ def case(
         providers=providers,
         work=_work(graph, heads * width, heads, dtype.itemsize),
     )
+
+
+def _planned(graph: Graph, path: Any, width: int, dtype: torch.dtype) -> Provider:
+    height = None if path == "gather" else tiles.tallest(width, dtype.itemsize)
+    planned = graph.plan(path, height=height)
+    return Provider(lambda q, k, v: neighborhood_attention(q, k, v, planned))
 
 
 def load(problem: str, device: torch.device | str) -> Graph:

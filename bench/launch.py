@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from fastgt import files, neighborhood_attention
+from fastgt import Graph, files, neighborhood_attention
 from fastgt.bench import harness
 from fastgt.testing import random_batch
 
@@ -31,29 +31,39 @@ def run(*, target: str = "sm_90", repeats: int = 200, rounds: int = 7) -> dict[s
     from fastgt.kernels.ahead import TARGETS
 
     # few molecules: the host's work does not depend on their number, but a CPU's allocator does
-    graph = random_batch(0, [(23, 50)] * 4)
+    with (
+        mock.patch.object(driver, "_active", _Nowhere(TARGETS[target])),
+        mock.patch("fastgt.ops.attention.require_triton", _allow),
+    ):
+        return measure(calls(random_batch(0, [(23, 50)] * 4)), repeats, rounds)
+
+
+def calls(graph: Graph) -> dict[str, Callable[[], Any]]:
+    """Attention of 8 heads of 16 channels by Triton's kernels, each way that it is called."""
     graph.columns  # noqa: B018  built once for a graph, not at every call
     generator = torch.Generator().manual_seed(0)
-    q, k, v, do = torch.randn(4, graph.num_rows, 8, 16, generator=generator)
+    q, k, v, do = torch.randn(4, graph.num_rows, 8, 16, generator=generator).to(graph.device)
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
     def attention() -> Any:
         return neighborhood_attention(*inputs, graph, impl="triton")
 
-    calls = {
+    return {
         "forward, no_grad": torch.no_grad()(attention),
         "forward": attention,
         "forward and backward": lambda: torch.autograd.grad(attention(), inputs, do),
     }
-    with (
-        mock.patch.object(driver, "_active", _Nowhere(TARGETS[target])),
-        mock.patch("fastgt.ops.attention.require_triton", _allow),
-    ):
-        return {name: _microseconds(f, repeats, rounds) for name, f in calls.items()}
+
+
+def measure(
+    calls: dict[str, Callable[[], Any]], repeats: int = 200, rounds: int = 7
+) -> dict[str, float]:
+    """-> microseconds of the host, medians over ``rounds`` means."""
+    return {name: _microseconds(f, repeats, rounds) for name, f in calls.items()}
 
 
 def _microseconds(f: Callable[[], Any], repeats: int, rounds: int) -> float:
-    for _ in range(10):
+    for _ in range(min(10, repeats)):
         f()
     means = []
     for _ in range(rounds):

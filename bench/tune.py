@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.resources import files
 from pathlib import Path
@@ -32,6 +32,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = (16, 32, 64, 128)
 DENSITIES = (1.2, 1.4, 1.7, 2.0, 2.4, 2.8, 3.5, 5.0, 7.0, 10.0, 14.0)
 DEGREE = 16
+PATHS = ("gather", "windows")
 # of a tile's rows or columns, warps and loads ahead; none first
 CHANGES: tuple[dict[str, float], ...] = (
     {},
@@ -72,30 +73,45 @@ def threshold(ratios: list[tuple[float, float]]) -> float | None:
 
 def tune(device: torch.device, *, heads_by_width: int = 128, rows: int = 2**16) -> list[dict]:
     """-> rows for the plan table, one a dtype and width."""
-    graphs = [graph_of_density(rho, rows, device) for rho in DENSITIES]
-    found = []
-    for dtype in DTYPES:
-        for width in WIDTHS:
-            heads = max(1, heads_by_width // width)
-            ratios = [_ratio(graph, heads, width, dtype, device) for graph in graphs]
-            found.append(
-                {
-                    "op": "attention",
-                    "capability": tiles.capability(device),
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "width": width,
-                    "rho64": threshold(ratios),
-                    "source": f"measured on {harness.environment(device)['device']}, "
-                    f"{date.today().isoformat()}",
-                }
-            )
-            shown = " ".join(f"{rho:.1f}:{ratio:.2f}" for rho, ratio in ratios)
-            print(f"{found[-1]['dtype']} {width}: from {found[-1]['rho64']} on   ({shown})")
+    how: dict[str, Any] = {"heads_by_width": heads_by_width, "rows": rows}
+    return [plan(dtype, width, device, **how) for dtype in DTYPES for width in WIDTHS]
+
+
+def plan(
+    dtype: torch.dtype,
+    width: int,
+    device: torch.device,
+    *,
+    heads_by_width: int = 128,
+    rows: int = 2**16,
+    densities: Sequence[float] = DENSITIES,
+    repeats: int = 9,
+) -> dict[str, Any]:
+    """-> a row for the plan table."""
+    heads = max(1, heads_by_width // width)
+    graphs = [_graph(rho, rows, device) for rho in densities]
+    ratios = [_ratio(graph, heads, width, dtype, device, repeats) for graph in graphs]
+    found = {
+        "op": "attention",
+        "capability": tiles.capability(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "width": width,
+        "rho64": threshold(ratios),
+        "source": f"measured on {harness.environment(device)['device']}, "
+        f"{date.today().isoformat()}",
+    }
+    shown = " ".join(f"{rho:.1f}:{ratio:.2f}" for rho, ratio in ratios)
+    print(f"{found['dtype']} {width}: from {found['rho64']} on   ({shown})")
     return found
 
 
+@functools.cache
+def _graph(rho: float, rows: int, device: torch.device) -> Graph:
+    return graph_of_density(rho, rows, device)
+
+
 def _ratio(
-    graph: Graph, heads: int, width: int, dtype: torch.dtype, device: torch.device
+    graph: Graph, heads: int, width: int, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     shape = 4, graph.num_rows, heads, width
@@ -113,7 +129,7 @@ def _ratio(
         "gather": both(graph.plan("gather")),
         "windows": both(graph.plan("windows", height=height)),
     }
-    times = timing.measure(plans, device)
+    times = timing.measure(plans, device, repeats=repeats)
     rho = tiles.density(graph.row_ptr, graph.col, graph.num_cols)
     return round(rho, 2), timing.ratio(times["gather"], times["windows"])
 
@@ -124,26 +140,56 @@ def merged(old: list[dict], new: list[dict]) -> list[dict]:
     return [row for row in old if (row["op"], row["capability"]) not in replaced] + new
 
 
+def write_plans(path: Path, table: list[dict]) -> None:
+    """The table of plans, a line a row."""
+    write(path, ("[\n" + ",\n".join(" " + json.dumps(row) for row in table) + "\n]\n").encode())
+
+
 def tune_tiles(
     device: torch.device, *, heads_by_width: int = 128, rows: int = 2**16, impl: Impl | None = None
 ) -> list[dict]:
     """-> a row a tile: seconds, and as many times those of the tile that is there; the first of a
     path, dtype and width is that one. Tiles that do not compile or err have a reason."""
-    graph = graph_of_density(3.5, rows, device)
-    found = []
-    for dtype in DTYPES:
-        for width in WIDTHS:
-            heads = max(1, heads_by_width // width)
-            for path in ("gather", "windows"):
-                timed = _time_tiles(path, graph, heads, width, dtype, impl)
-                best = min(timed, key=lambda row: row.get("x", math.inf))
-                print(f"{path}, {best['dtype']} {width}: {best['change']}, {best.get('x')}x")
-                found += timed
-    return found
+    how: dict[str, Any] = {"heads_by_width": heads_by_width, "rows": rows, "impl": impl}
+    return [
+        row
+        for dtype in DTYPES
+        for width in WIDTHS
+        for path in PATHS
+        for row in time_tiles(path, dtype, width, device, **how)
+    ]
+
+
+def time_tiles(
+    path: str,
+    dtype: torch.dtype,
+    width: int,
+    device: torch.device,
+    *,
+    heads_by_width: int = 128,
+    rows: int = 2**16,
+    impl: Impl | None = None,
+    changes: Sequence[dict[str, float]] | None = None,
+    repeats: int = 5,
+) -> list[dict]:
+    """-> the rows of one path, dtype and width; ``changes``: CHANGES, if not others."""
+    heads = max(1, heads_by_width // width)
+    graph = _graph(3.5, rows, device)
+    timed = _time_tiles(path, graph, heads, width, dtype, impl, changes or CHANGES, repeats)
+    best = min(timed, key=lambda row: row.get("x", math.inf))
+    print(f"{path}, {best['dtype']} {width}: {best['change']}, {best.get('x')}x")
+    return timed
 
 
 def _time_tiles(
-    path: str, graph: Graph, heads: int, width: int, dtype: torch.dtype, impl: Impl | None
+    path: str,
+    graph: Graph,
+    heads: int,
+    width: int,
+    dtype: torch.dtype,
+    impl: Impl | None,
+    changes: Sequence[dict[str, float]],
+    repeats: int,
 ) -> list[dict]:
     how = {} if path == "gather" else {"height": tiles.tallest(width, dtype.itemsize)}
     planned = graph.plan(path, **how)  # type: ignore[arg-type]
@@ -154,7 +200,7 @@ def _time_tiles(
     definition = functools.partial(reference.neighborhood_attention, graph=graph)
     truth = [_gradients(definition, *x) for x in (inputs, inputs.double())]
     rows, calls = [], {}
-    for change in CHANGES:
+    for change in changes:
         row = {
             "path": path,
             "dtype": str(dtype).removeprefix("torch."),
@@ -170,7 +216,7 @@ def _time_tiles(
             row |= {"match": None, "error": harness.reason(error)}
         if row["match"]:
             calls[str(change)] = call
-    times = timing.measure(calls, graph.device, repeats=5)
+    times = timing.measure(calls, graph.device, repeats=repeats)
     for row in rows:
         mine, usual = times.get(str(row["change"])), times.get("{}")
         if mine is not None:
@@ -226,9 +272,7 @@ def run(name: str, path: Path | None = None) -> None:
     path = path or Path(str(files("fastgt.data") / "plans.json"))
     with lock(path):
         old = json.loads(path.read_text()) if path.exists() else []
-        table = merged(old, tune(device))
-        text = "[\n" + ",\n".join(" " + json.dumps(row) for row in table) + "\n]\n"
-        write(path, text.encode())
+        write_plans(path, merged(old, tune(device)))
     print(path)
     from fastgt.bench.render import RESULTS, slug
 

@@ -466,7 +466,7 @@ def test_tuning_finds_where_windows_begin_to_win(monkeypatch):
         assert found == pytest.approx(rho, rel=0.05)
 
     monkeypatch.setattr(
-        tune.timing, "measure", lambda plans, device: {name: [name] for name in plans}
+        tune.timing, "measure", lambda plans, device, repeats: {name: [name] for name in plans}
     )
     seen = []
     monkeypatch.setattr(tune.timing, "ratio", lambda slow, fast: seen[-1] / 2)
@@ -508,7 +508,8 @@ def test_tiles_are_verified_and_timed(monkeypatch, capsys):
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     graph = tune.graph_of_density(3.5, 64, device)
-    same, larger, failing = tune._time_tiles("gather", graph, 2, 16, torch.float32, "triton")
+    how = torch.float32, "triton", tune.CHANGES, 5
+    same, larger, failing = tune._time_tiles("gather", graph, 2, 16, *how)
     assert [meta["BLOCK_R"] for meta, *_ in plans[:-1]] == [rows_of] * 3 + [2 * rows_of] * 3
     assert same["match"]
     assert larger["match"]

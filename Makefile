@@ -43,9 +43,10 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m fastgt.bench.traffic --json bench/results/traffic.json
 	$(BIN)/fastgt bench --render
 
-# All that a GPU is for, at most 10 minutes a call: called again, it goes on.
-gpu: $(VENV)/test.stamp
-	$(BIN)/python -m fastgt.bench.gpu
+# All that a GPU is for, within 10 minutes, on a machine that fetches nothing: no environment is
+# made. OUT: folder of results; CARRIED: folder that `python -m fastgt.bench.gpu --pack` made.
+gpu:
+	@$(PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)") $(if $(CARRIED),--carried "$(CARRIED)")
 
 budget: $(VENV)/test.stamp
 	$(BIN)/python -m fastgt.kernels.ahead > tests/kernel_budget.json

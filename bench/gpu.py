@@ -1,142 +1,122 @@
-"""What a GPU is for, in one go: ``make gpu``, or ``python -m fastgt.bench.gpu`` in an environment
-that has the test extra.
+"""All that a GPU is for, in one go on a machine without network: ``make gpu OUT=DIR``, or
+``python3 bench/gpu.py --out DIR`` in a bare checkout, with the Python, torch and triton that are
+there.
 
-It looks at the environment, runs every test file compiled, the demo, and the benchmark with all
-peers found, and makes the README's tables and plots anew. Whatever is done is written down in the
-``--state`` folder, under the commit: stopped after ``--minutes``, or by an accident, the same
-command goes on with what is left, and says so.
+Here, before: ``python -m fastgt.bench.gpu --pack DIR`` makes a folder that may travel along, for
+``--carried``: real graphs, other kernels' sources and the commit. ``--rehearse`` goes through
+every step without a GPU, on tiny problems, and predicts how long the device will take.
+
+There, in this order: what the machine is and can do; every operator and every plan, forward and
+backward, against float64; attention against its peers where figures are published; linear
+attention and masked heads; launches and CUDA graphs; plans and tiles. Each step has a file in
+``--out``, written as its rows come in, and tasks in processes of their own: a crash costs one of
+them, and what time does not allow is named.
+
+Here, after: ``python -m fastgt.bench.gpu --collect DIR`` makes committed results of that folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import atexit
 import os
-import subprocess
+import shutil
+import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-import torch
-
-from fastgt import files
-from fastgt.bench import harness
-from fastgt.bench.render import RESULTS, ROOT, slug
-
-DTYPES = ("bf16", "fp32")
-LEAST = 20  # seconds that a step is worth beginning with
+ROOT = Path(__file__).resolve().parent.parent
 
 
-@dataclass(frozen=True)
-class Step:
-    """A command, run in the checkout; cut off, it is begun again."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """-> exit status: 0 all is done and right, 1 something is wrong, 2 it cannot begin, 3 time was
+    up and something is left."""
+    from fastgt.bench import gpu_session
 
-    name: str
-    command: tuple[str, ...]
-
-
-def main(argv: Sequence[str] | None = None, run: Callable[..., int] | None = None) -> int:
-    """-> exit status: 0 all is done, 1 something failed, 3 time is up and more is left."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=9.5, help="default: %(default)s")
-    parser.add_argument("--state", type=Path, default=Path("runs/gpu"), help="default: %(default)s")
-    parser.add_argument("--peer-path", type=Path, help="see fastgt bench")
-    parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu"), help="default: %(default)s", metavar="DIR"
+    )
+    parser.add_argument("--carried", type=Path, metavar="DIR", help="what --pack made")
+    parser.add_argument(
+        "--minutes", type=float, default=9.5, help="for all steps; default: %(default)s"
+    )
+    parser.add_argument(
+        "--steps",
+        nargs="+",
+        choices=gpu_session.STEPS,
+        default=list(gpu_session.STEPS),
+        metavar="STEP",
+        help=f"only these: {', '.join(gpu_session.STEPS)}",
+    )
+    parser.add_argument("--rehearse", action="store_true", help="on this CPU, and predict")
+    parser.add_argument("--pack", type=Path, metavar="DIR", help="make the folder that travels")
+    parser.add_argument(
+        "--peer-path", type=Path, metavar="DIR", help="for --pack: as for fastgt bench"
+    )
+    parser.add_argument("--collect", type=Path, metavar="DIR", help="what a GPU's --out came to")
     args = parser.parse_args(argv)
-    end = time.monotonic() + 60 * args.minutes
-    device = torch.device(args.device)
-    for line in _environment(device):
-        print(line)
-    run = run or _run
-    # results that are written make the tree dirty, and are no other code
-    commit = harness.environment(device)["commit"].removesuffix("-dirty")
-    state = args.state / f"{commit}.json"
-    done: dict[str, Any] = json.loads(state.read_text()) if state.exists() else {}
-    steps = _steps(device, args.peer_path)
-    for step in steps:
-        if done.get(step.name) == "passed":
-            continue
-        left = end - time.monotonic()
-        if left < LEAST:
-            break
-        print(f"\n{step.name}", flush=True)
-        status = run(step.command, left)
-        done[step.name] = {0: "passed", None: "cut off"}.get(status, "failed")
-        args.state.mkdir(parents=True, exist_ok=True)
-        files.write(state, (json.dumps(done, indent=1) + "\n").encode())
-    failed = [step.name for step in steps if done.get(step.name) == "failed"]
-    left_over = [step.name for step in steps if done.get(step.name, "cut off") == "cut off"]
-    print(f"\n{len(steps) - len(failed) - len(left_over)} of {len(steps)} steps passed")
-    for what, names in (("failed", failed), ("left for the next call", left_over)):
-        if names:
-            print(f"{what}: {', '.join(names)}")
-    return 1 if failed else 3 if left_over else 0
-
-
-def _environment(device: torch.device) -> list[str]:
-    """What the results will be of; RuntimeError where there is no such GPU."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        raise RuntimeError(f"--device {device}: needs a GPU, and there is none of that name")
-    import triton
-
-    free, total = torch.cuda.mem_get_info(device)
-    major, minor = torch.cuda.get_device_capability(device)
-    return [
-        f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, "
-        f"{free / 1e9:.0f} of {total / 1e9:.0f} GB free",
-        f"torch {torch.__version__}, CUDA {torch.version.cuda}, triton {triton.__version__}",
-    ]
-
-
-def _steps(device: torch.device, peer_path: Path | None) -> list[Step]:
-    """The benchmark's main operator before the tests: its figures are what cannot be had
-    elsewhere; then the tests, file by file, and the others."""
-    python = sys.executable
-    peers = ("--peer-path", str(peer_path)) if peer_path else ()
-    results = RESULTS / f"{slug(device)}.json"
-
-    def bench(name: str, *options: str) -> Step:
-        where = ("--device", str(device), "--json", str(results), "--resume", *peers)
-        command = (python, "-m", "fastgt", "bench", *options, *where)
-        return Step(f"benchmark: {name}", command)
-
-    pytest = (python, "-m", "pytest", "-q", "-x")
-    tests = sorted((ROOT / "tests").glob("test_*.py"))
-    return [
-        *(bench(f"attention, {dtype}", "attention", "--dtype", dtype) for dtype in DTYPES),
-        *(Step(f"tests: {x.name}", (*pytest, str(x))) for x in tests),
-        Step("tests: every benchmark once", (*pytest, str(ROOT / "bench"), "--benchmark-disable")),
-        Step("demo", (python, "-m", "fastgt", "demo", "--output", str(RESULTS / "demo-gpu.png"))),
-        bench("all operators"),
-        bench("scaling", "attention", "--scaling", "nodes", "--most", "200000000"),
-        Step("README", (python, "-m", "fastgt", "bench", "--render")),
-    ]
-
-
-def _run(command: Sequence[str], seconds: float) -> int | None:
-    """-> its exit status; None where it was cut off after so many seconds."""
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        return None
-    except BaseException:
-        process.kill()
-        raise
+        if args.pack is not None:
+            return _pack(args.pack, args.peer_path)
+        if args.collect is not None:
+            return _collect(args.collect)
+        return gpu_session.run(args)
+    except (OSError, RuntimeError, ValueError) as error:
+        return _cannot(error)
+
+
+def _cannot(error: Exception) -> int:
+    print(f"fastgt.bench.gpu: {error}", file=sys.stderr)
+    return 2
+
+
+def _pack(folder: Path, peer_path: Path | None) -> int:
+    from fastgt.bench import gpu_pack
+
+    for line in gpu_pack.pack(folder, peer_path):
+        print(line)
+    return 0
+
+
+def _collect(folder: Path) -> int:
+    from fastgt.bench import gpu_collect
+
+    for line in gpu_collect.collect(folder):
+        print(line)
+    return 0
+
+
+def _make_importable() -> None:
+    """The package of this checkout, which installs kernels/ and bench/ within fastgt/: a folder of
+    links says so to Python, to this process and its children."""
+    site = Path(tempfile.mkdtemp(prefix="fastgt-"))
+    atexit.register(shutil.rmtree, site, ignore_errors=True)
+    package = site / "fastgt"
+    package.mkdir()
+    for entry in (*(ROOT / "fastgt").iterdir(), ROOT / "kernels", ROOT / "bench"):
+        (package / entry.name).symlink_to(entry)
+    sys.path[0] = str(site)  # the folder of this script, whose modules have common names
+    paths = [str(site), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """As an exception: children are ended on the way out."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminated)
+    if __spec__ is None:  # a script, not python -m
+        _make_importable()
     try:
-        sys.exit(main())
-    except (RuntimeError, ImportError) as error:
-        sys.exit(f"fastgt.bench.gpu: {error}")
+        from fastgt.bench import gpu
+    except ImportError as missing:  # torch, that is
+        sys.exit(_cannot(missing))
+    sys.exit(gpu.main())

@@ -58,8 +58,11 @@ def run() -> None:
 
 def slug(device: torch.device) -> str:
     """A GPU's name in those of its files."""
-    name = torch.cuda.get_device_name(device).lower()
-    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return slug_of(torch.cuda.get_device_name(device))
+
+
+def slug_of(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def rendered(readme: str) -> str:

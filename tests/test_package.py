@@ -43,6 +43,7 @@ LAYERS = {
         "kernels",
         "nn",
         "models",
+        "published",
         "testing",
         "training",  # its data
         "files",

@@ -1,0 +1,459 @@
+"""Every operator and every plan on thirty fixed problems, as compiled for the GPU that is there.
+
+Outputs and gradients are held against the definition in float64 on the same device, by the bound
+of :func:`fastgt.testing.assert_as_accurate`; a second run must give the same bits. What the
+operators ask for uninitialised is poisoned.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastgt
+from fastgt import Graph, published, tiles
+from fastgt.bench import harness
+from fastgt.testing import poisoned_memory, random_batch, random_graph, with_index_dtype
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((8, 16), (1, 128), (8, 10), (4, 64))  # heads, width
+CHANNELS = 12  # of edge attributes
+
+
+class Problem(NamedTuple):
+    """A graph of about so many nodes, by the generator; heads and width."""
+
+    name: str
+    make: Callable[[int], Graph]
+    nodes: int
+    heads: int
+    width: int
+
+
+class Variant(NamedTuple):
+    """A way to call an operator.
+
+    Attributes:
+        operator: A name in ``fastgt``.
+        name: Of the way.
+        inputs: From graph, heads and width to the shapes of what gets gradients, by argument.
+        options: Other arguments, from the graph, heads and width; tensors too.
+        plan: Of the graph.
+        fits: Whether it is for such a graph, with heads of that width and dtype.
+    """
+
+    operator: str
+    name: str
+    inputs: Callable[[Graph, int, int], dict[str, tuple[int, ...]]]
+    options: Callable[[Graph, int, int], dict[str, Any]] = lambda graph, heads, width: {}
+    plan: str = "gather"
+    fits: Callable[[Graph, int, torch.dtype], bool] = lambda graph, width, dtype: True
+
+
+def check(
+    problem: str, variant: str, dtype: torch.dtype, device: str, small: bool, tell: Callable
+) -> dict[str, Any]:
+    """-> a row: whether outputs and gradients are right, and the same bits twice."""
+    found, how = _found(problem, small), _VARIANTS[variant]
+    graph = _graph(problem, device, small)
+    case = _case(found, how, graph, dtype)
+    row = {
+        "operator": how.operator,
+        "variant": how.name,
+        "problem": problem,
+        "rows": graph.num_rows,
+        "edges": graph.num_edges,
+        "heads": found.heads,
+        "width": found.width,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    with poisoned_memory():
+        verdict, provider = harness.judge(case, "fastgt")
+        if provider is not None:
+            first, second = (harness.results(provider, case) for _ in range(2))
+            same = all(map(torch.equal, first, second))
+            verdict["same_bits"] = same
+    return row | verdict
+
+
+def launch(problem: str, variant: str, dtype: torch.dtype, device: str, small: bool) -> None:
+    """Forward and backward, without a look at what comes out: what is compiled is wanted."""
+    found, how = _found(problem, small), _VARIANTS[variant]
+    graph = _graph(problem, device, small)
+    shapes = how.inputs(graph, found.heads, found.width).values()
+    inputs = [torch.zeros(x, dtype=dtype, device=device, requires_grad=True) for x in shapes]
+    out = _call(found, how, graph, dtype, "triton")(*inputs)
+    torch.autograd.grad(out, inputs, torch.zeros_like(out), allow_unused=True)
+
+
+def groups(small: bool) -> Iterator[list[tuple[str, str, torch.dtype]]]:
+    """Problems, ways and dtypes; those of a group share their kernels. Every operator has had its
+    turn in every dtype before another width is begun. ``small``: as many as cover every way and
+    every dtype, for a rehearsal."""
+    for heads, width in SHAPES[:1] if small else SHAPES:
+        for dtype in DTYPES:
+            for place, (name, how) in enumerate(_VARIANTS.items()):
+                if small and DTYPES[place % len(DTYPES)] != dtype:
+                    continue
+                problems = [x for x in PROBLEMS if (x.heads, x.width) == (heads, width)]
+                fitting = [
+                    x.name for x in problems if how.fits(_graph(x.name, "cpu", small), width, dtype)
+                ]
+                chosen = fitting[place % len(fitting) :][:1] if small and fitting else fitting
+                if chosen:
+                    yield [(problem, name, dtype) for problem in chosen]
+
+
+def _case(problem: Problem, how: Variant, graph: Graph, dtype: torch.dtype) -> harness.Case:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: Sequence[int]) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(graph.device, dtype)
+
+    shapes = how.inputs(graph, problem.heads, problem.width)
+    inputs = {name: draw(shape) for name, shape in shapes.items()}
+    definition = _call(problem, how, graph, None, "reference")
+    ours = harness.Provider(_call(problem, how, graph, dtype, "triton"))
+    with torch.no_grad():
+        out = definition(*inputs.values())
+    return harness.Case(
+        shape={},
+        inputs=inputs,
+        upstream=draw(out.shape),
+        definition=lambda dtype: harness.Provider(definition),
+        providers={"fastgt": lambda: ours},
+    )
+
+
+def _call(
+    problem: Problem, how: Variant, graph: Graph, dtype: torch.dtype | None, impl: str
+) -> Callable[..., Tensor]:
+    """The operator on a variant's inputs; by its plan, if there is a dtype."""
+    heads, width = problem.heads, problem.width
+    names = list(how.inputs(graph, heads, width))
+    options = {
+        name: x.to(graph.device) if isinstance(x, Tensor) else x
+        for name, x in how.options(graph, heads, width).items()
+    }
+    if how.operator not in _PACKED:
+        options["graph"] = graph if dtype is None else _planned(graph, how, width, dtype)
+    operator = getattr(fastgt, how.operator)
+    return lambda *tensors: operator(**dict(zip(names, tensors, strict=True)), **options, impl=impl)
+
+
+def _planned(graph: Graph, how: Variant, width: int, dtype: torch.dtype) -> Graph:
+    if how.plan == "gather":
+        return graph.plan("gather")
+    return graph.plan(how.plan, height=tiles.tallest(width, dtype.itemsize))  # type: ignore[arg-type]
+
+
+def _found(problem: str, small: bool) -> Problem:
+    """As it is, or of a size for Triton's interpreter."""
+    found = _PROBLEMS[problem]
+    return found._replace(nodes=min(found.nodes, 3), heads=2, width=8) if small else found
+
+
+@functools.cache
+def _graph(problem: str, device: str, small: bool) -> Graph:
+    graph = (found := _found(problem, small)).make(found.nodes).to(device)
+    graph.columns  # noqa: B018  as all walks, made once for a graph
+    return graph
+
+
+def _attention(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]]:
+    q, k = (graph.num_rows, heads, width), (graph.num_cols, heads, width)
+    return {"q": q, "k": k, "v": k}
+
+
+def _on_edges(*names: str) -> Callable[[Graph, int, int], dict[str, tuple[int, ...]]]:
+    """Attention's inputs, and edge tensors of these names."""
+
+    def inputs(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]]:
+        edges = graph.num_edges
+        shapes = {
+            "edge_bias": (edges, heads),
+            "edge_gate": (edges, heads, width),
+            "edge_key": (edges, heads, width),
+            "edge_value": (edges, heads, width),
+            "edge_attr": (edges, CHANNELS),
+            "edge_key_weight": (CHANNELS, heads, width),
+            "edge_value_weight": (CHANNELS, heads, width),
+        }
+        return _attention(graph, heads, width) | {name: shapes[name] for name in names}
+
+    return inputs
+
+
+def _grouped(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Two query heads for each key head."""
+    k = graph.num_cols, heads, width
+    return {"q": (graph.num_rows, 2 * heads, width), "k": k, "v": k}
+
+
+def _messages(*names: str) -> Callable[[Graph, int, int], dict[str, tuple[int, ...]]]:
+    def inputs(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]]:
+        rows = {
+            "x": graph.num_cols,
+            "edge_value": graph.num_edges,
+            "gate": graph.num_edges,
+            "gate_row": graph.num_rows,
+            "gate_col": graph.num_cols,
+        }
+        return {name: (rows[name], heads, width) for name in names}
+
+    return inputs
+
+
+def _edges_only(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]]:
+    return {"x": (graph.num_edges, heads)}
+
+
+def _nodes(*names: str) -> Callable[[Graph, int, int], dict[str, tuple[int, ...]]]:
+    return lambda graph, heads, width: dict.fromkeys(names, (graph.num_rows, heads, width))
+
+
+def _vectors(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]]:
+    edge = graph.num_edges, heads, width
+    return {"logits": edge, "v": (graph.num_cols, heads, width), "edge_value": edge}
+
+
+def _into_heads(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]]:
+    channels = heads * width
+    weight = heads, width, channels
+    return {"x": (graph.num_rows, channels), "weight": weight, "bias": (heads, width)}
+
+
+def _out_of_heads(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]]:
+    channels = heads * width
+    weight = channels, heads, width
+    return {"x": (graph.num_rows, heads, width), "weight": weight, "bias": (channels,)}
+
+
+def _clamped(graph: Graph, heads: int, width: int) -> dict[str, Any]:
+    return {"logit_clamp": 5.0, "scale": 3 / width**0.5}  # a tenth of the logits are beyond it
+
+
+def _dropped(graph: Graph, heads: int, width: int) -> dict[str, Any]:
+    return {"dropout_p": 0.3, "dropout_seed": 7}
+
+
+def _gate(graph: Graph, heads: int, width: int) -> dict[str, Any]:
+    """Every other head, those of each graph by themselves."""
+    place = torch.arange(graph.num_graphs)[:, None] + torch.arange(heads)
+    return {"head_gate": (place % 2 == 0).to(torch.bool)}
+
+
+def _one_gate(graph: Graph, heads: int, width: int) -> dict[str, Any]:
+    return {"head_gate": torch.arange(heads) % 2 == 0}
+
+
+def _offsets(graph: Graph, heads: int, width: int) -> dict[str, Any]:
+    return {"offsets": graph.graph_ptr}
+
+
+def _features(kind: str, count: int = 0) -> Callable[[Graph, int, int], dict[str, Any]]:
+    """Of linear attention, ``count`` random ones."""
+
+    def options(graph: Graph, heads: int, width: int) -> dict[str, Any]:
+        made: dict[str, Any] = {"offsets": graph.graph_ptr, "feature_map": kind}
+        if count:
+            generator = torch.Generator().manual_seed(1)
+            made["projection"] = torch.randn(count, width, generator=generator)
+        return made
+
+    return options
+
+
+def _windows(graph: Graph, width: int, dtype: torch.dtype) -> bool:
+    return bool(tiles.tallest(width, dtype.itemsize))
+
+
+def _dense(graph: Graph, width: int, dtype: torch.dtype) -> bool:
+    """Batches of small graphs without duplicate edges."""
+    if not _windows(graph, width, dtype) or graph.num_graphs < 2:
+        return False
+    try:
+        graph.plan("graphs", height=tiles.tallest(width, dtype.itemsize))
+    except ValueError:
+        return False
+    return True
+
+
+def _square(graph: Graph, width: int, dtype: torch.dtype) -> bool:
+    """Operators on nodes have no use for columns that are no rows."""
+    return graph.num_rows == graph.num_cols
+
+
+_BIAS = _on_edges("edge_bias")
+_VECTORS = _on_edges("edge_gate", "edge_key", "edge_value")
+_LOW_RANK = _on_edges("edge_attr", "edge_key_weight", "edge_value_weight")
+VARIANTS = (
+    Variant("neighborhood_attention", "gather", _attention),
+    Variant("neighborhood_attention", "windows", _attention, plan="windows", fits=_windows),
+    Variant("neighborhood_attention", "graphs", _attention, plan="graphs", fits=_dense),
+    Variant("neighborhood_attention", "gather, bias and clamp", _BIAS, _clamped),
+    Variant("neighborhood_attention", "windows, bias", _BIAS, plan="windows", fits=_windows),
+    Variant("neighborhood_attention", "graphs, bias", _BIAS, plan="graphs", fits=_dense),
+    Variant("neighborhood_attention", "gather, shared key heads", _grouped),
+    Variant("neighborhood_attention", "gather, masked heads", _attention, _gate),
+    Variant(
+        *("neighborhood_attention", "windows, masked heads", _attention, _gate),
+        plan="windows",
+        fits=_windows,
+    ),
+    Variant("neighborhood_attention", "edge gate, keys and values", _VECTORS),
+    Variant("neighborhood_attention", "edge attributes, dropout", _LOW_RANK, _dropped),
+    Variant("channelwise_attention", "values on edges", _vectors),
+    Variant("segment_softmax", "", _edges_only),
+    Variant("aggregate", "sum", _messages("x")),
+    Variant("aggregate", "mean", _messages("x"), lambda *_: {"reduce": "mean"}),
+    Variant("aggregate", "max", _messages("x"), lambda *_: {"reduce": "max"}),
+    Variant("aggregate", "relu", _messages("x", "edge_value"), lambda *_: {"activation": "relu"}),
+    Variant("gated_aggregate", "", _messages("x", "gate", "gate_row", "gate_col")),
+    Variant("linear_attention", "elu", _nodes("q", "k", "v"), _features("elu"), fits=_square),
+    Variant(
+        *("linear_attention", "softmax", _nodes("q", "k", "v"), _features("softmax", 44)),
+        fits=_square,
+    ),
+    Variant(
+        *("linear_attention", "relu_random", _nodes("q", "k", "v"), _features("relu_random", 44)),
+        fits=_square,
+    ),
+    Variant("sgformer_attention", "", _nodes("q", "k", "v"), _offsets, fits=_square),
+    Variant("head_projection", "into heads", _into_heads, _one_gate, fits=_square),
+    Variant("head_projection", "out of heads", _out_of_heads, _one_gate, fits=_square),
+    Variant("segment_mean", "", _nodes("x"), _offsets, fits=_square),
+    Variant("segment_max", "", _nodes("x"), _offsets, fits=_square),
+)
+_VARIANTS = {f"{how.operator}, {how.name}": how for how in VARIANTS}
+# take no graph
+_PACKED = {"linear_attention", "sgformer_attention", "head_projection"}
+_PACKED |= {"segment_mean", "segment_max"}
+
+
+def _degrees(*degrees: int) -> Callable[[int], Graph]:
+    """Rows of exactly so many edges each, over and over."""
+
+    def make(nodes: int) -> Graph:
+        wanted = torch.tensor(degrees).clamp(max=2 * nodes).repeat(nodes // len(degrees) + 1)
+        generator = torch.Generator().manual_seed(0)
+        row_ptr = torch.cat([wanted.new_zeros(1), wanted[:nodes].cumsum(0)])
+        col = torch.randint(nodes, (int(row_ptr[-1]),), generator=generator)
+        return Graph.from_csr(row_ptr, col)
+
+    return make
+
+
+def _star(nodes: int) -> Graph:
+    """A node that all others attend to, and that attends to all."""
+    other = torch.arange(1, nodes)
+    hub = torch.zeros_like(other)
+    both = torch.stack([torch.cat([other, hub]), torch.cat([hub, other])])
+    return Graph.from_edge_index(both, nodes)
+
+
+def _dense_batch(*sizes: int) -> Callable[[int], Graph]:
+    """Graphs of so many nodes, an edge between any two by the toss of a coin."""
+
+    def make(nodes: int) -> Graph:
+        generator = torch.Generator().manual_seed(0)
+        graphs, left = [], nodes
+        for size in sizes * (nodes // sum(sizes) + 1):
+            size = min(size, left)
+            left -= size
+            graphs.append(Graph.from_dense(torch.rand(size, size, generator=generator) < 0.5))
+        return Graph.batch(graphs)
+
+    return make
+
+
+def _band(nodes: int) -> Graph:
+    """A sequence whose places attend to the eight before and after them, and to themselves."""
+    place = torch.arange(nodes)
+    source = place[:, None] + torch.arange(-8, 9)
+    inside = (source >= 0) & (source < nodes)
+    target = place[:, None].expand_as(source)
+    return Graph.from_edge_index(torch.stack([source[inside], target[inside]]), nodes)
+
+
+def _complete(size: int) -> Callable[[int], Graph]:
+    def make(nodes: int) -> Graph:
+        each = min(size, nodes)
+        one = Graph.from_dense(torch.ones(each, each, dtype=torch.bool))
+        return Graph.batch([one] * max(2, nodes // each))
+
+    return make
+
+
+def _batch(*sizes: tuple[int, int]) -> Callable[[int], Graph]:
+    """Uniform random graphs of so many nodes and edges, over and over."""
+
+    def make(nodes: int) -> Graph:
+        times = max(1, nodes // sum(n for n, _ in sizes))
+        return random_batch(0, [(min(n, nodes), min(e, 3 * nodes)) for n, e in sizes] * times)
+
+    return make
+
+
+def _made(kind: str, degree: int, **how: Any) -> Callable[[int], Graph]:
+    return lambda n: random_graph(0, n, degree * n, kind=kind, **how)  # type: ignore[arg-type]
+
+
+def _bipartite(rows: int, cols: int, degree: int) -> Callable[[int], Graph]:
+    """``rows`` targets to ``cols`` sources."""
+    return lambda n: random_graph(0, rows * n, degree * n, cols=cols * n)
+
+
+def _reordered(nodes: int) -> Graph:
+    return random_graph(0, nodes, 15 * nodes, kind="power_law").reordered("degree")
+
+
+def _long(nodes: int) -> Graph:
+    return with_index_dtype(random_graph(0, nodes, 9 * nodes), torch.int64)
+
+
+def _mesh(nodes: int) -> Graph:
+    return published.h_to_h(levels=0 if nodes < 100 else 4)
+
+
+_MAKERS: tuple[tuple[str, Callable[[int], Graph], int], ...] = (
+    ("molecules", _batch((23, 50), (17, 36), (31, 66)), 1500),
+    ("power law", _made("power_law", 15), 3000),
+    ("hub", _made("hub", 12), 2000),
+    ("dense batch", _dense_batch(60, 90, 128), 1200),
+    ("isolated rows", _made("uniform", 8, isolated=5), 1500),
+    ("more rows than columns", _bipartite(3, 1, 20), 700),
+    ("more columns than rows", _bipartite(1, 4, 30), 600),
+    ("complete", _complete(64), 1024),
+    ("star", _star, 6000),
+    ("rows of 511, 512 and 513", _degrees(511, 512, 513, 3), 600),
+    ("rows of 31, 32 and 33", _degrees(31, 32, 33, 0), 1200),
+    ("band", _band, 2000),
+    ("empty graphs within", _batch((12, 30), (0, 0), (40, 0), (25, 90)), 900),
+    ("mesh", _mesh, 2562),
+    ("no edges", lambda n: random_graph(0, n, 0), 70),
+    ("one edge", lambda n: random_graph(0, n, 1), 70),
+    ("one node", lambda n: random_graph(0, 1, 1), 1),
+    ("long indices", _long, 1500),
+    ("by degree", _reordered, 2500),
+    ("small blocks", _dense_batch(16, 5, 1, 33), 900),
+    ("just dense", _complete(128), 512),
+    ("beyond dense", _complete(129), 516),
+    ("duplicates", lambda n: random_graph(0, n, 60 * n), 120),
+    ("uniform", _made("uniform", 16), 6000),
+    ("rows of 1", _degrees(1), 3000),
+    ("rows of 15, 16 and 17", _degrees(15, 16, 17), 2000),
+    ("long rows", _degrees(1500, 2, 700), 300),
+    ("two sizes", _batch((1, 1), (300, 2000)), 1800),
+    ("hub, many columns", lambda n: random_graph(3, n, 20 * n, cols=3 * n, kind="hub"), 450),
+    ("cliques", _complete(17), 850),
+)
+PROBLEMS = tuple(
+    Problem(name, make, nodes, *SHAPES[i % len(SHAPES)])
+    for i, (name, make, nodes) in enumerate(_MAKERS)
+)
+_PROBLEMS = {problem.name: problem for problem in PROBLEMS}

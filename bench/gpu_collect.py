@@ -62,7 +62,7 @@ def collect(folder: Path, results: Path = RESULTS, plans: Path | None = None) ->
     if measured:
         path = plans or Path(str(resources("fastgt.data") / "plans.json"))
         merged = tune.merged(json.loads(path.read_text()), measured)
-        tune.write(path, merged)
+        tune.write_plans(path, merged)
         yield f"{path}: {len(measured)} plans of {device}"
     tiles = [row for row in rows["plans"] if "change" in row]
     if tiles:

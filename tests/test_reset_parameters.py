@@ -59,6 +59,25 @@ def poisoned(name):
     return module
 
 
+def test_pytorchs_own_attention_is_reset_and_unknown_parameters_are_refused():
+    from fastgt.pruning import SkipLayer
+
+    skipped = SkipLayer(nn.TransformerEncoderLayer(8, 2), 0.5)
+    for p in skipped.parameters():
+        nn.init.constant_(p, torch.nan)
+    skipped.reset_parameters()
+    for name, p in skipped.named_parameters():
+        assert p.isfinite().all(), name
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2))
+
+    with pytest.raises(TypeError, match="Scale has the parameter 'scale' and no reset_parameters"):
+        SkipLayer(nn.Sequential(Scale()), 0.5).reset_parameters()
+
+
 def state(module):
     return dict(module.named_parameters()) | dict(module.named_buffers())
 

@@ -38,12 +38,22 @@ def reset_sublayers(module: nn.Module) -> None:
     """Reset what is inside a module, in the order in which it was made: a seed draws the same.
 
     What has no ``reset_parameters``, as containers and adapters, passes that on to its own layers.
+
+    Raises:
+        TypeError: A layer has parameters of its own and nothing that draws them.
     """
     for layer in module.children():
         if callable(reset := getattr(layer, "reset_parameters", None)):
             reset()
-        else:
-            reset_sublayers(layer)
+            continue
+        reset_sublayers(layer)
+        if callable(reset := getattr(layer, "_reset_parameters", None)):  # PyTorch's attention
+            reset()
+        elif own := [name for name, _ in layer.named_parameters(recurse=False)]:
+            raise TypeError(
+                f"{type(layer).__name__} has the parameter {own[0]!r} and no reset_parameters: "
+                "give it one, which draws what it has"
+            )
 
 
 def check_rows(norm: nn.Module, x: Tensor, where: str, of: str, instead: str = "") -> None:

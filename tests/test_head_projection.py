@@ -392,3 +392,21 @@ def test_refusals(args, error, message):
 def test_an_implementation_that_cannot_run_is_refused():
     with pytest.raises(ValueError, match="impl must be one of"):
         head_projection(X, W, impl="cuda")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="rows are filled up on a CPU")
+@pytest.mark.parametrize("into", [True, False], ids=["into", "out of"])
+def test_forward_mode_and_func_transforms_without_a_gate_in_16_bits(into):
+    """Rows that are no multiple of a matrix unit's step take PyTorch's product too."""
+    x = torch.randn(5, 20, dtype=BF16) if into else torch.randn(5, 4, 5, dtype=BF16)
+    weight = torch.randn(4, 3, 20, dtype=BF16) if into else torch.randn(12, 4, 5, dtype=BF16)
+    flat = weight.reshape(12, 20)
+
+    def call(x):
+        return head_projection(x, weight).flatten(1)
+
+    direction = torch.randn_like(x)
+    tangent = torch.func.jvp(call, (x,), (direction,))[1]
+    torch.testing.assert_close(tangent, direction.flatten(1) @ flat.T)
+    found = torch.func.grad(lambda x: call(x).float().sum())(x)
+    torch.testing.assert_close(found.flatten(1), flat.sum(0).expand(5, -1))

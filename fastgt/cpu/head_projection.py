@@ -73,9 +73,14 @@ def keeps_rows_apart(x: Tensor, width: int) -> bool:
     return x.device.type != "cpu" or x.element_size() > 2 or width % _STEP == 0
 
 
+def missing(width: int) -> int:
+    """How many numbers fill up a row of ``width`` numbers to whole steps."""
+    return -width % _STEP
+
+
 def _product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     if not keeps_rows_apart(x, x.shape[1]):
-        room = -x.shape[1] % _STEP
+        room = missing(x.shape[1])
         x, w = pad(x, (0, room)), pad(w, (0, 0, 0, room))
     return torch.mm(x, w, out=out) if bias is None else torch.addmm(bias, x, w, out=out)
 

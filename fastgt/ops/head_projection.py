@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from fastgt import reference
-from fastgt.cpu.head_projection import keeps_rows_apart
+from fastgt.cpu.head_projection import keeps_rows_apart, missing
 from fastgt.ops._arguments import autocast, autocasts, check_float, refuse_forward_mode
 from fastgt.ops._head_gate import check_head_gate, head_mask
 from fastgt.ops._impl import Impl, choose, require_triton
@@ -112,8 +112,11 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # the gradient of x is a product of rows as wide as the output
     if all(keeps_rows_apart(x, width) for width in weight.shape):
         return linear(x, weight, bias)
-    one_head = torch.arange(2, dtype=torch.int32)  # number 0, and that 1 is active
-    return _expand("torch", x, weight[None], None if bias is None else bias[None], one_head)[:, 0]
+    width, channels = weight.shape
+    beside, below = missing(channels), missing(width)
+    bias = None if bias is None else pad(bias, (0, below))
+    y = linear(pad(x, (0, beside)), pad(weight, (0, beside, 0, below)), bias)
+    return y[:, :width].contiguous()
 
 
 def active_heads(mask: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def segment_softmax(x: Tensor, graph: Graph, *, impl: Impl | None = None) -> Ten
         y_ij = exp(x_ij) / sum_j exp(x_ij)
 
     Channels of a row that are all -inf give 0. The result is the same, bit for bit, every time;
-    the gradient too.
+    the gradient too, but not that of ``create_graph=True``, which PyTorch sums.
 
     Args:
         x: ``[E, ...]`` in the caller's edge order: float16, bfloat16, float32 or float64, any
@@ -95,7 +95,8 @@ def aggregate(
     A row without edges gives exactly 0 and no gradient. Duplicate edges count as often as they
     stand. The gradient of a maximum goes to one edge: to the first of the largest, by the
     caller's numbers. NaN and infinities reach only the rows that use them. The result is the
-    same, bit for bit, every time; gradients too.
+    same, bit for bit, every time; gradients too, but not those of ``create_graph=True``, which
+    PyTorch sums.
 
     Args:
         x: ``[N_cols, ...]``: float16, bfloat16, float32 or float64, any strides. None where the
@@ -179,7 +180,8 @@ def gated_aggregate(
 
     A row without edges, or whose gates are all 0, gives exactly 0 and no gradient. Duplicate
     edges count as often as they stand. NaN and infinities reach only the rows that use them. The
-    result is the same, bit for bit, every time; gradients too.
+    result is the same, bit for bit, every time; gradients too, but not those of
+    ``create_graph=True``, which PyTorch sums.
 
     Args:
         x: ``[N_cols, ...]``: float16, bfloat16, float32 or float64, any strides.

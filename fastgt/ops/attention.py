@@ -69,7 +69,8 @@ def neighborhood_attention(
 
     A row without edges, or whose logits are all -inf, gives exactly 0, an LSE of -inf and zero
     gradients. Duplicate edges count as often as they stand. NaN and infinities reach only the
-    rows that attend to them. The result is the same, bit for bit, every time; gradients too.
+    rows that attend to them. The result is the same, bit for bit, every time; gradients too, but
+    not those of ``create_graph=True``: PyTorch sums these, in an order that its threads change.
 
     Args:
         q: ``[N_rows, H, D]``, float16, bfloat16, float32 or float64. Any strides.

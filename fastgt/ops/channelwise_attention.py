@@ -53,7 +53,7 @@ def channelwise_attention(
     A row without edges, or a channel of it whose logits are all -inf, gives exactly 0, an LSE of
     -inf and zero gradients. Duplicate edges count as often as they stand. NaN and infinities reach
     only the rows, and in them the channels, that use them. The result is the same, bit for bit,
-    every time; gradients too.
+    every time; gradients too, but not those of ``create_graph=True``, which PyTorch sums.
 
     Args:
         logits: ``[E, C]`` or ``[E, H, D]`` in the caller's edge order: float16, bfloat16, float32

@@ -176,7 +176,9 @@ def test_integers():
         assert type(integer("size", x, least)) is int
     assert integer("size", -3) == -3
     assert integer("size", 0, 0) == 0
-    assert integer("size", 2**70) == 2**70
+    assert integer("size", 2**63 - 1) == 2**63 - 1
+    with pytest.raises(ValueError, match=f"size must fit in 64 bits, got {2**63}"):
+        integer("size", 2**63)
     with pytest.raises(ValueError, match="size must be positive, got 0"):
         integer("size", 0, 1)
     with pytest.raises(ValueError, match="size must not be negative, got -1"):
@@ -195,3 +197,13 @@ def test_steps_that_are_done_are_counted_in_ints():
             with pytest.raises(error, match="done must"):
                 made.load_state_dict(state | {"done": wrong})
         assert made.done == 3
+
+
+def test_a_size_that_no_tensor_has_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^dim must fit in 64 bits, got 10{20}$"):
+        modules.LinearAttention(10**20, 4)
+
+
+def test_a_virtual_node_without_nodes_is_refused_by_name():
+    with pytest.raises(TypeError, match="x must be a tensor, got NoneType"):
+        modules.VirtualNode(8)(None, None, torch.tensor([0]))

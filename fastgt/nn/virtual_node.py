@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.nn.sublayers import check_rows, reset_sublayers
-from fastgt.ops._arguments import check_offsets, integer
+from fastgt.ops._arguments import check_float, check_offsets, integer
 from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.segment_pool import virtual_node
 
@@ -80,6 +80,7 @@ class VirtualNode(nn.Module):
         """x ``[N, dim]``; state ``[G, dim]``, None for the first one; offsets ``[G + 1]`` -> y and
         the next state."""
         if state is None:
+            check_float("x", x)
             check_offsets(offsets, x.shape[0], x.device)
             state = self.initial(offsets.shape[0] - 1)
         y, pooled = virtual_node(x, state, offsets, impl=self.impl)

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+# process, device and inode: a forked child inherits the set, and not the locks
+_held: set[tuple[int, int, int]] = set()
 
 
 def write(path: Path, content: bytes | memoryview) -> None:
@@ -52,49 +56,58 @@ def lock(path: Path) -> Iterator[None]:
     """Have a folder, or a file that is about to be written, to oneself: for writers alone.
 
     The lock is a file beside it, ``.lock`` or ``.NAME.lock``, that says who has it. The system lets
-    it go when the process ends, however that ends. Reading needs no lock. What killed processes
+    it go when the process ends, however that ends. A forked child does not have it, and does not
+    let it go. All links to a file share its lock. Reading needs no lock. What killed processes
     left half written there is removed. Windows, and file systems that have no locks, give a
     warning instead of a lock.
 
     Raises:
-        RuntimeError: Another process has it; names that.
-        OSError: The folder cannot be written to.
+        RuntimeError: Another process has it; names that. Or this process has it already.
+        OSError: The folder cannot be written to, or the lock's name belongs to a link, a folder or
+            another thing that is no file.
     """
     if path.exists() and not path.is_dir() and not path.is_file():
         yield  # a device or a pipe
         return
     whole = path.is_dir()
-    place = path / ".lock" if whole else path.with_name(f".{path.name}.lock")
+    real = Path(os.path.realpath(path))  # where `write` writes
+    place = real / ".lock" if whole else real.with_name(f".{real.name}.lock")
+    process = os.getpid()
     held = _acquired(path, place)
     try:
         if held is not None:
-            name = ".+" if whole else re.escape(path.name)
+            name = ".+" if whole else re.escape(real.name)
             for left in place.parent.iterdir():
                 if re.fullmatch(rf"{name}\.[0-9a-f]{{16}}\.partial", left.name):
                     left.unlink(missing_ok=True)
         yield
     finally:
-        if held is not None:
+        if held is not None and os.getpid() == process:
             # while it is held: whoever waits for this file finds that it is gone, and makes another
             place.unlink(missing_ok=True)
+            _held.discard(_identity(held))
             fcntl.flock(held, fcntl.LOCK_UN)  # a forked process may have it too
+        if held is not None:
             os.close(held)
 
 
 def _acquired(path: Path, place: Path) -> int | None:
     """The open and locked file; None, with a warning, where there are no locks."""
     while True:
-        file = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+        file = _opened(path, place)
         try:
             if fcntl is None:
                 raise OSError("Windows has no flock")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = _owner(file)
+            owner, mine = _owner(file), _identity(file) in _held
             os.close(file)
-            raise RuntimeError(
-                f"{path} is in use by {owner}: wait until that ends, or name another place"
-            ) from None
+            advice = "wait until that ends, or name another place"
+            if mine:
+                advice = (
+                    "that is this process, so name another place if two arguments name this one"
+                )
+            raise RuntimeError(f"{path} is in use by {owner}: {advice}") from None
         except OSError as error:
             os.close(file)
             place.unlink(missing_ok=True)
@@ -110,12 +123,36 @@ def _acquired(path: Path, place: Path) -> int | None:
     said = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
     os.ftruncate(file, 0)
     os.write(file, json.dumps(said).encode())
+    _held.add(_identity(file))
     return file
+
+
+def _opened(path: Path, place: Path) -> int:
+    """The lock's file, made if need be; never what a link of its name leads to."""
+    try:
+        mode = os.lstat(place).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if stat.S_ISREG(mode):
+        # without a link's target, and without waiting at a pipe, that came between the two calls
+        wary = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        file = os.open(place, os.O_RDWR | os.O_CREAT | wary, 0o666)
+        if stat.S_ISREG(os.fstat(file).st_mode):
+            return file
+        os.close(file)
+    raise OSError(
+        f"{path} cannot be locked: {place} is not a regular file; remove it, or name another place"
+    )
+
+
+def _identity(file: int) -> tuple[int, int, int]:
+    found = os.fstat(file)
+    return os.getpid(), found.st_dev, found.st_ino
 
 
 def _is_named(file: int, place: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(file), os.stat(place))
+        return os.path.samestat(os.fstat(file), os.lstat(place))
     except FileNotFoundError:
         return False
 
@@ -125,5 +162,5 @@ def _owner(file: int) -> str:
     try:
         owner = json.loads(os.pread(file, 4096, 0))
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except ValueError:  # it was locked a moment ago
-        return "another process"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return "another process"  # it was locked a moment ago, or by another program

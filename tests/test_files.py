@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,6 +28,15 @@ import sys, time; from pathlib import Path; from fastgt import files
 with files.lock(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(60)
+"""
+FORKER = """
+import os, sys, time; from pathlib import Path; from fastgt import files
+with files.lock(Path(sys.argv[1])):
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        print("locked", flush=True)
+        time.sleep(60)
 """
 
 
@@ -169,6 +179,19 @@ def test_a_lock_is_let_go_though_a_forked_child_lives_on(tmp_path: Path) -> None
         os.waitpid(child, 0)
 
 
+def test_a_forked_child_that_leaves_does_not_give_the_lock_away(tmp_path: Path) -> None:
+    run = start(FORKER, tmp_path)
+    assert run.stdout is not None
+    try:
+        assert run.stdout.readline() == "locked\n"
+        assert os.listdir(tmp_path) == [".lock"]
+        said = f"in use by process {run.pid} on .*: wait until"
+        with pytest.raises(RuntimeError, match=said), files.lock(tmp_path):
+            pytest.fail("both have it")
+    finally:
+        kill(run)
+
+
 def test_a_lock_is_let_go_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), files.lock(tmp_path):
         raise KeyboardInterrupt
@@ -233,3 +256,107 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     with pytest.raises(PermissionError), files.lock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize("thing", ["link", "dangling link", "folder", "pipe"])
+def test_a_lock_leaves_alone_what_is_no_file_of_its_own(
+    thing: str, kind: str, tmp_path: Path
+) -> None:
+    precious, output = tmp_path / "precious", tmp_path / "output"
+    precious.write_text("of years")
+    output.mkdir()
+    path = output if kind == "folder" else output / "rows.json"
+    place = output / (".lock" if kind == "folder" else ".rows.json.lock")
+    if thing == "link":
+        place.symlink_to(precious)
+    elif thing == "dangling link":
+        place.symlink_to(tmp_path / "nowhere")
+    elif thing == "folder":
+        place.mkdir()
+    else:
+        os.mkfifo(place)
+    said = re.escape(f"{path} cannot be locked: {place} is not a regular file; remove it")
+    with pytest.raises(OSError, match=said), files.lock(path):
+        pytest.fail("locked")
+    assert precious.read_text() == "of years"
+    assert os.listdir(output) == [place.name]
+    assert sorted(os.listdir(tmp_path)) == ["output", "precious"]
+
+
+def test_a_link_that_comes_while_a_lock_is_made_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precious, output = tmp_path / "precious", tmp_path / "output"
+    precious.write_text("of years")
+    output.mkdir()
+    real = os.open
+
+    def late(place: Path, *rest: int) -> int:
+        Path(place).symlink_to(precious)
+        return real(place, *rest)
+
+    monkeypatch.setattr(os, "open", late)
+    with pytest.raises(OSError, match=re.escape(str(output / ".lock"))), files.lock(output):
+        pytest.fail("locked")
+    assert precious.read_text() == "of years"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"7", b'"x"', b"{}", b'{"pid": 1}', b"[" * 4096, b"\xff"]
+)
+def test_a_lock_that_says_something_else_is_of_another_process(
+    content: bytes, tmp_path: Path
+) -> None:
+    with (tmp_path / ".lock").open("wb") as other:
+        other.write(content)
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        said = "in use by another process: wait until"
+        with pytest.raises(RuntimeError, match=said), files.lock(tmp_path):
+            pytest.fail("both have it")
+    assert (tmp_path / ".lock").read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "file to come"])
+def test_all_links_to_a_place_share_its_lock_and_its_leftovers(kind: str, tmp_path: Path) -> None:
+    real, other = tmp_path / "real", tmp_path / "other"
+    real.mkdir()
+    other.mkdir()
+    place = real if kind == "folder" else real / "rows.json"
+    if kind == "file":
+        place.write_text("[]")
+    link = other / "link"
+    link.symlink_to(place)
+    left = real / "rows.json.0123456789abcdef.partial"
+    left.write_text("half")
+    with files.lock(link):
+        assert not left.exists()
+        said = f"^{re.escape(str(place))} is in use by process {os.getpid()}"
+        with pytest.raises(RuntimeError, match=said), files.lock(place):
+            pytest.fail("both have it")
+    with files.lock(place):
+        said = f"^{re.escape(str(link))} is in use by process {os.getpid()}"
+        with pytest.raises(RuntimeError, match=said), files.lock(link):
+            pytest.fail("both have it")
+    assert os.listdir(other) == ["link"]
+    assert os.listdir(real) == (["rows.json"] if kind == "file" else [])
+
+
+def test_a_process_that_has_a_lock_already_is_not_told_to_wait_for_itself(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    for _ in range(2):
+        with files.lock(path):
+            with pytest.raises(RuntimeError) as error, files.lock(path):
+                pytest.fail("twice")
+            assert f"in use by process {os.getpid()} on " in str(error.value)
+            assert "that is this process" in str(error.value)
+            assert "wait" not in str(error.value)
+    run = start(HOLDER, path)
+    assert run.stdout is not None
+    try:
+        assert run.stdout.readline() == "locked\n"
+        with pytest.raises(RuntimeError, match="wait until"), files.lock(path):
+            pytest.fail("both have it")
+    finally:
+        kill(run)

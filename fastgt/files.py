@@ -8,6 +8,7 @@ import re
 import secrets
 import socket
 import stat
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,10 +29,16 @@ def write(path: Path, content: bytes | memoryview) -> None:
 
     Several processes may write the same file: one whole content is there at any time, the last in
     the end. A process that is killed may leave a file NAME.TOKEN.partial, which nobody reads and
-    :func:`lock` removes.
+    :func:`lock` removes. Devices, pipes and all that is under /dev and /proc, other than /dev/shm,
+    are written to as they stand: what is written to /dev/stdout follows what was printed.
     """
-    if path.exists() and not path.is_file():  # a device or a pipe: there is nothing to replace
-        path.write_bytes(content)
+    stream = _stream(path)
+    if stream is not None:
+        for printed in (sys.stdout, sys.stderr):
+            if printed is not None and not printed.closed:
+                printed.flush()
+        with open(stream, "ab", closefd=not isinstance(stream, int)) as file:
+            file.write(content)
         return
     path = Path(os.path.realpath(path))
     partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
@@ -66,8 +73,8 @@ def lock(path: Path) -> Iterator[None]:
         OSError: The folder cannot be written to, or the lock's name belongs to a link, a folder or
             another thing that is no file.
     """
-    if path.exists() and not path.is_dir() and not path.is_file():
-        yield  # a device or a pipe
+    if _stream(path) is not None:
+        yield
         return
     whole = path.is_dir()
     real = Path(os.path.realpath(path))  # where `write` writes
@@ -89,6 +96,28 @@ def lock(path: Path) -> Iterator[None]:
             fcntl.flock(held, fcntl.LOCK_UN)  # a forked process may have it too
         if held is not None:
             os.close(held)
+
+
+def _stream(path: Path) -> Path | int | None:
+    """What is written to as it stands: a device, a pipe, or a descriptor of this process; or None.
+
+    A descriptor may be that of an ordinary file. Opening it by name again would empty that file, or
+    lead to writing over what is printed, so links are followed one by one until it shows.
+    """
+    if path.is_dir():
+        return None
+    found = path.exists() and not path.is_file()
+    name, seen = os.path.join(os.getcwd(), path), set()
+    while name not in seen:
+        seen.add(name)
+        folder, last = os.path.realpath(os.path.dirname(name)), os.path.basename(name)
+        if folder == os.path.realpath("/proc/self/fd") and last.isdecimal():
+            return int(last)
+        name = os.path.join(folder, last)
+        found = found or re.match(r"/(dev/(?!shm/)|proc/)", name) is not None
+        if os.path.islink(name):
+            name = os.path.join(folder, os.readlink(name))
+    return path if found else None
 
 
 def _acquired(path: Path, place: Path) -> int | None:

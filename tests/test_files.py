@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,6 +38,14 @@ with files.lock(Path(sys.argv[1])):
         os.waitpid(child, 0)
         print("locked", flush=True)
         time.sleep(60)
+"""
+PRINTER = """
+import sys; from pathlib import Path; from fastgt import files
+path = Path(sys.argv[1])
+with files.lock(path):
+    for line in ("first", "last"):
+        print(line)
+        files.write(path, b"rows\\n")
 """
 
 
@@ -140,6 +149,61 @@ def test_devices_and_pipes_are_written_to_and_never_replaced(tmp_path: Path) -> 
     code = "from pathlib import Path; from fastgt import files\n"
     run = start(code + "files.write(Path('/dev/stdout'), b'rows')")
     assert run.communicate(timeout=60) == ("rows", "")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("/dev/stdout", "wb"), ("/dev/fd/1", "ab"), ("chain", "wb"), ("fd/../../self/fd/1", "wb")],
+)
+def test_output_that_goes_to_a_file_keeps_what_is_printed(
+    name: str, mode: str, tmp_path: Path
+) -> None:
+    output, links = tmp_path / "output", tmp_path / "links"
+    output.mkdir()
+    links.mkdir()
+    (links / "fd").symlink_to("/dev/fd")
+    (links / "dev").symlink_to("/dev")
+    (links / "chain").symlink_to("dev/stdout")
+    printed = output / "printed.txt"
+    with printed.open(mode) as file:
+        before = os.fstat(file.fileno()).st_ino
+        subprocess.run(
+            [sys.executable, "-c", PRINTER, links / name], stdout=file, check=True, timeout=60
+        )
+    assert printed.read_text() == "first\nrows\nlast\nrows\n"
+    assert printed.stat().st_ino == before
+    assert os.listdir(output) == ["printed.txt"]
+    assert sorted(os.listdir(links)) == ["chain", "dev", "fd"]
+
+
+def test_nothing_is_made_beside_a_device() -> None:
+    with files.lock(Path("/dev/null")), files.lock(Path("/dev/null")):
+        files.write(Path("/dev/null"), b"rows")
+        assert not Path("/dev/.null.lock").exists()
+    with pytest.raises(OSError, match="/dev/no/such"):
+        files.write(Path("/dev/no/such"), b"rows")
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs /dev/shm")
+def test_files_in_shared_memory_are_replaced_like_others() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "rows.json"
+        path.write_text("older rows")
+        before = path.stat().st_ino
+        with files.lock(path):
+            assert sorted(os.listdir(folder)) == [".rows.json.lock", "rows.json"]
+            files.write(path, b"rows")
+        assert path.read_text() == "rows"
+        assert path.stat().st_ino != before
+
+
+def test_a_link_to_itself_is_no_device(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.symlink_to(path)
+    with files.lock(path):
+        files.write(path, b"rows")
+    assert path.read_bytes() == b"rows"
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "file to come"])

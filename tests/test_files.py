@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -106,6 +107,32 @@ def test_a_write_that_fails_leaves_the_old_file_alone(
         files.write(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["rows.json"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+@pytest.mark.parametrize("refused", ["folder", "file"])
+def test_only_a_file_system_that_syncs_no_folders_is_let_off(
+    refused: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode) == (refused == "folder"):
+            raise OSError(number, os.strerror(number))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = tmp_path / "rows.json"
+    path.write_text("old")
+    opened = len(os.listdir("/dev/fd"))
+    if refused == "folder" and number != errno.EIO:
+        files.write(path, b"new")
+    else:
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            files.write(path, b"new")
+    assert path.read_text() == ("new" if refused == "folder" else "old")
+    assert os.listdir(tmp_path) == ["rows.json"]
+    assert len(os.listdir("/dev/fd")) == opened
 
 
 def test_no_two_writes_have_one_temporary_name(

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastgt import tiles
 from fastgt.graph_build import (
+    check_boundaries,
+    check_device,
     check_index,
     check_ptr,
     check_range,
@@ -177,7 +179,7 @@ class Graph:
         check_values(edge_index, "edge_index")
         if graph_ptr is not None:
             check_ptr(graph_ptr, "graph_ptr", "G + 1")
-            _check_devices(graph_ptr, edge_index)
+            check_device(graph_ptr, "graph_ptr", edge_index)
         if num_nodes is None and graph_ptr is not None:
             num_nodes = int(graph_ptr[-1])
         elif num_nodes is None:
@@ -195,6 +197,7 @@ class Graph:
         if graph_ptr is None:
             return graph
         graph._check_square("graph_ptr")
+        check_boundaries(graph_ptr, "graph_ptr", rows, "nodes")
         return _with_boundaries(graph, graph_ptr, graph_ptr)
 
     @classmethod
@@ -261,25 +264,27 @@ class Graph:
     def from_pyg(cls, data: Any) -> Graph:
         """From a ``torch_geometric.data.Data`` or ``Batch``, or ``hetero[relation]``.
 
-        The boundaries of a batch are kept: ``ptr``, else those of a sorted ``batch``. A relation
-        has rows of the target's type and columns of the source's. PyG keeps Graphs that are
-        attributes of batched ``Data`` in a list, which :meth:`batch` takes.
+        The boundaries of a batch are kept: those of a sorted ``batch``, else ``ptr``. Where both
+        are there, ``ptr`` says how many graphs there are, for the last ones may have no nodes. A
+        relation has rows of the target's type and columns of the source's. PyG keeps Graphs that
+        are attributes of batched ``Data`` in a list, which :meth:`batch` takes.
 
         Raises:
-            TypeError: There is no ``edge_index``, or ``batch`` does not hold integers.
-            ValueError: ``batch`` is not sorted, or a number of nodes is not known; says what to do.
+            TypeError: There is no ``edge_index``, or ``batch`` or ``ptr`` does not hold integers.
+            ValueError: ``batch`` is not sorted, it or ``ptr`` does not fit, or a number of nodes is
+                not known; says what to do.
         """
         if getattr(data, "edge_index", None) is None:
             raise TypeError(
                 f"data must have an edge_index, got {type(data).__name__} without one: use "
                 "from_edge_index or from_csr, and data[relation] of a HeteroData"
             )
+        check_index(data.edge_index, "edge_index")
+        check_values(data.edge_index, "edge_index")
         rows, cols, row_ptr, col_ptr = sides_of_pyg(data)
         graph = cls.from_edge_index(data.edge_index, (rows, cols))
         if row_ptr is None or col_ptr is None:
             return graph
-        check_ptr(row_ptr, "ptr", "G + 1")
-        check_ptr(col_ptr, "ptr", "G + 1")
         return _with_boundaries(graph, row_ptr, col_ptr)
 
     @classmethod
@@ -843,11 +848,7 @@ def _single(num_rows: int, num_cols: int, row_ptr: Tensor, col: Tensor, edge: Te
 
 
 def _with_boundaries(graph: Graph, row_ptr: Tensor, col_ptr: Tensor) -> Graph:
-    """The graph as a batch, with its boundaries in rows and in columns."""
-    sides = (row_ptr, graph.num_rows), (col_ptr, graph.num_cols)
-    for ptr, size in sides[: 1 if row_ptr is col_ptr else 2]:
-        _check_devices(ptr, graph.col)
-        check_boundaries(ptr, "graph_ptr", size, "nodes")
+    """The graph as a batch, with its boundaries in rows and in columns, which fit."""
     if row_ptr.shape != col_ptr.shape:
         raise ValueError(
             f"the targets are of {len(row_ptr) - 1} graphs but the sources of {len(col_ptr) - 1}"
@@ -876,22 +877,6 @@ def _owners(ptr: Tensor, size: int) -> Tensor:
 
 def _index_dtype(num_rows: int, num_cols: int, num_edges: int) -> torch.dtype:
     return torch.int32 if max(num_rows, num_cols, num_edges) <= _INT32_MAX else torch.int64
-
-
-def _check_devices(ptr: Tensor, edge_index: Tensor) -> None:
-    if ptr.device != edge_index.device:
-        raise ValueError(f"graph_ptr is on {ptr.device}, edge_index on {edge_index.device}")
-
-
-def check_boundaries(ptr: Tensor, name: str, total: int, of: str) -> None:
-    first, last, down = int(ptr[0]), int(ptr[-1]), ptr[1:] < ptr[:-1]  # a difference may wrap
-    if first != 0:
-        raise ValueError(f"{name} must start at 0, got {first}")
-    if bool(down.any()):
-        i = int(down.nonzero()[0])
-        raise ValueError(f"{name} decreases from {int(ptr[i])} to {int(ptr[i + 1])} at {i + 1}")
-    if last != total:
-        raise ValueError(f"{name} ends at {last} but there are {total} {of}")
 
 
 # torch.load of a saved graph works as it does for tensors

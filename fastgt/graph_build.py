@@ -61,6 +61,22 @@ def check_values(x: Tensor, name: str) -> None:
         )
 
 
+def check_device(x: Tensor, name: str, edge_index: Tensor) -> None:
+    if x.device != edge_index.device:
+        raise ValueError(f"{name} is on {x.device}, edge_index on {edge_index.device}")
+
+
+def check_boundaries(ptr: Tensor, name: str, total: int, of: str) -> None:
+    first, last, down = int(ptr[0]), int(ptr[-1]), ptr[1:] < ptr[:-1]  # a difference may wrap
+    if first != 0:
+        raise ValueError(f"{name} must start at 0, got {first}")
+    if bool(down.any()):
+        i = int(down.nonzero()[0])
+        raise ValueError(f"{name} decreases from {int(ptr[i])} to {int(ptr[i + 1])} at {i + 1}")
+    if last != total:
+        raise ValueError(f"{name} ends at {last} but there are {total} {of}")
+
+
 class Sides(NamedTuple):
     """Rows and columns of a graph, and where the graphs of a batch begin in both, if it is one."""
 
@@ -73,17 +89,20 @@ class Sides(NamedTuple):
 def sides_of_pyg(data: Any) -> Sides:
     """Of a ``Data``, a ``Batch`` or ``data[relation]`` of a ``HeteroData``.
 
-    Boundaries are ``ptr``, else they come from a sorted ``batch``. The last graphs of a ``batch``
-    may have no nodes: as many as PyG says in ``num_graphs`` or ``batch_size`` are there.
+    Boundaries come from a sorted ``batch``, else they are ``ptr``: PyG's ``Batch.subgraph`` leaves
+    the ``ptr`` of the batch before it. The last graphs of a ``batch`` may have no nodes: as many as
+    ``ptr`` has, else as PyG says in ``num_graphs`` or ``batch_size``, are there.
 
     Raises:
-        TypeError: ``batch`` does not hold integers.
-        ValueError: ``batch`` does not fit or is not sorted, or a number of nodes is not known.
+        TypeError: ``batch`` or ``ptr`` does not hold integers.
+        ValueError: ``batch`` or ``ptr`` does not fit, is not sorted or is not where ``edge_index``
+            is; or a number of nodes is not known.
     """
+    edges = data.edge_index
     key = getattr(data, "_key", None)
     if not isinstance(key, tuple):
         n = data.num_nodes
-        ptr = _boundaries(data, "data", n, _graphs(data, "data", n))
+        ptr = _boundaries(data, "data", n, _graphs(data, "data", n, edges))
         return Sides(n, n, ptr, ptr)
     parent = data._parent()
     if parent is None:
@@ -96,64 +115,81 @@ def sides_of_pyg(data: Any) -> Sides:
         if size is None:
             raise ValueError(f"the number of nodes of {name} is not known: set {name}.num_nodes")
         sizes.append(size)
-    counts = [_graphs(x, *of) for x, *of in zip((source, target), names, sizes, strict=True)]
-    if (counts[0] is None) != (counts[1] is None):
-        one, other = names if counts[0] is None else names[::-1]
+    of_source = _graphs(source, names[0], sizes[0], edges)
+    of_target = of_source if source is target else _graphs(target, names[1], sizes[1], edges)
+    if (of_source is None) != (of_target is None):
+        one, other = names if of_source is None else names[::-1]
         raise ValueError(f"{one} has neither ptr nor batch, but {other} has: both need one")
     # the last graphs may have nodes of one type only
-    count = max((x for x in (*counts, getattr(parent, "_num_graphs", None)) if x), default=0)
-    ends = [
-        None if own is None else _boundaries(x, name, size, count)
-        for x, name, size, own in zip((source, target), names, sizes, counts, strict=True)
-    ]
-    if source is target:
-        ends[1] = ends[0]
-    return Sides(sizes[1], sizes[0], ends[1], ends[0])
+    known = of_source, of_target, getattr(parent, "_num_graphs", None)
+    count = None if of_source is None else max(x or 0 for x in known)
+    col_ptr = _boundaries(source, names[0], sizes[0], count)
+    row_ptr = col_ptr
+    if source is not target:
+        row_ptr = _boundaries(target, names[1], sizes[1], count)
+    return Sides(sizes[1], sizes[0], row_ptr, col_ptr)
 
 
-def _graphs(nodes: Any, name: str, size: int) -> int | None:
+def _graphs(nodes: Any, name: str, size: int, edges: Tensor) -> int | None:
     """How many graphs the nodes belong to; None where nothing says so."""
     ptr, batch = getattr(nodes, "ptr", None), getattr(nodes, "batch", None)
     if ptr is not None:
-        return len(ptr) - 1
+        check_ptr(ptr, f"{name}.ptr", "G + 1")
+        check_device(ptr, f"{name}.ptr", edges)
     if batch is None:
-        return None
+        return None if ptr is None else len(ptr) - 1
     if not isinstance(batch, Tensor) or batch.dtype not in INTEGERS:
         kind = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
         raise TypeError(f"{name}.batch must be a tensor of integers, got {kind}")
+    check_device(batch, f"{name}.batch", edges)
     if batch.shape != (size,):
         raise ValueError(
             f"{name}.batch must be [{size}], one entry a node, got {list(batch.shape)}"
         )
+    highest = _highest(batch, name) + 1
+    # PyG counts the graphs of a Batch by the largest of batch, which an empty one does not have
+    known = ("num_graphs", "batch_size") if size else ("_num_graphs",)
+    counts = {x: getattr(nodes, x, None) for x in known} if ptr is None else {"ptr": len(ptr) - 1}
+    for attribute, found in counts.items():
+        if found is not None and found < highest:
+            said = "the number of graphs in " if attribute == "ptr" else ""
+            raise ValueError(
+                f"{name}.batch has graph {highest - 1} but {said}{name}.{attribute} is {found}"
+            )
+        highest = max(highest, found or 0)
+    return highest
+
+
+def _highest(batch: Tensor, name: str) -> int:
+    """The last graph of a sorted ``batch``; -1 where there are no nodes."""
+    if not batch.numel():
+        return -1
     down = batch[1:] < batch[:-1]
-    if bool(down.any()):
+    # together: a GPU is waited for once
+    unsorted, first, last = torch.stack(
+        [down.any().long(), batch[0].long(), batch[-1].long()]
+    ).tolist()
+    if unsorted:
         i = int(down.nonzero()[0])
         raise ValueError(
             f"{name}.batch is not sorted: node {i} is of graph {int(batch[i])}, node {i + 1} of "
             f"graph {int(batch[i + 1])}; order the nodes first, as with "
             "data.subgraph(data.batch.argsort(stable=True))"
         )
-    if size and int(batch[0]) < 0:
-        raise ValueError(f"{name}.batch has graph {int(batch[0])}; it must not be negative")
-    highest = int(batch[-1]) + 1 if size else 0
-    # PyG counts the graphs of a Batch by the largest of batch, which an empty one does not have
-    known = ("num_graphs", "batch_size") if size else ("_num_graphs",)
-    for attribute in known:
-        found = getattr(nodes, attribute, None)
-        if found is not None and found < highest:
-            raise ValueError(
-                f"{name}.batch has graph {highest - 1} but {name}.{attribute} is {found}"
-            )
-        highest = max(highest, found or 0)
-    return highest
+    if first < 0:
+        raise ValueError(f"{name}.batch has graph {first}; it must not be negative")
+    return last
 
 
 def _boundaries(nodes: Any, name: str, size: int, count: int | None) -> Tensor | None:
-    ptr = getattr(nodes, "ptr", None)
-    if ptr is not None or count is None:
-        return ptr
-    graphs = torch.arange(count + 1, device=nodes.batch.device)
-    return torch.searchsorted(nodes.batch.long(), graphs)
+    if count is None:
+        return None
+    batch = getattr(nodes, "batch", None)
+    if batch is None:
+        check_boundaries(nodes.ptr, f"{name}.ptr", size, "nodes")
+        return nodes.ptr
+    graphs = torch.arange(count + 1, device=batch.device)
+    return torch.searchsorted(batch.long(), graphs)
 
 
 def normal(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ pyg = pytest.importorskip("torch_geometric.data")
 BATCH = torch.tensor([0, 0, 0, 0, 1, 1])
 
 
-def batched(batch: Tensor, **more: Any) -> Any:
+def batched(batch: Tensor | None, **more: Any) -> Any:
     return pyg.Data(x=torch.arange(6.0)[:, None], edge_index=SIX, batch=batch, **more)
 
 
@@ -46,9 +46,66 @@ def test_graphs_without_nodes_are_graphs(more: dict, wanted: list[int]) -> None:
     assert graph.graph_ptr.tolist() == wanted
 
 
-def test_ptr_comes_before_batch() -> None:
-    data = batched(BATCH, ptr=torch.tensor([0, 0, 4, 6, 6]))
+def test_batch_comes_before_ptr_which_says_how_many_graphs_there_are() -> None:
+    data = batched(BATCH, ptr=torch.tensor([0, 0, 3, 5, 6]))
+    assert Graph.from_pyg(data).graph_ptr.tolist() == [0, 4, 6, 6, 6]
+    data = batched(None, ptr=torch.tensor([0, 0, 4, 6, 6]))
     assert Graph.from_pyg(data).graph_ptr.tolist() == [0, 0, 4, 6, 6]
+
+
+def pair() -> Any:
+    """Graphs of two and of three nodes, with a self loop each."""
+    loop = torch.zeros(2, 1, dtype=torch.long)
+    return pyg.Batch.from_data_list(
+        [pyg.Data(x=torch.zeros(n, 1), edge_index=loop, num_nodes=n) for n in (2, 3)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kept", "wanted"),
+    [([1, 2, 4], [0, 1, 3]), ([0, 1], [0, 2, 2]), ([2, 3], [0, 0, 2]), ([], [0, 0, 0])],
+)
+def test_a_subgraph_of_a_batch_keeps_its_graphs(kept: list[int], wanted: list[int]) -> None:
+    data = pair().subgraph(torch.tensor(kept, dtype=torch.long))
+    assert data.ptr.tolist() == [0, 2, 5]  # PyG leaves it as it was
+    assert Graph.from_pyg(data).graph_ptr.tolist() == wanted
+
+
+def test_a_subgraph_that_mixes_the_graphs_of_a_batch_is_refused() -> None:
+    data = pair().subgraph(torch.tensor([0, 2, 1, 3, 4]))
+    with pytest.raises(
+        ValueError, match=r"data\.batch is not sorted: node 1 is of graph 1, node 2 "
+    ):
+        Graph.from_pyg(data)
+
+
+@pytest.mark.parametrize(
+    ("ptr", "error", "message"),
+    [
+        ([0, 4, 7], ValueError, r"data\.ptr ends at 7 but there are 6 nodes"),
+        ([1, 6], ValueError, r"data\.ptr must start at 0, got 1"),
+        ([0, 5, 4, 6], ValueError, r"data\.ptr decreases from 5 to 4 at 2"),
+        ([], ValueError, r"data\.ptr must be \[G \+ 1\], got \[0\]"),
+        ([0.0, 6.0], TypeError, r"data\.ptr must hold integers .* got torch.float32"),
+    ],
+)
+def test_a_ptr_that_does_not_fit_is_refused(
+    ptr: list, error: type[Exception], message: str
+) -> None:
+    dtype = torch.float32 if error is TypeError else torch.long
+    data = pyg.Data(x=torch.zeros(6, 1), edge_index=SIX, ptr=torch.tensor(ptr, dtype=dtype))
+    with pytest.raises(error, match=message):
+        Graph.from_pyg(data)
+
+
+@pytest.mark.parametrize("name", ["ptr", "batch"])
+def test_boundaries_on_another_device_are_refused(name: str) -> None:
+    data = pair()
+    data[name] = data[name].to("meta")
+    with pytest.raises(ValueError, match=rf"data\.{name} is on meta, edge_index on cpu"):
+        Graph.from_pyg(data)
+    with pytest.raises(RuntimeError, match="edge_index is on the meta device"):
+        Graph.from_pyg(data.to("meta"))
 
 
 def test_nothing_but_a_batch_of_no_nodes() -> None:
@@ -90,6 +147,12 @@ def test_an_unsorted_batch_is_refused_and_what_the_message_says_helps() -> None:
         (BATCH[:, None], {}, ValueError, r"data\.batch must be \[6\].* got \[6, 1\]"),
         (BATCH - 1, {}, ValueError, r"data\.batch has graph -1"),
         (BATCH, {"num_graphs": 1}, ValueError, r"batch has graph 1 but data\.num_graphs is 1"),
+        (
+            BATCH,
+            {"ptr": torch.tensor([0, 6])},
+            ValueError,
+            r"graph 1 but the number .* data\.ptr is 1",
+        ),
         (torch.arange(6), {}, ValueError, r"edge 0 joins node 1 to node 0 of another graph"),
     ],
 )

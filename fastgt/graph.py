@@ -566,17 +566,25 @@ class Graph:
 
     def to(
         self,
-        device: torch.device | str | int,
+        device: torch.device | str | int | torch.dtype | Tensor | None = None,
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
         copy: bool = False,
+        *,
+        memory_format: torch.memory_format | None = None,
     ) -> Graph:
         """The same graph on another device, with what was cached; itself if it is there already.
 
-        The arguments are those of ``Tensor.to``. A floating-point ``dtype`` changes nothing, for
-        indices stay integers. A graph that goes to the CPU with ``non_blocking=True`` must not be
-        used before the device has been waited for, as with tensors.
+        The arguments are those of ``Tensor.to``: without a device the graph stays where it is, and
+        a tensor stands for its device. A floating-point ``dtype`` changes nothing, for indices stay
+        integers, nor does a ``memory_format``. A graph that goes to the CPU with
+        ``non_blocking=True`` must not be used before the device has been waited for, as with
+        tensors.
         """
+        if isinstance(device, torch.dtype) and dtype is None:
+            device, dtype = None, device
+        if device is None or isinstance(device, Tensor):
+            device = self.device if device is None else device.device
         if not isinstance(device, (torch.device, str, int)):
             raise TypeError(f"device must be a torch.device or its name, got {device!r}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -609,9 +617,13 @@ class Graph:
         """:meth:`to` a CUDA device; default: the current one."""
         return self.to("cuda" if device is None else device, non_blocking=non_blocking)
 
-    def pin_memory(self) -> Graph:
-        """The same graph in page-locked memory, from which a GPU can copy while others compute."""
-        return self if self.is_pinned() else self._mapped(Tensor.pin_memory)
+    def pin_memory(self, device: torch.device | str | None = None) -> Graph:
+        """The same graph in page-locked memory, from which a GPU can copy while others compute.
+
+        PyTorch warns that a ``device`` is deprecated; it takes the current accelerator without one.
+        """
+        where = () if device is None else (device,)
+        return self if self.is_pinned() else self._mapped(lambda x: x.pin_memory(*where))
 
     def is_pinned(self) -> bool:
         """Whether :meth:`pin_memory` would change nothing."""

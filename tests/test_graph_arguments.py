@@ -154,8 +154,13 @@ REFUSALS = {
         ValueError,
         r"matrix.*\b2\b",
     ),
-    "to a dtype": (lambda: _GRAPH.to(torch.float16), TypeError, r"device.*torch.float16"),
-    "to none": (lambda: _GRAPH.to(None), TypeError, r"device.*None"),
+    "to an integer dtype": (lambda: _GRAPH.to(torch.int64), TypeError, r"dtype must .*int64"),
+    "to two dtypes": (
+        lambda: _GRAPH.to(torch.half, torch.half),
+        TypeError,
+        r"device must be .*torch.float16",
+    ),
+    "to a list": (lambda: _GRAPH.to(["cpu"]), TypeError, r"device must be .*\['cpu'\]"),
     "pyg none": (lambda: Graph.from_pyg(None), TypeError, r"data.*edge_index.*NoneType"),
     "batch of None": (lambda: Graph.batch([_GRAPH, None]), TypeError, r"graphs\[1\].*NoneType"),
     "batch devices": (

@@ -100,6 +100,35 @@ def test_a_dtype_is_for_features() -> None:
             graph.to("cpu", wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ((), {}),
+        ((None,), {}),  # as accelerate's cpu_offload does
+        ((None, torch.bfloat16), {}),
+        ((), {"device": None, "dtype": torch.bfloat16}),
+        ((torch.bfloat16,), {"non_blocking": True}),
+        ((), {"dtype": torch.bfloat16}),
+        ((), {"memory_format": torch.preserve_format}),
+    ],
+)
+def test_a_graph_that_is_sent_nowhere_is_itself(device: str, given: tuple, named: dict) -> None:
+    graph = walked().to(device)
+    assert torch.ones(2, device=device).to(*given, **named).device.type == device
+    assert graph.to(*given, **named) is graph
+    twin = graph.to(*given, **named, copy=True)
+    assert twin is not graph
+    assert twin.device == graph.device
+
+
+def test_a_tensor_stands_for_its_device() -> None:
+    graph = walked()
+    assert graph.to(torch.ones(2)) is graph
+    moved = graph.to(torch.ones(2, device="meta"), memory_format=torch.contiguous_format)
+    assert {x.device.type for x in held(moved)} == {"meta"}
+
+
 def test_a_copy_on_the_same_device_shares_nothing() -> None:
     graph = walked()
     twin = graph.to("cpu", copy=True)
@@ -121,8 +150,10 @@ def test_a_moved_graph_is_planned_anew_and_a_copied_one_is_not() -> None:
 
 def test_pinning_pins_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: set[int] = set()
+    asked: list[tuple[str, ...]] = []
 
-    def pin(x: torch.Tensor) -> torch.Tensor:
+    def pin(x: torch.Tensor, *device: str) -> torch.Tensor:
+        asked.append(device)
         twin = x.clone()
         pinned.add(twin.data_ptr())
         return twin
@@ -139,6 +170,9 @@ def test_pinning_pins_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert twin.graph_ptr is twin.col_graph_ptr
     assert_same(twin, graph)
     assert pyg_data(graph).pin_memory().graph.is_pinned()
+    assert set(asked) == {()}
+    assert graph.pin_memory("cuda").is_pinned()
+    assert asked[-1] == ("cuda",)
 
 
 def test_sharing_shares_all_of_it() -> None:

@@ -73,7 +73,9 @@ class Graph:
     Isolated rows, no edges and no nodes are all valid. Indices are int32 while they fit.
 
     Build one with :meth:`from_edge_index`, :meth:`from_csr`, :meth:`from_dense`,
-    :meth:`from_scipy`, :meth:`from_pyg` or :meth:`batch`; the fields are for reading.
+    :meth:`from_scipy`, :meth:`from_pyg` or :meth:`batch`; the fields are for reading. A graph that
+    is made under ``torch.inference_mode()`` may be trained with. If compiled code makes it there,
+    its ``copy.copy`` may, once it is taken outside compiled code.
 
     Attributes:
         num_rows, num_cols: Queries and keys; equal unless the graph is bipartite.

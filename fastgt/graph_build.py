@@ -195,9 +195,10 @@ def _boundaries(nodes: Any, name: str, size: int, count: int | None) -> Tensor |
 def normal(x: Tensor) -> Tensor:
     """``x``; where it is an inference tensor, a copy that autograd may save for a backward.
 
-    What is made under ``torch.inference_mode()``, and kept, is trained with afterwards.
+    What is made under ``torch.inference_mode()``, and kept, is trained with afterwards. While
+    somebody compiles, ``x`` itself: what compiled code returns there are inference tensors.
     """
-    # Dynamo does not trace the question
+    # Dynamo does not trace the question, and AOTAutograd drops a change of the mode
     if torch.compiler.is_compiling() or not x.is_inference():
         return x
     with torch.inference_mode(False):

@@ -139,6 +139,26 @@ def test_a_walk_sorted_in_a_compiled_validation_is_no_inference_tensor(mode: Any
     assert not any(y.is_inference() for y in graph._tensors())
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda g: Graph.batch([g, g]), lambda g: g.to("cpu", copy=True)],
+    ids=["batch", "copied to a device"],
+)
+def test_a_copy_of_a_graph_made_in_a_compiled_validation_trains(
+    make: Callable[[Graph], Graph], backend: str
+) -> None:
+    torch.compiler.reset()
+    with torch.inference_mode():
+        made = torch.compile(make, backend=backend)(batch())
+    graph = copy.copy(made)
+    assert not any(x.is_inference() for x in graph._tensors())
+    assert_same(graph, make(batch()))
+    x = torch.randn(graph.num_nodes, 2, 4, requires_grad=True)
+    fastgt.linear_attention(x, x, x, graph.graph_ptr).sum().backward()
+    assert x.grad is not None
+
+
 def qkv() -> list[Tensor]:
     return list(torch.randn(3, 6, 2, 4, generator=torch.Generator().manual_seed(1)).unbind())
 

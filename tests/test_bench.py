@@ -487,6 +487,7 @@ def test_tiles_are_verified_and_timed(monkeypatch, capsys):
     """Forward and backward with the tile; what does not compile has its reason."""
     pytest.importorskip("triton")
     from fastgt.kernels import attention as kernels
+    from fastgt.kernels import attention_backward as backward  # before its plan is another
 
     plan, plans = kernels.attention_plan, []
 
@@ -499,7 +500,7 @@ def test_tiles_are_verified_and_timed(monkeypatch, capsys):
     usual = kernels.attention_tile(2, 16, 4).num_warps
     rows_of = kernels.attention_tile(2, 16, 4).block_r
     monkeypatch.setattr(kernels, "attention_plan", attention_plan)
-    monkeypatch.setattr("fastgt.kernels.attention_backward.attention_plan", attention_plan)
+    monkeypatch.setattr(backward, "attention_plan", attention_plan)
     monkeypatch.setattr(tune, "CHANGES", ({}, {"block_r": 2, "block_n": 2}, {"num_warps": 2}))
     monkeypatch.setattr(
         tune.timing,

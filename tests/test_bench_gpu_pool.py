@@ -1,46 +1,14 @@
 """Tasks in processes of their own: what one does to its process costs that task alone."""
 
 import os
-import signal
 import time
 
 import pytest
 import torch
+from pool_tasks import die, double, fail, identity, setting, sick, sleep
 
 from fastgt.bench import gpu_pool
 from fastgt.bench.gpu_pool import Pool, Task
-
-
-def double(x, tell):
-    tell(f"doubling {x}")
-    return 2 * x
-
-
-def die(tell):
-    tell("dying")
-    print("last words", flush=True)
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def fail(tell):
-    raise ValueError("no such thing\nand more")
-
-
-def sleep(tell):
-    tell("sleeping")
-    time.sleep(600)
-
-
-def sick(tell):
-    raise gpu_pool.Sick("an illegal memory access was encountered")
-
-
-def identity(tell):
-    return os.getpid()
-
-
-def setting(tell):
-    return os.environ.get("FASTGT_TEST_OF_A_SETTING")
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ test-setup: $(VENV)/test.stamp
 demo: $(VENV)/demo.stamp
 	$(BIN)/fastgt demo
 
+# a process for each core, which has whole files: threads of its own would stand in the others' way
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy fastgt
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 	$(BIN)/pytest bench --benchmark-disable
 
 # The lowest and the highest versions declared; each environment takes several gigabytes of cache.

@@ -323,3 +323,9 @@ def test_public_names_have_docstrings():
 def test_version_is_the_projects():
     text = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{fastgt.__version__}"' in text
+
+
+def test_a_test_has_the_same_name_in_every_process(request):
+    """pytest-xdist refuses a suite whose names differ, as names with an object's address do."""
+    addresses = [item.nodeid for item in request.session.items if " at 0x" in item.nodeid]
+    assert not addresses

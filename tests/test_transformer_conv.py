@@ -147,7 +147,9 @@ def molecules():
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
-    ("problem", "features"), [("zinc", molecules), ("power10k", power_grid)], ids=lambda x: str(x)
+    ("problem", "features"),
+    [("zinc", molecules), ("power10k", power_grid)],
+    ids=["zinc", "power10k"],
 )
 def test_real_graphs_with_their_own_edge_features(problem, features, impl):
     try:

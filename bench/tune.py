@@ -26,7 +26,7 @@ from torch import Tensor
 from fastgt import Graph, neighborhood_attention, reference, tiles
 from fastgt.bench import harness, timing
 from fastgt.files import lock, write
-from fastgt.ops._impl import Impl
+from fastgt.ops.implementation import Impl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = (16, 32, 64, 128)

@@ -285,7 +285,7 @@ def _device(args: argparse.Namespace) -> torch.device:
     """The device of the options, on which their implementation can run."""
     import torch
 
-    from fastgt.ops._impl import choose, device_named, require_triton
+    from fastgt.ops.implementation import choose, device_named, require_triton
 
     device = device_named(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     probe = torch.empty(0, device=device)

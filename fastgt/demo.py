@@ -22,7 +22,7 @@ from fastgt.files import lock, write
 from fastgt.graph import Graph
 from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
 from fastgt.nn import NeighborhoodAttention
-from fastgt.ops._impl import Impl, implementation
+from fastgt.ops.implementation import Impl, implementation
 
 LEARNING_RATE = 0.01
 WEIGHT_DECAY = 1e-4

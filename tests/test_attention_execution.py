@@ -572,7 +572,7 @@ def test_nothing_waits_for_the_device(plan):
     """Launchers allocate and launch: no value comes back, so a CUDA graph can capture them."""
     pytest.importorskip("triton")
     from fastgt.ops import attention as ops
-    from fastgt.ops._head_gate import active_heads
+    from fastgt.ops.head_mask import active_heads
 
     x = case(1, 20, 90, heads=2, group=2, d=8, dv=8, dtype=FP32, plan=plan)
     chosen = x.graph.choose(8, FP32)

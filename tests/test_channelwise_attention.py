@@ -978,7 +978,7 @@ def test_nothing_waits_for_the_device():
     pytest.importorskip("triton")
     from test_attention_execution import Calls
 
-    from fastgt.ops._head_gate import active_heads
+    from fastgt.ops.head_mask import active_heads
 
     x = case(1, 8, 40, channels=(2, 3), dtype=FP32, plan="buckets")
     impl = "triton"

@@ -270,7 +270,7 @@ def test_kernels_refuse_their_folder_name():
         "fastgt.graph",
         "fastgt.encodings",
         "fastgt.reordering",
-        "fastgt.ops._impl",
+        "fastgt.ops.implementation",
         "fastgt.ops.aggregate",
         "fastgt.ops.attention",
         "fastgt.ops.channelwise_attention",

@@ -14,7 +14,7 @@ from fastgt import models, pruning
 from fastgt import nn as modules
 from fastgt.models import graph_transformer
 from fastgt.models.package_classifier import PackageClassifierConfig
-from fastgt.ops._arguments import integer
+from fastgt.ops.checks import integer
 from fastgt.pruning import GradualPruning, HeadSparsity
 
 NODES = {"node_types": 3, "out_dim": 2, "dim": 8, "heads": 2, "layers": 2}

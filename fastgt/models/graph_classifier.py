@@ -25,7 +25,7 @@ from fastgt.models.graph_transformer import (
 )
 from fastgt.nn import HeadGate
 from fastgt.nn.sublayers import reset_sublayers
-from fastgt.ops._arguments import check_graph
+from fastgt.ops.checks import check_graph
 from fastgt.ops.segment_pool import segment_mean
 
 

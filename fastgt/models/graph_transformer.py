@@ -31,7 +31,7 @@ from fastgt.encodings import flip_signs
 from fastgt.graph import Graph
 from fastgt.nn import EdgeGatedAttention, NeighborhoodAttention
 from fastgt.nn.sublayers import check_rows, reset_sublayers
-from fastgt.ops._arguments import check_float, check_graph, integer, readable
+from fastgt.ops.checks import check_float, check_graph, integer, readable
 
 Norm = Literal["batch", "layer"]
 _NORM = ", or take norm='layer'"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastgt.graph import Graph
 from fastgt.models.graph_transformer import GraphTransformerLayer, check_config, check_types
 from fastgt.nn.sublayers import reset_sublayers
-from fastgt.ops._arguments import check_graph
+from fastgt.ops.checks import check_graph
 
 
 @dataclass

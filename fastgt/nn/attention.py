@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from fastgt.graph import Graph
 from fastgt.nn.gated_heads import Gate, GatedHeads
-from fastgt.ops._arguments import check_graph, integer
-from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.attention import neighborhood_attention
+from fastgt.ops.checks import check_graph, integer
+from fastgt.ops.implementation import Impl, check_impl
 
 
 class NeighborhoodAttention(GatedHeads):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.nn.sublayers import is_plain_linear, reset_sublayers
-from fastgt.ops._arguments import readable
-from fastgt.ops._head_gate import check_head_gate, gated
-from fastgt.ops._impl import Impl, choose
+from fastgt.ops.checks import readable
+from fastgt.ops.head_mask import check_head_gate, gated
 from fastgt.ops.head_projection import dense, head_projection
+from fastgt.ops.implementation import Impl, choose
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastgt.ops._arguments import integer
+from fastgt.ops.checks import integer
 
 
 class HeadGate(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastgt.nn.gated_heads import GatedHeads
 from fastgt.nn.sublayers import reset_sublayers
-from fastgt.ops._arguments import check_offsets, integer
-from fastgt.ops._impl import Impl, check_impl
+from fastgt.ops.checks import check_offsets, integer
+from fastgt.ops.implementation import Impl, check_impl
 from fastgt.ops.linear_attention import MAX_FEATURES, FeatureMap, linear_attention
 
 

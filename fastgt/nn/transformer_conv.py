@@ -10,9 +10,9 @@ from torch.nn.functional import linear
 
 from fastgt.graph import Graph
 from fastgt.nn.sublayers import is_plain_linear, reset_sublayers
-from fastgt.ops._arguments import MAX_WIDTH, check_graph, integer
-from fastgt.ops._impl import Impl, check_impl
 from fastgt.ops.attention import neighborhood_attention
+from fastgt.ops.checks import MAX_WIDTH, check_graph, integer
+from fastgt.ops.implementation import Impl, check_impl
 
 
 class TransformerConv(nn.Module):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.nn.sublayers import check_rows, reset_sublayers
-from fastgt.ops._arguments import check_float, check_offsets, integer
-from fastgt.ops._impl import Impl, check_impl
+from fastgt.ops.checks import check_float, check_offsets, integer
+from fastgt.ops.implementation import Impl, check_impl
 from fastgt.ops.segment_pool import virtual_node
 
 

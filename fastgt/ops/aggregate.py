@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgt import reference
 from fastgt.graph import Graph
-from fastgt.ops._arguments import (
+from fastgt.ops.checks import (
     _FLOATS,
     accumulator,
     autocast,
@@ -20,7 +20,7 @@ from fastgt.ops._arguments import (
     number,
     refuse_forward_mode,
 )
-from fastgt.ops._impl import Impl, choose, require_triton
+from fastgt.ops.implementation import Impl, choose, require_triton
 from fastgt.tiles import Plan
 
 Reduce = Literal["sum", "mean", "max"]

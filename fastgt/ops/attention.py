@@ -10,7 +10,13 @@ from torch import Tensor
 
 from fastgt import reference
 from fastgt.graph import Graph
-from fastgt.ops._arguments import (
+from fastgt.ops.attention_edges import (
+    autocast_edges,
+    check_edges,
+    edge_attention,
+    reference_grads,
+)
+from fastgt.ops.checks import (
     autocast,
     autocasts,
     check_attention,
@@ -22,14 +28,8 @@ from fastgt.ops._arguments import (
     number,
     refuse_forward_mode,
 )
-from fastgt.ops._head_gate import Active, active_heads, check_head_gate, gated, masked_extras
-from fastgt.ops._impl import Impl, choose, require_triton
-from fastgt.ops.attention_edges import (
-    autocast_edges,
-    check_edges,
-    edge_attention,
-    reference_grads,
-)
+from fastgt.ops.head_mask import Active, active_heads, check_head_gate, gated, masked_extras
+from fastgt.ops.implementation import Impl, choose, require_triton
 from fastgt.tiles import Plan, tallest
 
 

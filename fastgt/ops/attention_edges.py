@@ -12,15 +12,15 @@ from torch import Tensor
 
 from fastgt import reference
 from fastgt.graph import Graph
-from fastgt.ops._arguments import (
+from fastgt.ops.checks import (
     accumulator,
     autocast,
     check_edge_attr,
     check_edge_tensor,
     check_gate,
 )
-from fastgt.ops._impl import require_triton
-from fastgt.ops._wide_product import wide_product
+from fastgt.ops.implementation import require_triton
+from fastgt.ops.wide_product import wide_product
 from fastgt.philox import LEVELS, kept, threshold
 
 _Settings = tuple[float, float, float, float]  # scale, low, high, eps

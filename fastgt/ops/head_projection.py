@@ -20,9 +20,9 @@ from torch.nn.functional import linear, pad
 
 from fastgt import reference
 from fastgt.cpu.head_projection import keeps_rows_apart, missing
-from fastgt.ops._arguments import autocast, autocasts, check_float, refuse_forward_mode
-from fastgt.ops._head_gate import check_head_gate, head_mask
-from fastgt.ops._impl import Impl, choose, require_triton
+from fastgt.ops.checks import autocast, autocasts, check_float, refuse_forward_mode
+from fastgt.ops.head_mask import check_head_gate, head_mask
+from fastgt.ops.implementation import Impl, choose, require_triton
 
 
 def head_projection(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgt import reference
-from fastgt.ops._arguments import (
+from fastgt.ops.checks import (
     accumulator,
     autocast,
     autocasts,
@@ -21,8 +21,8 @@ from fastgt.ops._arguments import (
     number,
     refuse_forward_mode,
 )
-from fastgt.ops._head_gate import check_head_gate, gated, head_mask
-from fastgt.ops._impl import Impl, choose, require_triton
+from fastgt.ops.head_mask import check_head_gate, gated, head_mask
+from fastgt.ops.implementation import Impl, choose, require_triton
 from fastgt.ops.segment_pool import segment_sum
 
 FeatureMap = Literal["identity", "relu", "elu", "sigmoid", "softmax", "relu_random"]

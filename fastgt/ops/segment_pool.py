@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastgt.graph import ColumnWalk, Graph
-from fastgt.ops._arguments import autocasts, check_float, check_offsets
-from fastgt.ops._impl import Impl
 from fastgt.ops.aggregate import Reduce, aggregate
+from fastgt.ops.checks import autocasts, check_float, check_offsets
+from fastgt.ops.implementation import Impl
 
 
 def segment_sum(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastgt.nn.gated_heads import GatedHeads
 from fastgt.nn.head_gate import HeadGate
 from fastgt.nn.sublayers import is_plain_linear
-from fastgt.ops._arguments import integer
+from fastgt.ops.checks import integer
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.nn.sublayers import reset_sublayers
-from fastgt.ops._arguments import integer
+from fastgt.ops.checks import integer
 
 Model = TypeVar("Model", bound=nn.Module)
 

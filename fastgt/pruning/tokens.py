@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgt.graph import Graph
 from fastgt.nn.sublayers import reset_sublayers
-from fastgt.ops._arguments import accumulator, check_float, check_graph, integer
+from fastgt.ops.checks import accumulator, check_float, check_graph, integer
 from fastgt.ops.segment_pool import segment_max, segment_sum
 
 

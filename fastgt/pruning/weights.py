@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, prune
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastgt.ops._arguments import integer
+from fastgt.ops.checks import integer
 
 
 class GradualPruning:

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from fastgt import files
 from fastgt.models import GraphClassifier, GraphClassifierConfig
-from fastgt.ops._impl import Impl, implementation
+from fastgt.ops.implementation import Impl, implementation
 from fastgt.pruning import HeadSparsity
 from fastgt.training import comparison
 from fastgt.training.checkpoint import open_run, seed_everything

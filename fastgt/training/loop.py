@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt import files
-from fastgt.ops._arguments import integer
+from fastgt.ops.checks import integer
 from fastgt.pruning import HeadSparsity
 from fastgt.training import checkpoint, report
 

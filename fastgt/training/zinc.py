@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastgt import files
 from fastgt.models import EdgeGraphTransformer, EdgeGraphTransformerConfig
-from fastgt.ops._impl import Impl, implementation
+from fastgt.ops.implementation import Impl, implementation
 from fastgt.training.checkpoint import open_run, seed_everything
 from fastgt.training.loop import Task, Training
 from fastgt.training.molecules import ATOM_TYPES, BOND_TYPES, Molecules, load_zinc

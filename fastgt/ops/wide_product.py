@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgt.ops._arguments import accumulator, autocasts
+from fastgt.ops.checks import accumulator, autocasts
 
 _PIECE = 128  # numbers that a matrix product sums at most
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastgt.graph import Graph
-from fastgt.ops._arguments import accumulator, check_float, readable
-from fastgt.ops._impl import Impl
+from fastgt.ops.checks import accumulator, check_float, readable
+from fastgt.ops.implementation import Impl
 from fastgt.ops.segment_pool import of_nodes
 
 

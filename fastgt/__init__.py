@@ -1,5 +1,6 @@
 """fastgt: attention kernels that graph transformers run on."""
 
+from fastgt.contract import Aux, AuxRequest
 from fastgt.graph import Graph
 from fastgt.ops.aggregate import aggregate, gated_aggregate, segment_softmax
 from fastgt.ops.attention import neighborhood_attention
@@ -15,6 +16,8 @@ _register_formulas()
 
 __version__ = "0.1.0"
 __all__ = [
+    "Aux",
+    "AuxRequest",
     "Graph",
     "aggregate",
     "channelwise_attention",

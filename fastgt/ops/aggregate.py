@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,16 +12,18 @@ from torch import Tensor
 from fastgt import reference
 from fastgt.graph import Graph
 from fastgt.ops.checks import (
-    _FLOATS,
+    FLOATS,
     accumulator,
     autocast,
     autocasts,
     check_graph,
+    needs_gradient,
     number,
     refuse_forward_mode,
 )
 from fastgt.ops.implementation import Impl, choose, require_triton
-from fastgt.tiles import Plan
+from fastgt.ops.second_order import differentiable_gradients
+from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
 
 Reduce = Literal["sum", "mean", "max"]
 Activation = Literal["relu"]
@@ -69,8 +71,9 @@ def segment_softmax(x: Tensor, graph: Graph, *, impl: Impl | None = None) -> Ten
     if impl == "reference":
         return reference.segment_softmax(x, graph)
     refuse_forward_mode(x)
-    path = _PATHS[impl]
-    args = _flat(x), path, graph, _rows(graph, path)
+    plan = _PLANS[impl]
+    path = plan.path
+    args = _flat(x), path, graph, row_walk(graph, plan)
     if torch.is_grad_enabled() and x.requires_grad:
         return _SegmentSoftmax.apply(*args).view(x.shape)
     return _softmax_fwd(path, args[0], args[3]).view(x.shape)
@@ -148,11 +151,12 @@ def aggregate(
             x, graph, reduce=reduce, edge_value=edge_value, activation=activation
         )
     refuse_forward_mode(*tensors)
-    path = _PATHS[impl]
+    plan = _PLANS[impl]
+    path = plan.path
     flat, how = _flat_all(*tensors), (reduce, activation == "relu")
-    rows = _rows(graph, path)
-    if _needs_gradient(*tensors):
-        columns = _columns(graph, path)
+    rows = row_walk(graph, plan)
+    if needs_gradient(*tensors):
+        columns = column_walk(graph, plan)
         out = _Aggregate.apply(*flat, path, graph, rows, columns, how)
     else:
         out, _ = _aggregate_fwd(path, *flat, rows, *how)
@@ -250,11 +254,12 @@ def gated_aggregate(
             return_gate=return_gate,
         )
     refuse_forward_mode(*tensors)
-    path = _PATHS[impl]
+    plan = _PLANS[impl]
+    path = plan.path
     flat, how = _flat_all(*tensors), (eps, bool(normalize), bool(return_gate))
-    rows = _rows(graph, path)
-    if _needs_gradient(*tensors):
-        columns = _columns(graph, path)
+    rows = row_walk(graph, plan)
+    if needs_gradient(*tensors):
+        columns = column_walk(graph, plan)
         out, e = _GatedAggregate.apply(*flat, path, graph, rows, columns, how)
     else:
         out, e, _, _ = _gated_fwd(path, *flat, rows, *how, False)
@@ -262,8 +267,7 @@ def gated_aggregate(
     return (out, e.view(graph.num_edges, *x_.shape[1:])) if return_gate else out
 
 
-_PATHS = {"torch": "torch", "triton": "gather"}
-_GATHER = Plan("gather", 0, "")
+_PLANS = {"torch": CPU, "triton": GATHER}
 
 
 def _autocast_all(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -284,7 +288,7 @@ def _check(graph: Graph, *, required: bool = False, **tensors: tuple[Tensor | No
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dtype not in _FLOATS:
+        if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
         if x.layout != torch.strided:
             raise TypeError(f"{name} must be a strided tensor, got {x.layout}")
@@ -307,10 +311,6 @@ def _check(graph: Graph, *, required: bool = False, **tensors: tuple[Tensor | No
         raise ValueError(
             f"graph is on {graph.device} but {first} is on {like.device}: use graph.to()"
         )
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -378,7 +378,7 @@ class _Aggregate(torch.autograd.Function):
                 options = {"reduce": reduce, "edge_value": edge_value, "activation": activation}
                 return (reference.aggregate(x, graph, **options),)
 
-            grads = _reference_grads(define, [x, edge_value], [do], needs)
+            grads = differentiable_gradients(define, [x, edge_value], [do], needs)
         else:
             walks = ctx.rows, ctx.columns
             found = _aggregate_bwd(ctx.path, do, x, edge_value, first, *walks, *ctx.how, *needs)
@@ -433,7 +433,7 @@ class _GatedAggregate(torch.autograd.Function):
                 assert isinstance(found, tuple)
                 return found
 
-            grads = _reference_grads(define, inputs, [do, de], needs)
+            grads = differentiable_gradients(define, inputs, [do, de], needs)
         else:
             x = inputs[0]
             if do is None:
@@ -443,43 +443,6 @@ class _GatedAggregate(torch.autograd.Function):
             found = _gated_bwd(ctx.path, *args, *needs)
             grads = [x if need else None for x, need in zip(found, needs, strict=True)]
         return (*grads, None, None, None, None, None)
-
-
-def _reference_grads(
-    define: Callable[..., tuple[Tensor, ...]],
-    inputs: Sequence[Tensor | None],
-    upstream: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Differentiable gradients of the outputs of ``define(*inputs)``."""
-    # aliases: where one input was made from another, partial derivatives are asked for
-    aliases = [None if x is None else x.view_as(x) for x in inputs]
-    # the sums of the plain definition are in its inputs' precision
-    outputs = define(*(None if x is None else x.to(accumulator(x)) for x in aliases))
-    asked = [x for x, need in zip(aliases, needs, strict=True) if need and x is not None]
-    pairs = [
-        (y, dy.to(y.dtype))
-        for y, dy in zip(outputs, upstream, strict=True)
-        if dy is not None and y.requires_grad
-    ]
-    if not pairs:
-        return [
-            torch.zeros_like(x) if need and x is not None else None
-            for x, need in zip(aliases, needs, strict=True)
-        ]
-    ys, dys = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(ys, asked, dys, create_graph=True, materialize_grads=True))
-    return [next(found) if need else None for need in needs]
-
-
-def _rows(graph: Graph, path: str) -> tuple[Tensor, ...]:
-    if path == "torch":
-        return graph.row_ptr, graph.col, graph.edge
-    return graph.row_walk(_GATHER)
-
-
-def _columns(graph: Graph, path: str) -> tuple[Tensor, ...]:
-    return graph.columns if path == "torch" else graph.column_walk(_GATHER)
 
 
 # path is "torch" (on a CPU) or "gather" (Triton); rows and columns are what it walks; first is

@@ -25,11 +25,13 @@ from fastgt.ops.checks import (
     clamp_bounds,
     dropout_key,
     largest,
+    needs_gradient,
     number,
     refuse_forward_mode,
 )
 from fastgt.ops.head_mask import Active, active_heads, check_head_gate, gated, masked_extras
 from fastgt.ops.implementation import Impl, choose, require_triton
+from fastgt.ops.walks import CPU, column_walk, row_walk
 from fastgt.tiles import Plan, tallest
 
 
@@ -245,8 +247,9 @@ def _attend(
         on_cols = None if on_cols is None else on_cols.view_as(on_cols)
     refuse_forward_mode(*tensors)
     plan = _plan(impl, graph, q, v, len(edges) > 0)
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    rows, columns = _rows(graph, plan), _columns(graph, plan) if differentiable else ()
+    differentiable = needs_gradient(*tensors)
+    rows = row_walk(graph, plan)
+    columns = column_walk(graph, plan) if differentiable else ()
     scores = None
     if edges:
         walks = graph, plan.path, rows, columns
@@ -330,9 +333,6 @@ class _Attention(torch.autograd.Function):
         return (*grads, *[None] * 8)
 
 
-_CPU = Plan("torch", 0, "")
-
-
 def _plan(impl: Impl, graph: Graph, q: Tensor, v: Tensor, edge_terms: bool) -> Plan:
     if impl == "triton":
         width = max(q.shape[2], v.shape[2])
@@ -349,17 +349,7 @@ def _plan(impl: Impl, graph: Graph, q: Tensor, v: Tensor, edge_terms: bool) -> P
             f"the graph is planned for {graph.choice.path!r}, which impl='torch' on a CPU does "
             "not have: use graph.plan() there"
         )
-    return _CPU
-
-
-def _rows(graph: Graph, plan: Plan) -> tuple[Tensor, ...]:
-    if plan.path == "torch":
-        return graph.row_ptr, graph.col, graph.edge
-    return graph.row_walk(plan)
-
-
-def _columns(graph: Graph, plan: Plan) -> tuple[Tensor, ...]:
-    return graph.columns if plan.path == "torch" else graph.column_walk(plan)
+    return CPU
 
 
 # path is "torch" (on a CPU) or one of Triton's; rows and columns are what it walks; on_rows and

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from fastgt import reference
 from fastgt.graph import Graph
 from fastgt.ops.checks import (
-    _FLOATS,
+    FLOATS,
     accumulator,
     autocast,
     autocasts,
@@ -20,12 +19,14 @@ from fastgt.ops.checks import (
     check_numbers,
     clamp_bounds,
     largest,
+    needs_gradient,
     number,
     refuse_forward_mode,
 )
 from fastgt.ops.head_mask import Active, active_heads, check_head_gate, gated, masked_extras
 from fastgt.ops.implementation import Impl, choose, require_triton
-from fastgt.tiles import Plan
+from fastgt.ops.second_order import differentiable_gradients
+from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
 
 
 def channelwise_attention(
@@ -167,9 +168,10 @@ def _attend(
         edge_value = None if edge_value is None else edge_value.view_as(edge_value)
         on_cols = None if on_cols is None else on_cols.view_as(on_cols)
     refuse_forward_mode(*tensors)
-    rows = _rows(graph, impl)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        columns = _columns(graph, impl) if v is not None and v.requires_grad else ()
+    plan = CPU if impl == "torch" else GATHER
+    rows = row_walk(graph, plan)
+    if needs_gradient(*tensors):
+        columns = column_walk(graph, plan) if v is not None and v.requires_grad else ()
         o, lse, weights = _ChannelwiseAttention.apply(
             logits,
             v,
@@ -203,7 +205,7 @@ def _check(logits: Tensor, v: Tensor | None, graph: Graph, edge_value: Tensor | 
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dtype not in _FLOATS:
+        if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
         if x.layout != torch.strided:
             raise TypeError(f"{name} must be a strided tensor, got {x.layout}")
@@ -260,75 +262,34 @@ class _ChannelwiseAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable
-            grads = _reference_grads(
-                do, dlse, logits, v, edge_value, on_rows, ctx.graph, ctx.settings, needs
-            )
+            graph, (low, high, eps) = ctx.graph, ctx.settings
+
+            def define(
+                logits: Tensor, v: Tensor | None, edge_value: Tensor | None
+            ) -> tuple[Tensor, ...]:
+                out = reference.channelwise_attention(
+                    logits,
+                    v,
+                    graph,
+                    edge_value=edge_value,
+                    logit_clamp=(low, high),
+                    denominator_eps=eps,
+                    return_lse=True,
+                    active=on_rows,
+                )
+                assert isinstance(out, tuple)
+                return out
+
+            inputs = [logits, v, edge_value]
+            grads = differentiable_gradients(define, inputs, [do, dlse], needs)
         else:
             if do is None:
                 do = logits.new_zeros(()).expand(stat.shape[0], *logits.shape[1:])
-            inputs = logits, v, edge_value, on_rows, on_cols
-            args = do, dlse, *inputs, stat, ctx.rows, ctx.columns
+            tensors = logits, v, edge_value, on_rows, on_cols
+            args = do, dlse, *tensors, stat, ctx.rows, ctx.columns
             found = _bwd(ctx.impl, *args, *ctx.settings, *needs)
             grads = [x if need else None for x, need in zip(found, needs, strict=True)]
         return (*grads, *[None] * 8)
-
-
-def _reference_grads(
-    do: Tensor | None,
-    dlse: Tensor | None,
-    logits: Tensor,
-    v: Tensor | None,
-    edge_value: Tensor | None,
-    on_rows: Tensor | None,
-    graph: Graph,
-    settings: tuple[float, float, float],
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    low, high, eps = settings
-    # aliases: where v was made from the logits, the partial derivatives are asked for
-    aliases = [None if x is None else x.view_as(x) for x in (logits, v, edge_value)]
-    # the sums of the plain definition are in its inputs' precision
-    wide = accumulator(logits)
-    cast: list[Any] = [None if x is None else x.to(wide) for x in aliases]
-    logits, v, edge_value = cast
-    o, lse = reference.channelwise_attention(
-        logits,
-        v,
-        graph,
-        edge_value=edge_value,
-        logit_clamp=(low, high),
-        denominator_eps=eps,
-        return_lse=True,
-        active=on_rows,
-    )
-    inputs = [x for x, need in zip(aliases, needs, strict=True) if need and x is not None]
-    # the LSE depends on the logits alone: it may have no gradient at all
-    both = ((o, None if do is None else do.to(wide)), (lse, dlse))
-    pairs = [(y, dy) for y, dy in both if dy is not None and y.requires_grad]
-    found: Iterator[Tensor]
-    if pairs:
-        outputs, upstream = zip(*pairs, strict=True)
-        found = iter(
-            torch.autograd.grad(
-                outputs, inputs, upstream, create_graph=True, materialize_grads=True
-            )
-        )
-    else:
-        found = map(torch.zeros_like, inputs)
-    return [next(found) if need else None for need in needs]
-
-
-_GATHER = Plan("gather", 0, "channels that never meet have no use for tensor cores")
-
-
-def _rows(graph: Graph, impl: str) -> tuple[Tensor, ...]:
-    if impl == "torch":
-        return graph.row_ptr, graph.col, graph.edge
-    return graph.row_walk(_GATHER)
-
-
-def _columns(graph: Graph, impl: str) -> tuple[Tensor, ...]:
-    return graph.columns if impl == "torch" else graph.column_walk(_GATHER)
 
 
 # stat is what the backward needs of the rows, [N_rows, 3, C]: see kernels/channelwise_attention.py;

@@ -14,7 +14,7 @@ from fastgt.graph import Graph, check_boundaries
 from fastgt.tiles import MAX_WIDTH
 
 _HALF = (torch.float16, torch.bfloat16)
-_FLOATS = (*_HALF, torch.float32, torch.float64)
+FLOATS = (*_HALF, torch.float32, torch.float64)
 
 
 # asked once: Dynamo of torch 2.11 cannot trace the question
@@ -122,7 +122,7 @@ def check_float(name: str, x: object) -> None:
     """A strided tensor of a dtype that the operators take."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a strided tensor, got {x.layout}")
@@ -250,6 +250,10 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError("forward-mode derivatives are taken by impl='reference' only")
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def largest(x: Tensor) -> float:

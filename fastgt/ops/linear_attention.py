@@ -18,11 +18,13 @@ from fastgt.ops.checks import (
     check_numbers,
     check_offsets,
     check_widths,
+    needs_gradient,
     number,
     refuse_forward_mode,
 )
 from fastgt.ops.head_mask import check_head_gate, gated, head_mask
 from fastgt.ops.implementation import Impl, choose, require_triton
+from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.segment_pool import segment_sum
 
 FeatureMap = Literal["identity", "relu", "elu", "sigmoid", "softmax", "relu_random"]
@@ -234,7 +236,7 @@ def _attend(
         # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
         k, v = k.view_as(k), v.view_as(v)
     refuse_forward_mode(q, k, v, *(() if projection is None else (projection,)))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if needs_gradient(q, k, v):
         return _LinearAttention.apply(q, k, v, offsets, projection, mask, impl, settings)[0]
     return _fwd(impl, q, k, v, offsets, projection, mask, *settings)[0]
 
@@ -306,48 +308,28 @@ class _LinearAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable
-            walk = offsets, projection, mask
-            grads = _reference_grads(do, (q, k, v), *walk, ctx.settings, needs)
+            feature_map, eps, normalize = ctx.settings
+
+            def define(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+                out = reference.linear_attention(
+                    q,
+                    k,
+                    v,
+                    offsets,
+                    feature_map=feature_map,
+                    projection=projection,
+                    eps=eps,
+                    normalize=normalize,
+                    mask=mask,
+                )
+                return (out,)
+
+            grads = differentiable_gradients(define, [q, k, v], [do], needs)
         else:
             rest = tops, offsets, projection, mask
             found = _bwd(ctx.impl, do, q, k, v, *rest, *ctx.settings, *needs)
             grads = [x if need else None for x, need in zip(found, needs, strict=True)]
         return (*grads, None, None, None, None, None)
-
-
-def _reference_grads(
-    do: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor],
-    offsets: Tensor | None,
-    projection: Tensor | None,
-    mask: Tensor | None,
-    settings: tuple[str, float, bool],
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    # aliases: where k was made from q, the partial derivatives are asked for, not the total ones
-    aliases = [x.view_as(x) for x in inputs]
-    wide = accumulator(inputs[0])
-    q, k, v = (x.to(wide) for x in aliases)
-    feature_map, eps, normalize = settings
-    out = reference.linear_attention(
-        q,
-        k,
-        v,
-        offsets,
-        feature_map=feature_map,
-        projection=projection,
-        eps=eps,
-        normalize=normalize,
-        mask=mask,
-    )
-    wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
-    # without nodes, the output hangs on v alone
-    found = iter(
-        torch.autograd.grad(out, wanted, do.to(wide), create_graph=True, materialize_grads=True)
-        if out.requires_grad
-        else map(torch.zeros_like, wanted)
-    )
-    return [next(found) if need else None for need in needs]
 
 
 # tops are the stabilisers of "softmax" keys [G, H]: a CPU makes them anew, and has none [0, H]

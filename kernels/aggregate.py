@@ -26,8 +26,9 @@ import triton
 import triton.language as tl
 
 from .attention_combine import _split_row
+from .buckets import sum_lanes, take_rows, wholes_and_parts
 from .configs import FILLERS, accumulator, attention_tile, power_of_2, stride
-from .prims import load_channels, store_channels, sum_lanes, take_rows, wholes_and_parts
+from .loads import load_channels, store_channels
 
 COUNTS = ["num_rows", "num_middle", "num_segments"]
 BLOCK_S = 4  # segments at a time

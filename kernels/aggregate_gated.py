@@ -17,15 +17,9 @@ import triton.language as tl
 
 from .aggregate import COUNTS, aggregate_fwd, combine_sums, combining, parts, plan
 from .attention_combine import _split_row
+from .buckets import sum_lanes, take_rows, wholes_and_parts
 from .configs import accumulator, stride
-from .prims import (
-    load_channels,
-    scalar,
-    store_channels,
-    sum_lanes,
-    take_rows,
-    wholes_and_parts,
-)
+from .loads import load_channels, scalar, store_channels
 
 
 @triton.jit

@@ -10,8 +10,8 @@ t_i = sum_j p_ij, which is 1 but for the rounding of the stored lse (that of the
     ds_ij = p_ij (w_i dp_ij - gamma_i),   dq_i = scale sum_j ds_ij k_j
     dk_j = scale sum_i ds_ij q_i,   dv_j = sum_i a_ij do_i,   dbias_ij = ds_ij
 
-Edges may have more (``EdgeTerms`` in ``prims.py``): with a gate g, vectors added to key and value,
-attributes x whose product with attr_q_i joins the logit, and what dropout multiplies, m,
+Edges may have more (``EdgeTerms`` in ``edge_tile.py``): with a gate g, vectors added to key and
+value, attributes x whose product with attr_q_i joins the logit, and what dropout multiplies, m,
 
     t_ij = scale q_i * (k_j + key_ij) * g_ij
     s_ij = clamp(sum_d t_ij + scale g_ij attr_q_i . x_ij) + bias_ij
@@ -43,6 +43,7 @@ import triton
 import triton.language as tl
 
 from .attention_combine import combine_outputs
+from .buckets import joined, take_rows
 from .configs import (
     FILLERS,
     accumulator,
@@ -54,24 +55,19 @@ from .configs import (
     stride,
     warp_lanes,
 )
-from .prims import (
+from .edge_tile import (
     EdgeTerms,
     add_edge_key,
     add_edge_value,
-    joined,
     kept,
     kept_share,
-    load_active,
     load_attr,
     load_attr_q,
     load_factor,
     load_gate,
-    load_heads,
     logits,
-    scalar,
-    store_heads,
-    take_rows,
 )
+from .loads import load_active, load_heads, scalar, store_heads
 
 COUNTS = ["num_rows", "num_middle", "num_segments"]
 _PLAIN: dict[str, Any] = {}  # constants of a call without edge terms

@@ -18,24 +18,19 @@ import triton.language as tl
 
 from .attention import COUNTS, attention_plan, attention_terms, attention_walk, on_edges
 from .attention_combine import combine_columns, combine_rows, finish_row
+from .buckets import joined, take_rows
 from .configs import clamps, log, stride
-from .prims import (
+from .edge_tile import (
     add_edge_key,
     add_edge_value,
-    joined,
     kept,
-    load_active,
     load_attr,
     load_attr_q,
     load_factor,
     load_gate,
-    load_heads,
-    load_lse,
     logits,
-    scalar,
-    store_heads,
-    take_rows,
 )
+from .loads import load_active, load_heads, load_lse, scalar, store_heads
 
 _PLAIN: dict[str, Any] = {}  # constants of a call without edge terms
 

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from .configs import FILLERS, power_of_2
-from .prims import kept_share, load_heads, load_lse, scalar, store_heads
+from .edge_tile import kept_share
+from .loads import load_heads, load_lse, scalar, store_heads
 
 _BLOCK_S = 4
 _CHANNELS = 256  # of one program: a row is split seldom, and its sums are few

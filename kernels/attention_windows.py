@@ -44,17 +44,8 @@ from .configs import (
     stride,
     window_tile,
 )
-from .prims import (
-    dot,
-    edge_slots,
-    kept_share,
-    load_active,
-    load_lse,
-    load_rows,
-    scalar,
-    store_rows,
-    tile_mask,
-)
+from .edge_tile import kept_share
+from .loads import dot, edge_slots, load_active, load_lse, load_rows, scalar, store_rows, tile_mask
 
 
 @triton.jit

@@ -33,8 +33,10 @@ import triton.language as tl
 
 from .attention import active_heads, on_edges
 from .attention_combine import combine_columns
+from .buckets import take_rows
 from .configs import FILLERS, accumulator, attention_tile, clamps, log, power_of_2
-from .prims import kept_share, scalar, take_rows
+from .edge_tile import kept_share
+from .loads import scalar
 
 _COUNTS = ["num_rows", "num_middle", "num_segments"]
 _WIDEST = 128  # channels of a program
@@ -382,7 +384,7 @@ def _address(
 
     D < C: heads of D channels that do not stand one after the other.
     """
-    # every row and head starts at a multiple of ALIGN, see _address in prims.py
+    # every row and head starts at a multiple of ALIGN, see _address in loads.py
     first = row.to(tl.int64)[:, :, None] * (stride[0] // ALIGN)
     c = channel.to(tl.int64)
     if D != C:

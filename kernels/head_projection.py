@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .configs import accumulator, dot_dtype, dot_precision, projection_tile
-from .prims import dot
+from .loads import dot
 
 
 @triton.jit

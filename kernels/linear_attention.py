@@ -31,7 +31,7 @@ import triton.language as tl
 
 from .configs import accumulator, alignment, linear_precision, linear_tile, power_of_2
 from .linear_features import features, load_inputs, load_matrix, load_stabilised
-from .prims import dot, load_rows, scalar, store_rows
+from .loads import dot, load_rows, scalar, store_rows
 
 COUNTS = ["num_graphs", "piece", "small", "tiles"]
 

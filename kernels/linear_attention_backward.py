@@ -38,7 +38,7 @@ from .linear_features import (
     times_matrix,
     times_rows,
 )
-from .prims import dot, load_rows, scalar, store_rows
+from .loads import dot, load_rows, scalar, store_rows
 
 
 @triton.jit(do_not_specialize=COUNTS)

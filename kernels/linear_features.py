@@ -11,7 +11,7 @@ where it is multiplied, for a tile of all of them would be held once by every wa
 import triton
 import triton.language as tl
 
-from .prims import dot, load_rows, store_rows
+from .loads import dot, load_rows, store_rows
 
 
 @triton.jit

@@ -13,8 +13,9 @@ import triton.language as tl
 
 from .aggregate import COUNTS, combining, parts, plan
 from .attention_combine import _split_row
+from .buckets import sum_lanes, take_rows, wholes_and_parts
 from .configs import accumulator
-from .prims import load_channels, store_channels, sum_lanes, take_rows, wholes_and_parts
+from .loads import load_channels, store_channels
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -92,12 +92,13 @@ REACH = {
     "attention_backward.py": ENDS["edge terms"][:1],
     "attention_combine.py": ENDS["attention"][:1],
     "attention_windows.py": ENDS["windows"][:3],
+    "buckets.py": [ENDS["sum"][2], ENDS["attention"][4]],
     "channelwise_attention.py": ENDS["channelwise"][:3],
     "head_projection.py": ENDS["projection"][::3],
     "linear_attention.py": ENDS["linear"][:1],
     "linear_attention_backward.py": ENDS["linear"][:1],
     "linear_features.py": ENDS["linear"][:1],
-    "prims.py": [ENDS["sum"][2], ENDS["attention"][4], ENDS["windows"][0], ENDS["attention"][0]],
+    "loads.py": [ENDS["sum"][2], ENDS["attention"][4], ENDS["windows"][0], ENDS["attention"][0]],
     "segment_softmax.py": ENDS["softmax"][:1],
 }
 # Where these masks are false, the address is still one of the tensor: that of number 0, of the next
@@ -108,13 +109,13 @@ INSIDE = {
         "tl.store(out, ds.to(dbias_ptr.dtype.element_ty), mask=live & mine[:, None])",
         "tl.load(bias_ptr + at, mask=mask, other=0.0)",
     ],
-    "channelwise_attention.py": ["tl.load(cu_ptr + at, mask=mask, other=0.0)"],
-    "head_projection.py": ["tl.load(at, mask=active, other=0.0)"],
     # in tables of buckets: the same loads of rows as they stand are not among these
-    "prims.py": [
+    "buckets.py": [
         "tl.load(ptr_ptr + row, mask=mine, other=0)",
         "tl.load(ptr_ptr + row + 1, mask=mine, other=0)",
     ],
+    "channelwise_attention.py": ["tl.load(cu_ptr + at, mask=mask, other=0.0)"],
+    "head_projection.py": ["tl.load(at, mask=active, other=0.0)"],
 }
 
 

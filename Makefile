@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RESUMED = --resume --json bench/results/cpu.json
 SHAPES = gt_zinc gt_sbm gps_cluster gps_wide gps_zinc scene_graphs one_head
+TARGETS = sm_80 sm_90 sm_100 gfx942
 ORDERED = cora mesh amazon_computers tolokers debian moby power_law
 
 .PHONY: setup test-setup demo test matrix matrix-lowest matrix-highest bench gpu budget lint clean
@@ -50,7 +51,7 @@ gpu:
 	@$(PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)") $(if $(CARRIED),--carried "$(CARRIED)")
 
 budget: $(VENV)/test.stamp
-	$(BIN)/python -m fastgt.kernels.ahead > tests/kernel_budget.json
+	$(BIN)/fastgt report kernels --target $(TARGETS) --json tests/kernel_budget.json
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .

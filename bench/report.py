@@ -24,7 +24,9 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=TARGETS, nargs="+", default=["sm_90"])
     parser.add_argument("--only", default="", help="configurations with this in their name")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument(
+        "--json", type=Path, help="write the figures to this file, one line a kernel"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,8 +48,17 @@ def run(args: argparse.Namespace) -> int:
         print(show(target, found[target]), end="\n\n", flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        files.write(args.json, (json.dumps(found, indent=1) + "\n").encode())
+        files.write(args.json, written(found).encode())
     return 0
+
+
+def written(figures: dict[str, dict[str, dict[str, int]]]) -> str:
+    """The figures of targets as JSON, one line a kernel."""
+    targets = []
+    for target, kernels in figures.items():
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(k)}" for name, k in kernels.items())
+        targets.append(f" {json.dumps(target)}: {{\n{lines}\n }}")
+    return "{\n" + ",\n".join(targets) + "\n}\n"
 
 
 def show(target: str, kernels: dict[str, dict[str, int]]) -> str:

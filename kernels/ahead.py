@@ -2,12 +2,8 @@
 
 The launchers run as they do in production, on small CPU tensors, with a stand-in for the driver
 that names the target: signatures, strides and divisibility hints are those of a real call, only
-the launch is left out. ``python -m fastgt.kernels.ahead sm_90`` prints one target's figures as
-JSON, without an argument those of all: the form of the budget that the tests hold them to.
+the launch is left out. ``fastgt report kernels`` prints the figures, and writes them as JSON.
 """
-
-import json
-import sys
 
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -69,8 +65,3 @@ class _Driver:
 
     def get_current_stream(self, device: str) -> int:
         return 0
-
-
-if __name__ == "__main__":
-    report = {target: compile_ahead(target) for target in sys.argv[1:] or TARGETS}
-    print(json.dumps(report, indent=1))

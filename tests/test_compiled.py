@@ -1,6 +1,6 @@
 """Every kernel configuration compiles ahead of time for every target, within its budget.
 
-The budget is ``kernel_budget.json``, written by ``python -m fastgt.kernels.ahead``.
+The budget is ``kernel_budget.json``, written by ``make budget``.
 """
 
 import json
@@ -11,27 +11,36 @@ from pathlib import Path
 
 import pytest
 
+from fastgt.bench import report as report_command
+
 pytest.importorskip("triton")
 
-BUDGET = json.loads((Path(__file__).parent / "kernel_budget.json").read_text())
+BUDGET_FILE = Path(__file__).parent / "kernel_budget.json"
+BUDGET = json.loads(BUDGET_FILE.read_text())
 # other versions of Triton and ptxas allocate a little differently
 REGISTER_SLACK = 24
 STACK_SLACK = 32  # bytes a thread: a few registers, outside the loops
 
 
 @pytest.fixture(scope="module", params=BUDGET)
-def report(request):
+def report(request, tmp_path_factory):
     """-> (what this tree's kernels use, what they may use), for one target."""
     # a process of its own: here, Triton may be set to interpret
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = tmp_path_factory.mktemp("report") / "kernels.json"
+    options = ["--target", request.param, "--json", str(path)]
     run = subprocess.run(
-        [sys.executable, "-m", "fastgt.kernels.ahead", request.param],
+        [sys.executable, "-m", "fastgt", "report", "kernels", *options],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout)[request.param], BUDGET[request.param]
+    return json.loads(path.read_text())[request.param], BUDGET[request.param]
+
+
+def test_the_budget_has_one_line_a_kernel():
+    assert BUDGET_FILE.read_text() == report_command.written(BUDGET)
 
 
 def test_kernels_stay_within_their_budget(report):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from fastgt import files
 from fastgt.bench import harness, table, targets
 from fastgt.bench.operators import EXTERNAL, OPERATORS, SHAPES, Operator
-from fastgt.ops.implementation import device_named
+from fastgt.options import device_named
 from fastgt.testing import PROBLEMS, SCALING
 
 Rows = list[dict[str, Any]]

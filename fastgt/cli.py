@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgt import __version__
+from fastgt.options import hours, shares, up_to
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "Time means something on a quiet machine only.",
     )
     demo.add_argument(
-        "--epochs", type=_up_to(INT32_MAX), default=EPOCHS, help="default: %(default)s"
+        "--epochs", type=up_to(INT32_MAX), default=EPOCHS, help="default: %(default)s"
     )
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     _add_where(demo)
@@ -107,9 +107,9 @@ def _add_trainings(data: Any) -> None:
     )
     _add_run(zinc, "zinc12k.npz", "runs/zinc", "the run: checkpoint, metrics, curve, best weights")
     zinc.add_argument(
-        "--epochs", type=_up_to(INT32_MAX), default=1000, help="at most; default: 1000"
+        "--epochs", type=up_to(INT32_MAX), default=1000, help="at most; default: 1000"
     )
-    zinc.add_argument("--hours", type=_hours, default=24.0, help="at most; default: 24")
+    zinc.add_argument("--hours", type=hours, default=24.0, help="at most; default: 24")
     _add_where(zinc)
     settings = _add_settings(
         zinc,
@@ -122,7 +122,7 @@ def _add_trainings(data: Any) -> None:
     settings.add_argument("--no-pe", action="store_true", help="no Laplacian eigenvectors")
     settings.add_argument(
         "--limit",
-        type=_up_to(INT32_MAX),
+        type=up_to(INT32_MAX),
         metavar="N",
         help="train on the first N molecules only",
     )
@@ -139,7 +139,7 @@ def _add_trainings(data: Any) -> None:
     _add_run(dd, "dd.npz", "runs/dd", "the runs, one folder each, and of the comparison")
     dd.add_argument(
         "--prune",
-        type=_shares,
+        type=shares,
         default=[],
         metavar="heads=SHARE[,SHARE...]",
         help="mask that share of the heads of every layer, one run each: heads=0.25,0.5,0.75",
@@ -156,7 +156,7 @@ def _add_trainings(data: Any) -> None:
     )
     settings.add_argument(
         "--limit",
-        type=_up_to(INT32_MAX),
+        type=up_to(INT32_MAX),
         metavar="N",
         help="train on the first N proteins only",
     )
@@ -181,7 +181,7 @@ def _add_run(command: argparse.ArgumentParser, data: str, output: str, holds: st
 def _add_settings(command: argparse.ArgumentParser, *settings: tuple[str, int, str]) -> Any:
     group = command.add_argument_group("settings of the run", "a folder holds one run")
     for name, default, help in settings:
-        kind = int if name == "seed" else _up_to(MOST.get(name, INT32_MAX))
+        kind = int if name == "seed" else up_to(MOST.get(name, INT32_MAX))
         group.add_argument(
             f"--{name}", type=kind, default=default, help=f"{help}; default: {default}"
         )
@@ -285,55 +285,14 @@ def _device(args: argparse.Namespace) -> torch.device:
     """The device of the options, on which their implementation can run."""
     import torch
 
-    from fastgt.ops.implementation import choose, device_named, require_triton
+    from fastgt.ops.implementation import choose, require_triton
+    from fastgt.options import device_named
 
     device = device_named(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     probe = torch.empty(0, device=device)
     if choose(args.impl, probe) == "triton":
         require_triton(probe)
     return device
-
-
-def _up_to(most: int) -> Callable[[str], int]:
-    def check(text: str) -> int:
-        # numbers of thousands of digits are not read at all
-        if not text.isdecimal() or (len(text) < 20 and int(text) < 1):
-            raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-        if len(text) >= 20 or int(text) > most:
-            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
-        return int(text)
-
-    return check
-
-
-def _shares(text: str) -> list[float]:
-    what, _, numbers = text.partition("=")
-    if what != "heads":
-        raise argparse.ArgumentTypeError(f"only heads can be pruned here, got {text!r}")
-    shares = []
-    for number in numbers.split(","):
-        try:
-            share = float(number)
-        except ValueError:
-            share = math.nan
-        if not 0 < share < 1:
-            raise argparse.ArgumentTypeError(
-                f"a share of heads must be between 0 and 1, got {number!r} in {text!r}"
-            )
-        if share in shares:
-            raise argparse.ArgumentTypeError(f"{number} is there twice in {text!r}")
-        shares.append(share)
-    return shares
-
-
-def _hours(text: str) -> float:
-    try:
-        hours = float(text)
-    except ValueError:
-        hours = math.nan
-    if not hours > 0:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return hours
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "contract": set(),
     "files": set(),
+    "options": set(),
     "versions": set(),
     "reordering": set(),
     "tiles": set(),
@@ -49,6 +50,7 @@ LAYERS = {
         "testing",
         "training",  # its data
         "files",
+        "options",
         "__init__",
     },
     "demo": {"files", "graph", "ops", "nn", "models", "bench"},
@@ -64,7 +66,7 @@ LAYERS = {
         "testing",
         "bench",
     },
-    "cli": {"ops", "demo", "training", "bench", "__init__"},
+    "cli": {"options", "ops", "demo", "training", "bench", "__init__"},
     "__main__": {"cli"},
     "data": set(),
     "__init__": {"contract", "graph", "ops", "encodings", "pruning"},

@@ -56,21 +56,6 @@ def check_impl(impl: Impl | None) -> None:
         raise ValueError(f"impl must be one of {list(get_args(Impl))} or None, got {impl!r}")
 
 
-def device_named(name: str) -> torch.device:
-    """The device of an option ``--device``.
-
-    Raises:
-        ValueError: It is neither a CPU nor CUDA.
-        RuntimeError: This PyTorch sees no CUDA device.
-    """
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {name}")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"--device {device}: this PyTorch sees no CUDA device")
-    return device
-
-
 def require_triton(x: Tensor) -> None:
     """Refuse clearly where a Triton kernel cannot run on ``x``."""
     try:

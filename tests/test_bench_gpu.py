@@ -11,7 +11,14 @@ import pytest
 import torch
 
 import fastgt
-from fastgt.bench import device_time, gpu, gpu_benchmarks, gpu_correctness, gpu_session
+from fastgt.bench import (
+    device_time,
+    gpu,
+    gpu_benchmarks,
+    gpu_correctness,
+    gpu_problems,
+    gpu_session,
+)
 from fastgt.bench.gpu_pool import Outcome, Task
 
 FILES = {f"{step}.json" for step in gpu_session.STEPS} | {"log.txt"}
@@ -146,18 +153,19 @@ def test_scipy_is_not_needed():
 
 
 def test_there_are_thirty_problems_and_every_operator():
-    assert len(gpu_correctness.PROBLEMS) == len(gpu_correctness._PROBLEMS) == 30
+    assert len(gpu_problems.PROBLEMS) == len(gpu_correctness._PROBLEMS) == 30
     covered = {how.operator for how in gpu_correctness.VARIANTS}
     # two that are sums over the same kernels as segment_mean, and what is no operator
-    others = {"segment_sum", "virtual_node", "Graph", "implementation", "prune_heads"}
+    others = {"segment_sum", "virtual_node", "implementation", "prune_heads"}
+    others |= {"Graph", "Aux", "AuxRequest"}
     assert covered | others == set(fastgt.__all__)
     assert {how.plan for how in gpu_correctness.VARIANTS} == {"gather", "windows", "graphs"}
 
 
-@pytest.mark.parametrize("number", range(len(gpu_correctness.PROBLEMS)))
+@pytest.mark.parametrize("number", range(len(gpu_problems.PROBLEMS)))
 def test_every_problem_and_every_way_are_right_in_the_interpreter(number):
     """At the size of a rehearsal, some ways a problem: another one's are the next ones."""
-    problem = gpu_correctness.PROBLEMS[number].name
+    problem = gpu_problems.PROBLEMS[number].name
     dtype = gpu_correctness.DTYPES[number % 3]
     graph = gpu_correctness._graph(problem, "cpu", True)
     ways = gpu_correctness.VARIANTS[number:] + gpu_correctness.VARIANTS[:number]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastgt import Graph, tiles
-from fastgt.bench import traffic
+from fastgt.bench import device_model, traffic
 from fastgt.cli import main
 from fastgt.testing import PROBLEMS, random_graph
 
@@ -49,7 +49,9 @@ def misses_by_the_book(nodes: list[int], capacity: int) -> int:
 def test_misses_are_those_of_an_lru_cache(capacity):
     nodes = torch.randint(20, (400,), generator=torch.Generator().manual_seed(0))
     nodes = torch.cat([nodes, torch.arange(12).repeat(5)])
-    assert traffic.Visits(nodes).misses(capacity) == misses_by_the_book(nodes.tolist(), capacity)
+    assert device_model.Visits(nodes).misses(capacity) == misses_by_the_book(
+        nodes.tolist(), capacity
+    )
 
 
 def test_gathering_visits_columns_in_the_order_of_the_buckets():
@@ -124,13 +126,13 @@ def test_no_edges_and_no_nodes_move_next_to_nothing():
             graph = Graph.from_edge_index(torch.zeros(2, 0, dtype=torch.int64), rows)
             for kernel in kernels(graph, path).values():
                 assert kernel.gathered == 0
-                assert kernel.seconds(traffic.DEVICES["H200"]) < 1e-8
+                assert kernel.seconds(device_model.DEVICES["H200"]) < 1e-8
 
 
 def test_what_does_not_fit_in_the_cache_comes_from_memory():
     graph = random_graph(0, 2000, 30_000)
     kernel = kernels(graph, "gather")["fwd"]
-    device = traffic.DEVICES["H200"]
+    device = device_model.DEVICES["H200"]
     assert kernel.missed(device) == kernel.row * len(graph.col.unique())
     tiny = device._replace(cache=20 * kernel.row)
     assert 0.95 < kernel.missed(tiny) / kernel.gathered < 1  # nodes are random: 1 in 100 hits

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -333,3 +334,59 @@ def test_a_test_has_the_same_name_in_every_process(request):
     """pytest-xdist refuses a suite whose names differ, as names with an object's address do."""
     addresses = [item.nodeid for item in request.session.items if " at 0x" in item.nodeid]
     assert not addresses
+
+
+# what a reader can hold: none of these numbers may grow
+MOST_PARAMETERS = {"fastgt": 28, "bench": 16, "kernels": 57}
+MOST_UNFORMATTED = {"fastgt": 4, "kernels": 182}  # "fmt: skip"
+LONGEST_FILE = {"fastgt": 897, "kernels": 598, "bench": 450, "tests": 1127}
+
+
+def _sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def _parameters(folder: str) -> Iterator[tuple[int, str]]:
+    """-> (how many parameters, place) of every function but the public ones."""
+    for path in _sources(folder):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                continue
+            name = getattr(node, "name", "lambda")
+            if folder == "fastgt" and name in fastgt.__all__:
+                continue
+            a = node.args
+            count = len(
+                [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+            )
+            yield count, f"{path.relative_to(ROOT)}:{node.lineno} {name}"
+
+
+@pytest.mark.parametrize("folder", MOST_PARAMETERS)
+def test_no_function_has_more_parameters_than_a_reader_can_hold(folder):
+    most, limit = max(_parameters(folder)), MOST_PARAMETERS[folder]
+    print(f"{folder}: at most {most[0]} parameters ({most[1]}), {limit} allowed")
+    over = [f"{place} has {n} parameters" for n, place in _parameters(folder) if n > limit]
+    assert not over, f"more than {limit} in {folder}/: {'; '.join(over)}"
+
+
+@pytest.mark.parametrize("folder", MOST_UNFORMATTED)
+def test_code_is_formatted(folder):
+    skips = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in _sources(folder)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"# fmt: (skip|off)", line)
+    ]
+    limit = MOST_UNFORMATTED[folder]
+    print(f"{folder}: {len(skips)} lines are not formatted, {limit} allowed")
+    assert len(skips) <= limit, f"{len(skips)} of at most {limit} in {folder}/: {', '.join(skips)}"
+
+
+@pytest.mark.parametrize("folder", LONGEST_FILE)
+def test_no_file_is_longer_than_a_reader_can_hold(folder):
+    lengths = {path: len(path.read_text().splitlines()) for path in _sources(folder)}
+    limit, longest = LONGEST_FILE[folder], max(lengths, key=lengths.__getitem__)
+    print(f"{folder}: at most {lengths[longest]} lines ({longest.name}), {limit} allowed")
+    over = [f"{p.relative_to(ROOT)} has {n} lines" for p, n in lengths.items() if n > limit]
+    assert not over, f"more than {limit} in {folder}/: {'; '.join(over)}"

@@ -33,7 +33,7 @@ def run(*, target: str = "sm_90", repeats: int = 200, rounds: int = 7) -> dict[s
     # few molecules: the host's work does not depend on their number, but a CPU's allocator does
     with (
         mock.patch.object(driver, "_active", _Nowhere(TARGETS[target])),
-        mock.patch("fastgt.ops.attention.require_triton", _allow),
+        mock.patch("fastgt.ops.attention_launch.require_triton", _allow),
     ):
         return measure(calls(random_batch(0, [(23, 50)] * 4)), repeats, rounds)
 

@@ -5,7 +5,7 @@ arguments come from the type's fields."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 from torch import Tensor
 
@@ -55,6 +55,100 @@ class HeadMask(NamedTuple):
     cols: Tensor | None  # [1 or N_cols, H] bool
 
 
+class Dropout(NamedTuple):
+    """Each weight is dropped with probability ``p``, as ``seed``, its edge and its head say."""
+
+    seed: Tensor | None  # [1] int64; None where p is 0
+    p: float
+
+
+class Inputs(NamedTuple):
+    """What attention takes of rows and of columns."""
+
+    q: Tensor  # [N_rows, H, D]
+    k: Tensor  # [N_cols, H_kv, D]
+    v: Tensor  # [N_cols, H_kv, Dv]
+
+
+class EdgeTensors(NamedTuple):
+    """What a call of attention gives for edges, by the names of the public arguments."""
+
+    edge_bias: Tensor | None = None  # [E, H]
+    edge_gate: Tensor | None = None  # [E, H, D] or [E, H]
+    edge_key: Tensor | None = None  # [E, H, D]
+    edge_value: Tensor | None = None  # [E, H, Dv]
+    edge_attr: Tensor | None = None  # [E, C]
+    edge_key_weight: Tensor | None = None  # [C, H, D]
+    edge_value_weight: Tensor | None = None  # [C, H, Dv]
+
+
+class EdgeTerms(NamedTuple):
+    """What the registered ops of attention take for edges. All None is the plain call."""
+
+    bias: Tensor | None = None  # [E, H]
+    gate: Tensor | None = None  # [E, H, D] or [E, H]
+    key: Tensor | None = None  # [E, H, D]
+    value: Tensor | None = None  # [E, H, Dv]; None also where the key is added to the values
+    attr: Tensor | None = None  # [E, C]
+    attr_q: Tensor | None = None  # [N_rows, H, C]: its product with attr joins the logit
+
+
+class Switches(NamedTuple):
+    """What a call of attention does, beside what its tensors say."""
+
+    key_is_value: bool = False  # the edge key is added to the values too
+    weights: bool = False  # make the weights
+    scores: bool = False  # make the edge scores
+    attr_o: bool = False  # make the weighted sums of attr
+    exps: bool = False  # make what spares the backward the logits
+
+
+class Results(NamedTuple):
+    """What the forward of attention makes; None where no switch asks for it."""
+
+    o: Tensor  # [N_rows, H, Dv]
+    lse: Tensor  # [N_rows, H]
+    weights: Tensor | None = None  # [E, H]
+    scores: Tensor | None = None  # [E, H, D]
+    attr_o: Tensor | None = None  # [N_rows, H, C]
+    exps: Tensor | None = None  # [H, E]
+
+
+class Upstream(NamedTuple):
+    """The gradients that the backward of attention starts from: of o, lse, scores and attr_o."""
+
+    do: Tensor
+    dlse: Tensor | None
+    dscores: Tensor | None
+    dattr_o: Tensor | None
+
+
+class Saved(NamedTuple):
+    """What the backward of attention takes from its forward."""
+
+    lse: Tensor
+    o: Tensor | None  # where windows run
+    exps: Tensor | None  # where a CPU made it
+
+
+T = TypeVar("T")
+
+
+class PerInput(NamedTuple, Generic[T]):
+    """One value for each input of attention that may have a gradient: whether it is needed, or the
+    gradient itself."""
+
+    q: T
+    k: T
+    v: T
+    bias: T
+    gate: T
+    key: T
+    value: T
+    attr: T
+    attr_q: T
+
+
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -94,4 +188,5 @@ class Signature:
 
     def split(self, flat: Sequence[Any]) -> list[Any]:
         """A value of each type, from the values of all fields in order."""
-        return [kind(*flat[place]) for kind, place in self._places]
+        # not kind(*...): launches wait for this
+        return [tuple.__new__(kind, flat[place]) for kind, place in self._places]

@@ -7,16 +7,41 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from fastgt.contract import Aux, AuxRequest, Dropout, EdgeTensors, Inputs, Logit
 from fastgt.graph import Graph
 from fastgt.philox import LEVELS, kept, threshold
 
 
+@overload
 def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    graph: Graph,
+    *,
+    return_aux: None = None,
+    **options: Any,
+) -> Tensor: ...
+
+
+@overload
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    graph: Graph,
+    *,
+    return_aux: AuxRequest,
+    **options: Any,
+) -> tuple[Tensor, Aux]: ...
+
+
+def neighborhood_attention(  # type: ignore[misc]  # overloads leave the options unnamed
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -33,81 +58,140 @@ def neighborhood_attention(
     logit_clamp: float | tuple[float, float] | None = None,
     denominator_eps: float = 0.0,
     dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    return_lse: bool = False,
-    return_weights: bool = False,
-    return_edge_scores: bool = False,
-    active: Tensor | None = None,
-) -> Tensor | tuple[Tensor, ...]:
-    """See :func:`fastgt.neighborhood_attention`; ``active`` [1 or N_rows, H] are its heads."""
+    dropout_seed: int | Tensor | None = None,
+    head_gate: Tensor | None = None,
+    dense_gate_grad: bool = False,
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, Aux]:
+    """See :func:`fastgt.neighborhood_attention`, which has ``impl`` besides, checks its arguments
+    and follows autocast."""
+    low, high = -math.inf, math.inf
+    if logit_clamp is not None:
+        low, high = logit_clamp if isinstance(logit_clamp, tuple) else (-logit_clamp, logit_clamp)
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
+    seed = dropout_seed
+    if dropout_p and seed is None:
+        seed = torch.randint(2**63 - 1, (1,), device=q.device)
+    if isinstance(seed, int):
+        seed = torch.full((1,), seed, device=q.device)
+    gate = active = None
+    if head_gate is not None:
+        gate = head_gate  # [H], or [N_rows, H]
+        if gate.ndim == 2:
+            gate = gate.repeat_interleave(graph.graph_ptr.diff(), 0, output_size=len(q))
+        active = torch.atleast_2d(gate.detach() != 0)
+    dense = dense_gate_grad and gate is not None and gate.dtype != torch.bool
+    out, aux = masked_attention(
+        Inputs(q, k, v),
+        EdgeTensors(
+            edge_bias,
+            edge_gate,
+            edge_key,
+            edge_value,
+            edge_attr,
+            edge_key_weight,
+            edge_value_weight,
+        ),
+        None if dense else active,
+        graph,
+        Logit(scale, low, high, denominator_eps),
+        Dropout(seed, dropout_p),
+        AuxRequest() if return_aux is None else return_aux,
+    )
+    if gate is not None and gate.dtype != torch.bool:
+        # the gradient of a masked head is 0, whatever stands upstream
+        gate = gate if dense else gate.masked_fill(gate.detach() == 0, 0)
+        wide = torch.promote_types(_accumulator(out), gate.dtype)
+        out = (out.to(wide) * gate.to(wide)[..., None]).to(out.dtype)
+    if dense and active is not None:
+        aux = _masked_aux(aux, active.expand(len(q), -1), graph)
+    return out if return_aux is None else (out, aux)
+
+
+def _masked_aux(aux: Aux, active: Tensor, graph: Graph) -> Aux:
+    """As where masked heads were not computed."""
+    on_edges = active[graph.edge_index[1]]
+    return Aux(
+        None if aux.lse is None else torch.where(active, aux.lse, -torch.inf),
+        _masked(aux.weights, on_edges),
+        _masked(aux.edge_scores, on_edges[..., None]),
+    )
+
+
+def masked_attention(
+    inputs: Inputs,
+    edges: EdgeTensors,
+    active: Tensor | None,
+    graph: Graph,
+    logit: Logit,
+    dropout: Dropout,
+    request: AuxRequest,
+) -> tuple[Tensor, Aux]:
+    """:func:`neighborhood_attention` whose heads are masked row by row: ``active [1 or N_rows, H]``
+    (None: all heads are). Gradients go through active heads alone."""
+    q, k, v = inputs
+    edge_bias, edge_gate, edge_key, edge_value, edge_attr, key_weight, value_weight = edges
+    scale, low, high, eps = logit
     key, query = graph.edge_index  # [E], in the caller's order
     rows, heads, group = q.shape[0], q.shape[1], q.shape[1] // max(k.shape[1], 1)
-    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     keys, values = (x.repeat_interleave(group, 1)[key] for x in (k, v))  # [E, H, .]
-    on = None
+    on_edges = None
     if active is not None:
-        on = active.expand(rows, -1)[query][..., None]  # [E, H, 1]
+        on_edges = active.expand(rows, -1)[query][..., None]  # [E, H, 1]
         anywhere = active.any(0)[:, None]
         q = torch.where(active[..., None], q, 0)
-        keys, values = torch.where(on, keys, 0), torch.where(on, values, 0)
-        edge_key, edge_value = _masked(edge_key, on), _masked(edge_value, on)
-        edge_key_weight = _masked(edge_key_weight, anywhere)
-        edge_value_weight = _masked(edge_value_weight, anywhere)
-        edge_bias = _masked(edge_bias, on[..., 0])
-        edge_gate = _masked(edge_gate, on[..., 0] if _by_head(edge_gate) else on)
+        keys, values = torch.where(on_edges, keys, 0), torch.where(on_edges, values, 0)
+        edge_key, edge_value = _masked(edge_key, on_edges), _masked(edge_value, on_edges)
+        key_weight, value_weight = _masked(key_weight, anywhere), _masked(value_weight, anywhere)
+        edge_bias = _masked(edge_bias, on_edges[..., 0])
+        edge_gate = _masked(edge_gate, on_edges[..., 0] if _by_head(edge_gate) else on_edges)
     if edge_key is not None:
         keys = keys + edge_key
     if edge_value is not None:
         values = values + edge_value
-    if edge_attr is not None and edge_key_weight is not None:
-        keys = keys + _einsum("ec,chd->ehd", edge_attr, edge_key_weight)
-    if edge_attr is not None and edge_value_weight is not None:
-        values = values + _einsum("ec,chd->ehd", edge_attr, edge_value_weight)
+    if edge_attr is not None and key_weight is not None:
+        keys = keys + _einsum("ec,chd->ehd", edge_attr, key_weight)
+    if edge_attr is not None and value_weight is not None:
+        values = values + _einsum("ec,chd->ehd", edge_attr, value_weight)
 
     product = q[query] * keys  # [E, H, D]
     if edge_gate is not None:
         product = product * (edge_gate[..., None] if _by_head(edge_gate) else edge_gate)
-    if on is not None:
-        product = torch.where(on, product, 0)  # nor do its scores' gradients, whatever they are
-    logit = product.sum(-1) * scale  # [E, H]
-    if logit_clamp is not None:
-        logit = _clamped(logit, logit_clamp)
+    if on_edges is not None:
+        # nor do its scores' gradients, whatever they are
+        product = torch.where(on_edges, product, 0)
+    s = product.sum(-1) * scale  # [E, H]
+    if (low, high) != (-math.inf, math.inf):
+        s = _clamped(s, (low, high))
     if edge_bias is not None:
-        logit = logit + edge_bias
-    if on is not None:
-        logit = torch.where(on[..., 0], logit, -torch.inf)
+        s = s + edge_bias
+    if on_edges is not None:
+        s = torch.where(on_edges[..., 0], s, -torch.inf)
 
     # any pivot gives the same result; the row maximum keeps exp() in range
-    index = query[:, None].expand_as(logit)
-    pivot = logit.new_full((rows, heads), -torch.inf)
-    pivot = pivot.scatter_reduce(0, index, logit.detach(), "amax")
+    index = query[:, None].expand_as(s)
+    pivot = s.new_full((rows, heads), -torch.inf)
+    pivot = pivot.scatter_reduce(0, index, s.detach(), "amax")
     pivot = pivot.masked_fill(pivot == -torch.inf, 0.0)
-    p = (logit - pivot[query]).exp()  # [E, H]
+    p = (s - pivot[query]).exp()  # [E, H]
     total = _row_sums(p, query, rows)  # [N_rows, H]
     empty = total == 0
     safe = total.masked_fill(empty, 1.0)
     # through the logarithm: exp(-pivot) alone would overflow
-    divisor = safe + (math.log(denominator_eps) - pivot).exp() if denominator_eps else safe
+    divisor = safe + (math.log(eps) - pivot).exp() if eps else safe
     weights = (p / divisor[query]).to(p.dtype)
     used = weights
-    if dropout_p > 0:
-        seed = dropout_seed
-        if seed is None:
-            seed = torch.randint(2**63 - 1, (1,), device=q.device)
-        keep = kept(seed, graph.num_edges, heads, dropout_p)
-        used = weights * keep * (LEVELS / max(1, LEVELS - threshold(dropout_p)))
+    if dropout.p > 0 and dropout.seed is not None:
+        keep = kept(dropout.seed, graph.num_edges, heads, dropout.p)
+        used = weights * keep * (LEVELS / max(1, LEVELS - threshold(dropout.p)))
     out = _row_sums(used[..., None] * values, query, rows).to(v.dtype)
     out = out.masked_fill(empty[..., None], 0.0)
 
-    extras = []
-    if return_lse:
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        extras.append((pivot + safe.log()).masked_fill(empty, -torch.inf).to(wide))
-    if return_weights:
-        extras.append(weights.detach())
-    if return_edge_scores:
-        extras.append(product * scale)
-    return (out, *extras) if extras else out
+    lse = None
+    if request.lse:
+        lse = (pivot + safe.log()).masked_fill(empty, -torch.inf).to(_accumulator(q))
+    scores = product * scale if request.edge_scores else None
+    return out, Aux(lse, weights.detach() if request.weights else None, scores)
 
 
 def _clamped(x: Tensor, bounds: float | tuple[float, float]) -> Tensor:
@@ -118,6 +202,11 @@ def _clamped(x: Tensor, bounds: float | tuple[float, float]) -> Tensor:
 
 def _masked(x: Tensor | None, on: Tensor) -> Tensor | None:
     return None if x is None else torch.where(on, x, 0)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    """What sums over ``x`` are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _by_head(edge_gate: Tensor | None) -> bool:

@@ -16,7 +16,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgt import Graph, neighborhood_attention, reference, tiles
+from fastgt import AuxRequest, Graph, neighborhood_attention, reference, tiles
+from fastgt.contract import Dropout, EdgeTerms, HeadMask, Logit, Switches
 from fastgt.testing import random_edge_index, with_index_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,12 +144,11 @@ def case(
     dscores = tensor(e, h, d) if "scores" in words else None
     if clamped:
         wide = {name: x.double() for name, x in made.items()}
-        options["logit_clamp"] = gap(
-            reference.neighborhood_attention(
-                q.double(), k.double(), v.double(), graph, **wide, scale=scale,
-                return_edge_scores=True,
-            )[1].sum(-1)
+        _, aux = reference.neighborhood_attention(
+            q.double(), k.double(), v.double(), graph, **wide, scale=scale,
+            return_aux=AuxRequest(edge_scores=True),
         )  # fmt: skip
+        options["logit_clamp"] = gap(aux.edge_scores.sum(-1))
     tensors = q, k, v, bias, do, dlse
     return Case(seed, edge_index, graph, *tensors, options, made_by, plan, made, dscores)
 
@@ -262,7 +262,7 @@ def examples(count, impls=IMPLS, **fixed):
 
 
 def attend(case, impl, **changes):
-    """The public function on a case, with its options and all extras: o, lse, weights, and edge
+    """The public function on a case, with its options and all results: o, lse, weights, and edge
     scores where the case has a gradient of theirs.
 
     ``impl`` may be one of PLANS: Triton's kernels on the graph planned so.
@@ -270,9 +270,10 @@ def attend(case, impl, **changes):
     if impl in PLANS:
         case, impl = replace(case, graph=planned(case.graph, impl)), "triton"
     inputs = {"q": case.q, "k": case.k, "v": case.v, "edge_bias": case.bias, **case.terms}
-    options = dict(case.options, return_lse=True, return_weights=True, impl=impl)
-    options["return_edge_scores"] = case.dscores is not None
-    return neighborhood_attention(graph=case.graph, **inputs, **options | changes)
+    request = AuxRequest(lse=True, weights=True, edge_scores=case.dscores is not None)
+    options = {**case.options, "return_aux": request, "impl": impl, **changes}
+    o, aux = neighborhood_attention(graph=case.graph, **inputs, **options)
+    return (o, *(x for x in aux if x is not None))
 
 
 def with_leaves(case, dtype=None, wanted=None):
@@ -311,6 +312,21 @@ def evaluate(case, impl, dtype=None):
         found["scores"] = scores[0]
     found |= {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
     return {name: t.detach() for name, t in found.items()}
+
+
+PLAIN = {
+    "terms": EdgeTerms(),
+    "mask": HeadMask(None, None),
+    "dropout": Dropout(None, 0.0),
+    "logit": Logit(0.3, -math.inf, math.inf, 0.0),
+    "switches": Switches(),
+}
+
+
+def op_arguments(inputs, **changes):
+    """What both registered ops take after what is theirs alone: a plain call's, with changes."""
+    terms, mask, dropout, logit, switches = (PLAIN | changes).values()
+    return (*inputs, *terms, *mask, *dropout, *logit, *switches)
 
 
 def close(actual, expected, name="", tolerance=1e-9):

@@ -27,7 +27,7 @@ from attention_cases import (
 )
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastgt import Graph, neighborhood_attention, reference
+from fastgt import AuxRequest, Graph, neighborhood_attention, reference
 from fastgt.testing import PROBLEMS, assert_as_accurate
 
 
@@ -506,15 +506,14 @@ def test_clamp_holds_at_exactly_five(impl, clamp):
     q = torch.ones(1, 1, 1, dtype=FP64, device=DEVICE).requires_grad_()
     k = products.reshape(m, 1, 1).clone().requires_grad_()
     v = torch.eye(m, dtype=FP64, device=DEVICE)[:, None, :].contiguous().requires_grad_()
-    o, lse, weights = neighborhood_attention(
+    o, (lse, weights, _) = neighborhood_attention(
         q,
         k,
         v,
         graph,
         scale=1.0,
         logit_clamp=clamp,
-        return_lse=True,
-        return_weights=True,
+        return_aux=AuxRequest(lse=True, weights=True),
         impl=impl,
     )
     logit = products.clamp(-5, 5)
@@ -561,16 +560,19 @@ def test_extras_follow_the_output(impl):
     o = neighborhood_attention(*args, impl=impl)
     assert isinstance(o, torch.Tensor)
     assert o.dtype == BF16
-    both = neighborhood_attention(*args, return_lse=True, return_weights=True, impl=impl)
+    first, aux = neighborhood_attention(*args, return_aux=AuxRequest(True, True), impl=impl)
+    assert aux.edge_scores is None
+    both = first, aux.lse, aux.weights
     assert [y.dtype for y in both] == [BF16, FP32, BF16]
     assert [list(y.shape) for y in both] == [[6, 2, 8], [6, 2], [15, 2]]
     assert [y.requires_grad for y in both] == [True, True, False]
     assert [y.is_contiguous() for y in both] == [True] * 3
-    for wanted, kept in (("return_lse", both[1]), ("return_weights", both[2])):
-        found = neighborhood_attention(*args, **{wanted: True}, impl=impl)
-        assert len(found) == 2
-        assert torch.equal(found[0], o)
-        assert torch.equal(found[1], kept)
+    for name in ("lse", "weights"):
+        request = AuxRequest(**{name: True})
+        again, alone = neighborhood_attention(*args, return_aux=request, impl=impl)
+        assert torch.equal(again, o)
+        assert torch.equal(getattr(alone, name), getattr(aux, name))
+        assert [x is not None for x in alone] == list(request)
 
 
 @pytest.mark.parametrize("name", ["power_law", "cora", "zinc", "debian"])

@@ -24,7 +24,7 @@ def ran(monkeypatch):
         ("triton", fastgt.kernels.attention, "attention_fwd"),
         ("torch", fastgt.cpu.attention, "attention_bwd"),
         ("triton", fastgt.kernels.attention_backward, "attention_bwd"),
-        ("reference", reference, "neighborhood_attention"),
+        ("reference", reference, "masked_attention"),
     ):
         real = getattr(module, function)
 

@@ -23,6 +23,7 @@ from attention_cases import (
     evaluate,
     examples,
     loops,
+    op_arguments,
     same_bits,
     term_words,
     with_leaves,
@@ -31,8 +32,9 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from fastgt import Graph, neighborhood_attention, philox, reference
+from fastgt import AuxRequest, Graph, neighborhood_attention, philox, reference
 from fastgt.bench.memory import peak_extra_memory
+from fastgt.contract import Dropout, EdgeTerms, HeadMask, Inputs, Logit, Saved, Switches, Upstream
 from fastgt.testing import PROBLEMS, assert_as_accurate, random_graph
 
 WAYS = [*FAST, "buckets"]
@@ -571,13 +573,15 @@ def test_compiles_whole_and_once(impl, terms):
     counts = []
     for seed, (n, e) in enumerate([(11, 20), (9, 31), (13, 15)]):
         x, leaves = with_leaves(case(seed, n, e, heads=2, d=8, dv=8, dtype=FP32, terms=terms))
-        options = {"return_edge_scores": x.dscores is not None, "return_lse": True, "impl": impl}
+        request = AuxRequest(lse=True, edge_scores=x.dscores is not None)
+        options = {"return_aux": request, "impl": impl}
         if "drop" in terms:
             key = torch.tensor([seed], device=DEVICE)
             options |= {"dropout_p": 0.3, "dropout_seed": key}
         found = []
         for f in (compiled, neighborhood_attention):
-            y = f(x.q, x.k, x.v, x.graph, edge_bias=x.bias, **x.terms, **options)
+            o, aux = f(x.q, x.k, x.v, x.graph, edge_bias=x.bias, **x.terms, **options)
+            y = [o, *(t for t in aux if t is not None)]
             upstream = (x.do, x.dlse, x.dscores)[: len(y)]
             found.append([*y, *torch.autograd.grad(y, list(leaves.values()), upstream)])
         for a, b in zip(*found, strict=True):
@@ -658,35 +662,37 @@ def test_opcheck(path, shared):
         rows, columns = list(graph.row_walk(plan)), list(graph.column_walk(plan))
     attr = torch.randn(9, 3, generator=x.generator).to(DEVICE)
     attr_q = torch.randn(4, 2, 3, generator=x.generator).to(DEVICE)
-    seed = torch.tensor([3], device=DEVICE)
     gate, key = x.terms["edge_gate"], x.terms["edge_key"]
     gate = gate[..., 0] if shared else gate
     value = None if shared else x.terms["edge_value"]
-    terms = [gate, key, value, attr, attr_q if shared else None, seed]
-    numbers = (0.5, -1.0, 1.0, 1e-6, 0.3, shared)
-    inputs = (x.q, x.k, x.v, x.bias)
     active = torch.rand(len(x.q), x.q.shape[1], device=DEVICE) < 0.7 if shared else None
-    forward = (path, *inputs, *terms, active, rows, *numbers, True, not shared, True, False)
-    fwd, bwd = torch.ops.fastgt.attention_edges_fwd, torch.ops.fastgt.attention_edges_bwd
-    torch.library.opcheck(fwd.default, forward)
-    o, lse, _, scores, attr_o, _ = fwd(*forward)
-    dscores = None if shared else scores
-    needs = [t is not None for t in (*inputs, *terms[:-1])]
-    made = (*inputs, *terms, active, active, lse, None, rows, columns)
-    backward = (path, o, lse, dscores, attr_o, *made, *numbers)
-    torch.library.opcheck(bwd.default, (*backward, needs))
-    torch.library.opcheck(bwd.default, (*backward, [False, True, *needs[2:6], False, True, False]))
+    call = {
+        "inputs": Inputs(x.q, x.k, x.v),
+        "terms": EdgeTerms(x.bias, gate, key, value, attr, attr_q if shared else None),
+        "mask": HeadMask(active, active),
+        "dropout": Dropout(torch.tensor([3], device=DEVICE), 0.3),
+        "logit": Logit(0.5, -1.0, 1.0, 1e-6),
+        "switches": Switches(key_is_value=shared, weights=True, scores=not shared, attr_o=True),
+    }
+    fwd, bwd = torch.ops.fastgt.attention_fwd, torch.ops.fastgt.attention_bwd
+
+    def check(call):
+        flat = op_arguments(**call)
+        torch.library.opcheck(fwd.default, (path, 0, rows, *flat))
+        o, lse, _, scores, attr_o, exps = fwd(path, 0, rows, *flat)
+        upstream, saved = Upstream(o, lse, scores, attr_o), Saved(lse, None, exps)
+        needs = [t is not None for t in (*call["inputs"], *call["terms"])]
+        for some in (needs, [False, True, *needs[2:6], False, True, False]):
+            backward = path, 0, rows, columns, some, *upstream, *saved, *flat
+            torch.library.opcheck(bwd.default, backward)
+
+    check(call)
     if path == "torch":
         # a CPU keeps what it need not make again
-        simple = (*inputs, None, key, value, attr, attr_q, seed)
-        numbers = (0.5, -math.inf, math.inf, 1e-6, 0.3, shared)
-        forward = (path, *simple, active, rows, *numbers, False, False, True, True)
-        torch.library.opcheck(fwd.default, forward)
-        o, lse, _, _, attr_o, exps = fwd(*forward)
-        needs = [t is not None for t in simple[:-1]]
-        made = (*simple, active, active, lse, exps, rows, columns)
-        backward = (path, o, lse, None, attr_o, *made, *numbers)
-        torch.library.opcheck(bwd.default, (*backward, needs))
+        call["terms"] = call["terms"]._replace(gate=None, attr_q=attr_q)
+        call["logit"] = Logit(0.5, -math.inf, math.inf, 1e-6)
+        call["switches"] = Switches(key_is_value=shared, attr_o=True, exps=True)
+        check(call)
 
 
 def test_shapes_beyond_two_to_the_31_on_meta_tensors():

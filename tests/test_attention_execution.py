@@ -25,6 +25,7 @@ from attention_cases import (
     case,
     evaluate,
     loops,
+    op_arguments,
     same_bits,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -32,8 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastgt
-from fastgt import Graph, neighborhood_attention
+from fastgt import AuxRequest, Graph, neighborhood_attention
 from fastgt.bench.memory import peak_extra_memory
+from fastgt.contract import EdgeTerms, HeadMask, Inputs, Logit, Saved, Switches, Upstream
 from fastgt.testing import assert_as_accurate, random_graph, with_index_dtype
 
 
@@ -232,8 +234,9 @@ def test_shapes_beyond_two_to_the_31_on_meta_tensors():
     graph = huge_graph(n, e)
     q, k, v = (torch.empty(n, h, d, device="meta", requires_grad=True) for _ in range(3))
     bias = torch.empty(e, h, device="meta", requires_grad=True)
-    o, lse, weights = neighborhood_attention(
-        q, k, v, graph, edge_bias=bias, return_lse=True, return_weights=True, impl="triton"
+    request = AuxRequest(lse=True, weights=True)
+    o, (lse, weights, _) = neighborhood_attention(
+        q, k, v, graph, edge_bias=bias, return_aux=request, impl="triton"
     )
     assert [t.shape for t in (o, lse, weights)] == [(n, h, d), (n, h), (e, h)]
     grads = torch.autograd.grad((o, lse), (q, k, v, bias), (o, lse))
@@ -292,29 +295,34 @@ def test_opcheck(path, edges, layout, dtype):
     if path != "torch":
         plan = x.graph.plan(path, height=height or None).choice
         rows, columns = x.graph.row_walk(plan), list(x.graph.column_walk(plan))
-    settings = (0.5, -1.0, 1.0, 1e-6)
-    inputs = x.q, x.k, x.v, x.bias, None
-    forward = (path, height, *inputs, list(rows), *settings)
-    o, lse, _ = torch.ops.fastgt.attention_fwd(*forward, False)
-    dlse = x.dlse if layout == "contiguous" else None
-    backward = (path, height, x.do, dlse, *inputs, None, lse, o if height else None)
-    torch.library.opcheck(
-        torch.ops.fastgt.attention_fwd.default, (*forward, layout == "contiguous")
+    flat = op_arguments(
+        Inputs(x.q, x.k, x.v),
+        terms=EdgeTerms(x.bias),
+        logit=Logit(0.5, -1.0, 1.0, 1e-6),
+        switches=Switches(weights=layout == "contiguous"),
     )
+    forward = path, height, list(rows), *flat
+    torch.library.opcheck(torch.ops.fastgt.attention_fwd.default, forward)
+    o, lse, *_ = torch.ops.fastgt.attention_fwd(*forward)
+    upstream = Upstream(x.do, x.dlse if layout == "contiguous" else None, None, None)
+    saved = Saved(lse, o if height else None, None)
     for needs in ((True,) * 4, (False, True, False, True)):
-        arguments = (*backward, list(rows), columns, *settings, *needs)
+        walks = list(rows), columns, (*needs, *[False] * 5)
+        arguments = path, height, *walks, *upstream, *saved, *flat
         torch.library.opcheck(torch.ops.fastgt.attention_bwd.default, arguments)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"logit_clamp": 5.0, "denominator_eps": 1e-6, "scale": 0.3, "return_weights": True}],
+    [{}, {"logit_clamp": 5.0, "denominator_eps": 1e-6, "scale": 0.3, "weights": True}],
     ids=["plain", "options"],
 )
 @pytest.mark.parametrize("impl", FAST)
 def test_compiles_whole_and_once(impl, options):
     """One compilation serves graphs of every size, forward and backward."""
     torch._dynamo.reset()
+    options = dict(options)
+    options["return_aux"] = AuxRequest(lse=True, weights=options.pop("weights", False))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(neighborhood_attention, fullgraph=True, dynamic=True, backend=counter)
     counts = []
@@ -324,7 +332,8 @@ def test_compiles_whole_and_once(impl, options):
         leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.bias)]
         found = []
         for f in (compiled, neighborhood_attention):
-            y = f(*leaves[:3], x.graph, edge_bias=leaves[3], return_lse=True, impl=impl, **options)
+            o, aux = f(*leaves[:3], x.graph, edge_bias=leaves[3], impl=impl, **options)
+            y = [o, *(t for t in aux if t is not None)]
             found.append([*y, *torch.autograd.grad(y[:2], leaves, (x.do, x.dlse))])
         for a, b in zip(*found, strict=True):
             assert torch.equal(a, b)
@@ -471,12 +480,12 @@ def test_the_last_tile_of_two_to_the_31_edges(tmp_path):
     room = torch.from_file(str(tmp_path / "sparse"), shared=True, size=edges, dtype=torch.int32)
     x = case(3, 3, 5, dtype=FP32, biased=False)
     ptr, col = x.graph.row_ptr, x.graph.col
-    inputs = "gather", 0, x.q, x.k, x.v, None, None
-    settings = (0.5, -math.inf, math.inf, 0.0, False)
-    wanted = torch.ops.fastgt.attention_fwd(*inputs, [ptr, col, col], *settings)
+    flat = op_arguments(Inputs(x.q, x.k, x.v))
+    wanted = torch.ops.fastgt.attention_fwd("gather", 0, [ptr, col, col], *flat)
     room[-5:] = col
-    found = torch.ops.fastgt.attention_fwd(*inputs, [ptr + (edges - 5), room, room], *settings)
-    for a, b in zip(found, wanted, strict=True):
+    found = torch.ops.fastgt.attention_fwd("gather", 0, [ptr + (edges - 5), room, room], *flat)
+    assert [x is not None for x in found] == [True] * 2 + [False] * 4
+    for a, b in zip(found[:2], wanted[:2], strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -571,20 +580,27 @@ def test_sums_over_a_huge_hub_are_accurate(edges, seed, turned):
 def test_nothing_waits_for_the_device(plan):
     """Launchers allocate and launch: no value comes back, so a CUDA graph can capture them."""
     pytest.importorskip("triton")
-    from fastgt.ops import attention as ops
+    from fastgt.ops import attention_launch as ops
     from fastgt.ops.head_mask import active_heads
 
     x = case(1, 20, 90, heads=2, group=2, d=8, dv=8, dtype=FP32, plan=plan)
     chosen = x.graph.choose(8, FP32)
     rows, columns = x.graph.row_walk(chosen), x.graph.column_walk(chosen)
-    how, settings = chosen[:2], (0.3, -1.0, 1.0, 1e-6)
+    path, height, _ = chosen
     gate = torch.tensor([0.0, 1.0, 0.0, 0.0], device=DEVICE)
     with Calls() as calls:
         for active in (None, active_heads(gate, x.graph).rows):
-            inputs = x.q, x.k, x.v, x.bias, active
-            o, lse, _ = ops._launch_fwd(*how, *inputs, rows, *settings, True)
-            inputs = x.do, x.dlse, *inputs, active, lse, o
-            ops._launch_bwd(*how, *inputs, rows, columns, *settings, *(True,) * 4)
+            flat = op_arguments(
+                Inputs(x.q, x.k, x.v),
+                terms=EdgeTerms(x.bias),
+                mask=HeadMask(active, active),
+                logit=Logit(0.3, -1.0, 1.0, 1e-6),
+                switches=Switches(weights=True),
+            )
+            o, lse, *_ = ops._launch_fwd(path, height, rows, *flat)
+            from_forward = *Upstream(x.do, x.dlse, None, None), *Saved(lse, o, None)
+            needs = [True] * 4 + [False] * 5
+            ops._launch_bwd(path, height, rows, columns, needs, *from_forward, *flat)
     # the interpreter copies arguments and results; of the launchers only allocations remain
     assert not {"_local_scalar_dense", "nonzero", "item", "unique", "sort"} & calls.names
     assert "new_empty" in calls.names

@@ -18,6 +18,7 @@ from attention_cases import (
     case,
     close,
     evaluate,
+    op_arguments,
     planned,
     same_bits,
     term_words,
@@ -28,6 +29,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastgt import Graph, neighborhood_attention
+from fastgt.contract import EdgeTerms, HeadMask, Inputs, Saved, Switches, Upstream
 
 GATES = st.sampled_from([0.0, 0.0, 1.0, -0.5, 2.0])
 WAYS = [*IMPLS, *PLANS[1:]]
@@ -316,11 +318,13 @@ def test_opcheck(impl):
     rows = (x.graph.row_ptr, x.graph.col, x.graph.edge)
     columns = tuple(x.graph.columns)
     columns = columns if impl == "torch" else (columns[0], columns[1], columns[3])
-    numbers = 0.3, -torch.inf, torch.inf, 0.0
-    inputs = x.q, x.k, x.v, x.bias, active
-    torch.library.opcheck(ops.attention_fwd.default, (path, 0, *inputs, rows, *numbers, True))
-    o, lse, _ = ops.attention_fwd(path, 0, *inputs, rows, *numbers, True)
-    backward = path, 0, o, lse, *inputs, active, lse, None, rows, columns, *numbers, *[True] * 4
+    changes = {"mask": HeadMask(active, active), "switches": Switches(weights=True)}
+    flat = op_arguments(Inputs(x.q, x.k, x.v), terms=EdgeTerms(x.bias), **changes)
+    torch.library.opcheck(ops.attention_fwd.default, (path, 0, rows, *flat))
+    o, lse, *_ = ops.attention_fwd(path, 0, rows, *flat)
+    given = *Upstream(o, lse, None, None), *Saved(lse, None, None)
+    needs = [True] * 4 + [False] * 5
+    backward = path, 0, rows, columns, needs, *given, *flat
     torch.library.opcheck(ops.attention_bwd.default, backward)
 
 

@@ -37,7 +37,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fastgt
-from fastgt import Graph, channelwise_attention, neighborhood_attention, reference, tiles
+from fastgt import (
+    AuxRequest,
+    Graph,
+    channelwise_attention,
+    neighborhood_attention,
+    reference,
+    tiles,
+)
 from fastgt.bench.memory import peak_extra_memory
 from fastgt.testing import PROBLEMS, assert_as_accurate, random_graph
 
@@ -423,9 +430,9 @@ def test_equals_neighborhood_attention_with_one_channel_a_head(impl):
     found = evaluate(x, impl)
     logits, v = x.logits.clone().requires_grad_(), x.v.clone().requires_grad_()
     q, k = (torch.zeros(n, 5, 1, dtype=FP64, device=DEVICE) for n in (8, 9))
-    o, lse, weights = neighborhood_attention(
+    o, (lse, weights, _) = neighborhood_attention(
         q, k, v[:, :, None], x.graph, edge_bias=logits, denominator_eps=0.2,
-        return_lse=True, return_weights=True, impl=impl,
+        return_aux=AuxRequest(lse=True, weights=True), impl=impl,
     )  # fmt: skip
     grads = torch.autograd.grad((o, lse), (logits, v), (x.do[:, :, None], x.dlse))
     expected = (o[:, :, 0], lse, weights, *grads)

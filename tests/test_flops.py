@@ -13,6 +13,7 @@ from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgt import (
+    AuxRequest,
     Graph,
     aggregate,
     channelwise_attention,
@@ -89,7 +90,8 @@ def test_attention_counts_its_edges(impl):
     def attend(**terms):
         return lambda: neighborhood_attention(q, k, v, graph(), impl=impl, **terms)
 
-    for terms in ({}, {"edge_bias": bias}, {"head_gate": gate}, {"return_lse": True}):
+    request = AuxRequest(lse=True)
+    for terms in ({}, {"edge_bias": bias}, {"head_gate": gate}, {"return_aux": request}):
         assert count(attend(**terms)) == 2 * E * 4 * (D + DV)
         assert count(attend(**terms), backward=True) == 2 * E * 4 * (3 * D + 2 * DV)
     with torch.no_grad():

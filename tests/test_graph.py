@@ -23,7 +23,7 @@ from graph_cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgt import Graph, neighborhood_attention
+from fastgt import AuxRequest, Graph, neighborhood_attention
 from fastgt.testing import open_data
 
 
@@ -333,15 +333,14 @@ def test_attention_follows_the_order_of_nodes(case: Case, seed: int) -> None:
     order = torch.randperm(n, generator=rng)
     graph = case.graph()
     # with the graph as given, reordered, and transposed twice
-    o, w = neighborhood_attention(q, k, v, graph, edge_bias=bias, return_weights=True)
+    terms = {"edge_bias": bias, "return_aux": AuxRequest(weights=True)}
+    o, (_, w, _) = neighborhood_attention(q, k, v, graph, **terms)
     moved = graph.reordered(order)
-    o2, w2 = neighborhood_attention(
-        q[order], k[order], v[order], moved, edge_bias=bias, return_weights=True
-    )
+    o2, (_, w2, _) = neighborhood_attention(q[order], k[order], v[order], moved, **terms)
     torch.testing.assert_close(o2, o[order], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(w2, w, rtol=1e-10, atol=1e-12)
     twice = graph.transpose().transpose()
-    o3, w3 = neighborhood_attention(q, k, v, twice, edge_bias=bias, return_weights=True)
+    o3, (_, w3, _) = neighborhood_attention(q, k, v, twice, **terms)
     torch.testing.assert_close(o3, o, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(w3, w, rtol=1e-10, atol=1e-12)
 

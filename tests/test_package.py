@@ -30,7 +30,7 @@ LAYERS = {
     "encodings": {"graph"},
     "philox": set(),
     "reference": {"contract", "graph", "philox"},
-    "cpu": {"contract"},
+    "cpu": {"contract", "philox"},
     "kernels": {"contract"},
     "ops": {"contract", "graph", "tiles", "versions", "philox", "reference", "cpu", "kernels"},
     "nn": {"contract", "graph", "ops"},

@@ -556,13 +556,13 @@ def test_attention_takes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     import fastgt.ops.attention as ops
 
-    taken, fwd = [], ops._fwd
+    taken, fwd = [], ops.attention_fwd
 
     def spy(path, height, *args):  # type: ignore[no-untyped-def]
         taken.append((path, height))
         return fwd(path, height, *args)
 
-    monkeypatch.setattr(ops, "_fwd", spy)
+    monkeypatch.setattr(ops, "attention_fwd", spy)
     graph = complete(5, 3)
     x = inputs(graph)
     wanted = neighborhood_attention(*x, graph, impl="reference")

@@ -14,7 +14,7 @@ from graph_cases import SIX, Case, assert_same, cases, check, few, joined
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgt import Graph, neighborhood_attention
+from fastgt import AuxRequest, Graph, neighborhood_attention
 from fastgt.bench import reordering as bench
 from fastgt.graph import _owners
 from fastgt.reordering import node_order
@@ -193,9 +193,10 @@ def test_attention_does_not_notice(method: str, parts: list[Case], seed: int) ->
 
     def attend(g: Graph) -> tuple[torch.Tensor, ...]:
         moved = (g.apply_order(x) for x in leaves[:3])
-        o, w = neighborhood_attention(*moved, g, edge_bias=bias, return_weights=True)
+        request = AuxRequest(weights=True)
+        o, aux = neighborhood_attention(*moved, g, edge_bias=bias, return_aux=request)
         o = g.undo_order(o)
-        return o, w, *torch.autograd.grad(o, leaves, do)
+        return o, aux.weights, *torch.autograd.grad(o, leaves, do)
 
     for found, expected in zip(attend(near), attend(graph), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

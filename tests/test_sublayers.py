@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._pytree import tree_map
 
-from fastgt import Graph, linear_attention, neighborhood_attention, virtual_node
+from fastgt import AuxRequest, Graph, linear_attention, neighborhood_attention, virtual_node
 from fastgt.models import (
     EdgeGraphTransformer,
     EdgeGraphTransformerConfig,
@@ -71,17 +71,17 @@ def neighborhood(m, x, e, graph, gate):
 
 
 def edge_gated(m, x, e, graph, gate):
-    attended, scores = neighborhood_attention(
+    attended, aux = neighborhood_attention(
         heads(m.q(x)),
         heads(m.k(x)),
         heads(m.v(x)),
         graph,
         edge_gate=heads(m.gate(e)),
         head_gate=gate,
-        return_edge_scores=True,
+        return_aux=AuxRequest(edge_scores=True),
         impl="reference",
     )
-    return m.out(attended.flatten(-2)), m.edge_out(scores.flatten(-2))
+    return m.out(attended.flatten(-2)), m.edge_out(aux.edge_scores.flatten(-2))
 
 
 def linear(m, x, e, graph, gate):

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import fastgt
-from fastgt import Graph
+from fastgt import AuxRequest, Graph
 from fastgt.testing import assert_as_accurate, random_edge_index
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,14 +123,14 @@ OPERATORS = {
     "neighborhood_attention": Operator(
         _attention,
         lambda g, q, k, v, edge_bias, **how: fastgt.neighborhood_attention(
-            q, k, v, g, edge_bias=edge_bias, return_lse=True, **how
+            q, k, v, g, edge_bias=edge_bias, return_aux=AuxRequest(lse=True), **how
         ),
     ),
     "neighborhood_attention, edges": Operator(
         _edges,
         lambda g, q, k, v, **terms: fastgt.neighborhood_attention(
             q, k, v, g, logit_clamp=5.0, denominator_eps=1e-6, dropout_p=0.3, dropout_seed=3,
-            return_edge_scores=True, **terms,
+            return_aux=AuxRequest(edge_scores=True), **terms,
         ),
     ),
     "neighborhood_attention, gate": Operator(

@@ -21,7 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgt.cpu.edge_terms import Head, Terms, attributes, slots
+from fastgt.contract import (
+    Dropout,
+    EdgeTerms,
+    HeadMask,
+    Inputs,
+    Logit,
+    PerInput,
+    Results,
+    Saved,
+    Switches,
+    Upstream,
+)
+from fastgt.cpu.edge_terms import Head, OnEdges, attributes, kept_weights, slots
 from fastgt.cpu.sparse import (
     Edges,
     Walk,
@@ -48,64 +60,55 @@ _SLICE = 2**15  # edges whose attributes' gradients are made at a time
 
 @torch.no_grad()  # called by an exported module, gradients may be on
 def attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    edge_bias: Tensor | None,
-    active: Tensor | None,
-    row_ptr: Tensor,
-    col: Tensor,
-    edge: Tensor,
-    scale: float,
-    low: float,
-    high: float,
-    eps: float,
-    return_weights: bool,
-    terms: Terms | None = None,
-    return_scores: bool = False,
-    weigh_attr: bool = False,
-    keep: bool = False,
-) -> tuple[Tensor, ...]:
-    """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order.
+    row_walk: Sequence[Tensor],
+    inputs: Inputs,
+    terms: EdgeTerms,
+    mask: HeadMask,
+    dropout: Dropout,
+    logit: Logit,
+    switches: Switches,
+) -> Results:
+    """The results in the caller's edge order, but for ``exps``: exp(logit - a number of its row) in
+    row order, which the backward need not make again.
 
-    To heads that are not ``active`` [1 or N, H] a row has no edges. With ``terms`` also edge scores
-    [E, H, D] (or [0, H, D]) in that order, the weighted sums of the attributes [N, H, C] (or
-    [N, H, 0]), and [H, E] (or [H, 0]) in row order what the backward need not make again:
-    exp(logit - a number of its row).
+    To heads that are not in ``mask.rows`` [1 or N, H] a row has no edges.
     """
+    q, k, v = inputs
+    row_ptr, col, edge = row_walk
     n, heads, d = q.shape
     num_edges = col.shape[0]
-    wide = accumulator(q)
-    results = [
+    wide, eps = accumulator(q), logit.eps
+    attr_width = 0 if terms.attr is None else terms.attr.shape[1]
+    results = Results(
         q.new_empty(n, heads, v.shape[2]),
         q.new_empty(n, heads, dtype=wide),
-        q.new_empty(num_edges if return_weights else 0, heads),
-    ]
-    whole = walk_edges(row_ptr, col, edge, attributes(terms, edge, wide))
-    if terms is not None:
-        channels = terms.attr.shape[1] if terms.attr is not None and weigh_attr else 0
-        results.append(q.new_empty(num_edges if return_scores else 0, heads, d))
-        results.append(q.new_empty(n, heads, channels, dtype=wide))
-        results.append(q.new_empty(heads, num_edges if keep else 0, dtype=wide))
-    o, lse, weights = results[:3]
-    if active is not None:
+        q.new_empty(num_edges, heads) if switches.weights else None,
+        q.new_empty(num_edges, heads, d) if switches.scores else None,
+        q.new_empty(n, heads, attr_width, dtype=wide) if switches.attr_o else None,
+        q.new_empty(heads, num_edges, dtype=wide) if switches.exps else None,
+    )
+    o, lse, weights, scores, attr_o, exps = results
+    if mask.rows is not None:
         for result in results:
-            result.fill_(-math.inf if result is lse else 0)
+            if result is not None:
+                result.fill_(-math.inf if result is lse else 0)
+    whole = walk_edges(row_ptr, col, edge, attributes(terms, edge, wide))
+    edge_terms = OnEdges(terms, switches.key_is_value, kept_weights(dropout, num_edges, heads))
     # the sum of the weights comes along with that of the values, unless dropout takes some away
-    ones = 0 if terms is not None and terms.keep is not None else 1
-    for kv, members in _blocks(q, k, whole, active):
+    ones = 0 if edge_terms.kept is not None else 1
+    for kv, members in _blocks(q, k, whole, mask.rows):
         kh, vh = stack(k, kv, wide), stack(v, kv, wide, ones=ones)
         last: Any = None
-        for h, on in members:
-            if on is not last:
-                last, row, count = on, on.row, len(on)
-                walk = diagonal(on.rows, k.shape[0], kv)
+        for h, edges in members:
+            if edges is not last:
+                last, row, count = edges, edges.row, len(edges)
+                walk = diagonal(edges.rows, k.shape[0], kv)
                 each = own(walk)
             qh = stack(q, h, wide)
-            head = Head(qh, kh, walk, each, n, on, h, terms, return_scores)
-            s, _ = head.logits(_bias(edge_bias, on, h), scale, low, high)
-            if return_scores:
-                results[3][on.caller, h] = unstack(head.scores(scale), count).to(q.dtype)
+            head = Head(qh, kh, walk, each, n, edges, h, edge_terms, switches.scores)
+            s, _ = head.logits(_bias(terms.bias, edges, h), logit)
+            if scores is not None:
+                scores[edges.caller, h] = unstack(head.scores(logit.scale), count).to(q.dtype)
             top, dead = pivots(s, walk.ptr)
             p = s.sub_(per_edge(top, row, n)).exp_()
             used = head.dropped(p)
@@ -115,8 +118,8 @@ def attention_fwd(
             else:
                 total = segment_sum(each, p)
             lse[:, h] = unstack(total.log().add_(top), n)
-            if keep and count:
-                results[5][h, :count] = _kept(p, total, row, n).unflatten(0, (-1, count))
+            if exps is not None and count:
+                exps[h, :count] = _divided(p, total, row, n).unflatten(0, (-1, count))
             if eps:
                 total = total + (math.log(eps) - top).exp()
             # rows without edges: 0 / tiny
@@ -126,17 +129,17 @@ def attention_fwd(
                 out += spmm(head.own, used, head.value)
                 values.append((head.own, head.value))
             o[:, h] = unstack(_mean(out, values, used, divisor, dead, row, n), n)
-            if head.attr is not None and weigh_attr:
+            if attr_o is not None:
                 out = spmm(head.common, used, head.attr)
                 values = [(head.common, head.attr)]
-                results[4][:, h] = unstack(_mean(out, values, used, divisor, dead, row, n), n)
-            if return_weights:
+                attr_o[:, h] = unstack(_mean(out, values, used, divisor, dead, row, n), n)
+            if weights is not None:
                 p.div_(per_edge(divisor, row, n))
-                weights[on.caller, h] = unstack(p, count).to(q.dtype)
-    return tuple(results)
+                weights[edges.caller, h] = unstack(p, count).to(q.dtype)
+    return results
 
 
-def _kept(p: Tensor, total: Tensor, row: Tensor, n: int) -> Tensor:
+def _divided(p: Tensor, total: Tensor, row: Tensor, n: int) -> Tensor:
     """What the backward divides by its sum: where that is large, gradients of small numbers would
     be lost."""
     large = total > _LARGE
@@ -169,110 +172,97 @@ def _mean(
 
 @torch.no_grad()
 def attention_bwd(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    edge_bias: Tensor | None,
-    active: Tensor | None,
-    lse: Tensor,
-    row_ptr: Tensor,
-    col: Tensor,
-    edge: Tensor,
-    col_ptr: Tensor,
-    col_row: Tensor,
-    col_slot: Tensor,
-    col_edge: Tensor,
-    scale: float,
-    low: float,
-    high: float,
-    eps: float,
-    needs: Sequence[bool],
-    terms: Terms | None = None,
-    dscores: Tensor | None = None,
-    dattr_o: Tensor | None = None,
-    exps: Tensor | None = None,
-) -> list[Tensor]:
-    """-> gradients of q, k, v and the bias, with ``terms`` also of gate, key, value, attr, attr_q.
+    row_walk: Sequence[Tensor],
+    column_walk: Sequence[Tensor],
+    needs: PerInput[bool],
+    upstream: Upstream,
+    saved: Saved,
+    inputs: Inputs,
+    terms: EdgeTerms,
+    mask: HeadMask,
+    dropout: Dropout,
+    logit: Logit,
+    switches: Switches,
+) -> PerInput[Tensor | None]:
+    """-> the gradients that are needed, None for the others.
 
-    Empty where ``needs`` says no. A key that is the value as well has one gradient, the key's.
-    ``exps``: what the forward kept.
+    A key that is the value as well has one gradient, the key's.
     """
+    q, k, v = inputs
+    do, dlse, dscores, dattr_o = upstream
+    row_ptr, col, edge = row_walk
     n, m, num_edges = q.shape[0], k.shape[0], col.shape[0]
-    heads, wide = q.shape[1], lse.dtype
+    heads, wide, eps = q.shape[1], saved.lse.dtype, logit.eps
     log_eps = math.log(eps) if eps else -math.inf
-    grads = [
-        q.new_empty(0)
-        if x is None or not need
-        else (x.new_empty if active is None else x.new_zeros)(x.shape)
-        for x, need in zip((q, k, v, edge_bias, *(terms or ())[:5]), needs, strict=True)
-    ]
-    dq, dk, dv, dbias, dgate, dkey, dvalue, dattr, dattr_q = grads + [q] * (9 - len(grads))
-    asked = [*needs, *[False] * (9 - len(needs))]
-    need_q, need_k, need_v, need_bias, need_gate, need_key, need_value, need_attr, need_attr_q = (
-        asked
+    grads: PerInput[Any] = PerInput(
+        *(
+            None
+            if x is None or not need
+            else (x.new_empty if mask.rows is None else x.new_zeros)(x.shape)
+            for x, need in zip((*inputs, *terms), needs, strict=True)
+        )
     )
-    need_logits = any((need_q, need_k, need_bias, need_gate, need_key, need_attr, need_attr_q))
+    need_logits = any(needs._replace(v=False, value=False))
     attr: Any = attributes(terms, edge, wide)
-    whole = walk_edges(row_ptr, col, edge, attr, (col_ptr, col_row, col_slot))
-    if terms is not None and terms.value is terms.key:
-        need_value, dvalue = need_key, dkey
-    if need_attr:
+    whole = walk_edges(row_ptr, col, edge, attr, column_walk)
+    edge_terms = OnEdges(terms, switches.key_is_value, kept_weights(dropout, num_edges, heads))
+    need_value, dvalue = needs.value, grads.value
+    if switches.key_is_value:
+        need_value, dvalue = needs.key, grads.key
+    if needs.attr:
         # of every edge: rows of attr_q by ds, rows of dattr_o by p
-        attr_q: Any = None if terms is None else terms.attr_q
-        kinds = (attr_q is not None) + (dattr_o is not None)
+        kinds = (terms.attr_q is not None) + (dattr_o is not None)
         shape = kinds, heads
         rates = q.new_empty(num_edges, *shape, dtype=wide)
         vectors = q.new_empty(n, *shape, attr.shape[1], dtype=wide)
-        if active is not None:
+        if mask.rows is not None:
             rates.zero_(), vectors.zero_()
-    for kv, members in _blocks(q, k, whole, active):
+    for kv, members in _blocks(q, k, whole, mask.rows):
         kh, vh = stack(k, kv, wide), stack(v, kv, wide)
         dkh = dvh = None
         by_channel = dscores is not None
         last: Any = None
-        for h, on in members:
-            if on is not last:
-                last, row, count = on, on.row, len(on)
-                rows, cols = diagonal(on.rows, m, kv), diagonal(on.cols, n, kv)
-                each, slot = own(rows), shifted(on.slot, count, kv)
-                place: Any = slice(None) if on.place is None else on.place
-                mine: Any = slice(None) if on.active is None else on.active
+        for h, edges in members:
+            if edges is not last:
+                last, row, count = edges, edges.row, len(edges)
+                rows, cols = diagonal(edges.rows, m, kv), diagonal(edges.cols, n, kv)
+                each, slot = own(rows), shifted(edges.slot, count, kv)
+                place: Any = slice(None) if edges.place is None else edges.place
+                mine: Any = slice(None) if edges.active is None else edges.active
             doh, qh = stack(do, h, wide), stack(q, h, wide)
-            head = Head(qh, kh, rows, each, n, on, h, terms, by_channel)
-            top, through = stack(lse, h, wide), None
-            kept = 1 / (1 + (log_eps - top).exp()) if eps else None  # r
+            head = Head(qh, kh, rows, each, n, edges, h, edge_terms, by_channel)
+            top, through = stack(saved.lse, h, wide), None
+            ratio = 1 / (1 + (log_eps - top).exp()) if eps else None  # r
             # rows with edges but without a finite logit: exp(s - inf) = 0
             dead = top == -torch.inf
-            some_dead = bool(n) and bool((dead.unflatten(0, (-1, n)) & on.occupied).any())
+            some_dead = bool(n) and bool((dead.unflatten(0, (-1, n)) & edges.occupied).any())
             if some_dead:
                 top.masked_fill_(dead, torch.inf)
-            if exps is None:
-                s, through = head.logits(_bias(edge_bias, on, h), scale, low, high)
+            if saved.exps is None:
+                s, through = head.logits(_bias(terms.bias, edges, h), logit)
                 p = s.sub_(per_edge(top, row, n)).exp_()
             else:
-                p = exps[h, :count].flatten()
+                p = saved.exps[h, :count].flatten()
             # from logits, 1 but for the rounding of the stored LSE, that of the largest logit
             total = segment_sum(each, p)
             norm = 1 / (total.masked_fill_(dead, 1.0) if some_dead else total)
             # factors of a row are applied to its vectors: dp and ds come out with them
-            share = (norm if kept is None else kept * norm)[:, None]
+            share = (norm if ratio is None else ratio * norm)[:, None]
             doh *= share
             if some_dead:
                 doh.masked_fill_(dead[:, None], 0.0)  # nor do the output's, finite or not
             used = head.dropped(p)
-            if need_v:
+            if needs.v:
                 out = spmm(cols, used.index_select(0, slot), doh)
                 dvh = out if dvh is None else dvh.add_(out)
             if need_value:
                 through_value = per_edge(doh, row, n).mul_(used[:, None])
-                dvalue[on.caller, h] = unstack(through_value, count).to(dvalue.dtype)
+                dvalue[edges.caller, h] = unstack(through_value, count).to(dvalue.dtype)
             if dattr_o is not None:
                 dah = stack(dattr_o, h, wide).mul_(share)
                 if some_dead:
                     dah.masked_fill_(dead[:, None], 0.0)
-                if need_attr:
+                if needs.attr:
                     vectors[mine, -1, h] = unstack(dah, n)[mine]
                     rates[place, -1, h] = unstack(used, count)
             if not need_logits:
@@ -284,50 +274,51 @@ def attention_bwd(
                 sddmm(dah, head.attr, head.common, onto=dp)
             dp = head.dropped(dp)
             gamma = segment_sum(each, p * dp)
-            if kept is not None:
-                gamma *= kept
+            if ratio is not None:
+                gamma *= ratio
             if dlse is not None:
                 gamma -= stack(dlse, h, wide)
             gamma *= norm
             if some_dead:
                 gamma.masked_fill_(dead, 0.0)  # no edge counts, whatever the LSE's gradient
             ds = dp.sub_(per_edge(gamma, row, n)).mul_(p)
-            if need_bias:
-                dbias[on.caller, h] = unstack(ds, count).to(q.dtype)
+            if needs.bias:
+                grads.bias[edges.caller, h] = unstack(ds, count).to(q.dtype)
             if through is not None:
                 ds.masked_fill_(~through, 0.0)
-            head.take(ds, None if dscores is None else slots(dscores, on.edge, h, wide), scale)
-            if need_q:
+            dt = None if dscores is None else slots(dscores, edges.edge, h, wide)
+            head.take(ds, dt, logit.scale)
+            if needs.q:
                 out = head.dq()
                 if some_dead and dscores is None:
                     out.masked_fill_(dead[:, None], 0.0)
-                dq[:, h] = unstack(out, n)
-            if need_k:
+                grads.q[:, h] = unstack(out, n)
+            if needs.k:
                 out = head.dk(cols, slot)
                 dkh = out if dkh is None else dkh.add_(out)
-            if need_gate:
-                flow = head.dfactor if dgate.ndim == 2 else head.dgate()
-                dgate[on.caller, h] = unstack(flow, count).to(q.dtype)
-            if need_key:
+            if needs.gate:
+                flow = head.dfactor if grads.gate.ndim == 2 else head.dgate()
+                grads.gate[edges.caller, h] = unstack(flow, count).to(q.dtype)
+            if needs.key:
                 flow = head.dkey()
-                if dvalue is dkey:
+                if switches.key_is_value:
                     flow = flow + through_value
-                dkey[on.caller, h] = unstack(flow, count).to(dkey.dtype)
-            if need_attr_q:
+                grads.key[edges.caller, h] = unstack(flow, count).to(grads.key.dtype)
+            if needs.attr_q:
                 out = spmm(head.common, head.ds, head.attr)
                 if some_dead:
                     out.masked_fill_(dead[:, None], 0.0)
-                dattr_q[:, h] = unstack(out, n)
-            if need_attr and head.attr_q is not None:
+                grads.attr_q[:, h] = unstack(out, n)
+            if needs.attr and head.attr_q is not None:
                 vectors[mine, 0, h] = unstack(head.attr_q, n)[mine]
                 rates[place, 0, h] = unstack(head.ds, count)
         if dkh is not None:
-            dk[:, kv] = unstack(dkh, m)
+            grads.k[:, kv] = unstack(dkh, m)
         if dvh is not None:
-            dv[:, kv] = unstack(dvh, m)
-    if need_attr:
+            grads.v[:, kv] = unstack(dvh, m)
+    if needs.attr:
         rates, vectors = rates.flatten(1), vectors.flatten(1, 2)
-        _attribute_gradient(dattr, rates, vectors, whole.row, whole.caller)
+        _attribute_gradient(grads.attr, rates, vectors, whole.row, whole.caller)
     return grads
 
 
@@ -356,17 +347,17 @@ def _blocks(
     group = q.shape[1] // max(kv_heads, 1)
     size = max(1, _TOGETHER // max(1, q.shape[0] + k.shape[0] + len(edges)))
     if active is None or group == 1:
-        for kv, on in runs(kv_heads, size, edges, active):
+        for kv, part in runs(kv_heads, size, edges, active):
             heads = [slice(kv.start * group + i, kv.stop * group, group) for i in range(group)]
-            yield kv, [(h, on) for h in heads]
+            yield kv, [(h, part) for h in heads]
         return
     for i in range(kv_heads):
         first = i * group
-        found = runs(group, 1, edges, active[:, first : first + group])
-        members = [(slice(first + h.start, first + h.stop), on) for h, on in found]
+        parts = runs(group, 1, edges, active[:, first : first + group])
+        members = [(slice(first + h.start, first + h.stop), part) for h, part in parts]
         if members:
             yield slice(i, i + 1), members
 
 
-def _bias(edge_bias: Tensor | None, on: Edges, heads: slice) -> Tensor | None:
-    return None if edge_bias is None else slots(edge_bias, on.edge, heads, edge_bias.dtype)
+def _bias(bias: Tensor | None, edges: Edges, heads: slice) -> Tensor | None:
+    return None if bias is None else slots(bias, edges.edge, heads, bias.dtype)

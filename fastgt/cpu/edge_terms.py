@@ -8,19 +8,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgt.contract import Dropout, EdgeTerms, Logit
 from fastgt.cpu.sparse import Edges, Walk, per_edge, sddmm, spmm, stack
+from fastgt.philox import LEVELS, kept, threshold
 
 
-class Terms(NamedTuple):
-    """What edges have besides a bias; None where they have not."""
+class KeptWeights(NamedTuple):
+    """The weights that dropout keeps, and what these grow by."""
 
-    gate: Tensor | None = None  # [E, H, D] or [E, H]
-    key: Tensor | None = None  # [E, H, D]
-    value: Tensor | None = None  # [E, H, DV]; may be the key
-    attr: Tensor | None = None  # [E, C]
-    attr_q: Tensor | None = None  # [N, H, C]
-    keep: Tensor | None = None  # [E, H] bool: the weights that dropout keeps
-    growth: float = 1.0  # of those
+    mask: Tensor  # [E, H] bool
+    growth: float
+
+
+def kept_weights(dropout: Dropout, edges: int, heads: int) -> KeptWeights | None:
+    if dropout.seed is None:
+        return None
+    growth = LEVELS / max(1, LEVELS - threshold(dropout.p))
+    return KeptWeights(kept(dropout.seed, edges, heads, dropout.p), growth)
+
+
+class OnEdges(NamedTuple):
+    """What edges have besides a bias."""
+
+    terms: EdgeTerms
+    key_is_value: bool
+    kept: KeptWeights | None
 
 
 class Head:
@@ -37,13 +49,13 @@ class Head:
         walk: Walk,
         own: Walk,
         n: int,
-        on: Edges,
+        edges: Edges,
         heads: slice,
-        terms: Terms | None,
+        on_edges: OnEdges,
         with_scores: bool,
     ):
         self.q, self.k, self.walk, self.own = q, k, walk, own
-        self.attr: Any = None
+        self.n, self.row, self.attr = n, edges.row, edges.attr
         self.by_channel = with_scores
         self.gate: Any = None
         self.factor: Any = None
@@ -51,31 +63,30 @@ class Head:
         self.value: Any = None
         self.attr_q: Any = None
         self.kept: Any = None
-        if terms is None:
-            return
+        terms, dropout = on_edges.terms, on_edges.kept
         wide, count = q.dtype, walk.other.shape[0]
-        # an edge's row of a tensor that all heads share
-        self.common = own if count == len(on) else own._replace(other=own.other % len(on))
-        self.n, self.row, self.attr = n, on.row, on.attr
+        if terms.attr is not None:
+            # an edge's row of a tensor that all heads share
+            shared = count == len(edges)
+            self.common = own if shared else own._replace(other=own.other % len(edges))
         if terms.gate is not None:
-            gate = slots(terms.gate, on.edge, heads, wide)
+            gate = slots(terms.gate, edges.edge, heads, wide)
             self.gate, self.factor = (gate, None) if terms.gate.ndim == 3 else (None, gate)
             self.by_channel = with_scores or self.gate is not None
         if terms.key is not None:
-            self.key = slots(terms.key, on.edge, heads, wide)
-        if terms.value is terms.key:
+            self.key = slots(terms.key, edges.edge, heads, wide)
+        if on_edges.key_is_value:
             self.value = self.key
         elif terms.value is not None:
-            self.value = slots(terms.value, on.edge, heads, wide)
+            self.value = slots(terms.value, edges.edge, heads, wide)
         if terms.attr_q is not None:
             self.attr_q = stack(terms.attr_q, heads, wide)
-        if terms.keep is not None:
-            self.kept = slots(terms.keep, on.edge, heads, wide).mul_(terms.growth)
+        if dropout is not None:
+            self.kept = slots(dropout.mask, edges.edge, heads, wide).mul_(dropout.growth)
 
-    def logits(
-        self, bias: Tensor | None, scale: float, low: float, high: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def logits(self, bias: Tensor | None, logit: Logit) -> tuple[Tensor, Tensor | None]:
         """clamp(scale q . k) + bias of every edge, and which ones the clamp let through."""
+        scale, low, high, _ = logit
         if self.by_channel:
             self.spread = per_edge(self.q, self.row, self.n)
             self.ungated = self.k.index_select(0, self.walk.other)
@@ -143,11 +154,9 @@ class Head:
         return self.dproducts * q
 
 
-def attributes(terms: Terms | None, edge: Tensor, wide: torch.dtype) -> Tensor | None:
+def attributes(terms: EdgeTerms, edge: Tensor, wide: torch.dtype) -> Tensor | None:
     """In row order."""
-    if terms is None or terms.attr is None:
-        return None
-    return terms.attr.index_select(0, edge).to(wide)
+    return None if terms.attr is None else terms.attr.index_select(0, edge).to(wide)
 
 
 def slots(x: Tensor, edge: Tensor, heads: slice, wide: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastgt.contract import AuxRequest
 from fastgt.graph import Graph
 from fastgt.nn.gated_heads import Gate, GatedHeads
 from fastgt.ops.attention import neighborhood_attention
@@ -88,12 +89,12 @@ class NeighborhoodAttention(GatedHeads):
         check_graph(graph)
         _check_features("x", x, "N_rows, dim", graph.num_rows, self.dim)
         if context is not None or graph.num_cols != graph.num_rows or self.context_dim != self.dim:
-            of = "N_cols, context_dim", graph.num_cols, self.context_dim
-            _check_features("context", context, *of)
+            shape = graph.num_cols, self.context_dim
+            _check_features("context", context, "N_cols, context_dim", *shape)
         y, gate = x if context is None else context, self.gate_of(head_gate, x)
         if isinstance(edge_bias, Tensor) and edge_bias.shape[1:] != (self.heads,):
-            found = list(edge_bias.shape)
-            raise ValueError(f"edge_bias must be [E, H] = [E, {self.heads}], got {found}")
+            given = list(edge_bias.shape)
+            raise ValueError(f"edge_bias must be [E, H] = [E, {self.heads}], got {given}")
         attended = self.attend(
             self.into_heads("q", x, gate),
             self.into_heads("k", y, gate),
@@ -116,7 +117,7 @@ class NeighborhoodAttention(GatedHeads):
         """The attention between the projections: what a subclass replaces."""
         if not q.shape[1]:
             return self.without_heads(q, k, v)
-        out = neighborhood_attention(
+        return neighborhood_attention(
             q,
             k,
             v,
@@ -128,8 +129,6 @@ class NeighborhoodAttention(GatedHeads):
             denominator_eps=self.denominator_eps,
             impl=self.impl,
         )
-        assert isinstance(out, Tensor)  # no extras were asked for
-        return out
 
 
 class EdgeGatedAttention(GatedHeads):
@@ -233,9 +232,9 @@ class EdgeGatedAttention(GatedHeads):
         edge_gate = self.into_heads("gate", e, gate)
         if not q.shape[1]:
             attended = self.without_heads(q, k, v, edge_gate)
-            scores = edge_gate if edge_output else None
+            scores: Tensor | None = edge_gate if edge_output else None
         else:
-            found = neighborhood_attention(
+            attended, aux = neighborhood_attention(
                 q,
                 k,
                 v,
@@ -245,10 +244,10 @@ class EdgeGatedAttention(GatedHeads):
                 dense_gate_grad=gate.dense,
                 logit_clamp=self.logit_clamp,
                 denominator_eps=self.denominator_eps,
-                return_edge_scores=edge_output,
+                return_aux=AuxRequest(edge_scores=edge_output),
                 impl=self.impl,
             )
-            attended, scores = found if isinstance(found, tuple) else (found, None)
+            scores = aux.edge_scores
         x = self.out_of_heads("out", self.dropout(gate.scaled(attended)), gate)
         if scores is None:
             return x, None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from fastgt.contract import AuxRequest
 from fastgt.graph import Graph
 from fastgt.nn.sublayers import is_plain_linear, reset_sublayers
 from fastgt.ops.attention import neighborhood_attention
@@ -141,20 +142,19 @@ class TransformerConv(nn.Module):
         if target is None:
             raise ValueError("x must be (x_src, x_dst), got None for x_dst, which the queries need")
         heads = self.heads, self.out_channels
-        found = neighborhood_attention(
+        m, aux = neighborhood_attention(
             self.lin_query(target).unflatten(-1, heads),
             self.lin_key(source).unflatten(-1, heads),
             self.lin_value(source).unflatten(-1, heads),
             graph,
             **self._edge_terms(edge_attr, graph),
             dropout_p=self.dropout if self.training else 0.0,
-            return_weights=bool(return_attention_weights),
+            return_aux=AuxRequest(weights=bool(return_attention_weights)),
             impl=self.impl,
         )
-        m, weights = found if isinstance(found, tuple) else (found, None)
         m = m.flatten(-2) if self.concat else m.mean(-2)
         out = self._with_root(m, self.lin_skip(target)) if self.root_weight else m
-        return out if weights is None else (out, (graph.edge_index, weights))
+        return out if aux.weights is None else (out, (graph.edge_index, aux.weights))
 
     def _edge_terms(self, edge_attr: Tensor | None, graph: Graph) -> dict[str, Any]:
         """What the attention takes of edges, once ``edge_attr`` has been checked."""
@@ -162,10 +162,10 @@ class TransformerConv(nn.Module):
             if edge_attr is not None:
                 raise ValueError("edge_dim is None, but there is an edge_attr")
             return {}
-        wanted = [graph.num_edges, self.edge_dim]
-        found: Any = list(edge_attr.shape) if isinstance(edge_attr, Tensor) else edge_attr
-        if found != wanted:
-            raise ValueError(f"edge_attr must be [E, edge_dim] = {wanted}, got {found}")
+        shape = [graph.num_edges, self.edge_dim]
+        given: Any = list(edge_attr.shape) if isinstance(edge_attr, Tensor) else edge_attr
+        if given != shape:
+            raise ValueError(f"edge_attr must be [E, edge_dim] = {shape}, got {given}")
         assert edge_attr is not None
         layer, heads = self.lin_edge, (self.heads, self.out_channels)
         if not is_plain_linear(layer) or layer.bias is not None:

@@ -1,21 +1,29 @@
-"""neighborhood_attention: public function -> checks -> autograd -> registered ops -> launchers."""
+"""neighborhood_attention: public function -> checks -> autograd -> registered ops
+(``attention_launch.py``)."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from fastgt import reference
-from fastgt.graph import Graph
-from fastgt.ops.attention_edges import (
-    autocast_edges,
-    check_edges,
-    edge_attention,
-    reference_grads,
+from fastgt.contract import (
+    Aux,
+    AuxRequest,
+    Dropout,
+    EdgeTensors,
+    EdgeTerms,
+    HeadMask,
+    Inputs,
+    Logit,
+    Switches,
 )
+from fastgt.graph import Graph
+from fastgt.ops.attention_launch import attention_bwd, attention_fwd
+from fastgt.ops.aux import check_request
 from fastgt.ops.checks import (
     autocast,
     autocasts,
@@ -29,10 +37,71 @@ from fastgt.ops.checks import (
     number,
     refuse_forward_mode,
 )
-from fastgt.ops.head_mask import Active, active_heads, check_head_gate, gated, masked_extras
-from fastgt.ops.implementation import Impl, choose, require_triton
+from fastgt.ops.edge_terms import (
+    add_attributes,
+    autocast_edges,
+    check_edges,
+    define,
+    make_terms,
+    narrow,
+)
+from fastgt.ops.head_mask import active_heads, check_head_gate, gated, masked_extras
+from fastgt.ops.implementation import Impl, choose
+from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, column_walk, row_walk
 from fastgt.tiles import Plan, tallest
+
+
+@overload
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    graph: Graph,
+    *,
+    scale: float | None = None,
+    edge_bias: Tensor | None = None,
+    edge_gate: Tensor | None = None,
+    edge_key: Tensor | None = None,
+    edge_value: Tensor | None = None,
+    edge_attr: Tensor | None = None,
+    edge_key_weight: Tensor | None = None,
+    edge_value_weight: Tensor | None = None,
+    logit_clamp: float | tuple[float, float] | None = None,
+    denominator_eps: float = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    head_gate: Tensor | None = None,
+    dense_gate_grad: bool = False,
+    return_aux: None = None,
+    impl: Impl | None = None,
+) -> Tensor: ...
+
+
+@overload
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    graph: Graph,
+    *,
+    scale: float | None = None,
+    edge_bias: Tensor | None = None,
+    edge_gate: Tensor | None = None,
+    edge_key: Tensor | None = None,
+    edge_value: Tensor | None = None,
+    edge_attr: Tensor | None = None,
+    edge_key_weight: Tensor | None = None,
+    edge_value_weight: Tensor | None = None,
+    logit_clamp: float | tuple[float, float] | None = None,
+    denominator_eps: float = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    head_gate: Tensor | None = None,
+    dense_gate_grad: bool = False,
+    return_aux: AuxRequest,
+    impl: Impl | None = None,
+) -> tuple[Tensor, Aux]: ...
 
 
 def neighborhood_attention(
@@ -55,11 +124,9 @@ def neighborhood_attention(
     dropout_seed: int | Tensor | None = None,
     head_gate: Tensor | None = None,
     dense_gate_grad: bool = False,
-    return_lse: bool = False,
-    return_weights: bool = False,
-    return_edge_scores: bool = False,
+    return_aux: AuxRequest | None = None,
     impl: Impl | None = None,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Tensor | tuple[Tensor, Aux]:
     """Softmax attention of every node over its neighbours.
 
     For row (query) i and its columns (keys) j, head by head, with * channel by channel::
@@ -107,16 +174,17 @@ def neighborhood_attention(
             gradient ``sum do . out / gate``; one of 0 gets 0. NaN is refused (on a CPU).
         dense_gate_grad: Compute masked heads too, so that gates of 0 get the exact gradient; NaN in
             them shows.
-        return_lse: Also give ``lse_i = log sum_j exp(s_ij)``, natural, ``[N_rows, H]`` in
-            float32 (float64 for float64), with its gradient. eps is not part of it.
-        return_weights: Also give ``a_ij``, ``[E, H]`` before dropout, without gradient.
-        return_edge_scores: Also give ``t_ij``, ``[E, H, D]``, with its gradient.
+        return_aux: Which results to give besides: ``AuxRequest(lse=True)`` for
+            ``lse_i = log sum_j exp(s_ij)``, natural, ``[N_rows, H]`` in float32 (float64 for
+            float64), with its gradient, eps is not part of it; ``weights=True`` for ``a_ij``,
+            ``[E, H]`` before dropout, without gradient; ``edge_scores=True`` for ``t_ij``,
+            ``[E, H, D]``, with its gradient.
         impl: ``"triton"`` (GPU), ``"torch"`` (CPU), ``"reference"`` (plain definition,
             O(E H D) memory), or None to follow the device.
 
     Returns:
-        ``[N_rows, H, Dv]`` in q's dtype, followed by lse, weights and edge scores where asked for.
-        Sums are kept in float32 (float64 for float64). Memory is O(N + E H), but for tensors of
+        ``[N_rows, H, Dv]`` in q's dtype; with ``return_aux`` a tuple of it and an ``Aux``. Sums are
+        kept in float32 (float64 for float64). Memory is O(N + E H), but for tensors of
         size E H D that are given or asked for. Under
         ``torch.autocast`` the inputs are cast first, as for
         ``torch.nn.functional.scaled_dot_product_attention``. Second derivatives go through the
@@ -135,206 +203,196 @@ def neighborhood_attention(
 
     Example:
         >>> import torch
-        >>> from fastgt import Graph, neighborhood_attention
+        >>> from fastgt import AuxRequest, Graph, neighborhood_attention
         >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 0]]))
         >>> q, k, v = torch.randn(3, 3, 4, 16)
         >>> neighborhood_attention(q, k, v, graph).shape
         torch.Size([3, 4, 16])
         >>> gate = torch.randn(3, 4, 16)
-        >>> out, scores = neighborhood_attention(
-        ...     q, k, v, graph, edge_gate=gate, return_edge_scores=True
+        >>> out, aux = neighborhood_attention(
+        ...     q, k, v, graph, edge_gate=gate, return_aux=AuxRequest(edge_scores=True)
         ... )
-        >>> scores.shape
+        >>> aux.edge_scores.shape
         torch.Size([3, 4, 16])
     """
+    request = check_request("neighborhood_attention", return_aux, *AuxRequest._fields)
     dropout_p = number("dropout_p", dropout_p)
-    plain = edge_gate is None and edge_key is None and edge_value is None and edge_attr is None
-    plain = plain and edge_key_weight is None and edge_value_weight is None
-    plain = plain and not dropout_p and not return_edge_scores
-    edges: dict[str, Tensor | None] = {}
-    if not plain:
-        edges = {
-            "edge_gate": edge_gate,
-            "edge_key": edge_key,
-            "edge_value": edge_value,
-            "edge_attr": edge_attr,
-            "edge_key_weight": edge_key_weight,
-            "edge_value_weight": edge_value_weight,
-        }
+    edges = EdgeTensors(
+        edge_bias, edge_gate, edge_key, edge_value, edge_attr, edge_key_weight, edge_value_weight
+    )
+    more_than_bias = any(x is not None for x in edges[1:]) or dropout_p != 0 or request.edge_scores
     if isinstance(q, Tensor) and autocasts(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (autocast(x, dtype) for x in (q, k, v))
-        edge_bias = None if edge_bias is None else autocast(edge_bias, dtype)
         edges = autocast_edges(edges, dtype)
     low, high = clamp_bounds(logit_clamp)
     scale = None if scale is None else number("scale", scale)
     denominator_eps = number("denominator_eps", denominator_eps)
     check_attention(q, k, v, graph)
-    if edge_bias is not None:
-        check_edge_tensor("edge_bias", edge_bias, q, "E, H", graph.num_edges, q.shape[1])
-    if edges:
-        check_edges(q, v, graph.num_edges, **edges)
+    if edges.edge_bias is not None:
+        shape = graph.num_edges, q.shape[1]
+        check_edge_tensor("edge_bias", edges.edge_bias, q, "E, H", *shape)
+    if more_than_bias:
+        check_edges(edges, q, v, graph.num_edges)
     check_numbers(q, scale, denominator_eps, dropout_p)
-    active = None
+    mask = active = HeadMask(None, None)
     if head_gate is not None:
         check_head_gate(head_gate, q.shape[1], q.device, graph.num_graphs)
-        active = active_heads(head_gate, graph)
+        active = HeadMask(*active_heads(head_gate, graph))
         dense_gate_grad = dense_gate_grad and head_gate.dtype != torch.bool
+        mask = mask if dense_gate_grad else active
     if logit_clamp is not None:
         low, high = (math.inf * x if abs(x) > largest(q) else x for x in (low, high))
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     seed = dropout_key(dropout_seed, q.device) if dropout_p or dropout_seed is not None else None
     impl = choose(impl, q)
-    wanted = return_lse, return_weights, return_edge_scores
-    o, *extras = _attend(
-        (q, k, v, edge_bias),
-        None if dense_gate_grad else active,
+    o, aux = _attend(
+        Inputs(q, k, v),
         edges,
+        mask,
         graph,
-        (scale, low, high, denominator_eps),
-        dropout_p,
-        seed,
+        Logit(scale, low, high, denominator_eps),
+        Dropout(seed if dropout_p else None, dropout_p),
+        request,
         impl,
-        wanted,
+        more_than_bias,
     )
     if head_gate is not None:
         o = gated(o, head_gate, graph.graph_ptr, dense_gate_grad, impl)
-    if active is not None and dense_gate_grad and extras:
-        extras = masked_extras(extras, active.rows, graph, *wanted)
-    return (o, *extras) if extras else o
+        if dense_gate_grad and active.rows is not None and any(request):
+            given = [x for x in aux if x is not None]
+            masked = iter(masked_extras(given, active.rows, graph, *request))
+            aux = Aux(*(next(masked) if asked else None for asked in request))
+    return o if return_aux is None else (o, aux)
 
 
 def _attend(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    active: Active | None,
-    edges: dict[str, Tensor | None],
+    inputs: Inputs,
+    edges: EdgeTensors,
+    mask: HeadMask,
     graph: Graph,
-    settings: tuple[float, float, float, float],
-    dropout_p: float,
-    seed: Tensor | None,
+    logit: Logit,
+    dropout: Dropout,
+    request: AuxRequest,
     impl: Impl,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor, ...]:
-    """-> o, and what is wanted besides: lse, weights, edge scores."""
-    q, k, v, edge_bias = inputs
-    on_rows, on_cols = active or (None, None)
-    return_lse, return_weights, return_edge_scores = wanted
+    more_than_bias: bool,
+) -> tuple[Tensor, Aux]:
     if impl == "reference":
-        scale, low, high, eps = settings
-        found = reference.neighborhood_attention(
-            q,
-            k,
-            v,
-            graph,
-            scale=scale,
-            edge_bias=edge_bias,
-            **edges,
-            logit_clamp=None if (low, high) == (-math.inf, math.inf) else (low, high),
-            denominator_eps=eps,
-            dropout_p=dropout_p,
-            dropout_seed=seed,
-            return_lse=return_lse,
-            return_weights=return_weights,
-            return_edge_scores=return_edge_scores,
-            active=on_rows,
+        return reference.masked_attention(inputs, edges, mask.rows, graph, logit, dropout, request)
+    tensors = [x for x in (*inputs, *edges) if x is not None]
+    refuse_forward_mode(*tensors)
+    differentiable = needs_gradient(*tensors)
+    plan = _plan(impl, graph, inputs, more_than_bias)
+    terms, key_is_value, value_weight, exps = EdgeTerms(edges.edge_bias), False, None, False
+    if more_than_bias:
+        by_channel = request.edge_scores
+        terms, key_is_value, value_weight = make_terms(
+            inputs, edges, mask, graph, by_channel=by_channel
         )
-        return found if isinstance(found, tuple) else (found,)
-    given: tuple[Tensor | None, ...] = (q, k, v, edge_bias, *edges.values())
-    tensors = [x for x in given if x is not None]
+        # a logit of several products is kept on a CPU, which makes it anew more slowly than it
+        # reads it
+        simple = terms.gate is None and not by_channel and logit[1:3] == (-math.inf, math.inf)
+        several = terms.attr is not None or terms.key is not None
+        exps = plan.path == "torch" and differentiable and simple and several
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
-        k, v = k.view_as(k), v.view_as(v)
-        on_cols = None if on_cols is None else on_cols.view_as(on_cols)
-    refuse_forward_mode(*tensors)
-    plan = _plan(impl, graph, q, v, len(edges) > 0)
-    differentiable = needs_gradient(*tensors)
+        q, k, v = inputs
+        inputs = Inputs(q, k.view_as(k), v.view_as(v))
+        terms = EdgeTerms(*(None if x is None else x.view_as(x) for x in terms))
+        mask = HeadMask(mask.rows, None if mask.cols is None else mask.cols.view_as(mask.cols))
+    switches = Switches(
+        key_is_value, request.weights, request.edge_scores, value_weight is not None, exps
+    )
     rows = row_walk(graph, plan)
-    columns = column_walk(graph, plan) if differentiable else ()
-    scores = None
-    if edges:
-        walks = graph, plan.path, rows, columns
-        o, lse, weights, scores = edge_attention(
-            q,
-            k,
-            v,
-            edge_bias,
-            on_rows,
-            on_cols,
-            edges,
-            walks,
-            settings,
-            dropout_p,
-            seed if dropout_p else None,
-            return_weights,
-            return_edge_scores,
-            differentiable,
-        )
-    elif differentiable:
-        o, lse, weights = _Attention.apply(
-            q, k, v, edge_bias, on_rows, on_cols, graph, plan, rows, columns, settings,
-            return_weights,
-        )  # fmt: skip
+    if differentiable:
+        columns = column_walk(graph, plan)
+        call = _Call(graph, plan, rows, columns, logit, dropout.p, switches)
+        results = _Attention.apply(call, dropout.seed, *mask, *inputs, *terms)
     else:
-        path, height, _ = plan
-        o, lse, weights = _fwd(
-            path, height, q, k, v, edge_bias, on_rows, rows, *settings, return_weights
+        results = attention_fwd(
+            plan.path, plan.height, rows, *inputs, *terms, *mask, *dropout, *logit, *switches
         )
-    extras: list[Any] = [x for x, asked in ((lse, return_lse), (weights, return_weights)) if asked]
-    extras += [scores] if return_edge_scores else []
-    return o, *extras
+    o, lse, weights, scores, attr_o, _ = results
+    if value_weight is not None:
+        o = add_attributes(o, lse, attr_o, value_weight)
+    return o, Aux(lse if request.lse else None, weights, scores)
+
+
+class _Call(NamedTuple):
+    """What autograd does not look into."""
+
+    graph: Graph
+    plan: Plan
+    rows: tuple[Tensor, ...]
+    columns: tuple[Tensor, ...]
+    logit: Logit
+    dropout_p: float
+    switches: Switches
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        edge_bias: Tensor | None,
-        on_rows: Tensor | None,
-        on_cols: Tensor | None,
-        graph: Graph,
-        plan: Plan,
-        rows: tuple[Tensor, ...],
-        columns: tuple[Tensor, ...],
-        settings: tuple[float, float, float, float],
-        return_weights: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        path, height, _ = plan
-        o, lse, weights = _fwd(
-            path, height, q, k, v, edge_bias, on_rows, rows, *settings, return_weights
+        call: _Call,
+        seed: Tensor | None,
+        mask_rows: Tensor | None,
+        mask_cols: Tensor | None,
+        *tensors: Tensor | None,  # Inputs, EdgeTerms
+    ) -> tuple[Tensor | None, ...]:
+        path, height, _ = call.plan
+        rest = mask_rows, mask_cols, seed, call.dropout_p
+        results = attention_fwd(
+            path, height, call.rows, *tensors, *rest, *call.logit, *call.switches
         )
+        o, lse, weights, _, _, exps = results
         # only windows need the output: a first guess at the row's mean gradient
-        kept = o if height else None
-        ctx.save_for_backward(q, k, v, edge_bias, on_rows, on_cols, lse, kept)
-        ctx.graph, ctx.plan, ctx.rows, ctx.columns = graph, plan, rows, columns
-        ctx.settings = settings
-        ctx.mark_non_differentiable(weights)
+        saved = lse, o if height else None, exps
+        ctx.save_for_backward(seed, mask_rows, mask_cols, *saved, *tensors)
+        ctx.call = call
+        ctx.mark_non_differentiable(*(x for x in (weights, exps) if x is not None))
         ctx.set_materialize_grads(False)
-        return o, lse, weights
+        return results
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> tuple:
-        q, k, v, edge_bias, on_rows, on_cols, lse, o = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
+    def backward(
+        ctx: Any,
+        do: Tensor | None,
+        dlse: Tensor | None,
+        _: None,
+        dscores: Tensor | None,
+        dattr_o: Tensor | None,
+        __: None,
+    ) -> tuple[Tensor | None, ...]:
+        seed, mask_rows, mask_cols, lse, o, exps, *tensors = ctx.saved_tensors
+        call, needs, q = ctx.call, ctx.needs_input_grad[4:], tensors[0]
+        if dattr_o is not None:
+            dattr_o = narrow(dattr_o, q)
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable
-            grads: list[Tensor | None] = reference_grads(
-                (do, dlse), (q, k, v, edge_bias), needs, ctx.graph, ctx.settings, on_rows
-            )
+
+            def definition(*tensors: Any) -> tuple[Tensor, ...]:
+                inputs, terms = Inputs(*tensors[:3]), EdgeTerms(*tensors[3:])
+                dropout = Dropout(seed, call.dropout_p)
+                shared = call.switches.key_is_value
+                return define(inputs, terms, mask_rows, call.graph, call.logit, dropout, shared)
+
+            upstream = do, dlse, dscores, dattr_o
+            grads = differentiable_gradients(definition, tensors, upstream, needs)
         else:
             if do is None:
-                do = q.new_zeros(()).expand(*q.shape[:2], v.shape[2])
-            path, height, _ = ctx.plan
-            args = (do, dlse, q, k, v, edge_bias, on_rows, on_cols, lse, o)
-            found = _bwd(path, height, *args, ctx.rows, ctx.columns, *ctx.settings, *needs)
-            grads = [x if need else None for x, need in zip(found, needs, strict=True)]
-        return (*grads, *[None] * 8)
+                do = q.new_zeros(()).expand(*q.shape[:2], tensors[2].shape[2])
+            path, height, _ = call.plan
+            rest = mask_rows, mask_cols, seed, call.dropout_p, *call.logit, *call.switches
+            walks, upstream = (call.rows, call.columns), (do, dlse, dscores, dattr_o)
+            saved = lse, o, exps
+            grads = attention_bwd(path, height, *walks, needs, *upstream, *saved, *tensors, *rest)
+        return (None, None, None, None, *grads)
 
 
-def _plan(impl: Impl, graph: Graph, q: Tensor, v: Tensor, edge_terms: bool) -> Plan:
+def _plan(impl: Impl, graph: Graph, inputs: Inputs, edge_terms: bool) -> Plan:
     if impl == "triton":
+        q, _, v = inputs
         width = max(q.shape[2], v.shape[2])
         plan = graph.choose(width, q.dtype, edge_terms=edge_terms)
         if plan.height and plan.height > (height := tallest(width, q.element_size())):
@@ -350,82 +408,3 @@ def _plan(impl: Impl, graph: Graph, q: Tensor, v: Tensor, edge_terms: bool) -> P
             "not have: use graph.plan() there"
         )
     return CPU
-
-
-# path is "torch" (on a CPU) or one of Triton's; rows and columns are what it walks; on_rows and
-# on_cols [1 or N, H] are their heads that are not masked
-_SETTINGS = "float scale, float low, float high, float eps"
-torch.library.define(
-    "fastgt::attention_fwd",
-    "(str path, int height, Tensor q, Tensor k, Tensor v, Tensor? edge_bias, Tensor? on_rows,"
-    f" Tensor[] rows, {_SETTINGS}, bool return_weights) -> (Tensor o, Tensor lse, Tensor weights)",
-)
-torch.library.define(
-    "fastgt::attention_bwd",
-    "(str path, int height, Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v,"
-    " Tensor? edge_bias, Tensor? on_rows, Tensor? on_cols, Tensor lse, Tensor? o, Tensor[] rows,"
-    f" Tensor[] columns, {_SETTINGS}, bool need_q, bool need_k, bool need_v, bool need_bias)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
-)
-
-
-@torch.library.register_fake("fastgt::attention_fwd")
-def _(path, height, q, k, v, edge_bias, on_rows, rows, scale, low, high, eps, return_weights):  # type: ignore[no-untyped-def]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return (
-        q.new_empty(q.shape[0], q.shape[1], v.shape[2]),
-        q.new_empty(q.shape[0], q.shape[1], dtype=wide),
-        q.new_empty(rows[1].shape[0] if return_weights else 0, q.shape[1]),
-    )
-
-
-@torch.library.register_fake("fastgt::attention_bwd")
-def _(path, height, do, dlse, q, k, v, edge_bias, on_rows, on_cols, lse, o, rows, columns, *rest):  # type: ignore[no-untyped-def]
-    need_q, need_k, need_v, need_bias = rest[-4:]
-    return (
-        q.new_empty(q.shape if need_q else (0,)),
-        q.new_empty(k.shape if need_k else (0,)),
-        q.new_empty(v.shape if need_v else (0,)),
-        q.new_empty((rows[1].shape[0], q.shape[1]) if need_bias else (0,)),
-    )
-
-
-def _launch_fwd(path: str, height: int, *args: Any) -> tuple[Tensor, ...]:
-    # q, k, v, edge_bias, on_rows, rows; the settings
-    if path == "torch":
-        from fastgt.cpu import attention
-
-        return attention.attention_fwd(*args[:5], *args[5], *args[6:])
-    require_triton(args[0])
-    if height:
-        from fastgt.kernels.attention_windows import windows_fwd
-
-        return windows_fwd(*args[:6], height, path == "graphs", *args[6:])
-    from fastgt.kernels.attention import attention_fwd
-
-    return attention_fwd(*args)
-
-
-def _launch_bwd(path: str, height: int, *args: Any) -> tuple[Tensor, ...]:
-    # do, dlse, q, k, v, edge_bias, on_rows, on_cols, lse; o, for windows; walks; the settings
-    inputs, (o, rows, columns), settings = args[:9], args[9:12], args[12:]
-    if path == "torch":
-        from fastgt.cpu import attention
-
-        # whole walks are cut by rows there
-        arguments: Any = (*inputs[:7], inputs[8], *rows, *columns, *settings[:4], settings[4:])
-        return tuple(attention.attention_bwd(*arguments))
-    if height:
-        from fastgt.kernels.attention_windows import windows_bwd
-
-        return windows_bwd(*inputs, o, rows, columns, height, path == "graphs", *settings)
-    from fastgt.kernels.attention_backward import attention_bwd
-
-    return attention_bwd(*inputs, rows, columns, *settings)
-
-
-torch.library.impl("fastgt::attention_fwd", "CompositeExplicitAutograd", _launch_fwd)
-torch.library.impl("fastgt::attention_bwd", "CompositeExplicitAutograd", _launch_bwd)
-
-_fwd = torch.ops.fastgt.attention_fwd.default
-_bwd = torch.ops.fastgt.attention_bwd.default

@@ -23,6 +23,9 @@ from typing import Any
 
 import torch
 
+from fastgt.contract import PerInput
+from fastgt.ops.attention_launch import BACKWARD, FORWARD
+
 _COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
@@ -68,100 +71,29 @@ class _Finder:
 _FINDER = _Finder()
 
 
-def _attention_fwd(
-    path: str,
-    height: int,
-    q: Shape,
-    k: Shape,
-    v: Shape,
-    bias: Any,
-    on_rows: Any,
-    rows: Any,
-    *settings: Any,
-    out_shape: Any,
-) -> int:
-    return 2 * _pairs(q, rows) * (q[2] + v[2])
-
-
-def _attention_bwd(
-    path: str,
-    height: int,
-    do: Shape,
-    dlse: Any,
-    q: Shape,
-    k: Shape,
-    v: Shape,
-    bias: Any,
-    on_rows: Any,
-    on_cols: Any,
-    lse: Any,
-    o: Any,
-    rows: Any,
-    columns: Any,
-    *settings: Any,
-    out_shape: Any,
-) -> int:
-    need_q, need_k, need_v, need_bias = settings[-4:]
-    scores, weights = _attention_gradients(need_q, need_k, need_v, need_q or need_k or need_bias)
-    return 2 * _pairs(q, rows) * (scores * q[2] + weights * v[2])
-
-
-def _attention_edges_fwd(
-    path: str,
-    q: Shape,
-    k: Shape,
-    v: Shape,
-    bias: Any,
-    gate: Any,
-    key: Any,
-    value: Any,
-    attr: Any,
-    attr_q: Any,
-    seed: Any,
-    on_rows: Any,
-    rows: Any,
-    *flags: Any,
-    out_shape: Any,
-) -> int:
-    _, _, weigh_attr, _ = flags[-4:]
-    channels = ((attr_q is not None) + weigh_attr) * attr[1] if attr is not None else 0
+def _attention_fwd(path: str, height: int, rows: Any, *flat: Any, out_shape: Any) -> int:
+    inputs, terms, _, _, _, switches = FORWARD.split(flat)
+    channels = 0
+    if terms.attr is not None:
+        channels = ((terms.attr_q is not None) + switches.attr_o) * terms.attr[1]
+    q, _, v = inputs
     return 2 * _pairs(q, rows) * (q[2] + v[2] + channels)
 
 
-def _attention_edges_bwd(
-    path: str,
-    do: Shape,
-    dlse: Any,
-    dscores: Any,
-    dattr_o: Any,
-    q: Shape,
-    k: Shape,
-    v: Shape,
-    bias: Any,
-    gate: Any,
-    key: Any,
-    value: Any,
-    attr: Any,
-    attr_q: Any,
-    seed: Any,
-    on_rows: Any,
-    on_cols: Any,
-    lse: Any,
-    exps: Any,
-    rows: Any,
-    columns: Any,
-    *flags: Any,
-    out_shape: Any,
+def _attention_bwd(
+    path: str, height: int, rows: Any, columns: Any, needs: Any, *flat: Any, out_shape: Any
 ) -> int:
-    need_q, need_k, need_v, need_bias, need_gate, need_key, _, need_attr, need_attr_q = flags[-1]
-    logits = need_q or need_k or need_bias or need_gate or need_key or need_attr or need_attr_q
-    scores, weights = _attention_gradients(need_q, need_k, need_v, logits)
+    upstream, _, inputs, terms, *_ = BACKWARD.split(flat)
+    need = PerInput(*needs)
+    logits = any(need._replace(v=False, value=False))
+    # of width D: the logit again, the gradients of q and k; of width Dv: that of the weight, of v
+    scores, weights = 1 + need.q + need.k, logits + need.v
     channels = 0
-    if attr is not None:
-        of_logits, of_output = attr_q is not None, dattr_o is not None
-        channels += of_logits * (1 + need_attr_q + need_attr)
-        channels += of_output * (bool(logits) + need_attr)
-        channels *= attr[1]
+    if terms.attr is not None:
+        channels += (terms.attr_q is not None) * (1 + need.attr_q + need.attr)
+        channels += (upstream.dattr_o is not None) * (logits + need.attr)
+        channels *= terms.attr[1]
+    q, _, v = inputs
     return 2 * _pairs(q, rows) * (scores * q[2] + weights * v[2] + channels)
 
 
@@ -287,8 +219,6 @@ def _no_products(*shapes: Any, out_shape: Any) -> int:
 _FORMULAS: dict[str, Callable[..., int]] = {
     "attention_fwd": _attention_fwd,
     "attention_bwd": _attention_bwd,
-    "attention_edges_fwd": _attention_edges_fwd,
-    "attention_edges_bwd": _attention_edges_bwd,
     "channelwise_attention_fwd": _channelwise_attention_fwd,
     "channelwise_attention_bwd": _channelwise_attention_bwd,
     "gated_aggregate_fwd": _gated_aggregate_fwd,
@@ -308,12 +238,6 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 def _pairs(q: Shape, rows: Sequence[Shape]) -> int:
     """Edges times heads; the second tensor of every walk has an entry for each edge."""
     return rows[1][0] * q[1]
-
-
-def _attention_gradients(need_q: bool, need_k: bool, need_v: bool, logits: bool) -> tuple[int, int]:
-    """How many products of width D and of width Dv an edge takes: its logit again, and the
-    gradients of q and k; that of its weight, and the gradient of v."""
-    return 1 + need_q + need_k, bool(logits) + need_v
 
 
 def _size(shape: Shape) -> int:

@@ -1,0 +1,186 @@
+"""The registered ops of neighborhood_attention: their schemas, what fake tensors get from them, and
+the launchers that they call.
+
+``path`` is "torch" (on a CPU) or one of Triton's, ``height`` that of its windows, 0 without; the
+walks are what it goes through. The other arguments are the fields of types in
+``fastgt/contract.py``, one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgt.contract import (
+    Dropout,
+    EdgeTerms,
+    HeadMask,
+    Inputs,
+    Logit,
+    PerInput,
+    Results,
+    Saved,
+    Signature,
+    Switches,
+    Upstream,
+)
+from fastgt.ops.checks import accumulator
+from fastgt.ops.implementation import require_triton
+
+FORWARD = Signature(Inputs, EdgeTerms, HeadMask, Dropout, Logit, Switches)
+BACKWARD = Signature(Upstream, Saved, Inputs, EdgeTerms, HeadMask, Dropout, Logit, Switches)
+torch.library.define(
+    "fastgt::attention_fwd",
+    f"(str path, int height, Tensor[] row_walk, {FORWARD.schema}) -> ({Signature(Results).schema})",
+)
+torch.library.define(
+    "fastgt::attention_bwd",
+    "(str path, int height, Tensor[] row_walk, Tensor[] column_walk, bool[] needs,"
+    f" {BACKWARD.schema}) -> ({', '.join(f'Tensor? d{name}' for name in PerInput._fields)})",
+)
+
+
+@torch.library.register_fake("fastgt::attention_fwd")
+def _(path: str, height: int, row_walk: Any, *flat: Any) -> tuple[Tensor | None, ...]:
+    inputs, terms, _, _, _, switches = FORWARD.split(flat)
+    (n, heads, d), edges = inputs.q.shape, row_walk[1].shape[0]
+    q, wide = inputs.q, accumulator(inputs.q)
+    return (
+        q.new_empty(n, heads, inputs.v.shape[2]),
+        q.new_empty(n, heads, dtype=wide),
+        q.new_empty(edges, heads) if switches.weights else None,
+        q.new_empty(edges, heads, d) if switches.scores else None,
+        q.new_empty(n, heads, terms.attr.shape[1], dtype=wide) if switches.attr_o else None,
+        q.new_empty(heads, edges, dtype=wide) if switches.exps else None,
+    )
+
+
+@torch.library.register_fake("fastgt::attention_bwd")
+def _(
+    path: str, height: int, row_walk: Any, column_walk: Any, needs: Any, *flat: Any
+) -> tuple[Tensor | None, ...]:
+    _, _, inputs, terms, *_ = BACKWARD.split(flat)
+    tensors = zip((*inputs, *terms), needs, strict=True)
+    return tuple(x.new_empty(x.shape) if need else None for x, need in tensors)
+
+
+def _launch_fwd(path: str, height: int, row_walk: Any, *flat: Any) -> tuple[Tensor | None, ...]:
+    call = inputs, terms, mask, dropout, logit, switches = FORWARD.split(flat)
+    if path == "torch":
+        from fastgt.cpu import attention
+
+        return attention.attention_fwd(row_walk, *call)
+    require_triton(inputs.q)
+    bias, *more = terms
+    asked = switches.weights
+    if height:
+        from fastgt.kernels.attention_windows import windows_fwd
+
+        dense = path == "graphs"
+        o, lse, weights = windows_fwd(
+            *inputs, bias, mask.rows, row_walk, height, dense, *logit, asked
+        )
+        scores = attr_o = None
+    elif _has_more(terms, dropout, switches):
+        from fastgt.kernels.attention import attention_edges_fwd
+
+        o, lse, weights, scores, attr_o = attention_edges_fwd(
+            *inputs,
+            bias,
+            mask.rows,
+            (*more, dropout.seed),
+            row_walk,
+            *logit,
+            dropout.p,
+            switches.key_is_value,
+            asked,
+            switches.scores,
+            switches.attr_o,
+        )
+    else:
+        from fastgt.kernels.attention import attention_fwd
+
+        o, lse, weights = attention_fwd(*inputs, bias, mask.rows, row_walk, *logit, asked)
+        scores = attr_o = None
+    return (
+        o,
+        lse,
+        weights if asked else None,
+        scores if switches.scores else None,
+        attr_o if switches.attr_o else None,
+        None,
+    )
+
+
+def _launch_bwd(
+    path: str, height: int, row_walk: Any, column_walk: Any, needs: Any, *flat: Any
+) -> tuple[Tensor | None, ...]:
+    upstream, saved, inputs, terms, mask, dropout, logit, switches = BACKWARD.split(flat)
+    bias, *more = terms
+    do, dlse, *_ = upstream
+    if path == "torch":
+        from fastgt.cpu import attention
+
+        call = inputs, terms, mask, dropout, logit, switches
+        return attention.attention_bwd(
+            row_walk, column_walk, PerInput(*needs), upstream, saved, *call
+        )
+    if height:
+        from fastgt.kernels.attention_windows import windows_bwd
+
+        dense = path == "graphs"
+        grads = windows_bwd(
+            do,
+            dlse,
+            *inputs,
+            bias,
+            *mask,
+            saved.lse,
+            saved.o,
+            row_walk,
+            column_walk,
+            height,
+            dense,
+            *logit,
+            *needs[:4],
+        )
+    elif _has_more(terms, dropout, switches):
+        from fastgt.kernels.attention_backward import attention_edges_bwd
+
+        grads = attention_edges_bwd(
+            *upstream,
+            *inputs,
+            bias,
+            *mask,
+            (*more, dropout.seed),
+            saved.lse,
+            row_walk,
+            column_walk,
+            *logit,
+            dropout.p,
+            switches.key_is_value,
+            needs,
+        )
+    else:
+        from fastgt.kernels.attention_backward import attention_bwd
+
+        grads = attention_bwd(
+            do, dlse, *inputs, bias, *mask, saved.lse, row_walk, column_walk, *logit, *needs[:4]
+        )
+    grads = (*grads, *[None] * (len(needs) - len(grads)))
+    return tuple(x if need else None for x, need in zip(grads, needs, strict=True))
+
+
+def _has_more(terms: EdgeTerms, dropout: Dropout, switches: Switches) -> bool:
+    """Whether edges have more than a bias, or give more than weights."""
+    more = any(x is not None for x in terms[1:]) or dropout.p != 0
+    return more or switches.scores or switches.attr_o
+
+
+torch.library.impl("fastgt::attention_fwd", "CompositeExplicitAutograd", _launch_fwd)
+torch.library.impl("fastgt::attention_bwd", "CompositeExplicitAutograd", _launch_bwd)
+
+attention_fwd = torch.ops.fastgt.attention_fwd.default
+attention_bwd = torch.ops.fastgt.attention_bwd.default

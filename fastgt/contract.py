@@ -97,10 +97,10 @@ class Switches(NamedTuple):
     """What a call of attention does, beside what its tensors say."""
 
     key_is_value: bool = False  # the edge key is added to the values too
-    weights: bool = False  # make the weights
-    scores: bool = False  # make the edge scores
-    attr_o: bool = False  # make the weighted sums of attr
-    exps: bool = False  # make what spares the backward the logits
+    make_weights: bool = False
+    make_scores: bool = False
+    make_attr_o: bool = False  # the weighted sums of attr
+    make_exps: bool = False  # what spares the backward the logits
 
 
 class Results(NamedTuple):
@@ -174,11 +174,12 @@ class Signature:
     """
 
     def __init__(self, *types: type):
-        self.schema = ", ".join(
-            f"{_SCHEMA_TYPES[hint]} {name}"
-            for kind in types
-            for name, hint in get_type_hints(kind).items()
-        )
+        fields = [field for kind in types for field in get_type_hints(kind).items()]
+        if len(dict(fields)) < len(fields):
+            raise ValueError(
+                f"fields must have different names, got {[name for name, _ in fields]}"
+            )
+        self.schema = ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in fields)
         self._places = []
         end = 0
         for kind in types:

@@ -672,7 +672,9 @@ def test_opcheck(path, shared):
         "mask": HeadMask(active, active),
         "dropout": Dropout(torch.tensor([3], device=DEVICE), 0.3),
         "logit": Logit(0.5, -1.0, 1.0, 1e-6),
-        "switches": Switches(key_is_value=shared, weights=True, scores=not shared, attr_o=True),
+        "switches": Switches(
+            key_is_value=shared, make_weights=True, make_scores=not shared, make_attr_o=True
+        ),
     }
     fwd, bwd = torch.ops.fastgt.attention_fwd, torch.ops.fastgt.attention_bwd
 
@@ -691,7 +693,7 @@ def test_opcheck(path, shared):
         # a CPU keeps what it need not make again
         call["terms"] = call["terms"]._replace(gate=None, attr_q=attr_q)
         call["logit"] = Logit(0.5, -math.inf, math.inf, 1e-6)
-        call["switches"] = Switches(key_is_value=shared, attr_o=True, exps=True)
+        call["switches"] = Switches(key_is_value=shared, make_attr_o=True, make_exps=True)
         check(call)
 
 

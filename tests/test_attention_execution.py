@@ -299,7 +299,7 @@ def test_opcheck(path, edges, layout, dtype):
         Inputs(x.q, x.k, x.v),
         terms=EdgeTerms(x.bias),
         logit=Logit(0.5, -1.0, 1.0, 1e-6),
-        switches=Switches(weights=layout == "contiguous"),
+        switches=Switches(make_weights=layout == "contiguous"),
     )
     forward = path, height, list(rows), *flat
     torch.library.opcheck(torch.ops.fastgt.attention_fwd.default, forward)
@@ -595,7 +595,7 @@ def test_nothing_waits_for_the_device(plan):
                 terms=EdgeTerms(x.bias),
                 mask=HeadMask(active, active),
                 logit=Logit(0.3, -1.0, 1.0, 1e-6),
-                switches=Switches(weights=True),
+                switches=Switches(make_weights=True),
             )
             o, lse, *_ = ops._launch_fwd(path, height, rows, *flat)
             from_forward = *Upstream(x.do, x.dlse, None, None), *Saved(lse, o, None)

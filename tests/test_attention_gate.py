@@ -318,7 +318,7 @@ def test_opcheck(impl):
     rows = (x.graph.row_ptr, x.graph.col, x.graph.edge)
     columns = tuple(x.graph.columns)
     columns = columns if impl == "torch" else (columns[0], columns[1], columns[3])
-    changes = {"mask": HeadMask(active, active), "switches": Switches(weights=True)}
+    changes = {"mask": HeadMask(active, active), "switches": Switches(make_weights=True)}
     flat = op_arguments(Inputs(x.q, x.k, x.v), terms=EdgeTerms(x.bias), **changes)
     torch.library.opcheck(ops.attention_fwd.default, (path, 0, rows, *flat))
     o, lse, *_ = ops.attention_fwd(path, 0, rows, *flat)

@@ -82,10 +82,10 @@ def attention_fwd(
     results = Results(
         q.new_empty(n, heads, v.shape[2]),
         q.new_empty(n, heads, dtype=wide),
-        q.new_empty(num_edges, heads) if switches.weights else None,
-        q.new_empty(num_edges, heads, d) if switches.scores else None,
-        q.new_empty(n, heads, attr_width, dtype=wide) if switches.attr_o else None,
-        q.new_empty(heads, num_edges, dtype=wide) if switches.exps else None,
+        q.new_empty(num_edges, heads) if switches.make_weights else None,
+        q.new_empty(num_edges, heads, d) if switches.make_scores else None,
+        q.new_empty(n, heads, attr_width, dtype=wide) if switches.make_attr_o else None,
+        q.new_empty(heads, num_edges, dtype=wide) if switches.make_exps else None,
     )
     o, lse, weights, scores, attr_o, exps = results
     if mask.rows is not None:
@@ -105,7 +105,7 @@ def attention_fwd(
                 walk = diagonal(edges.rows, k.shape[0], kv)
                 each = own(walk)
             qh = stack(q, h, wide)
-            head = Head(qh, kh, walk, each, n, edges, h, edge_terms, switches.scores)
+            head = Head(qh, kh, walk, each, n, edges, h, edge_terms, switches.make_scores)
             s, _ = head.logits(_bias(terms.bias, edges, h), logit)
             if scores is not None:
                 scores[edges.caller, h] = unstack(head.scores(logit.scale), count).to(q.dtype)

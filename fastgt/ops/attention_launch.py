@@ -50,10 +50,10 @@ def _(path: str, height: int, row_walk: Any, *flat: Any) -> tuple[Tensor | None,
     return (
         q.new_empty(n, heads, inputs.v.shape[2]),
         q.new_empty(n, heads, dtype=wide),
-        q.new_empty(edges, heads) if switches.weights else None,
-        q.new_empty(edges, heads, d) if switches.scores else None,
-        q.new_empty(n, heads, terms.attr.shape[1], dtype=wide) if switches.attr_o else None,
-        q.new_empty(heads, edges, dtype=wide) if switches.exps else None,
+        q.new_empty(edges, heads) if switches.make_weights else None,
+        q.new_empty(edges, heads, d) if switches.make_scores else None,
+        q.new_empty(n, heads, terms.attr.shape[1], dtype=wide) if switches.make_attr_o else None,
+        q.new_empty(heads, edges, dtype=wide) if switches.make_exps else None,
     )
 
 
@@ -74,7 +74,7 @@ def _launch_fwd(path: str, height: int, row_walk: Any, *flat: Any) -> tuple[Tens
         return attention.attention_fwd(row_walk, *call)
     require_triton(inputs.q)
     bias, *more = terms
-    asked = switches.weights
+    asked = switches.make_weights
     if height:
         from fastgt.kernels.attention_windows import windows_fwd
 
@@ -96,8 +96,8 @@ def _launch_fwd(path: str, height: int, row_walk: Any, *flat: Any) -> tuple[Tens
             dropout.p,
             switches.key_is_value,
             asked,
-            switches.scores,
-            switches.attr_o,
+            switches.make_scores,
+            switches.make_attr_o,
         )
     else:
         from fastgt.kernels.attention import attention_fwd
@@ -108,8 +108,8 @@ def _launch_fwd(path: str, height: int, row_walk: Any, *flat: Any) -> tuple[Tens
         o,
         lse,
         weights if asked else None,
-        scores if switches.scores else None,
-        attr_o if switches.attr_o else None,
+        scores if switches.make_scores else None,
+        attr_o if switches.make_attr_o else None,
         None,
     )
 
@@ -176,7 +176,7 @@ def _launch_bwd(
 def _has_more(terms: EdgeTerms, dropout: Dropout, switches: Switches) -> bool:
     """Whether edges have more than a bias, or give more than weights."""
     more = any(x is not None for x in terms[1:]) or dropout.p != 0
-    return more or switches.scores or switches.attr_o
+    return more or switches.make_scores or switches.make_attr_o
 
 
 torch.library.impl("fastgt::attention_fwd", "CompositeExplicitAutograd", _launch_fwd)

@@ -75,7 +75,7 @@ def _attention_fwd(path: str, height: int, rows: Any, *flat: Any, out_shape: Any
     inputs, terms, _, _, _, switches = FORWARD.split(flat)
     channels = 0
     if terms.attr is not None:
-        channels = ((terms.attr_q is not None) + switches.attr_o) * terms.attr[1]
+        channels = ((terms.attr_q is not None) + switches.make_attr_o) * terms.attr[1]
     q, _, v = inputs
     return 2 * _pairs(q, rows) * (q[2] + v[2] + channels)
 

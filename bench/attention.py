@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastgt import Graph, neighborhood_attention, reference, tiles
+from fastgt import Graph, neighborhood_attention, plans, reference
 from fastgt.bench import peer_paths, peers
 from fastgt.bench.harness import Case, Provider
 from fastgt.bench.roofline import Work, passes
@@ -56,7 +56,7 @@ def case(
 
 
 def _planned(graph: Graph, path: Any, width: int, dtype: torch.dtype) -> Provider:
-    height = None if path == "gather" else tiles.tallest(width, dtype.itemsize)
+    height = None if path == "gather" else plans.tallest(width, dtype.itemsize)
     planned = graph.plan(path, height=height)
     return Provider(lambda q, k, v: neighborhood_attention(q, k, v, planned))
 

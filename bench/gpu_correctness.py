@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastgt
-from fastgt import Graph, tiles
+from fastgt import Graph, plans
 from fastgt.bench import harness
 from fastgt.bench.gpu_problems import PROBLEMS, SHAPES, Problem
 from fastgt.testing import poisoned_memory
@@ -138,7 +138,7 @@ def _call(
 def _planned(graph: Graph, how: Variant, width: int, dtype: torch.dtype) -> Graph:
     if how.plan == "gather":
         return graph.plan("gather")
-    return graph.plan(how.plan, height=tiles.tallest(width, dtype.itemsize))  # type: ignore[arg-type]
+    return graph.plan(how.plan, height=plans.tallest(width, dtype.itemsize))  # type: ignore[arg-type]
 
 
 def _found(problem: str, small: bool) -> Problem:
@@ -259,7 +259,7 @@ def _features(kind: str, count: int = 0) -> Callable[[Graph, int, int], dict[str
 
 
 def _windows(graph: Graph, width: int, dtype: torch.dtype) -> bool:
-    return bool(tiles.tallest(width, dtype.itemsize))
+    return bool(plans.tallest(width, dtype.itemsize))
 
 
 def _dense(graph: Graph, width: int, dtype: torch.dtype) -> bool:
@@ -267,7 +267,7 @@ def _dense(graph: Graph, width: int, dtype: torch.dtype) -> bool:
     if not _windows(graph, width, dtype) or graph.num_graphs < 2:
         return False
     try:
-        graph.plan("graphs", height=tiles.tallest(width, dtype.itemsize))
+        graph.plan("graphs", height=plans.tallest(width, dtype.itemsize))
     except ValueError:
         return False
     return True

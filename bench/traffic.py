@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastgt import Graph, files, tiles
 from fastgt.bench.device_model import DEVICES, Device, Kernel, Visits
-from fastgt.tiles import Plan
+from fastgt.plans import Plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = ((8, 16), (1, 128))  # heads, width

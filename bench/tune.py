@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastgt import Graph, neighborhood_attention, reference, tiles
+from fastgt import Graph, neighborhood_attention, plans, reference, tiles
 from fastgt.bench import harness, timing
 from fastgt.files import lock, write
 from fastgt.ops.implementation import Impl
@@ -93,7 +93,7 @@ def plan(
     ratios = [_ratio(graph, heads, width, dtype, device, repeats) for graph in graphs]
     found = {
         "op": "attention",
-        "capability": tiles.capability(device),
+        "capability": plans.capability(device),
         "dtype": str(dtype).removeprefix("torch."),
         "width": width,
         "rho64": threshold(ratios),
@@ -124,12 +124,12 @@ def _ratio(
 
         return fn
 
-    height = tiles.tallest(width, dtype.itemsize)
-    plans = {
+    height = plans.tallest(width, dtype.itemsize)
+    calls = {
         "gather": both(graph.plan("gather")),
         "windows": both(graph.plan("windows", height=height)),
     }
-    times = timing.measure(plans, device, repeats=repeats)
+    times = timing.measure(calls, device, repeats=repeats)
     rho = tiles.density(graph.row_ptr, graph.col, graph.num_cols)
     return round(rho, 2), timing.ratio(times["gather"], times["windows"])
 
@@ -191,7 +191,7 @@ def _time_tiles(
     changes: Sequence[dict[str, float]],
     repeats: int,
 ) -> list[dict]:
-    how = {} if path == "gather" else {"height": tiles.tallest(width, dtype.itemsize)}
+    how = {} if path == "gather" else {"height": plans.tallest(width, dtype.itemsize)}
     planned = graph.plan(path, **how)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     shape = 4, graph.num_rows, heads, width

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args
 import torch
 from torch import Tensor
 
-from fastgt import tiles
+from fastgt import plans, tiles
 from fastgt.graph_build import (
     check_boundaries,
     check_device,
@@ -21,8 +21,9 @@ from fastgt.graph_build import (
     sides_of_pyg,
     size_of,
 )
+from fastgt.plans import Path, Plan
 from fastgt.reordering import node_order
-from fastgt.tiles import Buckets, Path, Plan, Windows
+from fastgt.tiles import Buckets, Windows
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -453,7 +454,7 @@ class Graph:
         elif width is not None:
             graph = self._replace(choice=graph.choose(width, dtype))
         # without a choice, what gathering needs
-        prepared = graph.choice or tiles.SMALL
+        prepared = graph.choice or plans.SMALL
         graph.row_walk(prepared)
         graph.column_walk(prepared)
         return graph
@@ -464,21 +465,21 @@ class Graph:
         ``edge_terms``: with tensors on edges other than a bias, or dropout.
         """
         if edge_terms:
-            return tiles.EDGE_TERMS
+            return plans.EDGE_TERMS
         if self.choice is not None:
             return self.choice
-        if self.num_edges <= tiles.LAUNCH_BOUND:
-            return tiles.SMALL
+        if self.num_edges <= plans.LAUNCH_BOUND:
+            return plans.SMALL
         plan = self._cache.get((width, dtype))
         if plan is None:
             if not self._measurable():
-                return tiles.UNPREPARED
+                return plans.UNPREPARED
             walk = self.row_ptr, self.col, self.num_cols
             ends, whole = (self.graph_ptr, self.col_graph_ptr), [0, -1]
-            plan = tiles.choose(*walk, *ends, width, dtype)
+            plan = plans.choose(*walk, *ends, width, dtype)
             if plan.path == "graphs" and self._windows(plan.path, plan.height) is None:
                 # an edge stands there twice, which windows across graphs can hold
-                plan = tiles.choose(*walk, ends[0][whole], ends[1][whole], width, dtype)
+                plan = plans.choose(*walk, ends[0][whole], ends[1][whole], width, dtype)
             # a choice that is kept is prepared: it may be compiled from now on
             try:
                 if plan.height:
@@ -531,7 +532,7 @@ class Graph:
         if key in self._cache:
             return self._cache[key]
         ends = self.graph_ptr, self.col_graph_ptr
-        tiles.check_fits(path, height, self.num_edges, *ends, self.col.dtype)
+        plans.check_fits(path, height, self.num_edges, *ends, self.col.dtype)
         ptr, row, _, edge = self.columns
         rows: Windows | None
         columns: Windows | None

@@ -12,7 +12,7 @@ from graph_cases import SIX, assert_same
 from torch import Tensor, nn
 
 import fastgt
-from fastgt import Graph, tiles
+from fastgt import Graph, plans, tiles
 from fastgt.models import (
     EdgeGraphTransformer,
     EdgeGraphTransformerConfig,
@@ -96,7 +96,7 @@ def test_a_graph_holds_no_inference_tensor(name: str) -> None:
         graph = MADE[name]()
         square = graph.graph_ptr is graph.col_graph_ptr
         _ = graph.columns  # sorted on first use
-        graph.column_walk(tiles.SMALL)
+        graph.column_walk(plans.SMALL)
     held = graph._tensors()
     assert len(held) >= 9
     assert not any(x.is_inference() for x in held)
@@ -118,7 +118,7 @@ def test_buckets_filled_in_a_validation_are_no_inference_tensors(
     hub = torch.cat([torch.zeros(600), torch.arange(1, 9).repeat_interleave(40)]).long()
     graph = Graph.from_edge_index(torch.stack([torch.arange(len(hub)) % 9, hub]), 9)
     with torch.inference_mode():
-        graph.row_walk(tiles.SMALL), graph.column_walk(tiles.SMALL)
+        graph.row_walk(plans.SMALL), graph.column_walk(plans.SMALL)
     assert {"row_buckets", "columns"} <= graph._cache.keys()
     assert graph._cache["row_buckets"] is not None
     assert not any(x.is_inference() for x in graph._tensors())

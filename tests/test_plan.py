@@ -15,9 +15,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental import _config as shape_config
 
-from fastgt import Graph, neighborhood_attention, tiles
+from fastgt import Graph, neighborhood_attention, plans, tiles
+from fastgt.plans import Plan
 from fastgt.testing import random_graph
-from fastgt.tiles import Plan, Windows
+from fastgt.tiles import Windows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -53,8 +54,8 @@ def held(graph: Graph) -> set[int]:
 @pytest.fixture
 def bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs of more than 100 edges are not small, and nobody measured the device."""
-    monkeypatch.setattr(tiles, "capability", lambda device: "none")
-    monkeypatch.setattr(tiles, "LAUNCH_BOUND", 100)
+    monkeypatch.setattr(plans, "capability", lambda device: "none")
+    monkeypatch.setattr(plans, "LAUNCH_BOUND", 100)
     monkeypatch.setattr(tiles, "SMALL_EDGES", 50)
 
 
@@ -66,7 +67,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         names = ("capability", "dtype", "width", "rho64")
         told = [dict(zip(names, row, strict=True)) for row in rows]
         told = [dict(row, op="attention", source=f"told {i}") for i, row in enumerate(told)]
-        monkeypatch.setattr(tiles, "_table", lambda: told)
+        monkeypatch.setattr(plans, "_table", lambda: told)
 
     return replace
 
@@ -181,18 +182,18 @@ def test_auto_without_a_width_leaves_the_choice_to_attention() -> None:
 
 def test_small_graphs_are_gathered() -> None:
     graph = complete(6).plan(width=64)
-    assert graph.choice is tiles.SMALL
+    assert graph.choice is plans.SMALL
     assert repr(graph).endswith("plan gather (auto: at most 65536 edges))")
-    assert graph.choose(64, FP32) is tiles.SMALL
-    assert complete(6).choose(64, BF16) is tiles.SMALL
+    assert graph.choose(64, FP32) is plans.SMALL
+    assert complete(6).choose(64, BF16) is plans.SMALL
     assert not {key for key in graph._cache if isinstance(key, tuple)}
 
 
 def test_the_bound_of_small_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = paired()
     for bound, small in ((graph.num_edges, True), (graph.num_edges - 1, False)):
-        monkeypatch.setattr(tiles, "LAUNCH_BOUND", bound)
-        assert (graph.choose(64, BF16) is tiles.SMALL) == small
+        monkeypatch.setattr(plans, "LAUNCH_BOUND", bound)
+        assert (graph.choose(64, BF16) is plans.SMALL) == small
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
@@ -212,11 +213,11 @@ def test_windows_from_the_threshold_on(dtype: torch.dtype, table: Callable) -> N
 @pytest.mark.usefixtures("bound")
 def test_the_table_that_ships(dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
-    least = {row["width"]: row["rho64"] for row in tiles._table() if row["dtype"] == name}
+    least = {row["width"]: row["rho64"] for row in plans._table() if row["dtype"] == name}
     for width in range(min(least), 257):
         below = max(w for w in least if w <= width)
-        assert tiles._least_rho(width, dtype, "none")[0] == least[below]
-    assert tiles._least_rho(min(least) - 1, dtype, "none")[0] is None
+        assert plans._least_rho(width, dtype, "none")[0] == least[below]
+    assert plans._least_rho(min(least) - 1, dtype, "none")[0] is None
     for times in (1, 2, 3, 4, 6):
         path = "windows of 64 rows" if times >= least[64] else "gather"
         text = repr(paired(times=times).plan(width=64, dtype=dtype))
@@ -228,7 +229,7 @@ def test_a_measured_device_outranks_the_model(table: Callable) -> None:
         ("any", "bfloat16", 16, 3.0), ("sm_90", "bfloat16", 64, 5.0), ("any", "bfloat16", 64, 2.0),
         ("sm_90", "bfloat16", 16, None), ("sm_80", "float16", 16, 1.0),
     )  # fmt: skip
-    least = tiles._least_rho
+    least = plans._least_rho
     assert least(64, BF16, "sm_90") == (5.0, "told 1")
     assert least(32, BF16, "sm_90") == (None, "told 3")
     assert least(64, BF16, "sm_80") == (2.0, "told 2")
@@ -296,13 +297,13 @@ def test_a_dense_batch_with_an_edge_twice() -> None:
 @pytest.mark.usefixtures("bound")
 def test_choices_are_made_once(monkeypatch: pytest.MonkeyPatch, table: Callable) -> None:
     table(("any", "bfloat16", 16, 1.7), ("any", "bfloat16", 128, 4.5))
-    calls, choose = [], tiles.choose
+    calls, choose = [], plans.choose
 
     def spy(*args):  # type: ignore[no-untyped-def]
         calls.append(args[-2:])
         return choose(*args)
 
-    monkeypatch.setattr(tiles, "choose", spy)
+    monkeypatch.setattr(plans, "choose", spy)
     graph = paired(times=4)
     for _ in range(2):
         for width, dtype in ((64, BF16), (64, FP32), (128, BF16)):
@@ -321,7 +322,7 @@ def test_choices_are_made_once(monkeypatch: pytest.MonkeyPatch, table: Callable)
 
 
 def test_tables_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, bound: None) -> None:
-    monkeypatch.setattr(tiles, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(plans, "free_memory", lambda device: 1000)
     for path in ("windows", "graphs"):
         graph = complete(20, 20)
         with pytest.raises(RuntimeError, match=rf"{path}.* 0\.0 GB .*0\.0 GB are free"):
@@ -337,21 +338,21 @@ def test_tables_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, bound: None) ->
     # what is prepared already needs no more memory
     monkeypatch.undo()
     ready = paired(times=4).plan("windows")
-    monkeypatch.setattr(tiles, "free_memory", lambda device: 0)
+    monkeypatch.setattr(plans, "free_memory", lambda device: 0)
     ready.plan("windows")
 
 
 def test_both_numbers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "free_memory", lambda device: 3_000_000_000)
+    monkeypatch.setattr(plans, "free_memory", lambda device: 3_000_000_000)
     ptr = torch.tensor([0, 100, 200])
     with pytest.raises(RuntimeError, match=r"'windows' needs about 120\.0 GB .* 3\.0 GB are free"):
-        tiles.check_fits("windows", 64, 10**9, ptr, ptr, torch.int32)
-    tiles.check_fits("windows", 64, 10**7, ptr, ptr, torch.int32)
+        plans.check_fits("windows", 64, 10**9, ptr, ptr, torch.int32)
+    plans.check_fits("windows", 64, 10**7, ptr, ptr, torch.int32)
     # entries of graphs: those of 400,000 windows of 100 columns each, both ways
     ptr = torch.arange(0, 20_000_001, 100)
-    tiles.check_fits("graphs", 64, 10**6, ptr, ptr, torch.int32)
+    plans.check_fits("graphs", 64, 10**6, ptr, ptr, torch.int32)
     with pytest.raises(RuntimeError, match=r"'graphs' needs about 4\.6 GB"):
-        tiles.check_fits("graphs", 16, 10**6, ptr, ptr, torch.int32)
+        plans.check_fits("graphs", 16, 10**6, ptr, ptr, torch.int32)
 
 
 @pytest.mark.usefixtures("bound")
@@ -372,7 +373,7 @@ def test_to_moves_tables_and_forgets_choices() -> None:
             assert [x.shape for x in moved] == [x.shape for x in walk(graph, plan)]
     undecided = source.to("meta")
     assert undecided.choice is None
-    assert undecided.choose(64, BF16) is tiles.UNPREPARED
+    assert undecided.choose(64, BF16) is plans.UNPREPARED
     assert "meta" in repr(undecided)
 
 
@@ -570,8 +571,8 @@ def test_attention_takes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         o = neighborhood_attention(*x, graph.plan(path, height=height), impl="triton")
         torch.testing.assert_close(o, wanted)
         assert taken[-1] == (path, 0 if path == "gather" else height or 64)
-    monkeypatch.setattr(tiles, "LAUNCH_BOUND", 10)
-    monkeypatch.setattr(tiles, "_least_rho", lambda *args: (1.0, "told"))
+    monkeypatch.setattr(plans, "LAUNCH_BOUND", 10)
+    monkeypatch.setattr(plans, "_least_rho", lambda *args: (1.0, "told"))
     neighborhood_attention(*x, graph, impl="triton")
     assert taken[-1] == ("graphs", 64)
     assert "plan for width 8 float32: graphs of 64 rows" in repr(graph)
@@ -636,9 +637,9 @@ def several(kind: str) -> list[Graph]:
 def test_one_compilation_serves_every_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     if kind in ("cold", "chosen"):
-        monkeypatch.setattr(tiles, "LAUNCH_BOUND", 10)
+        monkeypatch.setattr(plans, "LAUNCH_BOUND", 10)
         monkeypatch.setattr(tiles, "SMALL_EDGES", 10)
-        monkeypatch.setattr(tiles, "_least_rho", lambda *args: (0.1, "told"))
+        monkeypatch.setattr(plans, "_least_rho", lambda *args: (0.1, "told"))
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(neighborhood_attention, fullgraph=True, dynamic=True, backend=counter)
@@ -665,7 +666,7 @@ def test_one_compilation_serves_every_graph(kind: str, monkeypatch: pytest.Monke
 
 def test_the_table_is_well_formed() -> None:
     rows = json.loads((files("fastgt.data") / "plans.json").read_text())
-    assert rows == tiles._table()
+    assert rows == plans._table()
     keys = [(r["op"], r["capability"], r["dtype"], r["width"]) for r in rows]
     assert len(set(keys)) == len(keys)
     for row in rows:

@@ -11,7 +11,7 @@ from graph_cases import examples, few
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgt import Graph, tiles
+from fastgt import Graph, plans, tiles
 from fastgt.testing import random_graph, with_index_dtype
 from fastgt.tiles import Buckets, Windows
 
@@ -365,6 +365,6 @@ def test_popcount() -> None:
 
 
 def test_free_memory_is_a_number_of_bytes() -> None:
-    free = tiles.free_memory(torch.device("cpu"))
+    free = plans.free_memory(torch.device("cpu"))
     assert type(free) is int
     assert 2**20 < free < 2**50

@@ -49,7 +49,7 @@ from fastgt.ops.head_mask import active_heads, check_head_gate, gated, masked_ex
 from fastgt.ops.implementation import Impl, choose
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, column_walk, row_walk
-from fastgt.tiles import Plan, tallest
+from fastgt.plans import Plan, tallest
 
 
 @overload

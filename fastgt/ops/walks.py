@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastgt.graph import Graph
-from fastgt.tiles import Plan
+from fastgt.plans import Plan
 
 CPU = Plan("torch", 0, "")
 GATHER = Plan("gather", 0, "channels that never meet have no use for tensor cores")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fastgt.tiles import free_memory
+from fastgt.plans import free_memory
 
 COPIES = 4  # weights, gradients, and the two moments of Adam
 

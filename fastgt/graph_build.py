@@ -1,15 +1,225 @@
-"""What a Graph is built from: indices and sizes that are checked, boundaries in PyG's objects, and
-tensors that may be kept."""
+"""How a Graph is built: indices and sizes are checked, edges are grouped by row."""
 
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    import scipy.sparse
+
+INT32_MAX = 2**31 - 1
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Structure(NamedTuple):
+    """Who attends to whom: the fields of a :class:`fastgt.Graph` that its constructors give."""
+
+    num_rows: int
+    num_cols: int
+    row_ptr: Tensor  # [N_rows + 1]
+    col: Tensor  # [E]
+    edge: Tensor  # [E]
+    graph_ptr: Tensor  # [G + 1]
+    col_graph_ptr: Tensor  # [G + 1]; the same tensor where the graph is square
+
+    @property
+    def num_edges(self) -> int:
+        return self.col.shape[0]
+
+    @property
+    def row(self) -> Tensor:
+        """The row of each slot, ``[E]``."""
+        row = torch.arange(self.num_rows, dtype=self.col.dtype, device=self.col.device)
+        return row.repeat_interleave(self.row_ptr.diff(), output_size=self.num_edges)
+
+    @property
+    def edge_index(self) -> Tensor:
+        """``[2, E]`` int64 in the caller's order, column above row."""
+        ends = torch.stack([self.col, self.row]).long()
+        return torch.empty_like(ends).index_copy_(1, self.edge.long(), ends)
+
+
+def from_edge_index(
+    edge_index: Tensor, num_nodes: int | tuple[int, int] | None, graph_ptr: Tensor | None
+) -> Structure:
+    if hasattr(edge_index, "as_tensor"):  # PyG's EdgeIndex would leave its own types here
+        edge_index = edge_index.as_tensor()
+    check_index(edge_index, "edge_index")
+    if edge_index.ndim != 2 or edge_index.shape[0] != 2:
+        raise ValueError(f"edge_index must be [2, E], got {list(edge_index.shape)}")
+    check_values(edge_index, "edge_index")
+    if graph_ptr is not None:
+        check_ptr(graph_ptr, "graph_ptr", "G + 1")
+        check_device(graph_ptr, "graph_ptr", edge_index)
+    if num_nodes is None and graph_ptr is not None:
+        num_nodes = int(graph_ptr[-1])
+    elif num_nodes is None:
+        num_nodes = max(int(edge_index.max()) + 1, 0) if edge_index.numel() else 0
+    sizes = num_nodes if isinstance(num_nodes, (tuple, list)) else (num_nodes, num_nodes)
+    if len(sizes) != 2:
+        raise ValueError(f"num_nodes must be an int or (rows, columns), got {len(sizes)} sizes")
+    rows, cols = (size_of(n, "num_nodes") for n in sizes)
+    if rows == cols:
+        check_range(edge_index, cols, "edge_index", "nodes")
+    else:
+        check_range(edge_index[0], cols, "edge_index[0] (source)", "columns")
+        check_range(edge_index[1], rows, "edge_index[1] (target)", "rows")
+    graph = from_pairs(edge_index[1], edge_index[0], rows, cols)
+    if graph_ptr is None:
+        return graph
+    check_square(rows, cols, graph.graph_ptr, graph.col_graph_ptr, "graph_ptr")
+    check_boundaries(graph_ptr, "graph_ptr", rows, "nodes")
+    return with_boundaries(graph, graph_ptr, graph_ptr)
+
+
+def from_csr(row_ptr: Tensor, col: Tensor, num_cols: int | None) -> Structure:
+    check_ptr(row_ptr, "row_ptr", "N + 1")
+    check_index(col, "col")
+    if row_ptr.device != col.device:
+        raise ValueError(f"row_ptr is on {row_ptr.device} but col is on {col.device}")
+    if col.ndim != 1:
+        raise ValueError(f"col must be [E], got {list(col.shape)}")
+    check_values(col, "col")
+    rows = row_ptr.shape[0] - 1
+    cols = rows if num_cols is None else size_of(num_cols, "num_cols")
+    check_boundaries(row_ptr, "row_ptr", col.shape[0], "edges")
+    check_range(col, cols, "col", "columns")
+    dtype = index_dtype(rows, cols, col.shape[0])
+    # a private copy: the graph must not change when the caller's tensors do
+    edge = torch.arange(col.shape[0], dtype=dtype, device=col.device)
+    row_ptr = row_ptr.to(dtype, copy=True)
+    return _single(rows, cols, row_ptr, col.to(dtype, copy=True), edge)
+
+
+def from_dense(mask: Tensor) -> Structure:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a boolean tensor, got {kind}")
+    if mask.ndim != 2:
+        raise ValueError(f"mask must be [rows, columns], got {list(mask.shape)}")
+    check_values(mask, "mask")
+    rows, cols = mask.shape
+    row, col = mask.nonzero(as_tuple=True)  # in row order already
+    dtype = index_dtype(rows, cols, col.shape[0])
+    edge = torch.arange(col.shape[0], dtype=dtype, device=col.device)
+    return _single(rows, cols, _boundaries(row.to(dtype), rows), col.to(dtype), edge)
+
+
+def from_scipy(matrix: scipy.sparse.sparray | scipy.sparse.spmatrix) -> Structure:
+    if not hasattr(matrix, "tocoo"):
+        raise TypeError(f"matrix must be a scipy sparse matrix, got {type(matrix).__name__}")
+    if len(matrix.shape) != 2:
+        raise ValueError(f"matrix must be [rows, columns], got {list(matrix.shape)}")
+    coo = matrix.tocoo()
+    row, col = torch.as_tensor(coo.row.copy()), torch.as_tensor(coo.col.copy())
+    rows, cols = map(int, coo.shape)
+    check_range(row, rows, "matrix", "rows")
+    check_range(col, cols, "matrix", "columns")
+    return from_pairs(row, col, rows, cols)
+
+
+def joined(graphs: Sequence[Structure]) -> Structure:
+    """The block-diagonal union of one graph or more, on one device."""
+    rows, cols = [g.num_rows for g in graphs], [g.num_cols for g in graphs]
+    edges = [g.num_edges for g in graphs]
+    dtype = index_dtype(sum(rows), sum(cols), sum(edges))
+
+    def join_ptr(parts: list[Tensor], sizes: list[int]) -> Tensor:
+        body = shifted([p[1:] for p in parts], sizes, dtype)
+        return torch.cat([body.new_zeros(1), body])
+
+    graph_ptr = col_graph_ptr = join_ptr([g.graph_ptr for g in graphs], rows)
+    if any(g.graph_ptr is not g.col_graph_ptr for g in graphs):
+        col_graph_ptr = join_ptr([g.col_graph_ptr for g in graphs], cols)
+    return Structure(
+        sum(rows),
+        sum(cols),
+        join_ptr([g.row_ptr for g in graphs], edges),
+        shifted([g.col for g in graphs], cols, dtype),
+        shifted([g.edge for g in graphs], edges, dtype),
+        graph_ptr,
+        col_graph_ptr,
+    )
+
+
+def shifted(parts: list[Tensor], sizes: list[int], dtype: torch.dtype) -> Tensor:
+    """One part after another: each is shifted by the sizes of those before it."""
+    device, lengths = parts[0].device, [len(part) for part in parts]
+    shift = torch.tensor([0, *sizes[:-1]], device="cpu").cumsum(0).to(device)
+    shift = shift.repeat_interleave(torch.tensor(lengths, device=device), output_size=sum(lengths))
+    return (torch.cat(parts).long() + shift).to(dtype)
+
+
+def from_pairs(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> Structure:
+    """One graph of edges in any order, in the smallest index type."""
+    dtype = index_dtype(num_rows, num_cols, row.shape[0])
+    col, edge, row_ptr = group(row.to(dtype), col.to(dtype), num_rows)
+    return _single(num_rows, num_cols, row_ptr, col, edge)
+
+
+def group(key: Tensor, other: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stable sort by ``key``: the other ends, the order and the boundaries, in key's dtype."""
+    ordered, order = torch.sort(key, stable=True)
+    return other.index_select(0, order), order.to(key.dtype), _boundaries(ordered, size)
+
+
+def _boundaries(ordered: Tensor, size: int) -> Tensor:
+    """Where each of the keys 0 .. size - 1 begins in ``ordered``, and the end, in its dtype."""
+    keys = torch.arange(size + 1, dtype=ordered.dtype, device=ordered.device)
+    return torch.searchsorted(ordered, keys, out_int32=ordered.dtype == torch.int32)
+
+
+def _single(num_rows: int, num_cols: int, row_ptr: Tensor, col: Tensor, edge: Tensor) -> Structure:
+    graph_ptr = torch.tensor([0, num_rows], dtype=row_ptr.dtype, device=row_ptr.device)
+    col_graph_ptr = graph_ptr
+    if num_cols != num_rows:
+        col_graph_ptr = torch.tensor([0, num_cols], dtype=row_ptr.dtype, device=row_ptr.device)
+    return Structure(num_rows, num_cols, row_ptr, col, edge, graph_ptr, col_graph_ptr)
+
+
+def with_boundaries(graph: Structure, row_ptr: Tensor, col_ptr: Tensor) -> Structure:
+    """The graph as a batch, with its boundaries in rows and in columns, which fit."""
+    if row_ptr.shape != col_ptr.shape:
+        raise ValueError(
+            f"the targets are of {len(row_ptr) - 1} graphs but the sources of {len(col_ptr) - 1}"
+        )
+    ptr = row_ptr.to(graph.col.dtype, copy=True)
+    own = ptr if row_ptr is col_ptr else col_ptr.to(graph.col.dtype, copy=True)
+    graph = graph._replace(graph_ptr=ptr, col_graph_ptr=own)
+    row_graph = owners(ptr, graph.num_rows).repeat_interleave(
+        graph.row_ptr.diff(), output_size=graph.num_edges
+    )
+    outside = owners(own, graph.num_cols).index_select(0, graph.col) != row_graph
+    if bool(outside.any()):
+        slot = int(outside.nonzero()[0])
+        raise ValueError(
+            f"edge_index: edge {int(graph.edge[slot])} joins node {int(graph.col[slot])} to node "
+            f"{int(graph.row[slot])} of another graph of the batch"
+        )
+    return graph
+
+
+def owners(ptr: Tensor, size: int) -> Tensor:
+    """The number of each node's graph, ``[N]``."""
+    nodes = torch.arange(size, dtype=ptr.dtype, device=ptr.device)
+    return torch.searchsorted(ptr, nodes, right=True) - 1
+
+
+def index_dtype(num_rows: int, num_cols: int, num_edges: int) -> torch.dtype:
+    return torch.int32 if max(num_rows, num_cols, num_edges) <= INT32_MAX else torch.int64
+
+
+def check_square(rows: int, cols: int, row_ptr: Tensor, col_ptr: Tensor, what: str) -> None:
+    """Refuse a bipartite graph, and a batch of such, by its sizes and boundaries."""
+    if rows != cols:
+        raise ValueError(f"{what} needs a square graph, got {rows} rows and {cols} columns")
+    if row_ptr is not col_ptr:
+        raise ValueError(f"{what} needs square graphs, got a batch of bipartite ones")
 
 
 def check_index(x: Tensor, name: str) -> None:
@@ -75,121 +285,6 @@ def check_boundaries(ptr: Tensor, name: str, total: int, of: str) -> None:
         raise ValueError(f"{name} decreases from {int(ptr[i])} to {int(ptr[i + 1])} at {i + 1}")
     if last != total:
         raise ValueError(f"{name} ends at {last} but there are {total} {of}")
-
-
-class Sides(NamedTuple):
-    """Rows and columns of a graph, and where the graphs of a batch begin in both, if it is one."""
-
-    rows: int
-    cols: int
-    row_ptr: Tensor | None  # [G + 1]
-    col_ptr: Tensor | None  # [G + 1]
-
-
-def sides_of_pyg(data: Any) -> Sides:
-    """Of a ``Data``, a ``Batch`` or ``data[relation]`` of a ``HeteroData``.
-
-    Boundaries come from a sorted ``batch``, else they are ``ptr``: PyG's ``Batch.subgraph`` leaves
-    the ``ptr`` of the batch before it. The last graphs of a ``batch`` may have no nodes: as many as
-    ``ptr`` has, else as PyG says in ``num_graphs`` or ``batch_size``, are there.
-
-    Raises:
-        TypeError: ``batch`` or ``ptr`` does not hold integers.
-        ValueError: ``batch`` or ``ptr`` does not fit, is not sorted or is not where ``edge_index``
-            is; or a number of nodes is not known.
-    """
-    edges = data.edge_index
-    key = getattr(data, "_key", None)
-    if not isinstance(key, tuple):
-        n = data.num_nodes
-        ptr = _boundaries(data, "data", n, _graphs(data, "data", n, edges))
-        return Sides(n, n, ptr, ptr)
-    parent = data._parent()
-    if parent is None:
-        raise ValueError(f"the HeteroData of {key} is gone: keep it until its graph is made")
-    source, target = parent[key[0]], parent[key[-1]]
-    names = [f"data[{kind!r}]" for kind in (key[0], key[-1])]
-    sizes = []
-    for nodes, name in zip((source, target), names, strict=True):
-        size = nodes.num_nodes
-        if size is None:
-            raise ValueError(f"the number of nodes of {name} is not known: set {name}.num_nodes")
-        sizes.append(size)
-    of_source = _graphs(source, names[0], sizes[0], edges)
-    of_target = of_source if source is target else _graphs(target, names[1], sizes[1], edges)
-    if (of_source is None) != (of_target is None):
-        one, other = names if of_source is None else names[::-1]
-        raise ValueError(f"{one} has neither ptr nor batch, but {other} has: both need one")
-    # the last graphs may have nodes of one type only
-    known = of_source, of_target, getattr(parent, "_num_graphs", None)
-    count = None if of_source is None else max(x or 0 for x in known)
-    col_ptr = _boundaries(source, names[0], sizes[0], count)
-    row_ptr = col_ptr
-    if source is not target:
-        row_ptr = _boundaries(target, names[1], sizes[1], count)
-    return Sides(sizes[1], sizes[0], row_ptr, col_ptr)
-
-
-def _graphs(nodes: Any, name: str, size: int, edges: Tensor) -> int | None:
-    """How many graphs the nodes belong to; None where nothing says so."""
-    ptr, batch = getattr(nodes, "ptr", None), getattr(nodes, "batch", None)
-    if ptr is not None:
-        check_ptr(ptr, f"{name}.ptr", "G + 1")
-        check_device(ptr, f"{name}.ptr", edges)
-    if batch is None:
-        return None if ptr is None else len(ptr) - 1
-    if not isinstance(batch, Tensor) or batch.dtype not in INTEGERS:
-        kind = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
-        raise TypeError(f"{name}.batch must be a tensor of integers, got {kind}")
-    check_device(batch, f"{name}.batch", edges)
-    if batch.shape != (size,):
-        raise ValueError(
-            f"{name}.batch must be [{size}], one entry a node, got {list(batch.shape)}"
-        )
-    highest = _highest(batch, name) + 1
-    # PyG counts the graphs of a Batch by the largest of batch, which an empty one does not have
-    known = ("num_graphs", "batch_size") if size else ("_num_graphs",)
-    counts = {x: getattr(nodes, x, None) for x in known} if ptr is None else {"ptr": len(ptr) - 1}
-    for attribute, found in counts.items():
-        if found is not None and found < highest:
-            said = "the number of graphs in " if attribute == "ptr" else ""
-            raise ValueError(
-                f"{name}.batch has graph {highest - 1} but {said}{name}.{attribute} is {found}"
-            )
-        highest = max(highest, found or 0)
-    return highest
-
-
-def _highest(batch: Tensor, name: str) -> int:
-    """The last graph of a sorted ``batch``; -1 where there are no nodes."""
-    if not batch.numel():
-        return -1
-    down = batch[1:] < batch[:-1]
-    # together: a GPU is waited for once
-    unsorted, first, last = torch.stack(
-        [down.any().long(), batch[0].long(), batch[-1].long()]
-    ).tolist()
-    if unsorted:
-        i = int(down.nonzero()[0])
-        raise ValueError(
-            f"{name}.batch is not sorted: node {i} is of graph {int(batch[i])}, node {i + 1} of "
-            f"graph {int(batch[i + 1])}; order the nodes first, as with "
-            "data.subgraph(data.batch.argsort(stable=True))"
-        )
-    if first < 0:
-        raise ValueError(f"{name}.batch has graph {first}; it must not be negative")
-    return last
-
-
-def _boundaries(nodes: Any, name: str, size: int, count: int | None) -> Tensor | None:
-    if count is None:
-        return None
-    batch = getattr(nodes, "batch", None)
-    if batch is None:
-        check_boundaries(nodes.ptr, f"{name}.ptr", size, "nodes")
-        return nodes.ptr
-    graphs = torch.arange(count + 1, device=batch.device)
-    return torch.searchsorted(batch.long(), graphs)
 
 
 def normal(x: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path as FilePath
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from fastgt.tiles import sampled_density
+from fastgt.graph_build import Structure, size_of
+from fastgt.tiles import HEIGHTS, MAX_WIDTH, sampled_density
 
 Path = Literal["gather", "windows", "graphs"]
 
@@ -42,41 +43,53 @@ EDGE_TERMS = Plan("gather", 0, "edge vectors, gates, attributes and dropout are 
 UNPREPARED = Plan("gather", 0, "auto: nothing was prepared before compiling")
 
 
-def choose(
-    ptr: Tensor,
-    index: Tensor,
-    num_cols: int,
-    graph_ptr: Tensor,
-    col_graph_ptr: Tensor,
-    width: int,
-    dtype: torch.dtype,
-) -> Plan:
-    """The plan for heads of that width and dtype on the device of ``ptr``.
+def best_plan(graph: Structure, width: int, dtype: torch.dtype) -> Plan:
+    """The plan for heads of that width and dtype on the device of the graph.
 
     Windows are taken from the rho on that the table ``data/plans.json`` has for the op, width,
     dtype and device. A table row that no device has measured follows a model of the tensor cores'
     rate against the bandwidth, and says so.
     """
-    least, source = _least_rho(width, dtype, capability(ptr.device))
+    least, source = _least_rho(width, dtype, capability(graph.col.device))
     height = tallest(width, dtype.itemsize)
     if least is None or not height:
         return Plan("gather", 0, f"auto: {source}")
     plan = None
-    ends = torch.stack([graph_ptr.diff().max(), col_graph_ptr.diff().max()]).tolist()
-    if graph_ptr.shape[0] > 2 and max(ends) <= DENSE_NODES:
-        rho = index.numel() / max(1, _dense_entries(graph_ptr, col_graph_ptr, height))
+    ends = graph.graph_ptr, graph.col_graph_ptr
+    largest = torch.stack([x.diff().max() for x in ends]).tolist()
+    if len(graph.graph_ptr) > 2 and max(largest) <= DENSE_NODES:
+        rho = graph.num_edges / max(1, _dense_entries(*ends, height))
         if rho >= least:
             plan = Plan("graphs", height, f"auto: {rho:.1f} edges a column >= {least}, {source}")
     if plan is None:
-        rho = sampled_density(ptr, index, num_cols)
+        rho = sampled_density(graph.row_ptr, graph.col, graph.num_cols)
         if rho < least:
             return Plan("gather", 0, f"auto: rho64 {rho:.2f} < {least}, {source}")
         plan = Plan("windows", height, f"auto: rho64 {rho:.2f} >= {least}, {source}")
     try:
-        check_fits(plan.path, height, index.numel(), graph_ptr, col_graph_ptr, index.dtype)
+        check_fits(plan.path, height, graph.num_edges, *ends, graph.col.dtype)
     except RuntimeError as error:
         return Plan("gather", 0, f"auto: {error}")
     return plan
+
+
+def checked_request(
+    path: str, height: int | None, width: int | None, dtype: torch.dtype
+) -> tuple[int | None, int | None]:
+    """-> height and width of what :meth:`fastgt.Graph.plan` is asked for, as Python ints."""
+    if path not in ("auto", *get_args(Path)):
+        raise ValueError(f"path must be 'auto' or one of {list(get_args(Path))}, got {path!r}")
+    height = None if height is None else size_of(height, "height")
+    width = None if width is None else size_of(width, "width")
+    if height is not None and height not in HEIGHTS:
+        raise ValueError(f"height must be one of {list(HEIGHTS)}, got {height!r}")
+    if height is not None and path not in ("windows", "graphs"):
+        raise ValueError(f"height is for windows and graphs, got path={path!r}")
+    if width is not None and not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"width must be from 1 to {MAX_WIDTH}, got {width}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    return height, width
 
 
 def tallest(width: int, itemsize: int) -> int:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
-from fastgt import published
+from fastgt import published, tiles
 from fastgt.graph import Graph
+from fastgt.prepared import Prepared
 
 Kind = Literal["uniform", "power_law", "hub"]
 
@@ -123,8 +124,23 @@ def with_index_dtype(graph: Graph, dtype: torch.dtype) -> Graph:
         edge=graph.edge.to(dtype),
         graph_ptr=graph_ptr,
         col_graph_ptr=graph_ptr if square else graph.col_graph_ptr.to(dtype),
-        _cache={},
+        prepared=Prepared(),
     )
+
+
+def with_buckets(graph: Graph, few: int, segment: int) -> Graph:
+    """The same graph, whose rows and columns are in buckets however few its edges are.
+
+    Args:
+        graph: Any.
+        few: Edges up to which a row shares a program with others.
+        segment: Edges of a row that one program takes.
+    """
+    rows, columns = (
+        tiles.buckets(ptr, few, segment) or () for ptr in (graph.row_ptr, graph.columns.ptr)
+    )
+    prepared = replace(graph.prepared, row_buckets=rows, column_buckets=columns)
+    return graph._replace(prepared=prepared)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgt import AuxRequest, Graph, neighborhood_attention, reference, tiles
+from fastgt import AuxRequest, Graph, neighborhood_attention, reference
 from fastgt.contract import Dropout, EdgeTerms, HeadMask, Logit, Switches
-from fastgt.testing import random_edge_index, with_index_dtype
+from fastgt.testing import random_edge_index, with_buckets, with_index_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = ["torch", "triton"] if DEVICE == "cpu" else ["triton"]
@@ -160,9 +160,7 @@ def planned(graph, plan):
     """The graph with one of PLANS; "buckets" gathers with segments of a few edges."""
     path, _, height = plan.partition(" ")
     if path == "buckets":
-        for key, ptr in (("row_buckets", graph.row_ptr), ("column_buckets", graph.columns.ptr)):
-            graph._cache[key] = tiles.buckets(ptr, few=4, segment=5)
-        return graph
+        return with_buckets(graph, few=4, segment=5)
     if path == "gather":
         return graph
     try:

@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 import fastgt
 from fastgt import Graph, aggregate, gated_aggregate, reference, segment_softmax
 from fastgt.bench.memory import peak_extra_memory
+from fastgt.prepared import Prepared
 from fastgt.testing import PROBLEMS, assert_as_accurate, random_graph, with_index_dtype
 
 FAST_WAYS = [*FAST, "buckets"]
@@ -915,7 +916,7 @@ def test_inference_never_sorts_the_column_walk(impl, op, options):
     call(x, impl)
     with torch.no_grad():
         call(x.having(**{n: t.requires_grad_() for n, t in x.inputs.items()}), impl)
-    assert not x.graph._cache
+    assert vars(x.graph.prepared) == vars(Prepared())
 
 
 @pytest.mark.parametrize("impl", FAST)

@@ -37,16 +37,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fastgt
-from fastgt import (
-    AuxRequest,
-    Graph,
-    channelwise_attention,
-    neighborhood_attention,
-    reference,
-    tiles,
-)
+from fastgt import AuxRequest, Graph, channelwise_attention, neighborhood_attention, reference
 from fastgt.bench.memory import peak_extra_memory
-from fastgt.testing import PROBLEMS, assert_as_accurate, random_graph
+from fastgt.prepared import Prepared
+from fastgt.testing import PROBLEMS, assert_as_accurate, random_graph, with_buckets
 
 WAYS = [*FAST, "buckets"]
 ALL = ["reference", *WAYS]
@@ -607,7 +601,7 @@ def test_inference_never_sorts_the_column_walk(impl):
     with torch.no_grad():
         channelwise_attention(logits, x.v, x.graph, impl=impl)
     channelwise_attention(logits, x.v, x.graph, impl=impl).sum().backward()
-    assert not x.graph._cache
+    assert vars(x.graph.prepared) == vars(Prepared())
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -776,8 +770,7 @@ def test_a_hub_beyond_one_segment(turned):
     index = index.flip(0) if turned else index
     x = case(0, 5 if turned else 7, len(target), cols=7 if turned else 5, eps=1e-3, channels=(5,))
     x = x.onto(index.to(DEVICE))
-    for key, ptr in (("row_buckets", x.graph.row_ptr), ("column_buckets", x.graph.columns.ptr)):
-        x.graph._cache[key] = tiles.buckets(ptr, few=few, segment=segment)
+    x = replace(x, graph=with_buckets(x.graph, few=few, segment=segment))
     all_close(evaluate(x, "triton"), loops(x))
 
 

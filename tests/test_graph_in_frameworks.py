@@ -141,9 +141,9 @@ def test_a_copy_on_the_same_device_shares_nothing() -> None:
 
 def test_a_moved_graph_is_planned_anew_and_a_copied_one_is_not() -> None:
     graph = walked()
-    graph._cache[16, torch.float32] = graph.choose(16, torch.float32)
-    assert (16, torch.float32) in graph.to("cpu", copy=True)._cache
-    assert (16, torch.float32) not in graph.to("meta")._cache
+    graph.prepared.plans[16, torch.float32] = graph.choose(16, torch.float32)
+    assert (16, torch.float32) in graph.to("cpu", copy=True).prepared.plans
+    assert (16, torch.float32) not in graph.to("meta").prepared.plans
     named = graph.plan("windows")
     assert named.to("meta").choice == named.choice
 

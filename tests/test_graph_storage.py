@@ -16,8 +16,7 @@ from graph_cases import SIX, Case, Sorts, assert_same, cases, check, few, joined
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fastgt.graph as graph_module
-from fastgt import Graph, neighborhood_attention
+from fastgt import Graph, graph_build, neighborhood_attention
 
 
 def test_fields_cannot_be_set() -> None:
@@ -259,19 +258,19 @@ def test_training_after_export() -> None:
 
 
 def test_the_index_type() -> None:
-    choose = graph_module._index_dtype
-    assert choose(0, 0, 0) == torch.int32
+    index_dtype = graph_build.index_dtype
+    assert index_dtype(0, 0, 0) == torch.int32
     for place in range(3):
         sizes = [10, 10, 10]
         sizes[place] = 2**31 - 1
-        assert choose(*sizes) == torch.int32
+        assert index_dtype(*sizes) == torch.int32
         sizes[place] = 2**31
-        assert choose(*sizes) == torch.int64
+        assert index_dtype(*sizes) == torch.int64
 
 
 def test_more_edges_than_int32_holds() -> None:
     many = torch.empty(2**31 + 5, dtype=torch.int64, device="meta")
-    other, order, ptr = graph_module._group(many, many, 10)
+    other, order, ptr = graph_build.group(many, many, 10)
     assert (other.shape, order.shape, ptr.shape) == (many.shape, many.shape, (11,))
     assert {x.dtype for x in (other, order, ptr)} == {torch.int64}
 
@@ -279,7 +278,7 @@ def test_more_edges_than_int32_holds() -> None:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend int32 ends at 7."""
-    monkeypatch.setattr(graph_module, "_INT32_MAX", 7)
+    monkeypatch.setattr(graph_build, "INT32_MAX", 7)
 
 
 @pytest.mark.usefixtures("narrow")

@@ -107,7 +107,7 @@ def test_a_graph_holds_no_inference_tensor(name: str) -> None:
 
 def test_nothing_is_copied_without_inference_mode() -> None:
     twin = copy.copy(BEFORE)
-    assert twin._cache is BEFORE._cache
+    assert twin.prepared is BEFORE.prepared
     assert twin.col is BEFORE.col
 
 
@@ -119,8 +119,8 @@ def test_buckets_filled_in_a_validation_are_no_inference_tensors(
     graph = Graph.from_edge_index(torch.stack([torch.arange(len(hub)) % 9, hub]), 9)
     with torch.inference_mode():
         graph.row_walk(plans.SMALL), graph.column_walk(plans.SMALL)
-    assert {"row_buckets", "columns"} <= graph._cache.keys()
-    assert graph._cache["row_buckets"] is not None
+    assert graph.prepared.columns is not None
+    assert graph.prepared.row_buckets
     assert not any(x.is_inference() for x in graph._tensors())
 
 

@@ -17,7 +17,8 @@ from torch.fx.experimental import _config as shape_config
 
 from fastgt import Graph, neighborhood_attention, plans, tiles
 from fastgt.plans import Plan
-from fastgt.testing import random_graph
+from fastgt.prepared import Prepared
+from fastgt.testing import random_graph, with_buckets
 from fastgt.tiles import Windows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,8 +48,18 @@ def walks(graph: Graph) -> list[torch.Tensor]:
 
 def held(graph: Graph) -> set[int]:
     """The tables of windows that a graph keeps."""
-    kept = [x for x in graph._cache.values() if type(x) is tuple]
-    return {id(t) for pair in kept for w in pair for t in w if isinstance(t, torch.Tensor)}
+    pairs = graph.prepared.windows.values()
+    return {id(t) for pair in pairs for w in pair for t in w if isinstance(t, torch.Tensor)}
+
+
+def same_fields(a: Prepared, b: Prepared) -> bool:
+    """Whether the same is prepared in both."""
+    names = [
+        {name: value is None for name, value in vars(x).items()}
+        | {"windows": x.windows.keys(), "plans": x.plans.keys()}
+        for x in (a, b)
+    ]
+    return names[0] == names[1]
 
 
 @pytest.fixture
@@ -84,13 +95,9 @@ def test_a_named_path_is_taken(path: str, height: int | None) -> None:
     assert repr(planned).endswith(f", plan {path}{of} (named){besides})")
     assert graph.choice is None
     assert "plan" not in repr(graph)
-    keys = {x.height for pair in _windows(graph) for x in pair}
+    keys = {x.height for pair in graph.prepared.windows.values() for x in pair}
     assert keys == ({tall} if tall else set())
-    assert {x.dense for pair in _windows(graph) for x in pair} <= {path == "graphs"}
-
-
-def _windows(graph: Graph) -> list[tuple[Windows, Windows]]:
-    return [x for x in graph._cache.values() if type(x) is tuple]
+    assert {x.dense for pair in graph.prepared.windows.values() for x in pair} <= {path == "graphs"}
 
 
 @pytest.mark.parametrize("path", ["windows", "graphs"])
@@ -144,10 +151,11 @@ def test_both_directions_are_prepared(path: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tiles, "SMALL_EDGES", 0)
     graph = complete(7, 4)
     planned = graph.plan(path)
-    kept = set(graph._cache)
+    kept = copy.deepcopy(graph.prepared)
     walks(planned)
-    assert set(graph._cache) == kept, "nothing was left to prepare"
-    assert kept >= ({"columns", "row_buckets", "column_buckets"} if path == "gather" else set())
+    assert same_fields(graph.prepared, kept), "nothing was left to prepare"
+    if path == "gather":
+        assert None not in (kept.columns, kept.row_buckets, kept.column_buckets)
 
 
 @pytest.mark.parametrize("path", ["windows", "graphs"])
@@ -186,7 +194,7 @@ def test_small_graphs_are_gathered() -> None:
     assert repr(graph).endswith("plan gather (auto: at most 65536 edges))")
     assert graph.choose(64, FP32) is plans.SMALL
     assert complete(6).choose(64, BF16) is plans.SMALL
-    assert not {key for key in graph._cache if isinstance(key, tuple)}
+    assert not graph.prepared.plans
 
 
 def test_the_bound_of_small_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +269,7 @@ def test_dense_batches_of_small_graphs(table: Callable) -> None:
     twenty = complete(20, 20, 0, 20)
     reason = "auto: 20.0 edges a column >= 20.0, told 0"
     assert twenty.choose(64, BF16) == Plan("graphs", 64, reason)
-    assert {w.dense for pair in _windows(twenty) for w in pair} == {True}
+    assert {w.dense for pair in twenty.prepared.windows.values() for w in pair} == {True}
     # a window of the whole batch sees every column of its graphs once: as dense
     assert complete(20, 20, 19).choose(64, BF16).path == "gather"
     table(("any", "bfloat16", 16, 1.5))
@@ -297,13 +305,13 @@ def test_a_dense_batch_with_an_edge_twice() -> None:
 @pytest.mark.usefixtures("bound")
 def test_choices_are_made_once(monkeypatch: pytest.MonkeyPatch, table: Callable) -> None:
     table(("any", "bfloat16", 16, 1.7), ("any", "bfloat16", 128, 4.5))
-    calls, choose = [], plans.choose
+    calls, best_plan = [], plans.best_plan
 
     def spy(*args):  # type: ignore[no-untyped-def]
         calls.append(args[-2:])
-        return choose(*args)
+        return best_plan(*args)
 
-    monkeypatch.setattr(plans, "choose", spy)
+    monkeypatch.setattr(plans, "best_plan", spy)
     graph = paired(times=4)
     for _ in range(2):
         for width, dtype in ((64, BF16), (64, FP32), (128, BF16)):
@@ -363,8 +371,8 @@ def test_to_moves_tables_and_forgets_choices() -> None:
     graph = source.plan("windows", height=16)
     away = graph.to("meta")
     assert away.choice == graph.choice
-    assert [k for k in away._cache if isinstance(k, tuple)] == []
-    assert [k for k in graph._cache if isinstance(k, tuple)] == [(64, BF16)]
+    assert list(away.prepared.plans) == []
+    assert list(graph.prepared.plans) == [(64, BF16)]
     for height in (16, 32):
         plan = Plan("windows", height, "")
         for walk in (Graph.row_walk, Graph.column_walk):
@@ -427,10 +435,10 @@ def test_copies_keep_choice_and_tables(path: str, height: int | None, how: str) 
     assert twin.choice == graph.choice
     assert type(twin.choice) is Plan
     assert repr(twin) == repr(graph)
-    assert twin._cache.keys() == graph._cache.keys()
+    assert same_fields(twin.prepared, graph.prepared)
     assert twin.choose(64, BF16) == graph.choose(64, BF16)
     assert twin.plan().choose(64, BF16) == graph.plan().choose(64, BF16)
-    assert {type(w) for pair in _windows(twin) for w in pair} <= {Windows}
+    assert {type(w) for pair in twin.prepared.windows.values() for w in pair} <= {Windows}
     for x, y in zip(walks(twin), walks(graph), strict=True):
         assert torch.equal(x, y)
         assert x is not y
@@ -609,17 +617,14 @@ def hubs(n: int, degrees: list[int], seed: int) -> Graph:
     return Graph.from_edge_index(both.to(DEVICE), n)
 
 
-def bucketed(graph: Graph) -> Graph:
-    for key, ptr in (("row_buckets", graph.row_ptr), ("column_buckets", graph.columns.ptr)):
-        graph._cache[key] = tiles.buckets(ptr, few=4, segment=9)
-    return graph
-
-
 def several(kind: str) -> list[Graph]:
     """Three graphs, prepared: the first has no hub, or a single window, and fillers instead."""
     if kind == "buckets":
         drawn = ((14, [5, 1, 2]), (11, [3, 12, 6]), (15, [11, 21, 5]))
-        return [bucketed(hubs(n, degrees, i)) for i, (n, degrees) in enumerate(drawn)]
+        return [
+            with_buckets(hubs(n, degrees, i), few=4, segment=9)
+            for i, (n, degrees) in enumerate(drawn)
+        ]
     if kind == "graphs":
         batches = [(5,), (3, 18), (3, 4, 6)]
         return [complete(*sizes).plan("graphs", height=16) for sizes in batches]

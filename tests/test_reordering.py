@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fastgt import AuxRequest, Graph, neighborhood_attention
 from fastgt.bench import reordering as bench
-from fastgt.graph import _owners
+from fastgt.graph_build import owners
 from fastgt.reordering import node_order
 from fastgt.testing import PROBLEMS, Problem, random_batch, random_graph
 from fastgt.tiles import density
@@ -209,7 +209,7 @@ def test_orders_compose(parts: list[Case], seed: int) -> None:
     graph = Graph.batch([part.graph() for part in parts])
     assert graph.order is None
     generator = torch.Generator().manual_seed(seed)
-    graph_of = _owners(graph.graph_ptr, graph.num_nodes)
+    graph_of = owners(graph.graph_ptr, graph.num_nodes)
     by_hand = torch.randperm(case.rows, generator=generator)
     by_hand = by_hand[torch.argsort(graph_of[by_hand], stable=True)]
     once, twice = graph.reordered("rcm"), graph.reordered("rcm").reordered(by_hand)

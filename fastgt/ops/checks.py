@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
-from fastgt.graph import Graph, check_boundaries
+from fastgt.graph import Graph
+from fastgt.graph_build import check_boundaries
 from fastgt.tiles import MAX_WIDTH
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgt.graph import ColumnWalk, Graph
+from fastgt.graph import Graph
 from fastgt.ops.aggregate import Reduce, aggregate
 from fastgt.ops.checks import autocasts, check_float, check_offsets
 from fastgt.ops.implementation import Impl
+from fastgt.prepared import ColumnWalk, Prepared
 
 
 def segment_sum(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tensor:
@@ -175,5 +176,5 @@ def _batch(offsets: Tensor, nodes: int) -> Graph:
     node, ends = torch.arange(nodes, **like), torch.arange(nodes + 1, **like)
     graph_of = torch.arange(graphs, **like).repeat_interleave(offsets.diff(), output_size=nodes)
     rows, cols = (torch.arange(2, **like) * n for n in (graphs, nodes))
-    columns = ColumnWalk(ends, graph_of, node, node)
-    return Graph(graphs, nodes, offsets, node, node, rows, cols, {"columns": columns})
+    prepared = Prepared(columns=ColumnWalk(ends, graph_of, node, node))
+    return Graph(graphs, nodes, offsets, node, node, rows, cols, prepared)

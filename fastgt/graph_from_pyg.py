@@ -1,0 +1,151 @@
+"""How a Graph is built from PyG's objects: their sizes, and where the graphs of a batch begin."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgt.graph_build import (
+    INTEGERS,
+    Structure,
+    check_boundaries,
+    check_device,
+    check_index,
+    check_ptr,
+    check_values,
+    from_edge_index,
+    with_boundaries,
+)
+
+
+def from_pyg(data: Any) -> Structure:
+    """Of a ``Data``, a ``Batch`` or ``data[relation]`` of a ``HeteroData``."""
+    if getattr(data, "edge_index", None) is None:
+        raise TypeError(
+            f"data must have an edge_index, got {type(data).__name__} without one: use "
+            "from_edge_index or from_csr, and data[relation] of a HeteroData"
+        )
+    check_index(data.edge_index, "edge_index")
+    check_values(data.edge_index, "edge_index")
+    sides = _sides(data)
+    graph = from_edge_index(data.edge_index, (sides.rows, sides.cols), None)
+    if sides.row_ptr is None or sides.col_ptr is None:
+        return graph
+    return with_boundaries(graph, sides.row_ptr, sides.col_ptr)
+
+
+class _Sides(NamedTuple):
+    """Rows and columns of a graph, and where the graphs of a batch begin in both, if it is one."""
+
+    rows: int
+    cols: int
+    row_ptr: Tensor | None  # [G + 1]
+    col_ptr: Tensor | None  # [G + 1]
+
+
+def _sides(data: Any) -> _Sides:
+    """Sizes and boundaries of a ``Data``, a ``Batch`` or a relation.
+
+    Boundaries come from a sorted ``batch``, else they are ``ptr``: PyG's ``Batch.subgraph`` leaves
+    the ``ptr`` of the batch before it. The last graphs of a ``batch`` may have no nodes: as many as
+    ``ptr`` has, else as PyG says in ``num_graphs`` or ``batch_size``, are there.
+
+    Raises:
+        TypeError: ``batch`` or ``ptr`` does not hold integers.
+        ValueError: ``batch`` or ``ptr`` does not fit, is not sorted or is not where ``edge_index``
+            is; or a number of nodes is not known.
+    """
+    edges = data.edge_index
+    key = getattr(data, "_key", None)
+    if not isinstance(key, tuple):
+        n = data.num_nodes
+        ptr = _boundaries(data, "data", n, _graphs(data, "data", n, edges))
+        return _Sides(n, n, ptr, ptr)
+    parent = data._parent()
+    if parent is None:
+        raise ValueError(f"the HeteroData of {key} is gone: keep it until its graph is made")
+    source, target = parent[key[0]], parent[key[-1]]
+    names = [f"data[{kind!r}]" for kind in (key[0], key[-1])]
+    sizes = []
+    for nodes, name in zip((source, target), names, strict=True):
+        size = nodes.num_nodes
+        if size is None:
+            raise ValueError(f"the number of nodes of {name} is not known: set {name}.num_nodes")
+        sizes.append(size)
+    of_source = _graphs(source, names[0], sizes[0], edges)
+    of_target = of_source if source is target else _graphs(target, names[1], sizes[1], edges)
+    if (of_source is None) != (of_target is None):
+        one, other = names if of_source is None else names[::-1]
+        raise ValueError(f"{one} has neither ptr nor batch, but {other} has: both need one")
+    # the last graphs may have nodes of one type only
+    known = of_source, of_target, getattr(parent, "_num_graphs", None)
+    count = None if of_source is None else max(x or 0 for x in known)
+    col_ptr = _boundaries(source, names[0], sizes[0], count)
+    row_ptr = col_ptr
+    if source is not target:
+        row_ptr = _boundaries(target, names[1], sizes[1], count)
+    return _Sides(sizes[1], sizes[0], row_ptr, col_ptr)
+
+
+def _graphs(nodes: Any, name: str, size: int, edges: Tensor) -> int | None:
+    """How many graphs the nodes belong to; None where nothing says so."""
+    ptr, batch = getattr(nodes, "ptr", None), getattr(nodes, "batch", None)
+    if ptr is not None:
+        check_ptr(ptr, f"{name}.ptr", "G + 1")
+        check_device(ptr, f"{name}.ptr", edges)
+    if batch is None:
+        return None if ptr is None else len(ptr) - 1
+    if not isinstance(batch, Tensor) or batch.dtype not in INTEGERS:
+        kind = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
+        raise TypeError(f"{name}.batch must be a tensor of integers, got {kind}")
+    check_device(batch, f"{name}.batch", edges)
+    if batch.shape != (size,):
+        raise ValueError(
+            f"{name}.batch must be [{size}], one entry a node, got {list(batch.shape)}"
+        )
+    highest = _highest(batch, name) + 1
+    # PyG counts the graphs of a Batch by the largest of batch, which an empty one does not have
+    known = ("num_graphs", "batch_size") if size else ("_num_graphs",)
+    counts = {x: getattr(nodes, x, None) for x in known} if ptr is None else {"ptr": len(ptr) - 1}
+    for attribute, count in counts.items():
+        if count is not None and count < highest:
+            kind = "the number of graphs in " if attribute == "ptr" else ""
+            raise ValueError(
+                f"{name}.batch has graph {highest - 1} but {kind}{name}.{attribute} is {count}"
+            )
+        highest = max(highest, count or 0)
+    return highest
+
+
+def _highest(batch: Tensor, name: str) -> int:
+    """The last graph of a sorted ``batch``; -1 where there are no nodes."""
+    if not batch.numel():
+        return -1
+    down = batch[1:] < batch[:-1]
+    # together: a GPU is waited for once
+    unsorted, first, last = torch.stack(
+        [down.any().long(), batch[0].long(), batch[-1].long()]
+    ).tolist()
+    if unsorted:
+        i = int(down.nonzero()[0])
+        raise ValueError(
+            f"{name}.batch is not sorted: node {i} is of graph {int(batch[i])}, node {i + 1} of "
+            f"graph {int(batch[i + 1])}; order the nodes first, as with "
+            "data.subgraph(data.batch.argsort(stable=True))"
+        )
+    if first < 0:
+        raise ValueError(f"{name}.batch has graph {first}; it must not be negative")
+    return last
+
+
+def _boundaries(nodes: Any, name: str, size: int, count: int | None) -> Tensor | None:
+    if count is None:
+        return None
+    batch = getattr(nodes, "batch", None)
+    if batch is None:
+        check_boundaries(nodes.ptr, f"{name}.ptr", size, "nodes")
+        return nodes.ptr
+    graphs = torch.arange(count + 1, device=batch.device)
+    return torch.searchsorted(batch.long(), graphs)

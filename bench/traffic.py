@@ -208,7 +208,7 @@ def predicted(
     device = next((d for d in DEVICES.values() if d.match in name), None)
     if device is None:
         return {}
-    plan = graph.choose(width, dtype)
+    plan = graph.plan_for(width, dtype)
     kernels = attention_traffic(graph.to("cpu"), plan, heads=heads, width=width, dtype=dtype)
     forward = sum(k.seconds(device) for k in kernels if k.name.startswith("fwd"))
     both = sum(k.seconds(device) for k in kernels)
@@ -227,7 +227,7 @@ def measure(
 ) -> dict[str, Any]:
     """-> one row of results: the graph, the plan, its kernels' bytes, seconds, and ratios."""
     planned = graph.plan(path, width=width, dtype=dtype)  # type: ignore[arg-type]
-    plan = planned.choose(width, dtype)
+    plan = planned.plan_for(width, dtype)
     kernels = attention_traffic(planned, plan, heads=heads, width=width, dtype=dtype)
     by_pass = {
         "forward": [k for k in kernels if k.name.startswith("fwd")],
@@ -346,7 +346,7 @@ def run(args: argparse.Namespace) -> int:
         for heads, width in shapes:
             chosen = graph.plan("auto", width=width, dtype=dtype)
             paths = args.path or ["gather", "auto"]
-            gathers = chosen.choose(width, dtype).path == "gather"
+            gathers = chosen.plan_for(width, dtype).path == "gather"
             dense = tiles.density(graph.row_ptr, graph.col, graph.num_cols) > 1.4
             if not args.path and gathers and dense:
                 paths.append("windows")

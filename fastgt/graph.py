@@ -54,8 +54,8 @@ class Graph(Stored):
         row_ptr, col, edge: The row walk (CSR), above.
         graph_ptr, col_graph_ptr: ``[G + 1]`` boundaries of the graphs of a batch, in rows and
             in columns (one tensor where the graph is square).
-        choice: The plan by which kernels go through it, if :meth:`plan` has settled that; else
-            None, and each attention takes that of :meth:`choose`.
+        settled: The plan by which kernels go through it, if :meth:`plan` has settled that; else
+            None, and each attention takes that of :meth:`plan_for`.
         prepared: What it keeps for its kernels beside the row walk.
         order: ``[N]`` int64 where the graph was :meth:`reordered`: its node i is node
             ``order[i]`` of the graph as first built; else None.
@@ -76,7 +76,7 @@ class Graph(Stored):
     graph_ptr: Tensor  # [G + 1]
     col_graph_ptr: Tensor  # [G + 1]
     prepared: Prepared
-    choice: Plan | None
+    settled: Plan | None
     order: Tensor | None  # [N]
 
     # no dataclass: libraries rebuild those field by field, or refuse frozen ones
@@ -90,7 +90,7 @@ class Graph(Stored):
         graph_ptr: Tensor,
         col_graph_ptr: Tensor,
         prepared: Prepared | None = None,
-        choice: Plan | None = None,
+        settled: Plan | None = None,
         order: Tensor | None = None,
     ):
         ends = normal(graph_ptr)
@@ -103,7 +103,7 @@ class Graph(Stored):
             "graph_ptr": ends,
             "col_graph_ptr": ends if col_graph_ptr is graph_ptr else normal(col_graph_ptr),
             "prepared": Prepared() if prepared is None else prepared,
-            "choice": choice,
+            "settled": settled,
             "order": None if order is None else normal(order),
         }
         for name, value in fields.items():
@@ -222,7 +222,8 @@ class Graph(Stored):
     @property
     def columns(self) -> ColumnWalk:
         """The column walk, sorted on first use and kept."""
-        return self.prepared.columns or self.prepared.columns_of(self._structure)
+        walk = self.prepared.columns
+        return self.prepared.columns_of(self._structure) if walk is None else walk
 
     @property
     def row(self) -> Tensor:
@@ -273,35 +274,35 @@ class Graph(Stored):
             >>> import torch
             >>> from fastgt import Graph
             >>> graph = Graph.from_dense(torch.ones(3, 3, dtype=torch.bool)).plan("windows")
-            >>> print(graph.choice)
+            >>> print(graph.settled)
             windows of 64 rows (named)
         """
         height, width = plans.checked_request(path, height, width, dtype)
         if self.device.type == "meta":
             raise RuntimeError("a graph on the meta device has no values to plan with")
-        choice = None
+        settled = None
         if path != "auto":
-            choice = Plan(path, 0 if path == "gather" else height or 64, "named")
+            settled = Plan(path, 0 if path == "gather" else height or 64, "named")
         elif width is not None:
-            choice = self._replace(choice=None).choose(width, dtype)
+            settled = self._replace(settled=None).plan_for(width, dtype)
         # where nothing is settled, what gathering needs
-        self.row_walk(choice or plans.SMALL)
-        self.column_walk(choice or plans.SMALL)
-        return self._replace(choice=choice)
+        self.row_walk(settled or plans.SMALL)
+        self.column_walk(settled or plans.SMALL)
+        return self._replace(settled=settled)
 
-    def choose(self, width: int, dtype: torch.dtype, *, edge_terms: bool = False) -> Plan:
+    def plan_for(self, width: int, dtype: torch.dtype, *, edge_terms: bool = False) -> Plan:
         """How attention with heads of that width and dtype goes through the graph, and why.
 
         ``edge_terms``: with tensors on edges other than a bias, or dropout.
         """
         if edge_terms:
             return plans.EDGE_TERMS
-        if self.choice is not None:
-            return self.choice
+        if self.settled is not None:
+            return self.settled
         if self.num_edges <= plans.LAUNCH_BOUND:
             return plans.SMALL
         plan = self.prepared.plans.get((width, dtype))
-        return plan or self.prepared.plan_for(self._structure, width, dtype)
+        return self.prepared.plan_for(self._structure, width, dtype) if plan is None else plan
 
     def row_walk(self, plan: Plan) -> tuple[Tensor, ...]:
         """The flat tensors that the kernels of that plan walk by rows."""
@@ -319,7 +320,8 @@ class Graph(Stored):
 
     def _windows(self, plan: Plan) -> WindowPair:
         pair = self.prepared.windows.get(window_key(plan.path, plan.height))
-        pair = pair or self.prepared.windows_of(self._structure, plan.path, plan.height)
+        if pair is None:
+            pair = self.prepared.windows_of(self._structure, plan.path, plan.height)
         if pair is None:
             raise ValueError(
                 "path 'graphs' takes graphs without duplicate edges, and this one has some: "
@@ -414,9 +416,9 @@ class Graph(Stored):
             parts.append("reordered")
         index = str(self.col.dtype).removeprefix("torch.")
         parts += [index, f"{self._bytes() / 1e6:.1f} MB", str(self.device)]
-        if self.choice is not None:
+        if self.settled is not None:
             edges = "; gather with edge vectors, gates, attributes or dropout"
-            parts.append(f"plan {self.choice}{edges if self.choice.height else ''}")
+            parts.append(f"plan {self.settled}{edges if self.settled.height else ''}")
         else:
             for (width, dtype), plan in self.prepared.plans.items():
                 parts.append(f"plan for width {width} {dtype}: {plan}".replace("torch.", ""))
@@ -430,8 +432,8 @@ class Graph(Stored):
     def _elsewhere(self) -> Graph:
         # plans are made for a device, unless the user named one
         self.prepared.plans.clear()
-        named = self.choice is not None and self.choice.reason == "named"
-        return self if named else self._replace(choice=None)
+        named = self.settled is not None and self.settled.reason == "named"
+        return self if named else self._replace(settled=None)
 
     def _check_nodes(self, x: Tensor, name: str, what: str) -> None:
         self._check_square(what)

@@ -80,13 +80,13 @@ class Prepared:
         """The buckets of the rows; none where they are taken as they stand."""
         if self.row_buckets is None and num_edges > tiles.SMALL_EDGES and _measurable(ptr):
             self.row_buckets = map_tensors(normal, tiles.buckets(ptr) or ())
-        return self.row_buckets or ()
+        return () if self.row_buckets is None else self.row_buckets
 
     def column_buckets_of(self, ptr: Tensor, num_edges: int) -> Buckets | tuple[()]:
         """The buckets of the columns; none where they are taken as they stand."""
         if self.column_buckets is None and num_edges > tiles.SMALL_EDGES and _measurable(ptr):
             self.column_buckets = map_tensors(normal, tiles.buckets(ptr) or ())
-        return self.column_buckets or ()
+        return () if self.column_buckets is None else self.column_buckets
 
     def windows_of(self, graph: Structure, path: str, height: int) -> WindowPair | None:
         """The graph's windows; None where dense ones cannot hold the edges."""

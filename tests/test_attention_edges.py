@@ -658,7 +658,7 @@ def test_opcheck(path, shared):
     rows = [graph.row_ptr, graph.col, graph.edge]
     columns = list(graph.columns)
     if path != "torch":
-        plan = graph.plan("gather").choice
+        plan = graph.plan("gather").settled
         rows, columns = list(graph.row_walk(plan)), list(graph.column_walk(plan))
     attr = torch.randn(9, 3, generator=x.generator).to(DEVICE)
     attr_q = torch.randn(4, 2, 3, generator=x.generator).to(DEVICE)
@@ -885,8 +885,8 @@ def test_windows_take_a_bias_and_gather_the_rest():
     """A plan of windows holds for what windows have; with other edge tensors it says gather."""
     x = case(3, 20, 90, dtype=FP32, d=8, dv=8, terms="gate scores")
     graph = x.graph.plan("windows", height=16)
-    assert graph.choose(8, FP32).path == "windows"
-    chosen = graph.choose(8, FP32, edge_terms=True)
+    assert graph.plan_for(8, FP32).path == "windows"
+    chosen = graph.plan_for(8, FP32, edge_terms=True)
     assert chosen.path == "gather"
     assert "gather" in str(chosen)
     assert "gather with edge vectors" in repr(graph)

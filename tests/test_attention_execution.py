@@ -95,7 +95,7 @@ def test_windows_of_several_tiles(monkeypatch, columns, plan):
     options = {"heads": 1, "group": 2, "d": 5, "dv": 3, "clamped": True, "eps": 0.1}
     x = case(0, rows, index.shape[1], cols=cols, plan=plan, **options)
     x = x.onto(index)
-    assert x.graph.choice.path == plan.split()[0]
+    assert x.graph.settled.path == plan.split()[0]
     all_close(evaluate(x, "triton"), evaluate(x, "reference"))
 
 
@@ -294,7 +294,7 @@ def test_opcheck(path, edges, layout, dtype):
     height = 16 if path == "windows" else 0
     rows, columns = (x.graph.row_ptr, x.graph.col, x.graph.edge), list(x.graph.columns)
     if path != "torch":
-        plan = x.graph.plan(path, height=height or None).choice
+        plan = x.graph.plan(path, height=height or None).settled
         rows, columns = x.graph.row_walk(plan), list(x.graph.column_walk(plan))
     flat = op_arguments(
         Inputs(x.q, x.k, x.v),
@@ -585,7 +585,7 @@ def test_nothing_waits_for_the_device(plan):
     from fastgt.ops.head_mask import active_heads
 
     x = case(1, 20, 90, heads=2, group=2, d=8, dv=8, dtype=FP32, plan=plan)
-    chosen = x.graph.choose(8, FP32)
+    chosen = x.graph.plan_for(8, FP32)
     rows, columns = x.graph.row_walk(chosen), x.graph.column_walk(chosen)
     path, height, _ = chosen
     gate = torch.tensor([0.0, 1.0, 0.0, 0.0], device=DEVICE)
@@ -623,7 +623,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_cuda_graph_replays_with_new_data(plan):
     x = case(1, 40, 300, kind="hub", heads=2, d=16, dv=16, dtype=FP32, plan=plan)
-    x.graph.choose(16, FP32)
+    x.graph.plan_for(16, FP32)
     names = ("q", "k", "v", "bias", "do", "dlse")
     still = replace(x, **{name: getattr(x, name).clone() for name in names})
     side = torch.cuda.Stream()

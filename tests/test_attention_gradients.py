@@ -94,7 +94,7 @@ def test_nothing_is_computed_for_gradients_not_asked_for(path):
     rows, columns = (graph.row_ptr, graph.col, graph.edge), tuple(graph.columns)
     if path != "torch":
         graph = graph.plan(path, height=height or None)
-        rows, columns = graph.row_walk(graph.choice), graph.column_walk(graph.choice)
+        rows, columns = graph.row_walk(graph.settled), graph.column_walk(graph.settled)
     flat = op_arguments(Inputs(x.q, x.k, x.v), terms=EdgeTerms(x.bias))
     o, lse, *_ = torch.ops.fastgt.attention_fwd(path, height, rows, *flat)
     for needs in itertools.product([False, True], repeat=4):

@@ -141,11 +141,11 @@ def test_a_copy_on_the_same_device_shares_nothing() -> None:
 
 def test_a_moved_graph_is_planned_anew_and_a_copied_one_is_not() -> None:
     graph = walked()
-    graph.prepared.plans[16, torch.float32] = graph.choose(16, torch.float32)
+    graph.prepared.plans[16, torch.float32] = graph.plan_for(16, torch.float32)
     assert (16, torch.float32) in graph.to("cpu", copy=True).prepared.plans
     assert (16, torch.float32) not in graph.to("meta").prepared.plans
     named = graph.plan("windows")
-    assert named.to("meta").choice == named.choice
+    assert named.to("meta").settled == named.settled
 
 
 def test_pinning_pins_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,8 @@ def paired(columns: int = 60, times: int = 2) -> Graph:
 
 
 def walks(graph: Graph) -> list[torch.Tensor]:
-    assert graph.choice is not None
-    return [*graph.row_walk(graph.choice), *graph.column_walk(graph.choice)]
+    assert graph.settled is not None
+    return [*graph.row_walk(graph.settled), *graph.column_walk(graph.settled)]
 
 
 def held(graph: Graph) -> set[int]:
@@ -88,12 +88,12 @@ def test_a_named_path_is_taken(path: str, height: int | None) -> None:
     graph = complete(5, 0, 3)
     planned = graph.plan(path, height=height)
     tall = 0 if path == "gather" else height or 64
-    assert planned.choice == Plan(path, tall, "named")
-    assert planned.choose(1, FP32) is planned.choice
+    assert planned.settled == Plan(path, tall, "named")
+    assert planned.plan_for(1, FP32) is planned.settled
     of = f" of {tall} rows" if tall else ""
     besides = "; gather with edge vectors, gates, attributes or dropout" if tall else ""
     assert repr(planned).endswith(f", plan {path}{of} (named){besides})")
-    assert graph.choice is None
+    assert graph.settled is None
     assert "plan" not in repr(graph)
     keys = {x.height for pair in graph.prepared.windows.values() for x in pair}
     assert keys == ({tall} if tall else set())
@@ -106,7 +106,7 @@ def test_what_the_kernels_walk(path: str) -> None:
     graph = random_graph(3, 40, 300, cols=20, device=DEVICE)
     graph = Graph.from_edge_index(graph.edge_index.unique(dim=1).flip(1), (40, 20))
     planned = graph.plan(path, height=16)
-    rows, columns = planned.row_walk(planned.choice), planned.column_walk(planned.choice)
+    rows, columns = planned.row_walk(planned.settled), planned.column_walk(planned.settled)
     ends, walk = (graph.graph_ptr, graph.col_graph_ptr), graph.columns
     by_row, by_column = (graph.row_ptr, graph.col, graph.edge), (walk.ptr, walk.row, walk.edge)
     if path == "graphs":
@@ -125,10 +125,10 @@ def test_what_the_kernels_walk(path: str) -> None:
 def test_a_plan_replaces_the_one_before(bound: None, table: Callable) -> None:
     table(("any", "bfloat16", 16, 1.5))
     named = paired().plan("windows", height=16)
-    assert named.plan("gather").choice == Plan("gather", 0, "named")
-    assert named.plan().choice is None
-    assert named.plan(width=8).choice.path == "gather"
-    chosen = named.plan(width=64).choice
+    assert named.plan("gather").settled == Plan("gather", 0, "named")
+    assert named.plan().settled is None
+    assert named.plan(width=8).settled.path == "gather"
+    chosen = named.plan(width=64).settled
     assert chosen == Plan("windows", 64, "auto: rho64 2.00 >= 1.5, told 0")
 
 
@@ -184,16 +184,16 @@ def test_repr_counts_the_tables() -> None:
 def test_auto_without_a_width_leaves_the_choice_to_attention() -> None:
     graph = complete(6)
     for planned in (graph.plan(), graph.plan("auto"), graph.plan("windows").plan("auto")):
-        assert planned.choice is None
+        assert planned.settled is None
         assert "plan" not in repr(planned)
 
 
 def test_small_graphs_are_gathered() -> None:
     graph = complete(6).plan(width=64)
-    assert graph.choice is plans.SMALL
+    assert graph.settled is plans.SMALL
     assert repr(graph).endswith("plan gather (auto: at most 65536 edges))")
-    assert graph.choose(64, FP32) is plans.SMALL
-    assert complete(6).choose(64, BF16) is plans.SMALL
+    assert graph.plan_for(64, FP32) is plans.SMALL
+    assert complete(6).plan_for(64, BF16) is plans.SMALL
     assert not graph.prepared.plans
 
 
@@ -201,7 +201,7 @@ def test_the_bound_of_small_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = paired()
     for bound, small in ((graph.num_edges, True), (graph.num_edges - 1, False)):
         monkeypatch.setattr(plans, "LAUNCH_BOUND", bound)
-        assert (graph.choose(64, BF16) is plans.SMALL) == small
+        assert (graph.plan_for(64, BF16) is plans.SMALL) == small
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
@@ -211,7 +211,7 @@ def test_windows_from_the_threshold_on(dtype: torch.dtype, table: Callable) -> N
     assert tiles.density(paired().row_ptr, paired().col, 128) == 2.0
     for rho, path in ((1.9, "windows"), (2.0, "windows"), (2.1, "gather")):
         table(("any", name, 16, rho), ("any", name, 256, 0.0), ("any", "float32", 16, 0.0))
-        plan = paired().choose(64, dtype)
+        plan = paired().plan_for(64, dtype)
         sign = ">=" if path == "windows" else "<"
         height = 64 if path == "windows" else 0
         assert plan == Plan(path, height, f"auto: rho64 2.00 {sign} {rho}, told 0")
@@ -250,7 +250,7 @@ def test_a_measured_device_outranks_the_model(table: Callable) -> None:
 @pytest.mark.usefixtures("bound")
 def test_a_table_may_say_never(table: Callable) -> None:
     table(("any", "bfloat16", 16, None))
-    assert paired().choose(64, BF16) == Plan("gather", 0, "auto: told 0")
+    assert paired().plan_for(64, BF16) == Plan("gather", 0, "auto: told 0")
 
 
 @pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=str)
@@ -259,7 +259,7 @@ def test_other_dtypes_are_gathered(dtype: torch.dtype) -> None:
     graph = complete(20, 20)
     name = str(dtype).removeprefix("torch.")
     reason = f"auto: no tensor-core path for width 64 {name}"
-    assert graph.choose(64, dtype) == Plan("gather", 0, reason)
+    assert graph.plan_for(64, dtype) == Plan("gather", 0, reason)
     assert f"plan for width 64 {name}: gather ({reason})" in repr(graph)
 
 
@@ -268,17 +268,17 @@ def test_dense_batches_of_small_graphs(table: Callable) -> None:
     table(("any", "bfloat16", 16, 20.0))
     twenty = complete(20, 20, 0, 20)
     reason = "auto: 20.0 edges a column >= 20.0, told 0"
-    assert twenty.choose(64, BF16) == Plan("graphs", 64, reason)
+    assert twenty.plan_for(64, BF16) == Plan("graphs", 64, reason)
     assert {w.dense for pair in twenty.prepared.windows.values() for w in pair} == {True}
     # a window of the whole batch sees every column of its graphs once: as dense
-    assert complete(20, 20, 19).choose(64, BF16).path == "gather"
+    assert complete(20, 20, 19).plan_for(64, BF16).path == "gather"
     table(("any", "bfloat16", 16, 1.5))
-    assert complete(128, 2).choose(64, BF16).path == "graphs"
-    assert complete(129, 2).choose(64, BF16).path == "windows"
-    assert complete(60).choose(64, BF16).path == "windows", "one graph is no batch"
+    assert complete(128, 2).plan_for(64, BF16).path == "graphs"
+    assert complete(129, 2).plan_for(64, BF16).path == "windows"
+    assert complete(60).plan_for(64, BF16).path == "windows", "one graph is no batch"
     tall = Graph.from_edge_index(torch.cartesian_prod(torch.arange(129), torch.arange(3)).T)
     wide = [Graph.from_edge_index(tall.edge_index, (3, 129)), Graph.from_dense(_ones(4, 4).cpu())]
-    assert Graph.batch(wide).choose(64, BF16).path != "graphs", "keys count too"
+    assert Graph.batch(wide).plan_for(64, BF16).path != "graphs", "keys count too"
 
 
 def _ones(n: int, m: int) -> torch.Tensor:
@@ -290,7 +290,7 @@ def test_sparse_batches_are_not_dense(table: Callable) -> None:
     table(("any", "bfloat16", 16, 5.0))
     ring = torch.stack([torch.arange(100), (torch.arange(100) + 1) % 100])
     graph = Graph.batch([Graph.from_edge_index(ring, 100)] * 4)
-    assert graph.choose(64, BF16).path == "gather"
+    assert graph.plan_for(64, BF16).path == "gather"
 
 
 @pytest.mark.usefixtures("bound")
@@ -298,8 +298,8 @@ def test_a_dense_batch_with_an_edge_twice() -> None:
     whole = complete(20, 20)
     again = torch.cat([whole.edge_index, whole.edge_index[:, :1]], 1)
     graph = Graph.from_edge_index(again, 40, graph_ptr=whole.graph_ptr)
-    assert graph.choose(64, BF16)[:2] == ("windows", 64)  # which can hold it twice
-    assert graph.plan(width=64).choice.path == "windows"
+    assert graph.plan_for(64, BF16)[:2] == ("windows", 64)  # which can hold it twice
+    assert graph.plan(width=64).settled.path == "windows"
 
 
 @pytest.mark.usefixtures("bound")
@@ -315,9 +315,9 @@ def test_choices_are_made_once(monkeypatch: pytest.MonkeyPatch, table: Callable)
     graph = paired(times=4)
     for _ in range(2):
         for width, dtype in ((64, BF16), (64, FP32), (128, BF16)):
-            first = graph.choose(width, dtype)
-            assert graph.choose(width, dtype) is first
-            assert graph.plan(width=width, dtype=dtype).choice is first
+            first = graph.plan_for(width, dtype)
+            assert graph.plan_for(width, dtype) is first
+            assert graph.plan(width=width, dtype=dtype).settled is first
     assert calls == [(64, BF16), (64, FP32), (128, BF16)]
     text = repr(graph)
     for width, name, path in (
@@ -337,11 +337,11 @@ def test_tables_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, bound: None) ->
             graph.plan(path)
         assert not held(graph)
         chosen = graph.plan(width=64)
-        assert chosen.choice.path == "gather"
+        assert chosen.settled.path == "gather"
         assert "plan gather (auto: path 'graphs' needs about 0.0 GB" in repr(chosen)
     graph = paired(times=4)
     assert "plan gather (auto: path 'windows' needs about" in repr(graph.plan(width=64))
-    assert graph.choose(64, BF16).path == "gather"
+    assert graph.plan_for(64, BF16).path == "gather"
     graph.plan("gather")
     # what is prepared already needs no more memory
     monkeypatch.undo()
@@ -367,10 +367,10 @@ def test_both_numbers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_to_moves_tables_and_forgets_choices() -> None:
     source = paired(times=4)
     source.plan("windows", height=32)
-    source.choose(64, BF16)
+    source.plan_for(64, BF16)
     graph = source.plan("windows", height=16)
     away = graph.to("meta")
-    assert away.choice == graph.choice
+    assert away.settled == graph.settled
     assert list(away.prepared.plans) == []
     assert list(graph.prepared.plans) == [(64, BF16)]
     for height in (16, 32):
@@ -380,8 +380,8 @@ def test_to_moves_tables_and_forgets_choices() -> None:
             assert all(x.device.type == "meta" for x in moved)
             assert [x.shape for x in moved] == [x.shape for x in walk(graph, plan)]
     undecided = source.to("meta")
-    assert undecided.choice is None
-    assert undecided.choose(64, BF16) is plans.UNPREPARED
+    assert undecided.settled is None
+    assert undecided.plan_for(64, BF16) is plans.UNPREPARED
     assert "meta" in repr(undecided)
 
 
@@ -429,15 +429,15 @@ COPIES = {
 @pytest.mark.usefixtures("bound")
 def test_copies_keep_choice_and_tables(path: str, height: int | None, how: str) -> None:
     graph = complete(12, 9)
-    graph.choose(64, BF16)
+    graph.plan_for(64, BF16)
     graph = graph.plan(path, height=height)
     twin = COPIES[how](graph)
-    assert twin.choice == graph.choice
-    assert type(twin.choice) is Plan
+    assert twin.settled == graph.settled
+    assert type(twin.settled) is Plan
     assert repr(twin) == repr(graph)
     assert same_fields(twin.prepared, graph.prepared)
-    assert twin.choose(64, BF16) == graph.choose(64, BF16)
-    assert twin.plan().choose(64, BF16) == graph.plan().choose(64, BF16)
+    assert twin.plan_for(64, BF16) == graph.plan_for(64, BF16)
+    assert twin.plan().plan_for(64, BF16) == graph.plan().plan_for(64, BF16)
     assert {type(w) for pair in twin.prepared.windows.values() for w in pair} <= {Windows}
     for x, y in zip(walks(twin), walks(graph), strict=True):
         assert torch.equal(x, y)
@@ -454,7 +454,7 @@ def test_derived_graphs_are_not_planned() -> None:
         graph.reordered(torch.arange(5, device=DEVICE)),
         Graph.batch([graph, graph]),
     ):
-        assert derived.choice is None
+        assert derived.settled is None
         assert not held(derived)
 
 
@@ -492,10 +492,10 @@ def repeated() -> Graph:
 
 
 def test_sizes_of_numpy_are_taken() -> None:
-    plan = _GRAPH.plan("windows", height=np.int64(16)).choice
+    plan = _GRAPH.plan("windows", height=np.int64(16)).settled
     assert type(plan.height) is int
-    assert plan == _GRAPH.plan("windows", height=16).choice
-    assert _GRAPH.plan(width=np.int32(64)).choice == _GRAPH.plan(width=64).choice
+    assert plan == _GRAPH.plan("windows", height=16).settled
+    assert _GRAPH.plan(width=np.int32(64)).settled == _GRAPH.plan(width=64).settled
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -507,8 +507,8 @@ def test_refusals(name: str) -> None:
 
 def test_windows_take_what_graphs_refuse() -> None:
     for graph in (complete(2, 129), wide(), repeated()):
-        assert graph.plan("windows").choice.path == "windows"
-    assert complete(2, 128).plan("graphs").choice.path == "graphs"
+        assert graph.plan("windows").settled.path == "windows"
+    assert complete(2, 128).plan("graphs").settled.path == "graphs"
 
 
 class Inputs(NamedTuple):
@@ -634,7 +634,7 @@ def several(kind: str) -> list[Graph]:
         if kind == "windows":
             graph.plan("windows", height=16)
         elif kind == "chosen":
-            assert graph.choose(8, FP32).path == "windows"
+            assert graph.plan_for(8, FP32).path == "windows"
     return [graph.plan("windows", height=16) if kind == "windows" else graph for graph in graphs]
 
 

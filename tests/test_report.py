@@ -29,7 +29,7 @@ def load(problem: str) -> Graph:
 def kernels(graph: Graph, path: str, heads: int = 8, width: int = 16, **options):
     graph = graph.plan(path)
     options = {"heads": heads, "width": width, "dtype": torch.bfloat16} | options
-    found = traffic.attention_traffic(graph, graph.choice, **options)
+    found = traffic.attention_traffic(graph, graph.settled, **options)
     return {kernel.name: kernel for kernel in found}
 
 

@@ -394,7 +394,7 @@ def _plan(impl: Impl, graph: Graph, inputs: Inputs, edge_terms: bool) -> Plan:
     if impl == "triton":
         q, _, v = inputs
         width = max(q.shape[2], v.shape[2])
-        plan = graph.choose(width, q.dtype, edge_terms=edge_terms)
+        plan = graph.plan_for(width, q.dtype, edge_terms=edge_terms)
         if plan.height and plan.height > (height := tallest(width, q.element_size())):
             other = f"a height of {height}" if height else "path='gather'"
             raise RuntimeError(
@@ -402,9 +402,9 @@ def _plan(impl: Impl, graph: Graph, inputs: Inputs, edge_terms: bool) -> Plan:
                 f"heads of width {width} in {q.dtype}: plan for {other}"
             )
         return plan
-    if graph.choice is not None and graph.choice.height:
+    if graph.settled is not None and graph.settled.height:
         raise RuntimeError(
-            f"the graph is planned for {graph.choice.path!r}, which impl='torch' on a CPU does "
+            f"the graph is planned for {graph.settled.path!r}, which impl='torch' on a CPU does "
             "not have: use graph.plan() there"
         )
     return CPU

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+export FASTGT_DATA ?= $(abspath ../shared/data)
 RESUMED = --resume --json bench/results/cpu.json
 SHAPES = gt_zinc gt_sbm gps_cluster gps_wide gps_zinc scene_graphs one_head
 TARGETS = sm_80 sm_90 sm_100 gfx942

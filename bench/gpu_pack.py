@@ -17,7 +17,7 @@ from typing import Any
 
 from fastgt import files
 from fastgt.bench import gpu_benchmarks, harness
-from fastgt.testing import data_folder
+from fastgt.real_graphs import data_folder
 
 MANIFEST = "manifest.json"
 LARGEST = 20_000_000  # bytes of all
@@ -36,19 +36,21 @@ def pack(folder: Path, peer_path: Path | None) -> list[str]:
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise ValueError(f"--pack {folder}: it holds something else: name a new folder")
-    for source in (data_folder(), peer_path):
+    data = data_folder()
+    for source in (data, peer_path):
         if source is not None and folder.resolve() in (source.resolve(), *source.resolve().parents):
             raise ValueError(f"--pack {folder}: {source} is in it, and would be lost")
     if folder.exists():
         shutil.rmtree(folder)
     told = []
     for name in dict.fromkeys(x.problem for x in gpu_benchmarks.ATTENTION):
-        file = data_folder() / f"{_FILES.get(name, name)}.npz"
-        if file.is_file():
+        file = None if data is None else data / f"{_FILES.get(name, name)}.npz"
+        if file is not None and file.is_file():
             _copy(file, folder / "data" / file.name)
             told.append(f"{name}: {file.stat().st_size:,} bytes")
         elif name in _REAL:
-            told.append(f"{name}: left out: {file} is absent")
+            reason = "FASTGT_DATA names no folder" if file is None else f"{file} is absent"
+            told.append(f"{name}: left out: {reason}")
     for peer, source in _SOURCES.items() if peer_path is not None else ():
         found = _find(peer_path, source)
         if found is None:

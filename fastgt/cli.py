@@ -167,8 +167,7 @@ def _add_run(command: argparse.ArgumentParser, data: str, output: str, holds: st
     command.add_argument(
         "--data",
         type=Path,
-        help=f"{data} or its folder; default: in the folder that FASTGT_DATA names, else in "
-        "../shared/data beside the checkout",
+        help=f"{data} or its folder; default: in the folder that FASTGT_DATA names",
     )
     command.add_argument(
         "--output",

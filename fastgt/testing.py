@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
@@ -19,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
-from fastgt import published, tiles
+from fastgt import drawn_graphs, published, real_graphs, tiles
 from fastgt.graph import Graph
 from fastgt.prepared import Prepared
 
@@ -169,195 +165,8 @@ def _molecules() -> Graph:
     return random_batch(0, [(23, 50)] * 128)
 
 
-def _undirected(name: str, edges: str = "edge_index", nodes: str = "y") -> Callable[[], Graph]:
-    """The edges of ``name.npz``, listed in one direction or both; ``nodes`` has an entry each."""
-
-    def load() -> Graph:
-        with open_data(name) as data:
-            edge_index = data[edges] if edges == "edge_index" else data[edges].T
-            return _symmetric(edge_index, len(data[nodes]))
-
-    return load
-
-
-def _squirrel() -> Graph:
-    with open_data("squirrel_filtered") as data:
-        return Graph.from_edge_index(torch.from_numpy(data["edges"].T), len(data["node_labels"]))
-
-
-def _moby() -> Graph:
-    with open_data("moby") as data:
-        return _symmetric(data["edge_index"], int(data["num_nodes"]))
-
-
-def _flights() -> Graph:
-    with open_data("flights") as data:
-        edge_index = torch.from_numpy(np.stack([data["src"], data["dst"]]))
-        return Graph.from_edge_index(edge_index, len(data["airports"]))
-
-
-def _power_grid(name: str) -> Callable[[], Graph]:
-    def load() -> Graph:
-        with open_data(name) as data:
-            branch, buses = torch.from_numpy(data["edge_index"]), len(data["bus"])
-        return Graph.from_edge_index(torch.cat([branch, branch.flip(0)], 1), buses)
-
-    return load
-
-
-def _zinc() -> Graph:
-    molecules = 128
-    with open_data("zinc12k") as data:
-        node_ptr = torch.from_numpy(data["train_node_ptr"][: molecules + 1].astype(np.int64))
-        edge_ptr = torch.from_numpy(data["train_edge_ptr"][: molecules + 1].astype(np.int64))
-        local = data["train_edge_local"][:, : int(edge_ptr[-1])].astype(np.int64)
-    shift = node_ptr[:-1].repeat_interleave(edge_ptr.diff())
-    edge_index = torch.from_numpy(local) + shift
-    return Graph.from_edge_index(edge_index, int(node_ptr[-1]), graph_ptr=node_ptr)
-
-
-def _dd() -> Graph:
-    with open_data("dd") as data:
-        node_ptr, edge_index = data["node_ptr"].tolist(), torch.from_numpy(data["edge_index"])
-    # edges stand protein by protein
-    edge_ptr = torch.searchsorted(edge_index[1].contiguous(), torch.tensor(node_ptr)).tolist()
-    proteins = torch.randperm(len(node_ptr) - 1, generator=torch.Generator().manual_seed(0))
-    return Graph.batch(
-        [
-            Graph.from_edge_index(
-                edge_index[:, edge_ptr[i] : edge_ptr[i + 1]] - node_ptr[i],
-                node_ptr[i + 1] - node_ptr[i],
-            )
-            for i in proteins[:64].tolist()
-        ]
-    )
-
-
-def _molhiv() -> Graph:
-    """The first 128 training molecules; no hydrogens, each bond both ways."""
-    try:
-        from rdkit import Chem
-    except ImportError as error:
-        raise FileNotFoundError(
-            f"molhiv's SMILES are made into graphs by rdkit: {error}"
-        ) from error
-    graphs: list[Graph] = []
-    with _data_path("molhiv.csv").open() as file:
-        for row in csv.DictReader(file):
-            if row["split"] != "train" or len(graphs) == 128:
-                continue
-            # a few hold metals in valences that rdkit refuses to check
-            molecule = Chem.MolFromSmiles(row["smiles"], sanitize=False)
-            bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in molecule.GetBonds()]
-            one_way = torch.tensor(bonds, dtype=torch.int64).view(-1, 2).T
-            both = torch.cat([one_way, one_way.flip(0)], 1)
-            graphs.append(Graph.from_edge_index(both, molecule.GetNumAtoms()))
-    return Graph.batch(graphs)
-
-
-def _pattern() -> Graph:
-    """Dwivedi et al., arXiv 2003.00982, PATTERN: five communities and a pattern, shuffled."""
-
-    def chance(block: Tensor) -> Tensor:
-        pattern = block == 5
-        within = (block[:, None] == block) | pattern | pattern[:, None]
-        return torch.where(within, 0.5, 0.35)
-
-    return _block_models(chance)
-
-
-def _cluster() -> Graph:
-    """Dwivedi et al., arXiv 2003.00982, CLUSTER: six communities, shuffled."""
-    return _block_models(lambda block: torch.where(block[:, None] == block, 0.55, 0.25))
-
-
-def _block_models(chance: Callable[[Tensor], Tensor]) -> Graph:
-    """32 graphs of six blocks of 5 to 34 nodes; edges with the chance that the blocks give."""
-    generator = torch.Generator().manual_seed(0)
-    graphs = []
-    for _ in range(32):
-        sizes = torch.randint(5, 35, (6,), generator=generator)
-        block = torch.arange(6).repeat_interleave(sizes)
-        block = block[torch.randperm(len(block), generator=generator)]
-        probability = chance(block)
-        upper = (torch.rand(probability.shape, generator=generator) < probability).triu(1)
-        graphs.append(Graph.from_dense(upper | upper.T))
-    return Graph.batch(graphs)
-
-
-def _superpixels() -> Graph:
-    """Centres on a jittered grid, numbered row by row as a segmenter does; 8 nearest each."""
-    generator = torch.Generator().manual_seed(0)
-    graphs = []
-    for _ in range(32):
-        height = int(torch.randint(18, 24, (), generator=generator))
-        width = int(torch.randint(20, 28, (), generator=generator))
-        grid = torch.cartesian_prod(torch.arange(height), torch.arange(width))
-        centre = grid + torch.rand(grid.shape, generator=generator, dtype=torch.float64)
-        distance = (centre[:, None] - centre).square().sum(-1).fill_diagonal_(torch.inf)
-        nearest = distance.topk(8, largest=False).indices
-        target = torch.arange(len(grid)).repeat_interleave(8)
-        edge_index = torch.stack([nearest.flatten(), target])
-        graphs.append(Graph.from_edge_index(edge_index, len(grid)))
-    return Graph.batch(graphs)
-
-
-def _points() -> Graph:
-    """Eight clouds of 1,024 points in a cube; each attends to its 16 nearest, itself among them."""
-    generator = torch.Generator().manual_seed(0)
-    graphs = []
-    for _ in range(8):
-        point = torch.rand(1024, 3, generator=generator, dtype=torch.float64)
-        nearest = torch.cdist(point, point).topk(16, largest=False).indices
-        target = torch.arange(1024).repeat_interleave(16)
-        graphs.append(Graph.from_edge_index(torch.stack([nearest.flatten(), target]), 1024))
-    return Graph.batch(graphs)
-
-
-def _banded() -> Graph:
-    """A sequence whose places attend to the 16 before and after them, and to themselves."""
-    place = torch.arange(2**14)
-    source = place[:, None] + torch.arange(-16, 17)
-    inside = (source >= 0) & (source < len(place))
-    target = place[:, None].expand_as(source)
-    return Graph.from_edge_index(torch.stack([source[inside], target[inside]]), len(place))
-
-
-def _complete() -> Graph:
-    """64 graphs of 64 nodes that all attend to all."""
-    return Graph.batch([Graph.from_dense(torch.ones(64, 64, dtype=torch.bool))] * 64)
-
-
 def _uniform(degree: int) -> Callable[[], Graph]:
     return lambda: random_graph(0, 2**14, degree << 14)
-
-
-def _rmat(levels: int) -> Callable[[], Graph]:
-    """Chakrabarti et al., SDM 2004, with Graph500's probabilities .57, .19, .19, .05: 16 edges a
-    node before duplicates are left out."""
-
-    def load() -> Graph:
-        generator = torch.Generator().manual_seed(0)
-        source = target = torch.zeros(16 << levels, dtype=torch.int64)
-        for _ in range(levels):
-            point = torch.rand(source.shape, generator=generator, dtype=torch.float64)
-            quadrant = torch.bucketize(point, point.new_tensor([0.57, 0.76, 0.95]))
-            source, target = 2 * source + quadrant // 2, 2 * target + quadrant % 2
-        both = (target << levels | source).unique()
-        edge_index = torch.stack([both & ((1 << levels) - 1), both >> levels])
-        return Graph.from_edge_index(edge_index, 1 << levels)
-
-    return load
-
-
-def _mesh() -> Graph:
-    from scipy.spatial import Delaunay
-
-    points = torch.rand(2**14, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    corners = Delaunay(points.numpy()).simplices
-    return _symmetric(
-        np.concatenate([corners[:, pair] for pair in ([0, 1], [1, 2], [2, 0])]).T, 2**14
-    )
 
 
 PROBLEMS: dict[str, Problem] = {
@@ -365,42 +174,43 @@ PROBLEMS: dict[str, Problem] = {
     for problem in (
         Problem("power_law", _power_law),  # 20,000 nodes, 300,000 edges: the target on a CPU
         Problem("molecules", _molecules),  # as many and as large as a batch of ZINC
-        Problem("pattern", _pattern),  # a batch of 32 stochastic block models
-        Problem("cluster", _cluster),
-        Problem("superpixels", _superpixels),  # a batch of 32 images
-        Problem("points", _points),
-        Problem("banded", _banded),
-        Problem("complete", _complete),
-        Problem("rmat", _rmat(15)),  # directed, without duplicates, vertices as generated
-        Problem("mesh", _mesh),  # a Delaunay triangulation, nodes in random order
+        Problem("pattern", drawn_graphs.pattern),  # a batch of 32 stochastic block models
+        Problem("cluster", drawn_graphs.cluster),
+        Problem("superpixels", drawn_graphs.superpixels),  # a batch of 32 images
+        Problem("points", drawn_graphs.points),
+        Problem("banded", drawn_graphs.banded),
+        Problem("complete", drawn_graphs.complete),
+        Problem("rmat", drawn_graphs.rmat(15)),  # directed, no duplicates, vertices as generated
+        Problem("mesh", drawn_graphs.mesh),  # a Delaunay triangulation, nodes in random order
         # like those that speeds of GPU kernels are published on
         Problem("igb_small", published.igb_small),
         Problem("github", published.github),
         Problem("pascalvoc", published.pascalvoc),  # a batch of 1,024 images
         Problem("h_to_h", published.h_to_h),
         Problem("tiny", _tiny),  # what Triton's interpreter is through with in a second
-        Problem("cora", _undirected("cora")),
-        Problem("citeseer", _undirected("citeseer")),
-        Problem("amazon_computers", _undirected("amazon_computers")),
-        Problem("debian", _undirected("debian")),
-        Problem("tolokers", _undirected("tolokers", "edges", "node_labels")),
-        Problem("minesweeper", _undirected("minesweeper", "edges", "node_labels")),
-        Problem("actor", _undirected("actor", "edges", "node_labels")),
-        Problem("squirrel", _squirrel),  # directed
-        Problem("moby", _moby),
-        Problem("zinc", _zinc),  # a batch of 128 molecules
-        Problem("molhiv", _molhiv),  # likewise
-        Problem("dd", _dd),  # a batch of 64 proteins
-        Problem("power10k", _power_grid("power10k")),  # parallel branches are parallel edges
-        Problem("power70k", _power_grid("power70k")),
-        Problem("flights", _flights),  # directed: 600,000 flights between 229 airports
+        Problem("cora", real_graphs.undirected("cora")),
+        Problem("citeseer", real_graphs.undirected("citeseer")),
+        Problem("amazon_computers", real_graphs.undirected("amazon_computers")),
+        Problem("debian", real_graphs.undirected("debian")),
+        Problem("tolokers", real_graphs.undirected("tolokers", "edges", "node_labels")),
+        Problem("minesweeper", real_graphs.undirected("minesweeper", "edges", "node_labels")),
+        Problem("actor", real_graphs.undirected("actor", "edges", "node_labels")),
+        Problem("squirrel", real_graphs.squirrel),  # directed
+        Problem("moby", real_graphs.moby),
+        Problem("zinc", real_graphs.zinc),  # a batch of 128 molecules
+        Problem("molhiv", real_graphs.molhiv),  # likewise
+        Problem("dd", real_graphs.dd),  # a batch of 64 proteins
+        # parallel branches are parallel edges
+        Problem("power10k", real_graphs.power_grid("power10k")),
+        Problem("power70k", real_graphs.power_grid("power70k")),
+        Problem("flights", real_graphs.flights),  # directed: 600,000 flights between 229 airports
         # ever more nodes of one mean degree: 30,000 to 130 million edges
-        Problem("rmat_11", _rmat(11)),
-        Problem("rmat_13", _rmat(13)),
-        Problem("rmat_17", _rmat(17)),
-        Problem("rmat_19", _rmat(19)),
-        Problem("rmat_21", _rmat(21)),
-        Problem("rmat_23", _rmat(23)),
+        Problem("rmat_11", drawn_graphs.rmat(11)),
+        Problem("rmat_13", drawn_graphs.rmat(13)),
+        Problem("rmat_17", drawn_graphs.rmat(17)),
+        Problem("rmat_19", drawn_graphs.rmat(19)),
+        Problem("rmat_21", drawn_graphs.rmat(21)),
+        Problem("rmat_23", drawn_graphs.rmat(23)),
         # ever more edges of 16,384 nodes
         Problem("degree_4", _uniform(4)),
         Problem("degree_16", _uniform(16)),
@@ -410,9 +220,8 @@ PROBLEMS: dict[str, Problem] = {
 }
 """Named graphs, synthetic and real; undirected ones have every edge in both directions, once.
 
-Real data is read from the folder in the environment variable ``FASTGT_DATA``, by default
-``../shared/data`` beside the checkout; ``debian`` also ships in the package. Every real graph of
-that folder is here.
+Real graphs are read from the folder that the environment variable ``FASTGT_DATA`` names; ``debian``
+ships in the package.
 """
 
 SCALING = {
@@ -420,32 +229,6 @@ SCALING = {
     "edges": ("degree_4", "degree_16", "degree_64", "degree_256"),
 }
 """Problems that grow: in nodes at one mean degree, and in edges between so many nodes."""
-
-
-def open_data(name: str) -> np.lib.npyio.NpzFile:
-    """The arrays of ``name.npz``: the package's own, or in the folder of real graphs.
-
-    Raises:
-        FileNotFoundError: It is in neither; says how to name the folder.
-    """
-    packaged = files("fastgt.data") / f"{name}.npz"
-    if packaged.is_file():
-        return np.load(str(packaged))
-    return np.load(_data_path(f"{name}.npz"))
-
-
-def data_folder() -> Path:
-    """Of real graphs: that which ``FASTGT_DATA`` names, else ``../shared/data`` of a checkout."""
-    folder = os.environ.get("FASTGT_DATA")
-    return Path(folder) if folder else Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-def _data_path(name: str) -> Path:
-    """Of a file in the folder of real graphs."""
-    path = data_folder() / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is absent: set FASTGT_DATA to the folder that holds it")
-    return path
 
 
 def assert_as_accurate(
@@ -540,9 +323,3 @@ def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).max // 2)
 
     return empty
-
-
-def _symmetric(edge_index: np.ndarray, nodes: int) -> Graph:
-    source, target = torch.from_numpy(np.ascontiguousarray(edge_index)).long()
-    both = torch.cat([target * nodes + source, source * nodes + target]).unique()
-    return Graph.from_edge_index(torch.stack([both % nodes, both // nodes]), nodes)

@@ -16,7 +16,8 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigsh, splu
 
 from fastgt import Graph, encodings
 from fastgt.encodings import flip_signs, laplacian_pe
-from fastgt.testing import open_data, with_index_dtype
+from fastgt.real_graphs import open_data
+from fastgt.testing import with_index_dtype
 
 examples = settings(deadline=None, max_examples=25)
 ROOT2 = 2**-0.5

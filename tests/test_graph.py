@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgt import AuxRequest, Graph, neighborhood_attention
-from fastgt.testing import open_data
+from fastgt.real_graphs import open_data
 
 
 def test_the_docstrings_six_nodes_field_by_field() -> None:

@@ -61,8 +61,10 @@ LAYERS = {
     "nn": {"contract", "graph", "ops"},
     "pruning": {"contract", "graph", "ops", "nn"},
     "models": {"contract", "graph", "encodings", "nn", "ops"},
+    "drawn_graphs": {"graph"},
     "published": {"graph"},
-    "testing": {"contract", "graph", "prepared", "published", "tiles"},
+    "real_graphs": {"graph"},
+    "testing": {"drawn_graphs", "graph", "prepared", "published", "real_graphs", "tiles"},
     "bench": {
         "contract",
         "graph",
@@ -74,6 +76,7 @@ LAYERS = {
         "nn",
         "models",
         "published",
+        "real_graphs",
         "testing",
         "training",  # its data
         "files",
@@ -90,6 +93,7 @@ LAYERS = {
         "nn",
         "models",
         "pruning",
+        "real_graphs",
         "testing",
         "bench",
     },

@@ -13,11 +13,11 @@ from fastgt import Graph, implementation
 from fastgt.bench import harness, memory, table
 from fastgt.bench import transformer_conv as bench
 from fastgt.nn import TransformerConv
+from fastgt.real_graphs import open_data
 from fastgt.testing import (
     PROBLEMS,
     Problem,
     assert_as_accurate,
-    open_data,
     random_edge_index,
     random_graph,
 )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgt.testing import open_data
+from fastgt.real_graphs import open_data
 
 
 def read(path: Path | None, stem: str, keys: Iterable[str]) -> tuple[str, dict[str, np.ndarray]]:
@@ -24,7 +24,7 @@ def read(path: Path | None, stem: str, keys: Iterable[str]) -> tuple[str, dict[s
 
     Args:
         path: ``stem.npz``, or the folder that holds it. None: where
-            :func:`fastgt.testing.open_data` finds it.
+            :func:`fastgt.real_graphs.open_data` finds it.
 
     Raises:
         FileNotFoundError: It is absent.

@@ -109,7 +109,7 @@ def load_zinc(path: Path | None) -> tuple[dict[str, Molecules], str]:
 
     Args:
         path: ``zinc12k.npz``, or the folder that holds it. None: where
-            :func:`fastgt.testing.open_data` finds it.
+            :func:`fastgt.real_graphs.open_data` finds it.
 
     Raises:
         FileNotFoundError: It is absent.

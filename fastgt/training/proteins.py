@@ -89,7 +89,7 @@ def load_dd(path: Path | None) -> tuple[Proteins, str]:
 
     Args:
         path: ``dd.npz``, or the folder that holds it. None: where
-            :func:`fastgt.testing.open_data` finds it.
+            :func:`fastgt.real_graphs.open_data` finds it.
 
     Raises:
         FileNotFoundError: It is absent.

@@ -147,8 +147,8 @@ def _adjacency(graph: Graph, symmetrize: bool) -> sp.csr_array:
     one_way = (a - a.T).tocoo()
     if one_way.nnz:
         i, j = (int(x[0]) for x in one_way.coords)
-        found = f"{a[j, i]:.0f} edges from node {i} to {j} but {a[i, j]:.0f} back"
-        raise ValueError(f"graph must be symmetric, has {found}; symmetrize=True makes it so")
+        edges = f"{a[j, i]:.0f} edges from node {i} to {j} but {a[i, j]:.0f} back"
+        raise ValueError(f"graph must be symmetric, has {edges}; symmetrize=True makes it so")
     return a
 
 

@@ -440,8 +440,8 @@ class Graph(Stored):
         graph_order.check_nodes(x, name, self.num_rows, self.device)
 
     def _check_square(self, what: str) -> None:
-        sizes = self.num_rows, self.num_cols
-        graph_build.check_square(*sizes, self.graph_ptr, self.col_graph_ptr, what)
+        if self.num_rows != self.num_cols or self.graph_ptr is not self.col_graph_ptr:
+            graph_build.check_square(self._structure, what)
 
 
 # torch.load of a saved graph works as it does for tensors

@@ -72,7 +72,7 @@ def from_edge_index(
     graph = from_pairs(edge_index[1], edge_index[0], rows, cols)
     if graph_ptr is None:
         return graph
-    check_square(rows, cols, graph.graph_ptr, graph.col_graph_ptr, "graph_ptr")
+    check_square(graph, "graph_ptr")
     check_boundaries(graph_ptr, "graph_ptr", rows, "nodes")
     return with_boundaries(graph, graph_ptr, graph_ptr)
 
@@ -214,11 +214,13 @@ def index_dtype(num_rows: int, num_cols: int, num_edges: int) -> torch.dtype:
     return torch.int32 if max(num_rows, num_cols, num_edges) <= INT32_MAX else torch.int64
 
 
-def check_square(rows: int, cols: int, row_ptr: Tensor, col_ptr: Tensor, what: str) -> None:
-    """Refuse a bipartite graph, and a batch of such, by its sizes and boundaries."""
-    if rows != cols:
-        raise ValueError(f"{what} needs a square graph, got {rows} rows and {cols} columns")
-    if row_ptr is not col_ptr:
+def check_square(graph: Structure, what: str) -> None:
+    """Refuse a bipartite graph, and a batch of such."""
+    if graph.num_rows != graph.num_cols:
+        raise ValueError(
+            f"{what} needs a square graph, got {graph.num_rows} rows and {graph.num_cols} columns"
+        )
+    if graph.graph_ptr is not graph.col_graph_ptr:
         raise ValueError(f"{what} needs square graphs, got a batch of bipartite ones")
 
 

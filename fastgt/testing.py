@@ -267,12 +267,12 @@ def assert_as_accurate(
     if not actual.numel():
         return
     # where they are: on a GPU, a million rows are not fetched to be judged
-    found, plain, truth = (x.detach().to(actual.device).double() for x in (actual, eager, oracle))
+    judged, plain, truth = (x.detach().to(actual.device).double() for x in (actual, eager, oracle))
     finite = truth.isfinite()
     zero = torch.zeros((), device=actual.device)
-    error = torch.where(finite, (found - truth).abs(), zero)
+    error = torch.where(finite, (judged - truth).abs(), zero)
     # NaN and infinities are compared as they are
-    alike = (found == truth) | (found.isnan() & truth.isnan())
+    alike = (judged == truth) | (judged.isnan() & truth.isnan())
     error = torch.where(finite | alike, error, torch.inf).nan_to_num(nan=torch.inf)
     # where eager itself overflows it sets no standard
     eager_error = torch.where(finite & plain.isfinite(), (plain - truth).abs(), zero).max()
@@ -285,7 +285,7 @@ def assert_as_accurate(
     off, allowed = error.flatten()[worst], bound.flatten()[worst]
     assert off <= allowed, (
         f"{name} is off by {off:.3e}, allowed {allowed:.3e} (eager {eager_error:.3e}), at "
-        f"{place}: {found.flatten()[worst]} instead of {truth.flatten()[worst]}, eager "
+        f"{place}: {judged.flatten()[worst]} instead of {truth.flatten()[worst]}, eager "
         f"{plain.flatten()[worst]}"
     )
 

@@ -48,8 +48,8 @@ def test_the_docstrings_six_nodes_field_by_field() -> None:
 
 
 def test_the_doctest_runs() -> None:
-    found = doctest.DocTestFinder(recurse=False).find(Graph, "Graph", globs={})
-    results = [doctest.DocTestRunner().run(test) for test in found]
+    examples = doctest.DocTestFinder(recurse=False).find(Graph, "Graph", globs={})
+    results = [doctest.DocTestRunner().run(test) for test in examples]
     assert sum(r.attempted for r in results) == 4
     assert sum(r.failed for r in results) == 0
 

@@ -32,7 +32,7 @@ def test_boundaries_come_from_a_sorted_batch(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "wanted"),
+    ("more", "ends"),
     [
         ({}, [0, 0, 4, 4, 4, 6]),
         ({"num_graphs": 5}, [0, 0, 4, 4, 4, 6]),
@@ -41,9 +41,9 @@ def test_boundaries_come_from_a_sorted_batch(dtype: torch.dtype) -> None:
         ({"batch_size": torch.tensor(6)}, [0, 0, 4, 4, 4, 6, 6]),
     ],
 )
-def test_graphs_without_nodes_are_graphs(more: dict, wanted: list[int]) -> None:
+def test_graphs_without_nodes_are_graphs(more: dict, ends: list[int]) -> None:
     graph = Graph.from_pyg(batched(torch.tensor([1, 1, 1, 1, 4, 4]), **more))
-    assert graph.graph_ptr.tolist() == wanted
+    assert graph.graph_ptr.tolist() == ends
 
 
 def test_batch_comes_before_ptr_which_says_how_many_graphs_there_are() -> None:
@@ -62,13 +62,13 @@ def pair() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kept", "wanted"),
+    ("kept", "ends"),
     [([1, 2, 4], [0, 1, 3]), ([0, 1], [0, 2, 2]), ([2, 3], [0, 0, 2]), ([], [0, 0, 0])],
 )
-def test_a_subgraph_of_a_batch_keeps_its_graphs(kept: list[int], wanted: list[int]) -> None:
+def test_a_subgraph_of_a_batch_keeps_its_graphs(kept: list[int], ends: list[int]) -> None:
     data = pair().subgraph(torch.tensor(kept, dtype=torch.long))
     assert data.ptr.tolist() == [0, 2, 5]  # PyG leaves it as it was
-    assert Graph.from_pyg(data).graph_ptr.tolist() == wanted
+    assert Graph.from_pyg(data).graph_ptr.tolist() == ends
 
 
 def test_a_subgraph_that_mixes_the_graphs_of_a_batch_is_refused() -> None:

@@ -26,9 +26,9 @@ def walked() -> Graph:
 
 
 def held(graph: Graph) -> list[torch.Tensor]:
-    found = graph._tensors()
-    assert len(found) >= 20  # the tables of both windows too
-    return found
+    tensors = graph._tensors()
+    assert len(tensors) >= 20  # the tables of both windows too
+    return tensors
 
 
 def pyg_data(graph: Graph) -> Any:
@@ -56,7 +56,7 @@ def test_a_graph_in_pyg_data_moves_with_it(move: Callable[[Any], Any]) -> None:
 def test_pyg_moves_a_graph_to_the_cpu_and_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(
-        Graph, "to", lambda self, device, **how: asked.append((str(device), how)) or self
+        Graph, "to", lambda self, device, **options: asked.append((str(device), options)) or self
     )
     data = pytest.importorskip("torch_geometric.data").Data(graph=walked())
     data.cpu()
@@ -246,9 +246,9 @@ def rows(batch: list[int]) -> tuple[torch.Tensor, Graph]:
 
 def test_graphs_come_from_the_workers_of_a_loader() -> None:
     loader = DataLoader(range(4), batch_size=2, collate_fn=rows, num_workers=1)
-    wanted = Graph.batch([walked(), walked()])
+    expected = Graph.batch([walked(), walked()])
     for _, graph in loader:
-        assert_same(graph, wanted)
+        assert_same(graph, expected)
         assert graph.graph_ptr is graph.col_graph_ptr
         x = torch.randn(12, 2, 4, requires_grad=True)
         neighborhood_attention(x, x, x, graph).sum().backward()

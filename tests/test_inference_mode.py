@@ -134,8 +134,8 @@ def test_a_walk_sorted_in_a_compiled_validation_is_no_inference_tensor(mode: Any
     x = torch.randn(6, 3)
     torch.compiler.reset()
     with mode():
-        found = torch.compile(gathered, fullgraph=True, backend="aot_eager")(x)
-    assert torch.equal(found, gathered(x))
+        actual = torch.compile(gathered, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(actual, gathered(x))
     assert not any(y.is_inference() for y in graph._tensors())
 
 
@@ -150,8 +150,8 @@ def test_a_copy_of_a_graph_made_in_a_compiled_validation_trains(
 ) -> None:
     torch.compiler.reset()
     with torch.inference_mode():
-        made = torch.compile(make, backend=backend)(batch())
-    graph = copy.copy(made)
+        compiled = torch.compile(make, backend=backend)(batch())
+    graph = copy.copy(compiled)
     assert not any(x.is_inference() for x in graph._tensors())
     assert_same(graph, make(batch()))
     x = torch.randn(graph.num_nodes, 2, 4, requires_grad=True)
@@ -200,13 +200,13 @@ def test_operators_train_on_a_graph_of_a_validation(name: str, impl: str) -> Non
     operator = OPERATORS[name]
     # loss and gradients, as of a graph that was never in inference mode
     with fastgt.implementation(impl):
-        wanted = gradients(operator, batch().reordered(ORDER))
+        expected = gradients(operator, batch().reordered(ORDER))
         with torch.inference_mode():
             graph = batch().reordered(ORDER)
             operator(graph, *qkv())
-        found = gradients(operator, graph)
-    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
-    assert any(x.any() for x in found[1:])
+        actual = gradients(operator, graph)
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+    assert any(x.any() for x in actual[1:])
 
 
 def gradients(operator: Callable[..., Tensor], graph: Graph) -> list[Tensor]:

@@ -110,15 +110,15 @@ def test_what_the_kernels_walk(path: str) -> None:
     ends, walk = (graph.graph_ptr, graph.col_graph_ptr), graph.columns
     by_row, by_column = (graph.row_ptr, graph.col, graph.edge), (walk.ptr, walk.row, walk.edge)
     if path == "graphs":
-        wanted = (
+        tables = (
             tiles.dense_windows(*by_row, *ends, 16),
             tiles.dense_windows(*by_column, *ends[::-1], 16),
         )
     else:
-        wanted = tiles.windows(*by_row, 20, 16), tiles.windows(*by_column, 40, 16)
-    for found, expected in ((rows, [*by_row, *wanted[0][2:]]), (columns, wanted[1][2:])):
-        assert len(found) == len(expected)
-        for x, y in zip(found, expected, strict=True):
+        tables = tiles.windows(*by_row, 20, 16), tiles.windows(*by_column, 40, 16)
+    for actual, expected in ((rows, [*by_row, *tables[0][2:]]), (columns, tables[1][2:])):
+        assert len(actual) == len(expected)
+        for x, y in zip(actual, expected, strict=True):
             assert torch.equal(x, y)
 
 
@@ -424,14 +424,14 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize(("path", "height"), PATHS[:2] + PATHS[-2:])
 @pytest.mark.usefixtures("bound")
-def test_copies_keep_choice_and_tables(path: str, height: int | None, how: str) -> None:
+def test_copies_keep_plans_and_tables(path: str, height: int | None, copied: str) -> None:
     graph = complete(12, 9)
     graph.plan_for(64, BF16)
     graph = graph.plan(path, height=height)
-    twin = COPIES[how](graph)
+    twin = COPIES[copied](graph)
     assert twin.settled == graph.settled
     assert type(twin.settled) is Plan
     assert repr(twin) == repr(graph)
@@ -528,19 +528,19 @@ def inputs(graph: Graph, width: int = 8, dtype: torch.dtype = FP32) -> Inputs:
 def test_the_cpu_path_refuses_a_plan_that_it_has_not() -> None:
     graph = complete(5, 3)
     x = inputs(graph)
-    wanted = neighborhood_attention(*x, graph, impl="torch")
+    expected = neighborhood_attention(*x, graph, impl="torch")
     for path in ("windows", "graphs"):
         planned = graph.plan(path)
         for impl in ("torch", None):
             message = rf"planned for '{path}'.*impl='torch' .*graph\.plan\(\)"
             with pytest.raises(RuntimeError, match=message):
                 neighborhood_attention(*x, planned, impl=impl)
-        found = neighborhood_attention(*x, planned, impl="reference")
-        torch.testing.assert_close(found, wanted)
+        actual = neighborhood_attention(*x, planned, impl="reference")
+        torch.testing.assert_close(actual, expected)
         again = neighborhood_attention(*x, planned.plan(), impl="torch")
-        assert torch.equal(again, wanted)
+        assert torch.equal(again, expected)
     for planned in (graph.plan("gather"), graph.plan(width=64)):
-        assert torch.equal(neighborhood_attention(*x, planned, impl="torch"), wanted)
+        assert torch.equal(neighborhood_attention(*x, planned, impl="torch"), expected)
 
 
 @pytest.mark.parametrize(
@@ -557,8 +557,10 @@ def test_windows_of_heads_too_wide_are_refused(dtype: torch.dtype, width: int, h
     fitting = (
         graph.plan("windows", height=int(height)) if height.isdigit() else graph.plan("gather")
     )
-    found, wanted = (neighborhood_attention(*x, fitting, impl=i) for i in ("triton", "reference"))
-    torch.testing.assert_close(found, wanted)
+    actual, expected = (
+        neighborhood_attention(*x, fitting, impl=i) for i in ("triton", "reference")
+    )
+    torch.testing.assert_close(actual, expected)
 
 
 def test_attention_takes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -574,10 +576,10 @@ def test_attention_takes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "attention_fwd", spy)
     graph = complete(5, 3)
     x = inputs(graph)
-    wanted = neighborhood_attention(*x, graph, impl="reference")
+    expected = neighborhood_attention(*x, graph, impl="reference")
     for path, height in PATHS:
         o = neighborhood_attention(*x, graph.plan(path, height=height), impl="triton")
-        torch.testing.assert_close(o, wanted)
+        torch.testing.assert_close(o, expected)
         assert taken[-1] == (path, 0 if path == "gather" else height or 64)
     monkeypatch.setattr(plans, "LAUNCH_BOUND", 10)
     monkeypatch.setattr(plans, "_least_rho", lambda *args: (1.0, "told"))
@@ -602,9 +604,9 @@ def test_empty_graphs_have_plans(path: str, height: int | None, name: str) -> No
     pytest.importorskip("triton")
     graph = EMPTY[name]().plan(path, height=height)
     x = inputs(graph)
-    found = [neighborhood_attention(*x, graph, impl=impl) for impl in ("triton", "reference")]
-    grads = [torch.autograd.grad(o.square().sum(), x) for o in found]
-    for a, b in zip((found[0], *grads[0]), (found[1], *grads[1]), strict=True):
+    outputs = [neighborhood_attention(*x, graph, impl=impl) for impl in ("triton", "reference")]
+    grads = [torch.autograd.grad(o.square().sum(), x) for o in outputs]
+    for a, b in zip((outputs[0], *grads[0]), (outputs[1], *grads[1]), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -654,11 +656,11 @@ def test_one_compilation_serves_every_graph(kind: str, monkeypatch: pytest.Monke
     with shape_config.patch(use_duck_shape=False):
         for graph in several(kind):
             x = inputs(graph)
-            found = []
+            results = []
             for f in (compiled, neighborhood_attention):
                 o = f(*x, graph, impl="triton")
-                found.append([o, *torch.autograd.grad(o.square().sum(), x)])
-            for a, b in zip(*found, strict=True):
+                results.append([o, *torch.autograd.grad(o.square().sum(), x)])
+            for a, b in zip(*results, strict=True):
                 if kind == "cold":  # eager chooses windows
                     torch.testing.assert_close(a, b)
                 else:

@@ -198,8 +198,8 @@ def test_attention_does_not_notice(method: str, parts: list[Case], seed: int) ->
         o = g.undo_order(o)
         return o, aux.weights, *torch.autograd.grad(o, leaves, do)
 
-    for found, expected in zip(attend(near), attend(graph), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    for actual, expected in zip(attend(near), attend(graph), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 @few

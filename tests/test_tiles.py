@@ -112,14 +112,14 @@ def test_windows(drawn: tuple, height: int, dtype: torch.dtype) -> None:
         (graph.row_ptr, graph.col, graph.edge, graph.num_cols, graph.num_rows, triples(graph)),
         (ptr, row, edge, graph.num_rows, graph.num_cols, turned(triples(graph))),
     )
-    for ptr, index, edge, num_cols, num_rows, wanted in walks:
+    for ptr, index, edge, num_cols, num_rows, expected in walks:
         tables = tiles.windows(ptr, index, edge, num_cols, height)
         check_shape(tables, height, False, dtype, graph.num_edges)
         real = check_windows(tables, num_rows, height)
-        assert edges_of(real) == wanted
+        assert edges_of(real) == expected
         assert {first for first, *_ in real} == set(range(0, num_rows, height))
         assert len(tables.col) == max(2, sum(len(w[3]) for w in real))
-        copies = Counter((i, j) for i, j, _ in wanted)
+        copies = Counter((i, j) for i, j, _ in expected)
         for first, last, fulls, entries in real:
             # a column stands there as often as the row that has it most often
             need = Counter()
@@ -159,17 +159,17 @@ def test_windows_as_in_the_docstring() -> None:
 def test_dense_windows(parts: list[tuple], height: int, dtype: torch.dtype) -> None:
     graph = with_index_dtype(Graph.batch([build(*part) for part in parts]), dtype)
     ptr, row, _, edge = graph.columns
-    ends, wanted = (graph.graph_ptr, graph.col_graph_ptr), triples(graph)
+    ends, expected = (graph.graph_ptr, graph.col_graph_ptr), triples(graph)
     walks = (
-        (graph.row_ptr, graph.col, graph.edge, ends, wanted),
-        (ptr, row, edge, ends[::-1], turned(wanted)),
+        (graph.row_ptr, graph.col, graph.edge, ends, expected),
+        (ptr, row, edge, ends[::-1], turned(expected)),
     )
-    for ptr, index, edge, ends, wanted in walks:
+    for ptr, index, edge, ends, expected in walks:
         tables = tiles.dense_windows(ptr, index, edge, *ends, height)
         assert tables is not None
         check_shape(tables, height, True, dtype, graph.num_edges)
         real = check_windows(tables, len(ptr) - 1, height)
-        assert edges_of(real) == wanted
+        assert edges_of(real) == expected
         col_begin = ends[1].tolist()
         spans = {}  # the windows that a graph has, and its columns
         for g, (i, end) in enumerate(pairwise(ends[0].tolist())):
@@ -215,13 +215,13 @@ def test_windows_without_edges(size: tuple[int, int]) -> None:
 
 def test_buckets_as_in_the_docstring() -> None:
     ptr = torch.tensor([0, 1, 4, 4, 13, 15])
-    found = tiles.buckets(ptr, few=2, segment=4)
-    assert found is not None
+    buckets = tiles.buckets(ptr, few=2, segment=4)
+    assert buckets is not None
     none = [0, 0, 0]
-    assert found.segment.tolist() == [[3, 4, 8], [3, 8, 12], [3, 12, 13], none, none]
-    assert found.split.tolist() == [[3, 0, 3], none, none]
-    assert found.middle.tolist() == [1, 0, 0]
-    assert found.few.tolist() == [0, 2, 4, 0, 0]
+    assert buckets.segment.tolist() == [[3, 4, 8], [3, 8, 12], [3, 12, 13], none, none]
+    assert buckets.split.tolist() == [[3, 0, 3], none, none]
+    assert buckets.middle.tolist() == [1, 0, 0]
+    assert buckets.few.tolist() == [0, 2, 4, 0, 0]
 
 
 degrees = st.sampled_from([2, 4, 8, 9, 16, 90]).flatmap(
@@ -245,15 +245,15 @@ LIMITS = st.sampled_from([(2, 4), (4, 9), (8, 9), (16, 20), (16, 64), (32, 50), 
 def test_buckets(drawn: list[int], limits: tuple[int, int], dtype: torch.dtype) -> None:
     limit, segment = limits
     ptr = torch.tensor([0, *np.cumsum(drawn)]).to(dtype)
-    found = tiles.buckets(ptr, *limits)
+    buckets = tiles.buckets(ptr, *limits)
     rows = range(len(drawn))
     classes = {step_class(d) for d in drawn}
     natural = all(d <= limit for d in drawn) and (len(classes) <= 1 or classes == {1, 2})
-    assert (found is None) == natural
-    if found is None:
+    assert (buckets is None) == natural
+    if buckets is None:
         return
-    assert {x.dtype for x in found} == {dtype}
-    lists = [x.tolist() for x in found]
+    assert {x.dtype for x in buckets} == {dtype}
+    lists = [x.tolist() for x in buckets]
     for x in lists:
         assert all(filler in (0, [0, 0, 0]) for filler in x[-2:])
     few, middle, parts, split = (x[:-2] for x in lists)
@@ -282,11 +282,11 @@ def test_buckets_of_no_rows() -> None:
 def test_default_buckets_of_a_hub() -> None:
     hub = 2 * tiles.SEGMENT + 1
     degree = torch.tensor([3, tiles.FEW + 1, hub, tiles.FEW, tiles.SEGMENT])
-    found = tiles.buckets(torch.cat([degree.new_zeros(1), degree.cumsum(0)]))
-    assert type(found) is Buckets
-    assert [x[:-2].tolist() for x in (found.few, found.middle)] == [[3, 0], [4, 1]]
-    assert found.split[:-2].tolist() == [[2, 0, 3]]
-    assert (found.segment[:3, 2] - found.segment[:3, 1]).tolist() == [512, 512, 1]
+    buckets = tiles.buckets(torch.cat([degree.new_zeros(1), degree.cumsum(0)]))
+    assert type(buckets) is Buckets
+    assert [x[:-2].tolist() for x in (buckets.few, buckets.middle)] == [[3, 0], [4, 1]]
+    assert buckets.split[:-2].tolist() == [[2, 0, 3]]
+    assert (buckets.segment[:3, 2] - buckets.segment[:3, 1]).tolist() == [512, 512, 1]
 
 
 @few
@@ -352,16 +352,16 @@ def test_tables_that_differ_are_not_shared(edges: list) -> None:
 
 
 def test_all_bits() -> None:
-    found = tiles._all_bits(torch.arange(1, 65)).tolist()
-    assert [x & (2**64 - 1) for x in found] == [2**n - 1 for n in range(1, 65)]
+    masks = tiles._all_bits(torch.arange(1, 65)).tolist()
+    assert [x & (2**64 - 1) for x in masks] == [2**n - 1 for n in range(1, 65)]
 
 
 def test_popcount() -> None:
     words = [0, 1, -1, 2**63 - 1, -(2**63), 0x5555555555555555, -0x5555555555555556]
     words += [2**n - 1 for n in range(64)] + [1 << n for n in range(63)]
     words += np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 500).tolist()
-    wanted = [(x & (2**64 - 1)).bit_count() for x in words]
-    assert tiles._popcount(torch.tensor(words)).tolist() == wanted
+    expected = [(x & (2**64 - 1)).bit_count() for x in words]
+    assert tiles._popcount(torch.tensor(words)).tolist() == expected
 
 
 def test_free_memory_is_a_number_of_bytes() -> None:

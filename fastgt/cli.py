@@ -284,12 +284,12 @@ def _device(args: argparse.Namespace) -> torch.device:
     """The device of the options, on which their implementation can run."""
     import torch
 
-    from fastgt.ops.implementation import choose, require_triton
+    from fastgt.ops.implementation import require_triton, resolve_impl
     from fastgt.options import device_named
 
     device = device_named(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     probe = torch.empty(0, device=device)
-    if choose(args.impl, probe) == "triton":
+    if resolve_impl(args.impl, probe) == "triton":
         require_triton(probe)
     return device
 

@@ -11,7 +11,7 @@ from fastgt.nn.sublayers import is_plain_linear, reset_sublayers
 from fastgt.ops.checks import readable
 from fastgt.ops.head_mask import check_head_gate, gated
 from fastgt.ops.head_projection import dense, head_projection
-from fastgt.ops.implementation import Impl, choose
+from fastgt.ops.implementation import Impl, resolve_impl
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class GatedHeads(nn.Module):
         if head_gate.ndim > 1:
             return Gate(head_gate, active=(head_gate != 0).any(0))
         if (
-            choose(self.impl, x) == "torch"
+            resolve_impl(self.impl, x) == "torch"
             and readable(head_gate)
             and (found := self._present(head_gate)) is not None
         ):

@@ -21,7 +21,7 @@ from fastgt.ops.checks import (
     number,
     refuse_forward_mode,
 )
-from fastgt.ops.implementation import Impl, choose, require_triton
+from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
 
@@ -67,7 +67,7 @@ def segment_softmax(x: Tensor, graph: Graph, *, impl: Impl | None = None) -> Ten
     if isinstance(x, Tensor) and autocasts(x.device.type):
         x = autocast(x, torch.float32)
     _check(graph, x=(x, "edges"))
-    impl = choose(impl, x)
+    impl = resolve_impl(impl, x)
     if impl == "reference":
         return reference.segment_softmax(x, graph)
     refuse_forward_mode(x)
@@ -145,7 +145,7 @@ def aggregate(
     _check(graph, x=(x, "columns"), edge_value=(edge_value, "edges"))
     like = edge_value if x is None else x
     assert like is not None
-    impl = choose(impl, like)
+    impl = resolve_impl(impl, like)
     if impl == "reference":
         return reference.aggregate(
             x, graph, reduce=reduce, edge_value=edge_value, activation=activation
@@ -241,7 +241,7 @@ def gated_aggregate(
         gate_col=(gate_col, "columns"),
     )
     assert x_ is not None
-    impl = choose(impl, x_)
+    impl = resolve_impl(impl, x_)
     if impl == "reference":
         return reference.gated_aggregate(
             x_,

@@ -46,7 +46,7 @@ from fastgt.ops.edge_terms import (
     narrow,
 )
 from fastgt.ops.head_mask import active_heads, check_head_gate, gated, masked_extras
-from fastgt.ops.implementation import Impl, choose
+from fastgt.ops.implementation import Impl, resolve_impl
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, column_walk, row_walk
 from fastgt.plans import Plan, tallest
@@ -245,7 +245,7 @@ def neighborhood_attention(
         low, high = (math.inf * x if abs(x) > largest(q) else x for x in (low, high))
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     seed = dropout_key(dropout_seed, q.device) if dropout_p or dropout_seed is not None else None
-    impl = choose(impl, q)
+    impl = resolve_impl(impl, q)
     o, aux = _attend(
         Inputs(q, k, v),
         edges,

@@ -24,7 +24,7 @@ from fastgt.ops.checks import (
     refuse_forward_mode,
 )
 from fastgt.ops.head_mask import Active, active_heads, check_head_gate, gated, masked_extras
-from fastgt.ops.implementation import Impl, choose, require_triton
+from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
 
@@ -114,7 +114,7 @@ def channelwise_attention(
         check_head_gate(head_gate, logits.shape[1], logits.device, graph.num_graphs)
         active = active_heads(head_gate, graph)
         dense_gate_grad = dense_gate_grad and head_gate.dtype != torch.bool
-    impl = choose(impl, logits)
+    impl = resolve_impl(impl, logits)
     settings = low, high, denominator_eps
     wanted = return_lse, return_weights
     o, *extras = _attend(

@@ -22,7 +22,7 @@ from fastgt import reference
 from fastgt.cpu.head_projection import keeps_rows_apart, missing
 from fastgt.ops.checks import autocast, autocasts, check_float, refuse_forward_mode
 from fastgt.ops.head_mask import check_head_gate, head_mask
-from fastgt.ops.implementation import Impl, choose, require_triton
+from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 
 
 def head_projection(
@@ -88,7 +88,7 @@ def head_projection(
     heads, width = weight.shape[:2] if into else weight.shape[1:]
     if head_gate is not None:
         check_head_gate(head_gate, heads, x.device)
-    impl = choose(impl, x)
+    impl = resolve_impl(impl, x)
     if head_gate is None and impl != "reference":
         if not into:
             return dense(x.flatten(1), weight.flatten(1), bias)

@@ -37,7 +37,7 @@ def implementation(impl: Impl | None) -> Iterator[None]:
         _forced = before
 
 
-def choose(impl: Impl | None, x: Tensor) -> Impl:
+def resolve_impl(impl: Impl | None, x: Tensor) -> Impl:
     """``impl``, else the surrounding :func:`implementation`, else what suits ``x``'s device."""
     check_impl(impl)
     if not torch.compiler.is_compiling():

@@ -23,7 +23,7 @@ from fastgt.ops.checks import (
     refuse_forward_mode,
 )
 from fastgt.ops.head_mask import check_head_gate, gated, head_mask
-from fastgt.ops.implementation import Impl, choose, require_triton
+from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.segment_pool import segment_sum
 
@@ -128,7 +128,7 @@ def linear_attention(
         check_head_gate(head_gate, q.shape[1], q.device, graphs)
         dense_gate_grad = dense_gate_grad and head_gate.dtype != torch.bool
         mask = None if dense_gate_grad else head_mask(head_gate)
-    impl = choose(impl, q)
+    impl = resolve_impl(impl, q)
     out = _attend(q, k, v, offsets, projection, mask, impl, (feature_map, eps, bool(normalize)))
     if head_gate is None:
         return out

@@ -149,6 +149,36 @@ class PerInput(NamedTuple, Generic[T]):
     attr_q: T
 
 
+class Features(NamedTuple):
+    """How linear attention makes features of queries and keys."""
+
+    feature_map: str
+    projection: Tensor | None  # [M, D]
+
+
+class Ragged(NamedTuple):
+    """Where the graphs of a batch lie, and which of their heads are active. None: one graph, and
+    all heads."""
+
+    offsets: Tensor | None  # [G + 1]
+    mask: Tensor | None  # [1 or G, H] bool
+
+
+class Quotient(NamedTuple):
+    """Linear attention's denominator: ``eps`` is added to it; whether there is one."""
+
+    eps: float
+    normalize: bool
+
+
+class NeedQKV(NamedTuple):
+    """Which gradients the backward of linear attention has to give."""
+
+    need_q: bool
+    need_k: bool
+    need_v: bool
+
+
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",

@@ -357,14 +357,17 @@ def linear_attention(
     projection: Tensor | None = None,
     eps: float = 1e-6,
     normalize: bool = True,
-    mask: Tensor | None = None,
+    head_gate: Tensor | None = None,
+    dense_gate_grad: bool = False,
 ) -> Tensor:
-    """See :func:`fastgt.linear_attention`; ``mask`` [1 or G, H] of its heads."""
+    """See :func:`fastgt.linear_attention`."""
     bounds = [0, len(q)] if offsets is None else offsets.tolist()
+    sizes = torch.tensor(bounds, device=q.device).diff()
+    graph_of = torch.arange(len(sizes), device=q.device).repeat_interleave(sizes)
     keep = None
-    if mask is not None:
-        sizes = torch.tensor(bounds, device=q.device).diff()
-        keep = mask.expand(len(sizes), -1).repeat_interleave(sizes, 0)[..., None]
+    if head_gate is not None and not (dense_gate_grad and head_gate.dtype != torch.bool):
+        mask = torch.atleast_2d(head_gate.detach() != 0)
+        keep = mask.expand(len(sizes), -1)[graph_of][..., None]  # [N, H, 1]
         q, k, v = (torch.where(keep, x, 0) for x in (q, k, v))
     dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     # a graph's sums of finite numbers overflow float16
@@ -381,7 +384,39 @@ def linear_attention(
             out = out / (torch.einsum("nhm,hm->nh", f, g.sum(0)) + eps)[..., None]
         outs.append(out)
     whole = torch.cat(outs).to(dtype)
-    return whole if keep is None else torch.where(keep, whole, 0)
+    if keep is not None:
+        whole = torch.where(keep, whole, 0)
+    if head_gate is None or head_gate.dtype == torch.bool:
+        return whole
+    wide = torch.promote_types(wide, head_gate.dtype)
+    gate = head_gate.to(wide)
+    if keep is not None:
+        # no gradient of masked heads, whatever stands upstream
+        gate = gate.masked_fill(head_gate.detach() == 0, 0)
+    if gate.ndim == 2:
+        gate = gate[graph_of]
+    return (whole.to(wide) * gate[..., None]).to(dtype)
+
+
+def sgformer_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """See :func:`fastgt.sgformer_attention`."""
+    bounds = [0, len(q)] if offsets is None else offsets.tolist()
+    dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
+    outs = [v[:0].to(wide)]
+    for begin, end in pairwise(bounds):
+        qs, ks, vs = (x[begin:end].to(wide) for x in (q, k, v))
+        qs, ks = _unit(qs), _unit(ks)
+        n = end - begin
+        numerator = torch.einsum("nhc,hcd->nhd", qs, torch.einsum("nhc,nhd->hcd", ks, vs)) + n * vs
+        outs.append(numerator / (torch.einsum("nhc,hc->nh", qs, ks.sum(0)) + n)[..., None])
+    return torch.cat(outs).to(dtype)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x by its Frobenius norm; zeros stay."""
+    square = x.square().sum()
+    tiny = torch.finfo(x.dtype).tiny
+    return x * torch.where(square > tiny, square.clamp(min=tiny).rsqrt(), 0)
 
 
 def _features(

@@ -27,8 +27,11 @@ def compile_ahead(target: str, only: str = "", tell=lambda case: None) -> dict[s
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         # edge terms are part of what a kernel is made for
-        bundles = {type(x).__name__: x for x in args if hasattr(x, "_fields")}
-        compiled.append((kernel, kwargs | bundles))
+        meta = kwargs | {type(x).__name__: x for x in args if hasattr(x, "_fields")}
+        for x in kwargs.values():
+            if hasattr(x, "_fields"):  # sizes
+                meta |= x._asdict()
+        compiled.append((kernel, meta))
 
     run, JITFunction.run = JITFunction.run, compile_only
     before, driver._active = driver._active, _Driver(TARGETS[target])

@@ -7,6 +7,8 @@ from functools import partial
 
 import torch
 
+from fastgt.contract import Features, Inputs, NeedQKV, Quotient, Ragged
+
 from .aggregate import aggregate_bwd, aggregate_fwd
 from .aggregate_gated import gated_aggregate_bwd, gated_aggregate_fwd
 from .attention import attention_edges_fwd, attention_fwd
@@ -367,9 +369,10 @@ def _launch_linear(case: LinearCase) -> None:
     offsets = torch.tensor([0, 8, n])
     projection = torch.zeros(case.features, case.width) if case.features else None
     mask = torch.ones(1, case.heads, dtype=torch.bool) if case.masked else None
-    how = offsets, projection, mask, case.feature_map, 1e-6, case.normalize
-    o, tops = linear_attention_fwd(q, k, v, *how)
-    linear_attention_bwd(o, q, k, v, tops, *how, True, True, True)
+    features, ragged = Features(case.feature_map, projection), Ragged(offsets, mask)
+    call = Inputs(q, k, v), features, ragged, Quotient(1e-6, case.normalize)
+    o, tops = linear_attention_fwd(*call)
+    linear_attention_bwd(o, tops, *call, NeedQKV(True, True, True))
 
 
 # heads, their channels, the others

@@ -14,10 +14,25 @@ dphi(q)_i = sum_j db_ji phi(k_j), dphi(k)_j = sum_i db_ji phi(q_i), dv_j = sum_i
 import triton
 import triton.language as tl
 
+from fastgt.contract import Features, Inputs, NeedQKV, Quotient, Ragged
+
 from .configs import alignment
-from .linear_attention import (
+from .linear_attention import attend, strided
+from .linear_features import (
+    before_features,
+    dot,
+    features,
+    hold,
+    hold_stabilised,
+    load_held,
+    load_projection,
+    load_wide,
+    store_inputs,
+    times_matrix,
+    times_rows,
+)
+from .linear_states import (
     COUNTS,
-    attend,
     find_turns,
     linear_plan,
     linear_states,
@@ -26,298 +41,231 @@ from .linear_attention import (
     load_state,
     state_rows,
     take_nodes,
+    take_part,
 )
-from .linear_features import (
-    before_features,
-    features,
-    load_held,
-    load_inputs,
-    load_projection,
-    load_stabilised,
-    store_inputs,
-    times_matrix,
-    times_rows,
-)
-from .loads import dot, load_rows, scalar, store_rows
+from .loads import Rows, scalar, store_rows
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _linear_bwd_dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, projection_ptr,
-    top_ptr, state_ptr, z_ptr,  # [G, H], [P, H, M, DV], [P, H, M]
-    dq_ptr, stat_ptr,  # [N, H, D]; [N, H, 3]: share, down and stabiliser of the query
-    offsets_ptr, piece_ptr, mask_ptr,
-    do_stride, q_stride, k_stride, v_stride, mask_stride,
-    num_graphs, piece, small, tiles, eps: tl.float64,
-    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
-    NORMALIZE: tl.constexpr, NEED_Q: tl.constexpr, SMALL: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    SLICE: tl.constexpr,
-):  # fmt: skip
+    do,  # [N, H, DV]
+    inputs,  # q, k [N, H, D], v [N, H, DV]
+    projection_ptr,  # [M, D]
+    top_ptr,  # [G, H]
+    state,
+    dq_ptr,  # [N, H, D]
+    stat_ptr,  # [N, H, 3]: share, down and stabiliser of the query
+    batch,
+    num_graphs,
+    piece,
+    small,
+    tiles,
+    eps: tl.float64,
+    NORMALIZE: tl.constexpr,
+    NEED_Q: tl.constexpr,
+    S: tl.constexpr,
+):
     """Grid (programs or graphs, heads): dq of a piece's or a small graph's nodes, and what dk
     and dv need to know of them."""
-    ACC: tl.constexpr = state_ptr.dtype.element_ty
-    RANDOM: tl.constexpr = projection_ptr is not None
     head = tl.program_id(1)
-    turns, stride = find_turns(piece_ptr, num_graphs, SMALL)
+    turns, stride = find_turns(batch.piece_ptr, num_graphs, S.SMALL)
     for turn in range(tl.program_id(0), turns, stride):
-        graph, slot, begin, end = take_nodes(
-            offsets_ptr, piece_ptr, mask_ptr, mask_stride, head, turn, num_graphs, piece, small,
-            SMALL,
-        )  # fmt: skip
-        key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
-        for step in range(0, end - begin, BLOCK_N):
-            row = begin + step + tl.arange(0, BLOCK_N)
-            live = row < end
-            q, half, top = load_stabilised(
-                q_ptr, q_stride, row, live, head, projection_ptr, tiles,
-                D, M, MAP, ALIGN, BLOCK_N, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
-            )  # fmt: skip
-            share = tl.full([BLOCK_N], 1.0, ACC)
-            down = tl.zeros([BLOCK_N], ACC)
+        part = take_part(batch, head, turn, num_graphs, piece, small, S.SMALL)
+        key_top = load_key_top(top_ptr, part.graph, head, S)
+        for step in range(0, part.end - part.begin, S.BLOCK_N):
+            nodes = take_nodes(part, step, head, S)
+            held, top = hold_stabilised(inputs.q, nodes, projection_ptr, tiles, S)
+            share = tl.full([S.BLOCK_N], 1.0, S.ACC)
+            down = tl.full([S.BLOCK_N], 0.0, S.ACC)
             if NORMALIZE:
                 num, den = attend(
-                    q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, projection_ptr, q, half, top,
-                    key_top, row, live, head, slot, begin, end, state_ptr, z_ptr,
-                    tiles, H, D, DV, M, MAP, RANDOM, ALIGN, PRECISION, ACC, SMALL,
-                    BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_M, SLICE,
-                )  # fmt: skip
-                share = 1 / (den + scalar(eps, ACC))
-                do = load_rows(do_ptr, do_stride, row, live, head, DV, BLOCK_DV, ALIGN).to(ACC)
-                down = -share * tl.sum(do * share[:, None] * num, 1)
-            at = stat_ptr + (row * H + head) * 3
-            tl.store(at, share, mask=live)
-            tl.store(at + 1, down, mask=live)
-            tl.store(at + 2, top, mask=live)
-            if NEED_Q:
-                flow = load_held(
-                    do_ptr, do_stride, row, live, head, DV, BLOCK_DV, SLICE, ALIGN, ACC
+                    inputs, projection_ptr, held, top, key_top, nodes, part, state, tiles, S
                 )
-                dx = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-                total = tl.zeros([BLOCK_N], ACC)
+                share = 1 / (den + scalar(eps, S.ACC))
+                upstream = load_wide(do, nodes, S.DV, S.BLOCK_DV, S)
+                down = -share * tl.sum(upstream * share[:, None] * num, 1)
+            at = stat_ptr + (nodes.row * S.H + head) * 3
+            tl.store(at, share, mask=nodes.live)
+            tl.store(at + 1, down, mask=nodes.live)
+            tl.store(at + 2, top, mask=nodes.live)
+            if NEED_Q:
+                flow = load_held(do, nodes, S.DV, S.BLOCK_DV, S)
+                dx = tl.full([S.BLOCK_N, S.BLOCK_D], 0.0, S.ACC)
+                total = tl.full([S.BLOCK_N], 0.0, S.ACC)
                 for tile in range(tiles):
-                    df = tl.zeros([BLOCK_N, BLOCK_M], ACC)
-                    if not SMALL:
-                        m, inside = state_rows(slot, head, tile, H, M, BLOCK_M)
+                    df = tl.full([S.BLOCK_N, S.BLOCK_M], 0.0, S.ACC)
+                    if not S.SMALL:
+                        m, inside = state_rows(part.slot, head, tile, S)
                         df += times_matrix(
-                            flow, do_ptr, do_stride, row, live, head, state_ptr, m, inside,
-                            DV, ALIGN, BLOCK_DV, SLICE, ACC, PRECISION,
-                        )  # fmt: skip
-                        z = tl.load(z_ptr + m, mask=inside, other=0.0)
+                            flow, do, nodes, state.s_ptr, m, inside, S.DV, S.BLOCK_DV, S
+                        )
+                        z = tl.load(state.z_ptr + m, mask=inside, other=0.0)
                         df = df * share[:, None] + down[:, None] * z[None, :]
                     else:
-                        for key_step in range(0, end - begin, BLOCK_N):
-                            key = begin + key_step + tl.arange(0, BLOCK_N)
-                            there = key < end
-                            k, k_half = load_inputs(
-                                k_ptr,
-                                k_stride,
-                                key,
-                                there,
-                                head,
-                                D,
-                                RANDOM,
-                                BLOCK_D,
-                                SLICE,
-                                ALIGN,
-                                ACC,
-                            )
-                            g, _g_inner = features(
-                                k_ptr, k_stride, k, k_half, key_top, key, there, head, tile,
-                                projection_ptr, D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC,
-                                PRECISION,
-                            )  # fmt: skip
-                            db = times_rows(
-                                flow, do_ptr, do_stride, row, live, v_ptr, v_stride, key, there,
-                                head, DV, ALIGN, BLOCK_DV, SLICE, ACC, PRECISION,
-                            )  # fmt: skip
+                        for key_step in range(0, part.end - part.begin, S.BLOCK_N):
+                            keys = take_nodes(part, key_step, head, S)
+                            g = node_features(inputs.k, key_top, keys, tile, projection_ptr, S)
+                            db = times_rows(flow, do, nodes, inputs.v, keys, S.DV, S.BLOCK_DV, S)
                             db = db * share[:, None] + down[:, None]
-                            df = dot(db, g, df, ACC, ACC, PRECISION)
-                    f, inner = features(
-                        q_ptr, q_stride, q, half, top, row, live, head, tile, projection_ptr,
-                        D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
-                    )  # fmt: skip
-                    gradient = before_features(df, f, inner, M, MAP)
-                    if RANDOM:
-                        w = load_projection(projection_ptr, tile, D, M, BLOCK_D, BLOCK_M)
-                        dx = dot(gradient, w, dx, ACC, ACC, PRECISION)
+                            df = dot(db, g, df, S)
+                    f, inner = features(inputs.q, held, top, nodes, tile, projection_ptr, S)
+                    gradient = before_features(df, f, inner, S)
+                    if S.RANDOM:
+                        dx = dot(gradient, load_projection(projection_ptr, tile, S), dx, S)
                         total += tl.sum(gradient, 1)
                     else:
-                        store_rows(dq_ptr, row, live, head, H, D, BLOCK_M, gradient, tile * BLOCK_M)
-                if RANDOM:
-                    store_inputs(
-                        dq_ptr, q_ptr, q_stride, row, live, head, dx, total,
-                        H, D, MAP, ALIGN, BLOCK_D, ACC,
-                    )  # fmt: skip
+                        store_tile(dq_ptr, nodes, tile, gradient, S)
+                if S.RANDOM:
+                    store_inputs(dq_ptr, inputs.q, nodes, dx, total, S)
 
 
 @triton.jit
-def query_features(
-    q_ptr, q_stride, top, query, there, head, tile, projection_ptr,
-    D: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr, RANDOM: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SLICE: tl.constexpr,
-):  # fmt: skip
-    """phi(q) [N, BLOCK_M] of some queries."""
-    q, half = load_inputs(
-        q_ptr, q_stride, query, there, head, D, RANDOM, BLOCK_D, SLICE, ALIGN, ACC
-    )
-    f, _ = features(
-        q_ptr, q_stride, q, half, top, query, there, head, tile, projection_ptr,
-        D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
-    )  # fmt: skip
-    return f
+def node_features(x, top, nodes, tile, projection_ptr, S: tl.constexpr):
+    """phi(x) [N, BLOCK_M] of some nodes, of which nothing is held."""
+    phi, _ = features(x, hold(x, nodes, S), top, nodes, tile, projection_ptr, S)
+    return phi
+
+
+@triton.jit
+def store_tile(dx_ptr, nodes, tile, dx, S: tl.constexpr):
+    """A tile of the gradient of x, whose features are its channels."""
+    first = tile * S.BLOCK_M
+    store_rows(dx_ptr, nodes.row, nodes.live, nodes.head, S.H, S.D, S.BLOCK_M, dx, first)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _linear_bwd_dkv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, projection_ptr,
-    top_ptr, dstate_ptr, dz_ptr,  # [G, H], [P, H, M, DV], [P, H, M]
-    dk_ptr, dv_ptr, stat_ptr,  # [N, H, D], [N, H, DV], [N, H, 3]
-    offsets_ptr, piece_ptr, mask_ptr,
-    do_stride, q_stride, k_stride, v_stride, mask_stride,
-    num_graphs, piece, small, tiles,
-    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
-    NEED_K: tl.constexpr, NEED_V: tl.constexpr, SMALL: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    SLICE: tl.constexpr,
-):  # fmt: skip
+    do,  # [N, H, DV]
+    inputs,  # q, k [N, H, D], v [N, H, DV]
+    projection_ptr,  # [M, D]
+    top_ptr,  # [G, H]
+    dstate,
+    dk_ptr,  # [N, H, D]
+    dv_ptr,  # [N, H, DV]
+    stat_ptr,  # [N, H, 3]
+    batch,
+    num_graphs,
+    piece,
+    small,
+    tiles,
+    NEED_K: tl.constexpr,
+    NEED_V: tl.constexpr,
+    S: tl.constexpr,
+):
     """Grid (programs or graphs, heads): dk and dv of a piece's or a small graph's nodes."""
-    ACC: tl.constexpr = dstate_ptr.dtype.element_ty
-    RANDOM: tl.constexpr = projection_ptr is not None
     head = tl.program_id(1)
-    turns, stride = find_turns(piece_ptr, num_graphs, SMALL)
+    turns, stride = find_turns(batch.piece_ptr, num_graphs, S.SMALL)
     for turn in range(tl.program_id(0), turns, stride):
-        graph, slot, begin, end = take_nodes(
-            offsets_ptr, piece_ptr, mask_ptr, mask_stride, head, turn, num_graphs, piece, small,
-            SMALL,
-        )  # fmt: skip
-        key_top = load_key_top(top_ptr, graph, head, H, MAP, BLOCK_N, ACC)
-        for step in range(0, end - begin, BLOCK_N):
-            row = begin + step + tl.arange(0, BLOCK_N)
-            live = row < end
-            k, half = load_inputs(
-                k_ptr, k_stride, row, live, head, D, RANDOM, BLOCK_D, SLICE, ALIGN, ACC
-            )
-            v = load_held(v_ptr, v_stride, row, live, head, DV, BLOCK_DV, SLICE, ALIGN, ACC)
-            dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
-            dx = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-            total = tl.zeros([BLOCK_N], ACC)
+        part = take_part(batch, head, turn, num_graphs, piece, small, S.SMALL)
+        key_top = load_key_top(top_ptr, part.graph, head, S)
+        for step in range(0, part.end - part.begin, S.BLOCK_N):
+            nodes = take_nodes(part, step, head, S)
+            held = hold(inputs.k, nodes, S)
+            v = load_held(inputs.v, nodes, S.DV, S.BLOCK_DV, S)
+            dv = tl.full([S.BLOCK_N, S.BLOCK_DV], 0.0, S.ACC)
+            dx = tl.full([S.BLOCK_N, S.BLOCK_D], 0.0, S.ACC)
+            total = tl.full([S.BLOCK_N], 0.0, S.ACC)
             for tile in range(tiles):
                 if NEED_V:
-                    g, inner = features(
-                        k_ptr, k_stride, k, half, key_top, row, live, head, tile, projection_ptr,
-                        D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
-                    )  # fmt: skip
-                    if not SMALL:
-                        ds, dz = load_state(
-                            dstate_ptr, dz_ptr, slot, head, tile, H, M, DV, BLOCK_M, BLOCK_DV
-                        )
-                        dv = dot(g, ds, dv, ACC, ACC, PRECISION)
+                    g, inner = features(inputs.k, held, key_top, nodes, tile, projection_ptr, S)
+                    if not S.SMALL:
+                        ds, dz = load_state(dstate, part.slot, head, tile, S)
+                        dv = dot(g, ds, dv, S)
                     else:
-                        for query_step in range(0, end - begin, BLOCK_N):
-                            query = begin + query_step + tl.arange(0, BLOCK_N)
-                            there = query < end
-                            share, _down, top = load_stat(stat_ptr, query, there, head, H)
-                            f = query_features(
-                                q_ptr, q_stride, top, query, there, head, tile, projection_ptr,
-                                D, M, MAP, RANDOM, ALIGN, PRECISION, ACC, BLOCK_D, BLOCK_M, SLICE,
-                            )  # fmt: skip
+                        for query_step in range(0, part.end - part.begin, S.BLOCK_N):
+                            queries = take_nodes(part, query_step, head, S)
+                            stat = load_stat(stat_ptr, queries, S)
+                            f = node_features(inputs.q, stat.top, queries, tile, projection_ptr, S)
                             # this tile's part of b: the other tiles add theirs
-                            b = dot(g, tl.trans(f), None, ACC, ACC, PRECISION) * share[None, :]
-                            do = load_rows(
-                                do_ptr, do_stride, query, there, head, DV, BLOCK_DV, ALIGN
-                            )
-                            dv = dot(b, do.to(ACC), dv, ACC, ACC, PRECISION)
+                            b = dot(g, tl.trans(f), None, S) * stat.share[None, :]
+                            upstream = load_wide(do, queries, S.DV, S.BLOCK_DV, S)
+                            dv = dot(b, upstream, dv, S)
                 if NEED_K:
-                    dg = tl.zeros([BLOCK_N, BLOCK_M], ACC)
-                    if not SMALL:
-                        m, inside = state_rows(slot, head, tile, H, M, BLOCK_M)
-                        dz = tl.load(dz_ptr + m, mask=inside, other=0.0)
+                    dg = tl.full([S.BLOCK_N, S.BLOCK_M], 0.0, S.ACC)
+                    if not S.SMALL:
+                        m, inside = state_rows(part.slot, head, tile, S)
+                        dz = tl.load(dstate.z_ptr + m, mask=inside, other=0.0)
                         dg += dz[None, :] + times_matrix(
-                            v, v_ptr, v_stride, row, live, head, dstate_ptr, m, inside,
-                            DV, ALIGN, BLOCK_DV, SLICE, ACC, PRECISION,
-                        )  # fmt: skip
+                            v, inputs.v, nodes, dstate.s_ptr, m, inside, S.DV, S.BLOCK_DV, S
+                        )
                     else:
-                        for query_step in range(0, end - begin, BLOCK_N):
-                            query = begin + query_step + tl.arange(0, BLOCK_N)
-                            there = query < end
-                            share, down, top = load_stat(stat_ptr, query, there, head, H)
-                            f = query_features(
-                                q_ptr, q_stride, top, query, there, head, tile, projection_ptr,
-                                D, M, MAP, RANDOM, ALIGN, PRECISION, ACC, BLOCK_D, BLOCK_M, SLICE,
-                            )  # fmt: skip
-                            db = times_rows(
-                                v, v_ptr, v_stride, row, live, do_ptr, do_stride, query, there,
-                                head, DV, ALIGN, BLOCK_DV, SLICE, ACC, PRECISION,
-                            )  # fmt: skip
-                            db = db * share[None, :] + down[None, :]
-                            dg = dot(db, f, dg, ACC, ACC, PRECISION)
+                        for query_step in range(0, part.end - part.begin, S.BLOCK_N):
+                            queries = take_nodes(part, query_step, head, S)
+                            stat = load_stat(stat_ptr, queries, S)
+                            f = node_features(inputs.q, stat.top, queries, tile, projection_ptr, S)
+                            db = times_rows(v, inputs.v, nodes, do, queries, S.DV, S.BLOCK_DV, S)
+                            db = db * stat.share[None, :] + stat.down[None, :]
+                            dg = dot(db, f, dg, S)
                     # made anew rather than held meanwhile
-                    g, inner = features(
-                        k_ptr, k_stride, k, half, key_top, row, live, head, tile, projection_ptr,
-                        D, M, MAP, ALIGN, BLOCK_D, BLOCK_M, SLICE, ACC, PRECISION,
-                    )  # fmt: skip
-                    gradient = before_features(dg, g, inner, M, MAP)
-                    if RANDOM:
-                        w = load_projection(projection_ptr, tile, D, M, BLOCK_D, BLOCK_M)
-                        dx = dot(gradient, w, dx, ACC, ACC, PRECISION)
+                    g, inner = features(inputs.k, held, key_top, nodes, tile, projection_ptr, S)
+                    gradient = before_features(dg, g, inner, S)
+                    if S.RANDOM:
+                        dx = dot(gradient, load_projection(projection_ptr, tile, S), dx, S)
                         total += tl.sum(gradient, 1)
                     else:
-                        store_rows(dk_ptr, row, live, head, H, D, BLOCK_M, gradient, tile * BLOCK_M)
-            if NEED_K and RANDOM:
-                store_inputs(
-                    dk_ptr, k_ptr, k_stride, row, live, head, dx, total,
-                    H, D, MAP, ALIGN, BLOCK_D, ACC,
-                )  # fmt: skip
+                        store_tile(dk_ptr, nodes, tile, gradient, S)
+            if NEED_K and S.RANDOM:
+                store_inputs(dk_ptr, inputs.k, nodes, dx, total, S)
             if NEED_V:
-                store_rows(dv_ptr, row, live, head, H, DV, BLOCK_DV, dv)
+                store_rows(dv_ptr, nodes.row, nodes.live, head, S.H, S.DV, S.BLOCK_DV, dv)
 
 
 def linear_attention_bwd(
     do,
-    q,
-    k,
-    v,
     tops,
-    offsets,
-    projection,
-    mask,
-    feature_map,
-    eps,
-    normalize,
-    need_q,
-    need_k,
-    need_v,
+    inputs: Inputs,
+    features: Features,
+    ragged: Ragged,
+    quotient: Quotient,
+    needs: NeedQKV,
 ):
     """-> dq, dk [N, H, D], dv [N, H, DV]; empty where not needed."""
+    q, k, v = inputs
     n, heads, _ = q.shape
     dq, dk, dv = (
-        (x.new_empty if mask is None else x.new_zeros)(x.shape if need else (0,))
-        for x, need in ((q, need_q), (k, need_k), (v, need_v))
+        (x.new_empty if ragged.mask is None else x.new_zeros)(x.shape if need else (0,))
+        for x, need in zip(inputs, needs, strict=True)
     )
     if not n:
         return dq, dk, dv
-    plan = linear_plan(q, k, v, offsets, projection, mask, feature_map)
-    inputs = do, q, k, v, plan.projection, tops
-    strides = do.stride(), q.stride(), k.stride(), v.stride()
-    counts = plan.mask_stride, plan.graphs, plan.piece, plan.small
-    same = {"H": heads, "ALIGN": alignment((do, q, k, v))}
-    states = linear_states(k, v, plan, tops, None)
-    stat = states[0].new_empty(n, heads, 3)
-    for programs, tiles, meta in plan.passes:
-        _linear_bwd_dq_kernel[programs, heads](
-            *inputs, *states, dq, stat, *plan.walk, *strides, *counts, tiles, eps,
-            NORMALIZE=normalize, NEED_Q=need_q, **same, **meta,
-        )  # fmt: skip
-    del states  # the next ones may take their place
-    if need_k or need_v:
-        states = linear_states(q, do, plan, tops, stat)
-        for programs, tiles, meta in plan.passes:
-            _linear_bwd_dkv_kernel[programs, heads](
-                *inputs, *states, dk, dv, stat, *plan.walk, *strides, *counts, tiles,
-                NEED_K=need_k, NEED_V=need_v, **same, **meta,
-            )  # fmt: skip
+    plan = linear_plan(inputs, features, ragged)
+    rows = Rows(do, do.stride()), strided(inputs), plan.projection, tops
+    align = alignment((do, *inputs))
+    state = linear_states(k, v, plan, tops, None)
+    stat = state.s_ptr.new_empty(n, heads, 3)
+    for each in plan.passes:
+        _linear_bwd_dq_kernel[each.programs, heads](
+            *rows,
+            state,
+            dq,
+            stat,
+            plan.batch,
+            *plan.counts,
+            each.tiles,
+            quotient.eps,
+            NORMALIZE=quotient.normalize,
+            NEED_Q=needs.need_q,
+            S=each.sizes._replace(ALIGN=align),
+            num_warps=each.num_warps,
+            num_stages=1,
+        )
+    del state  # the next one may take its place
+    if needs.need_k or needs.need_v:
+        dstate = linear_states(q, do, plan, tops, stat)
+        for each in plan.passes:
+            _linear_bwd_dkv_kernel[each.programs, heads](
+                *rows,
+                dstate,
+                dk,
+                dv,
+                stat,
+                plan.batch,
+                *plan.counts,
+                each.tiles,
+                NEED_K=needs.need_k,
+                NEED_V=needs.need_v,
+                S=each.sizes._replace(ALIGN=align),
+                num_warps=each.num_warps,
+                num_stages=1,
+            )
     return dq, dk, dv

@@ -1,8 +1,17 @@
 """Tiles of tensors: addresses, loads, stores, products. R rows, E edges in flight per row, H heads,
 D channels; M rows and N columns of a window."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Rows(NamedTuple):
+    """A tensor whose rows kernels read, of any strides. None where there is none."""
+
+    ptr: Any
+    stride: Any  # one for each dimension
 
 
 @triton.jit

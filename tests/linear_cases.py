@@ -140,12 +140,12 @@ def run_as(form):
         if form == "slices":
             patch.setattr("fastgt.cpu.linear_attention._NUMBERS", 128)
         if form == "pieces":
-            from fastgt.kernels import linear_attention as kernels
+            from fastgt.kernels import linear_states
             from fastgt.kernels.configs import LinearTile
 
-            patch.setattr(kernels, "linear_tile", lambda *args: LinearTile(16, 16, 16, 4))
-            patch.setattr(kernels, "_PROGRAMS", 2**40)
-            patch.setattr(kernels, "_programs", lambda pieces, others: min(pieces, 2))
+            patch.setattr(linear_states, "linear_tile", lambda *args: LinearTile(16, 16, 16, 4))
+            patch.setattr(linear_states, "_PROGRAMS", 2**40)
+            patch.setattr(linear_states, "_programs", lambda pieces, others: min(pieces, 2))
         yield {"slices": "torch", "pieces": "triton"}.get(form, form)
 
 

@@ -98,6 +98,7 @@ REACH = {
     "linear_attention.py": ENDS["linear"][:1],
     "linear_attention_backward.py": ENDS["linear"][:1],
     "linear_features.py": ENDS["linear"][:1],
+    "linear_states.py": ENDS["linear"][:1],
     "loads.py": [ENDS["sum"][2], ENDS["attention"][4], ENDS["windows"][0], ENDS["attention"][0]],
     "segment_softmax.py": ENDS["softmax"][:1],
 }

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastgt
 from fastgt import linear_attention, reference, segment_sum, sgformer_attention
 from fastgt.bench.memory import peak_extra_memory
+from fastgt.contract import Features, Inputs, NeedQKV, Quotient, Ragged
 from fastgt.cpu import linear_attention as cpu
 from fastgt.ops.linear_attention import FeatureMap
 from fastgt.testing import assert_as_accurate
@@ -152,7 +153,7 @@ def test_a_graph_is_either_small_or_in_pieces(monkeypatch):
         def one_pass(*args, small=small):
             found = plan(*args)
             assert found.small == 16
-            return found._replace(passes=[p for p in found.passes if p[2]["SMALL"] == small])
+            return found._replace(passes=[p for p in found.passes if small == p.sizes.SMALL])
 
         monkeypatch.setattr(kernels, "linear_plan", one_pass)
         written = ~attend(x, "triton").isnan().any(2).any(1)
@@ -308,13 +309,11 @@ def test_threads_change_rounding_only(form):
 def test_opcheck(impl, name):
     x = case(0, (3, 0, 20), d=12, dv=9, dtype=FP32, feature_map=name, m=9)
     fwd, bwd = torch.ops.fastgt.linear_attention_fwd, torch.ops.fastgt.linear_attention_bwd
-    projection = x.options.get("projection")
-    how = x.offsets, projection, None, name, 1e-6, True
-    torch.library.opcheck(fwd.default, (impl, x.q, x.k, x.v, *how))
-    o, tops = fwd(impl, x.q, x.k, x.v, *how)
+    call = x.q, x.k, x.v, name, x.options.get("projection"), x.offsets, None, 1e-6, True
+    torch.library.opcheck(fwd.default, (impl, *call))
+    o, tops = fwd(impl, *call)
     for needs in ((True, True, True), (False, True, False)):
-        args = (impl, o, x.q, x.k, x.v, tops, *how, *needs)
-        torch.library.opcheck(bwd.default, args)
+        torch.library.opcheck(bwd.default, (impl, o, tops, *call, *needs))
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -392,7 +391,7 @@ def test_memory_does_not_grow_with_the_features(sizes):
 def test_states_take_no_more_memory_than_the_inputs():
     """What the kernels allot, whatever the batch looks like: it hangs on N and G alone."""
     pytest.importorskip("triton")
-    from fastgt.kernels.linear_attention import linear_plan
+    from fastgt.kernels.linear_states import linear_plan
 
     for n, graphs, heads, d, m in (
         (250_000, 10_000, 8, 64, 266),
@@ -404,7 +403,8 @@ def test_states_take_no_more_memory_than_the_inputs():
         q = torch.empty(n, heads, d, device="meta")
         offsets = torch.empty(graphs + 1, dtype=torch.int64, device="meta")
         projection = torch.empty(m, d, device="meta")
-        plan = linear_plan(q, q, q, offsets, projection, None, "softmax")
+        features, ragged = Features("softmax", projection), Ragged(offsets, None)
+        plan = linear_plan(Inputs(q, q, q), features, ragged)
         # but for one piece, and small being rounded
         assert (plan.pieces - 1) * m * (d + 1) <= 1.05 * n * (m + d)
         if n == 1_000_000:
@@ -417,10 +417,10 @@ def test_shapes_beyond_two_to_the_31_on_meta_tensors(impl):
     n, h, d = 3 * 2**30, 8, 32
     q, k, v = (torch.empty(n, h, d, device="meta", requires_grad=True) for _ in range(3))
     offsets = torch.empty(2**20 + 1, dtype=torch.int64, device="meta")
-    how = offsets, None, None, "elu", 1e-6, True
-    o, tops = torch.ops.fastgt.linear_attention_fwd(impl, q, k, v, *how)
+    call = q, k, v, "elu", None, offsets, None, 1e-6, True
+    o, tops = torch.ops.fastgt.linear_attention_fwd(impl, *call)
     assert o.shape == (n, h, d)
-    args = impl, o, q, k, v, tops, *how, True, True, True
+    args = impl, o, tops, *call, True, True, True
     assert [g.shape for g in torch.ops.fastgt.linear_attention_bwd(*args)] == [(n, h, d)] * 3
 
 
@@ -602,14 +602,14 @@ def test_strided_inputs_are_copied_once_not_for_every_group(monkeypatch):
                 copies.append(args[0].numel())
             return func(*args, **(kwargs or {}))
 
-    how = None, None, None, "elu", 1e-6, True
+    call = Inputs(q, k, v), Features("elu", None), Ragged(None, None), Quotient(1e-6, True)
     with Count():
-        found, _ = cpu.linear_attention_fwd(q, k, v, *how)
+        found, _ = cpu.linear_attention_fwd(*call)
     assert [n for n in copies if n == q.numel()] == [q.numel()] * 3
     assert torch.equal(found, linear_attention(*(t.contiguous() for t in (q, k, v))))
     copies.clear()
     with Count():
-        cpu.linear_attention_bwd(k, q, k, v, q.new_empty(0, 2), *how, True, True, True)
+        cpu.linear_attention_bwd(k, *call, NeedQKV(True, True, True))
     assert [n for n in copies if n == q.numel()] == [q.numel()] * 4
 
 

@@ -152,10 +152,10 @@ def test_opcheck(impl):
     x = case(0, (3, 0, 20), heads=2, d=12, dv=9, dtype=FP32)
     fwd, bwd = torch.ops.fastgt.linear_attention_fwd, torch.ops.fastgt.linear_attention_bwd
     mask = torch.tensor([[True, False]], device=DEVICE)
-    how = x.offsets, None, mask, "elu", 1e-6, True
-    torch.library.opcheck(fwd.default, (impl, x.q, x.k, x.v, *how))
-    o, tops = fwd(impl, x.q, x.k, x.v, *how)
-    torch.library.opcheck(bwd.default, (impl, o, x.q, x.k, x.v, tops, *how, True, True, True))
+    call = x.q, x.k, x.v, "elu", None, x.offsets, mask, 1e-6, True
+    torch.library.opcheck(fwd.default, (impl, *call))
+    o, tops = fwd(impl, *call)
+    torch.library.opcheck(bwd.default, (impl, o, tops, *call, True, True, True))
 
 
 @pytest.mark.parametrize("impl", FAST)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastgt.contract import Features, Inputs, NeedQKV, Quotient, Ragged
 from fastgt.cpu.sparse import accumulator
 
 _NUMBERS = 2**18  # features of a group
@@ -38,31 +39,24 @@ class Group(NamedTuple):
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)
 def linear_attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor | None,
-    projection: Tensor | None,
-    mask: Tensor | None,
-    feature_map: str,
-    eps: float,
-    normalize: bool,
+    inputs: Inputs, features: Features, ragged: Ragged, quotient: Quotient
 ) -> tuple[Tensor, Tensor]:
     """-> o [N, H, DV], and nothing for the backward."""
-    out = q.new_empty(v.shape) if mask is None else q.new_zeros(v.shape)
-    phi = Features(feature_map, q, projection)
+    q, _, v = inputs
+    out = q.new_empty(v.shape) if ragged.mask is None else q.new_zeros(v.shape)
+    phi = Phi(features, q)
     # looked through row by row: a copy is made once, not for every group
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    for groups in _groups(q, offsets, mask, phi.width, v.shape[2]):
+    q, k, v = (x.contiguous() for x in inputs)
+    for groups in _groups(q, ragged, phi.width, v.shape[2]):
         top = phi.top(k, groups)
         if len(groups) == 1 and _quadratic(groups[0].length, phi.width, v.shape[2]):
             (group,) = groups
             f, g = phi(_take(q, group)), phi(_take(k, group), top)
-            _put(out, group, _divided(f @ g.mT @ _values(v, group, normalize), eps, normalize))
+            _put(out, group, _divided(f @ g.mT @ _values(v, group, quotient.normalize), quotient))
             continue
-        state = _state(phi, k, v, groups, top, normalize)
+        state = _state(phi, k, v, groups, top, quotient.normalize)
         for group in groups:
-            _put(out, group, _divided(phi(_take(q, group)) @ state, eps, normalize))
+            _put(out, group, _divided(phi(_take(q, group)) @ state, quotient))
     return out, q.new_empty(0, q.shape[1], dtype=accumulator(q))
 
 
@@ -70,19 +64,11 @@ def linear_attention_fwd(
 @torch.autocast("cpu", enabled=False)
 def linear_attention_bwd(
     do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tops: Tensor,
-    offsets: Tensor | None,
-    projection: Tensor | None,
-    mask: Tensor | None,
-    feature_map: str,
-    eps: float,
-    normalize: bool,
-    need_q: bool,
-    need_k: bool,
-    need_v: bool,
+    inputs: Inputs,
+    features: Features,
+    ragged: Ragged,
+    quotient: Quotient,
+    needs: NeedQKV,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq, dk, dv; empty where not needed.
 
@@ -91,21 +77,21 @@ def linear_attention_bwd(
         dphi(q) = do' S'^T,   dphi(k) = v' dS'^T,   dv' = phi(k) dS'
     """
     dq, dk, dv = (
-        (x.new_empty if mask is None else x.new_zeros)(x.shape if need else (0,))
-        for x, need in ((q, need_q), (k, need_k), (v, need_v))
+        (x.new_empty if ragged.mask is None else x.new_zeros)(x.shape if need else (0,))
+        for x, need in zip(inputs, needs, strict=True)
     )
-    width = v.shape[2]
-    phi = Features(feature_map, q, projection)
-    do, q, k, v = (x.contiguous() for x in (do, q, k, v))
-    for groups in _groups(q, offsets, mask, phi.width, v.shape[-1]):
+    need_q, need_k, need_v = needs
+    phi, width = Phi(features, inputs.q), inputs.v.shape[2]
+    do, q, k, v = (x.contiguous() for x in (do, *inputs))
+    for groups in _groups(q, ragged, phi.width, width):
         top = phi.top(k, groups)
         if len(groups) == 1 and _quadratic(groups[0].length, phi.width, width):
             (group,) = groups
             qs = _take(q, group)
             f, f_inner = phi.both(qs)
-            ks, g, g_inner, vs = _keys(phi, k, v, group, top, normalize)
+            ks, g, g_inner, vs = _keys(phi, k, v, group, top, quotient.normalize)
             a = f @ g.mT
-            flow = _upstream(do, group, a @ vs, eps, normalize)
+            flow = _upstream(do, group, a @ vs, quotient)
             da = flow @ vs.mT
             if need_q:
                 _put(dq, group, phi.gradient(da @ g, qs, f, f_inner))
@@ -115,15 +101,16 @@ def linear_attention_bwd(
                 _put(dv, group, (a.mT @ flow)[..., :width])
             continue
         # slices of a graph are made anew, what is whole is kept meanwhile
-        whole = None if len(groups) > 1 else _keys(phi, k, v, groups[0], top, normalize)
-        state = (
-            _state(phi, k, v, groups, top, normalize) if whole is None else whole[1].mT @ whole[3]
-        )
+        if len(groups) > 1:
+            whole, state = None, _state(phi, k, v, groups, top, quotient.normalize)
+        else:
+            whole = _keys(phi, k, v, groups[0], top, quotient.normalize)
+            state = whole[1].mT @ whole[3]
         dstate: Tensor | None = None
         for group in groups:
             qs = _take(q, group)
             f, inner = phi.both(qs)
-            flow = _upstream(do, group, f @ state, eps, normalize)
+            flow = _upstream(do, group, f @ state, quotient)
             if need_q:
                 _put(dq, group, phi.gradient(flow @ state.mT, qs, f, inner))
             if need_k or need_v:
@@ -132,7 +119,7 @@ def linear_attention_bwd(
         if dstate is None:
             continue
         for group in groups:
-            ks, g, inner, vs = whole or _keys(phi, k, v, group, top, normalize)
+            ks, g, inner, vs = whole or _keys(phi, k, v, group, top, quotient.normalize)
             if need_k:
                 _put(dk, group, phi.gradient(vs @ dstate.mT, ks, g, inner))
             if need_v:
@@ -140,11 +127,12 @@ def linear_attention_bwd(
     return dq, dk, dv
 
 
-class Features:
+class Phi:
     """A feature map of rows [B, T, D] -> [B, T, M], and its gradient."""
 
-    def __init__(self, name: str, q: Tensor, projection: Tensor | None):
-        self.name, self.d = name, q.shape[2]
+    def __init__(self, features: Features, q: Tensor):
+        (name, projection), self.d = features, q.shape[2]
+        self.name = name
         self.width = self.d
         if projection is not None:
             self.width = projection.shape[0]
@@ -207,12 +195,10 @@ class Features:
         return inner.sub_(half + top).exp_()
 
 
-def _groups(
-    q: Tensor, offsets: Tensor | None, mask: Tensor | None, m: int, d: int
-) -> Iterator[list[Group]]:
+def _groups(q: Tensor, ragged: Ragged, m: int, d: int) -> Iterator[list[Group]]:
     """Graphs that are multiplied together: of each set of active heads, those that have it."""
-    n, heads, _ = q.shape
-    offsets = torch.tensor([0, n]) if offsets is None else offsets.long()
+    (n, heads, _), mask = q.shape, ragged.mask
+    offsets = torch.tensor([0, n]) if ragged.offsets is None else ragged.offsets.long()
     starts, sizes = offsets[:-1], offsets.diff()
     if mask is None:
         yield from _graphs(starts, sizes, torch.arange(heads), heads, m, d)
@@ -267,7 +253,7 @@ def _group(at: Tensor, active: Tensor, of: int, padding: Tensor | None) -> Group
 
 
 def _state(
-    phi: Features, k: Tensor, v: Tensor, groups: list[Group], top: Tensor | None, ones: bool
+    phi: Phi, k: Tensor, v: Tensor, groups: list[Group], top: Tensor | None, ones: bool
 ) -> Tensor:
     """S' of every graph and head, [B, M, DV + 1]."""
     products = (phi(_take(k, x), top).mT @ _values(v, x, ones) for x in groups)
@@ -275,7 +261,7 @@ def _state(
 
 
 def _keys(
-    phi: Features, k: Tensor, v: Tensor, group: Group, top: Tensor | None, ones: bool
+    phi: Phi, k: Tensor, v: Tensor, group: Group, top: Tensor | None, ones: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Keys, their features with what the gradient of these needs, and v'."""
     ks = _take(k, group)
@@ -300,15 +286,15 @@ def _values(v: Tensor, group: Group, ones: bool) -> Tensor:
     return taken if group.padding is None else taken.masked_fill_(group.padding, 0.0)
 
 
-def _divided(out: Tensor, eps: float, normalize: bool) -> Tensor:
-    return out[..., :-1] / (out[..., -1:] + eps) if normalize else out
+def _divided(out: Tensor, quotient: Quotient) -> Tensor:
+    return out[..., :-1] / (out[..., -1:] + quotient.eps) if quotient.normalize else out
 
 
-def _upstream(do: Tensor, group: Group, out: Tensor, eps: float, normalize: bool) -> Tensor:
+def _upstream(do: Tensor, group: Group, out: Tensor, quotient: Quotient) -> Tensor:
     """do', zero where there is no node."""
     flow = _take(do, group)
-    if normalize:
-        share = 1 / (out[..., -1:] + eps)
+    if quotient.normalize:
+        share = 1 / (out[..., -1:] + quotient.eps)
         flow *= share
         # out is not needed any more: its last column, the denominator, becomes that of do'
         torch.sum(flow * out[..., :-1], -1, keepdim=True, out=out[..., -1:])

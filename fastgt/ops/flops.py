@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from fastgt.contract import PerInput
+from fastgt.ops import linear_attention
 from fastgt.ops.attention_launch import BACKWARD, FORWARD
 
 _COUNTER = "torch.utils.flop_counter"
@@ -149,42 +150,16 @@ def _gated_aggregate_bwd(
     return 2 * rows[2][0] * x[1] * (need_x + (need_gate or need_row or need_col))
 
 
-def _linear_attention_fwd(
-    impl: str,
-    q: Shape,
-    k: Shape,
-    v: Shape,
-    offsets: Any,
-    projection: Any,
-    mask: Any,
-    feature_map: str,
-    eps: float,
-    normalize: bool,
-    out_shape: Any,
-) -> int:
+def _linear_attention_fwd(impl: str, *flat: Any, out_shape: Any) -> int:
+    (q, _, v), (_, projection), _, quotient = linear_attention.FORWARD.split(flat)
     nodes, heads, width = q
     projected, features = (0, width) if projection is None else (2 * width, projection[0])
-    return 2 * nodes * heads * features * (projected + 2 * v[2] + normalize)
+    return 2 * nodes * heads * features * (projected + 2 * v[2] + quotient.normalize)
 
 
-def _linear_attention_bwd(
-    impl: str,
-    do: Shape,
-    q: Shape,
-    k: Shape,
-    v: Shape,
-    tops: Any,
-    offsets: Any,
-    projection: Any,
-    mask: Any,
-    feature_map: str,
-    eps: float,
-    normalize: bool,
-    need_q: bool,
-    need_k: bool,
-    need_v: bool,
-    out_shape: Any,
-) -> int:
+def _linear_attention_bwd(impl: str, do: Shape, tops: Any, *flat: Any, out_shape: Any) -> int:
+    (q, _, v), (_, projection), _, quotient, needs = linear_attention.BACKWARD.split(flat)
+    need_q, need_k, need_v = needs
     nodes, heads, width = q
     projected, features = (0, width) if projection is None else (width, projection[0])
     # S again, and of S, phi(q), phi(k) and v the gradients; the denominator again, and of z
@@ -194,7 +169,7 @@ def _linear_attention_bwd(
         * nodes
         * heads
         * features
-        * (projected * (2 + need_q + need_k) + products * v[2] + normalize * (1 + need_k))
+        * (projected * (2 + need_q + need_k) + products * v[2] + quotient.normalize * (1 + need_k))
     )
 
 

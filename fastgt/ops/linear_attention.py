@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastgt import reference
+from fastgt.contract import Features, Inputs, NeedQKV, Quotient, Ragged, Signature
 from fastgt.ops.checks import (
     accumulator,
     autocast,
@@ -122,17 +124,31 @@ def linear_attention(
     eps = number("eps", eps)
     _check(q, k, v, offsets, feature_map, projection)
     check_numbers(q, None, eps, 0.0, "eps")
-    mask = None
     if head_gate is not None:
         graphs = 1 if offsets is None else offsets.shape[0] - 1
         check_head_gate(head_gate, q.shape[1], q.device, graphs)
-        dense_gate_grad = dense_gate_grad and head_gate.dtype != torch.bool
-        mask = None if dense_gate_grad else head_mask(head_gate)
     impl = resolve_impl(impl, q)
-    out = _attend(q, k, v, offsets, projection, mask, impl, (feature_map, eps, bool(normalize)))
-    if head_gate is None:
-        return out
-    return gated(out, head_gate, offsets, dense_gate_grad, impl)
+    if impl == "reference":
+        device = q.device.type
+        # its sums are float32's, whatever the inputs were cast to
+        with torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
+            return reference.linear_attention(
+                q,
+                k,
+                v,
+                offsets,
+                feature_map=feature_map,
+                projection=projection,
+                eps=eps,
+                normalize=normalize,
+                head_gate=head_gate,
+                dense_gate_grad=dense_gate_grad,
+            )
+    dense = dense_gate_grad and head_gate is not None and head_gate.dtype != torch.bool
+    mask = None if head_gate is None or dense else head_mask(head_gate)
+    features, ragged = Features(feature_map, projection), Ragged(offsets, mask)
+    out = _attend(impl, Inputs(q, k, v), features, ragged, Quotient(eps, bool(normalize)))
+    return out if head_gate is None else gated(out, head_gate, offsets, dense, impl)
 
 
 def sgformer_attention(
@@ -201,32 +217,9 @@ def sgformer_attention(
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor | None,
-    projection: Tensor | None,
-    mask: Tensor | None,
-    impl: Impl,
-    settings: tuple[str, float, bool],
+    impl: Impl, inputs: Inputs, features: Features, ragged: Ragged, quotient: Quotient
 ) -> Tensor:
-    feature_map, eps, normalize = settings
-    if impl == "reference":
-        if autocasts(q.device.type):
-            # its sums are float32's, whatever the inputs were cast to
-            with torch.autocast(q.device.type, enabled=False):
-                return _attend(q, k, v, offsets, projection, mask, impl, settings)
-        return reference.linear_attention(
-            q,
-            k,
-            v,
-            offsets,
-            feature_map=feature_map,
-            projection=projection,
-            eps=eps,
-            normalize=normalize,
-            mask=mask,
-        )
+    projection = features.projection
     if torch.is_grad_enabled() and projection is not None and projection.requires_grad:
         raise NotImplementedError(
             "projection requires a gradient, which only impl='reference' gives: detach it, or make "
@@ -234,11 +227,12 @@ def _attend(
         )
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
-        k, v = k.view_as(k), v.view_as(v)
-    refuse_forward_mode(q, k, v, *(() if projection is None else (projection,)))
-    if needs_gradient(q, k, v):
-        return _LinearAttention.apply(q, k, v, offsets, projection, mask, impl, settings)[0]
-    return _fwd(impl, q, k, v, offsets, projection, mask, *settings)[0]
+        q, k, v = inputs
+        inputs = Inputs(q, k.view_as(k), v.view_as(v))
+    refuse_forward_mode(*inputs, projection)
+    flat = *inputs, *features, *ragged, *quotient
+    attend = _LinearAttention.apply if needs_gradient(*inputs) else _fwd
+    return attend(impl, *flat)[0]
 
 
 def _check(
@@ -285,103 +279,97 @@ def _check(
 
 class _LinearAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        offsets: Tensor | None,
-        projection: Tensor | None,
-        mask: Tensor | None,
-        impl: str,
-        settings: tuple[str, float, bool],
-    ) -> tuple[Tensor, Tensor]:
-        o, tops = _fwd(impl, q, k, v, offsets, projection, mask, *settings)
-        ctx.save_for_backward(q, k, v, tops, offsets, projection, mask)
-        ctx.impl, ctx.settings = impl, settings
+    def forward(ctx: Any, impl: str, *flat: Any) -> tuple[Tensor, Tensor]:
+        o, tops = _fwd(impl, *flat)
+        inputs, features, ragged, quotient = FORWARD.split(flat)
+        ctx.save_for_backward(*inputs, tops, features.projection, *ragged)
+        ctx.impl, ctx.feature_map, ctx.quotient = impl, features.feature_map, quotient
         ctx.mark_non_differentiable(tops)
         return o, tops
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, _: None) -> tuple:
-        q, k, v, tops, offsets, projection, mask = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        q, k, v, tops, projection, *ragged = ctx.saved_tensors
+        inputs, features = Inputs(q, k, v), Features(ctx.feature_map, projection)
+        needs = NeedQKV(*ctx.needs_input_grad[1:4])
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable
-            feature_map, eps, normalize = ctx.settings
-
-            def define(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-                out = reference.linear_attention(
-                    q,
-                    k,
-                    v,
-                    offsets,
-                    feature_map=feature_map,
-                    projection=projection,
-                    eps=eps,
-                    normalize=normalize,
-                    mask=mask,
-                )
-                return (out,)
-
-            grads = differentiable_gradients(define, [q, k, v], [do], needs)
+            define = functools.partial(_definition, features, Ragged(*ragged), ctx.quotient)
+            grads = differentiable_gradients(define, inputs, [do], needs)
         else:
-            rest = tops, offsets, projection, mask
-            found = _bwd(ctx.impl, do, q, k, v, *rest, *ctx.settings, *needs)
-            grads = [x if need else None for x, need in zip(found, needs, strict=True)]
-        return (*grads, None, None, None, None, None)
+            given = _bwd(ctx.impl, do, tops, *inputs, *features, *ragged, *ctx.quotient, *needs)
+            grads = [x if need else None for x, need in zip(given, needs, strict=True)]
+        return (None, *grads, *[None] * (FORWARD.size - len(inputs)))
 
+
+def _definition(
+    features: Features, ragged: Ragged, quotient: Quotient, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor]:
+    out = reference.linear_attention(
+        q,
+        k,
+        v,
+        ragged.offsets,
+        feature_map=features.feature_map,
+        projection=features.projection,
+        eps=quotient.eps,
+        normalize=quotient.normalize,
+        head_gate=ragged.mask,
+    )
+    return (out,)
+
+
+FORWARD = Signature(Inputs, Features, Ragged, Quotient)
+BACKWARD = Signature(Inputs, Features, Ragged, Quotient, NeedQKV)
 
 # tops are the stabilisers of "softmax" keys [G, H]: a CPU makes them anew, and has none [0, H]
-_REST = (
-    "Tensor? offsets, Tensor? projection, Tensor? mask, str feature_map, float eps, bool normalize"
-)
 torch.library.define(
-    "fastgt::linear_attention_fwd",
-    f"(str impl, Tensor q, Tensor k, Tensor v, {_REST}) -> (Tensor o, Tensor tops)",
+    "fastgt::linear_attention_fwd", f"(str impl, {FORWARD.schema}) -> (Tensor o, Tensor tops)"
 )
 torch.library.define(
     "fastgt::linear_attention_bwd",
-    f"(str impl, Tensor do, Tensor q, Tensor k, Tensor v, Tensor tops, {_REST}, bool need_q,"
-    " bool need_k, bool need_v) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"(str impl, Tensor do, Tensor tops, {BACKWARD.schema}) -> (Tensor dq, Tensor dk, Tensor dv)",
 )
 
 
 @torch.library.register_fake("fastgt::linear_attention_fwd")
-def _(impl, q, k, v, offsets, projection, mask, feature_map, eps, normalize):  # type: ignore[no-untyped-def]
+def _(impl: str, *flat: Any) -> tuple[Tensor, Tensor]:
+    (q, _, v), features, ragged, _ = FORWARD.split(flat)
     graphs = 0
-    if impl == "triton" and feature_map == "softmax":
-        graphs = 1 if offsets is None else offsets.shape[0] - 1
+    if impl == "triton" and features.feature_map == "softmax":
+        graphs = 1 if ragged.offsets is None else ragged.offsets.shape[0] - 1
     return q.new_empty(v.shape), q.new_empty(graphs, q.shape[1], dtype=accumulator(q))
 
 
 @torch.library.register_fake("fastgt::linear_attention_bwd")
-def _(impl, do, q, k, v, *rest):  # type: ignore[no-untyped-def]
-    needs = rest[-3:]
+def _(impl: str, do: Tensor, tops: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    inputs, *_, needs = BACKWARD.split(flat)
     return tuple(
-        x.new_empty(x.shape if need else (0,)) for x, need in zip((q, k, v), needs, strict=True)
+        x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True)
     )
 
 
-def _launch_fwd(impl: str, q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _launch_fwd(impl: str, *flat: Any) -> tuple[Tensor, Tensor]:
+    inputs, features, ragged, quotient = FORWARD.split(flat)
     if impl == "torch":
         from fastgt.cpu import linear_attention as cpu
 
-        return cpu.linear_attention_fwd(q, *args)
-    require_triton(q)
+        return cpu.linear_attention_fwd(inputs, features, ragged, quotient)
+    require_triton(inputs.q)
     from fastgt.kernels.linear_attention import linear_attention_fwd
 
-    return linear_attention_fwd(q, *args)
+    return linear_attention_fwd(inputs, features, ragged, quotient)
 
 
-def _launch_bwd(impl: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_bwd(impl: str, do: Tensor, tops: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, features, ragged, quotient, needs = BACKWARD.split(flat)
     if impl == "torch":
         from fastgt.cpu import linear_attention as cpu
 
-        return cpu.linear_attention_bwd(*args)
+        return cpu.linear_attention_bwd(do, inputs, features, ragged, quotient, needs)
     from fastgt.kernels.linear_attention_backward import linear_attention_bwd
 
-    return linear_attention_bwd(*args)
+    return linear_attention_bwd(do, tops, inputs, features, ragged, quotient, needs)
 
 
 torch.library.impl("fastgt::linear_attention_fwd", "CompositeExplicitAutograd", _launch_fwd)

@@ -454,9 +454,13 @@ def _einsum(equation: str, x: Tensor, y: Tensor) -> Tensor:
         return torch.einsum(equation, x.float(), y.float()).to(x.dtype)
 
 
-def head_projection(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
-    """The definition of :func:`fastgt.head_projection`, for a mask [H] of heads."""
-    keep = mask[:, None]
+def head_projection(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, head_gate: Tensor | None = None
+) -> Tensor:
+    """See :func:`fastgt.head_projection`."""
+    heads = weight.shape[1 if x.ndim == 3 else 0]
+    gate = x.new_ones(heads, dtype=torch.bool) if head_gate is None else head_gate.detach()
+    keep = (gate != 0)[:, None]
     if x.ndim == 3:
         x = torch.where(keep, x, 0)
         out = _einsum("nhd,chd->nc", x, torch.where(keep, weight, 0))

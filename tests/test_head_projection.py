@@ -327,10 +327,10 @@ def test_nothing_waits_for_the_device():
 
     x, weight, bias, gate, _ = (t.detach() for t in case(8, 20, dtype=FP32))
     y = case(8, 20, into=False, dtype=FP32)[0].detach()
-    from fastgt.ops.head_projection import active_heads
+    from fastgt.ops.head_projection import head_order
 
     with Calls() as calls:
-        heads = active_heads(gate != 0)
+        heads = head_order(gate != 0)
     assert not {"_local_scalar_dense", "nonzero", "item", "unique"} & calls.names
     with Calls() as calls:
         kernels.head_expand(x, weight, bias, heads)

@@ -1,5 +1,6 @@
 """linear_attention against the quadratic form, in every implementation."""
 
+import inspect
 import itertools
 import math
 from dataclasses import replace
@@ -14,7 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastgt
-from fastgt import linear_attention, reference, segment_sum, sgformer_attention
+from fastgt import (
+    head_projection,
+    linear_attention,
+    reference,
+    segment_sum,
+    sgformer_attention,
+)
 from fastgt.bench.memory import peak_extra_memory
 from fastgt.contract import Features, Inputs, NeedQKV, Quotient, Ragged
 from fastgt.cpu import linear_attention as cpu
@@ -559,17 +566,20 @@ def test_sgformer(impl, heads):
     found = []
     for f in (
         lambda *t: sgformer_attention(*t, x.offsets, impl=impl),
+        lambda *t: reference.sgformer_attention(*t, x.offsets),
         lambda *t: sgformer(*t, x.offsets),
     ):
         leaves = [t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v)]
         o = f(*leaves)
         found.append([o, *torch.autograd.grad(o, leaves, x.do)])
-    for a, b in zip(*found, strict=True):
-        close(a, b)
+    for a, b, c in zip(*found, strict=True):
+        close(a, c)
+        close(b, c)
     zero = torch.zeros_like(x.q).requires_grad_()
     o = sgformer_attention(zero, zero, x.v, x.offsets, impl=impl)
     close(o, x.v)
     assert not torch.autograd.grad(o.sum(), zero)[0].any()
+    close(reference.sgformer_attention(zero, zero, x.v), x.v)
     q, k, v = (t.float() * 200 for t in (x.q, x.k, x.v))
     with torch.autocast(DEVICE, dtype=FP16):  # squares that 16 bits do not hold
         found = sgformer_attention(q, k, v, x.offsets, impl=impl).half()
@@ -648,6 +658,15 @@ def test_a_forced_implementation_runs():
     with fastgt.implementation("reference"):
         o = linear_attention(x.q, x.k, x.v, x.offsets, **x.options)
     assert torch.equal(o, attend(x, "reference"))
+
+
+@pytest.mark.parametrize("operator", [linear_attention, sgformer_attention, head_projection])
+def test_the_reference_has_the_public_signature(operator):
+    public, plain = (
+        [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+        for f in (operator, getattr(reference, operator.__name__))
+    )
+    assert plain == [parameter for parameter in public if parameter[0] != "impl"]
 
 
 def test_every_map_is_tested():

@@ -8,11 +8,14 @@ Three products, of which each is the derivative of the others, with [H, D, C] we
 
 ``heads`` is int32 [H + 1]: the active heads, in order, then the others, then how many are active.
 It is made on the tensors' device and read there, by the kernels.
+
+Each of the three ops has an autograd formula made of the other two, instead of one Function: so a
+gradient has gradients of any order, by the same kernels.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,18 +92,18 @@ def head_projection(
     if head_gate is not None:
         check_head_gate(head_gate, heads, x.device)
     impl = resolve_impl(impl, x)
-    if head_gate is None and impl != "reference":
+    if impl == "reference":
+        return reference.head_projection(x, weight, bias, head_gate)
+    if head_gate is None:
         if not into:
             return dense(x.flatten(1), weight.flatten(1), bias)
         flat = None if bias is None else bias.flatten()
         return dense(x, weight.flatten(0, 1), flat).unflatten(1, (heads, width))
-    mask = x.new_ones(heads, dtype=torch.bool) if head_gate is None else head_mask(head_gate)[0]
-    if impl == "reference":
-        return reference.head_projection(x, weight, bias, mask)
-    refuse_forward_mode(x, weight, *(() if bias is None else (bias,)))
+    refuse_forward_mode(x, weight, bias)
+    order = head_order(head_mask(head_gate)[0])
     if into:
-        return _expand(impl, x, weight, bias, active_heads(mask))
-    return _contract(impl, x, weight.permute(1, 2, 0), bias, active_heads(mask))
+        return _expand(impl, x, weight, bias, order)
+    return _contract(impl, x, weight.permute(1, 2, 0), bias, order)
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -119,7 +122,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y[:, :width].contiguous()
 
 
-def active_heads(mask: Tensor) -> Tensor:
+def head_order(mask: Tensor) -> Tensor:
     """``heads`` as above, of a mask [H]."""
     order = torch.sort(~mask, stable=True).indices
     return torch.cat([order, mask.sum()[None]]).int()
@@ -197,58 +200,71 @@ def _launch(name: str) -> Any:
     return launch
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.impl, *tensors = inputs
-    heads = tensors[-1]
-    ctx.biased = len(tensors) == 4 and tensors[2] is not None
-    ctx.save_for_backward(tensors[0], tensors[1], heads)
+class _Projection(NamedTuple):
+    """What ``head_expand`` and ``head_contract`` are called with."""
+
+    impl: str
+    x: Tensor  # or y
+    weight: Tensor
+    bias: Tensor | None
+    heads: Tensor
+
+
+class _Outer(NamedTuple):
+    """What ``head_outer`` is called with."""
+
+    impl: str
+    y: Tensor
+    x: Tensor
+    heads: Tensor
+
+
+def _save_projection(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    call = _Projection(*inputs)
+    ctx.impl, ctx.biased = call.impl, call.bias is not None
+    ctx.save_for_backward(call.x, call.weight, call.heads)
+
+
+def _save_outer(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    call = _Outer(*inputs)
+    ctx.impl = call.impl
+    ctx.save_for_backward(call.y, call.x, call.heads)
 
 
 def _expand_backward(ctx: Any, dy: Tensor) -> tuple:
     x, weight, heads = ctx.saved_tensors
-    _, need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+    need = _Projection(*ctx.needs_input_grad)
     dbias = None
-    if ctx.biased and need_bias:
+    if ctx.biased and need.bias:
         order, count = heads[:-1].long(), heads[-1]
         ranks = torch.arange(len(order), device=order.device)
         mask = torch.zeros_like(order, dtype=torch.bool).scatter(0, order, ranks < count)
         dbias = torch.where(mask[:, None], dy.sum(0), 0)
-    return (
-        None,
-        _contract(ctx.impl, dy, weight, None, heads) if need_x else None,
-        _outer(ctx.impl, dy, x, heads) if need_weight else None,
-        dbias,
-        None,
-    )
+    dx = _contract(ctx.impl, dy, weight, None, heads) if need.x else None
+    dweight = _outer(ctx.impl, dy, x, heads) if need.weight else None
+    return None, dx, dweight, dbias, None
 
 
 def _contract_backward(ctx: Any, dz: Tensor) -> tuple:
     y, weight, heads = ctx.saved_tensors
-    _, need_y, need_weight, need_bias, _ = ctx.needs_input_grad
-    return (
-        None,
-        _expand(ctx.impl, dz, weight, None, heads) if need_y else None,
-        _outer(ctx.impl, y, dz, heads) if need_weight else None,
-        dz.sum(0) if ctx.biased and need_bias else None,
-        None,
-    )
+    need = _Projection(*ctx.needs_input_grad)
+    dy = _expand(ctx.impl, dz, weight, None, heads) if need.x else None
+    dweight = _outer(ctx.impl, y, dz, heads) if need.weight else None
+    return None, dy, dweight, dz.sum(0) if ctx.biased and need.bias else None, None
 
 
 def _outer_backward(ctx: Any, dweight: Tensor) -> tuple:
     y, x, heads = ctx.saved_tensors
-    _, need_y, need_x, _ = ctx.needs_input_grad
-    return (
-        None,
-        _expand(ctx.impl, x, dweight, None, heads) if need_y else None,
-        _contract(ctx.impl, y, dweight, None, heads) if need_x else None,
-        None,
-    )
+    need = _Outer(*ctx.needs_input_grad)
+    dy = _expand(ctx.impl, x, dweight, None, heads) if need.y else None
+    dx = _contract(ctx.impl, y, dweight, None, heads) if need.x else None
+    return None, dy, dx, None
 
 
-for _name, _backward in (
-    ("head_expand", _expand_backward),
-    ("head_contract", _contract_backward),
-    ("head_outer", _outer_backward),
+for _name, _backward, _save in (
+    ("head_expand", _expand_backward, _save_projection),
+    ("head_contract", _contract_backward, _save_projection),
+    ("head_outer", _outer_backward, _save_outer),
 ):
     torch.library.impl(f"fastgt::{_name}", "CompositeExplicitAutograd", _launch(_name))
     torch.library.register_autograd(f"fastgt::{_name}", _backward, setup_context=_save)

@@ -8,7 +8,10 @@ SHAPES = gt_zinc gt_sbm gps_cluster gps_wide gps_zinc scene_graphs one_head
 TARGETS = sm_80 sm_90 sm_100 gfx942
 ORDERED = cora mesh amazon_computers tolokers debian moby power_law
 
-.PHONY: setup test-setup demo test matrix matrix-lowest matrix-highest bench gpu budget lint clean
+CHECKED = tests/test_package.py tests/test_versions.py::test_values_and_gradients \
+  tests/test_versions.py::test_every_public_operator_is_here tests/test_versions.py::test_graphs_travel
+
+.PHONY: setup test-setup demo check test matrix matrix-lowest matrix-highest bench gpu budget lint clean
 
 setup: $(VENV)/demo.stamp
 
@@ -16,6 +19,13 @@ test-setup: $(VENV)/test.stamp
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/fastgt demo
+
+# for every commit: what is read, and every operator once, forward and backward
+check: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fastgt
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 8 $(CHECKED)
 
 # a process for each core, which has whole files: threads of its own would stand in the others' way
 test: $(VENV)/test.stamp

@@ -189,6 +189,12 @@ EVERY = pytest.mark.parametrize(
 )
 
 
+def test_every_public_operator_is_here():
+    """What ``make check`` says of this file."""
+    others = {"Aux", "AuxRequest", "Graph", "implementation", "prune_heads"}
+    assert {name.partition(",")[0] for name in OPERATORS} == set(fastgt.__all__) - others
+
+
 def evaluate(name: str, p: Problem, impl: str, dtype: torch.dtype | None = None) -> dict:
     """-> outputs and gradients by name, of numbers that are the same in every dtype."""
     operator = OPERATORS[name]

@@ -33,7 +33,7 @@ test: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy fastgt
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
-	$(BIN)/pytest bench --benchmark-disable
+	$(BIN)/pytest tools --benchmark-disable
 
 # The lowest and the highest versions declared; each environment takes several gigabytes of cache.
 matrix: matrix-lowest matrix-highest
@@ -54,7 +54,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m fastgt.bench.reordering $(ORDERED:%=--problem %) \
 	  --json bench/results/reordering-cpu.json
 	$(BIN)/python -m fastgt.bench.traffic --json bench/results/traffic.json
-	$(BIN)/fastgt bench --render
+	$(BIN)/python tools/render.py
 
 # All that a GPU is for, within 10 minutes, on a machine that fetches nothing: no environment is
 # made. OUT: folder of results; CARRIED: folder that `python -m fastgt.bench.gpu --pack` made.

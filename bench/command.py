@@ -107,19 +107,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--tune",
         action="store_true",
         help="measure on --device which path attention takes through a graph, and write the table "
-        "of plans; no benchmark runs",
-    )
-    parser.add_argument(
-        "--render",
-        action="store_true",
-        help="make the README's tables and plots of a checkout from its result files; no "
-        "benchmark runs",
+        "of plans, and seconds of other tiles to the file of --json; no benchmark runs",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.render or args.tune:
-        return _instead(args)
+    if args.tune:
+        from fastgt.bench import tune
+
+        tune.run(args.device, args.json)
+        return 0
     if args.plot is not None:
         import matplotlib  # noqa: F401  an absent extra must show before minutes of measuring
     _check(args)
@@ -240,20 +237,6 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option} {path}: {error.strerror}") from error
         if option != "plot" and path.is_dir():
             raise ValueError(f"--{option} {path}: it is a folder")
-
-
-def _instead(args: argparse.Namespace) -> int:
-    if args.render and args.tune:
-        raise ValueError("--render and --tune: one at a time")
-    if args.render:
-        from fastgt.bench import render
-
-        render.run()
-    else:
-        from fastgt.bench import tune
-
-        tune.run(args.device)
-    return 0
 
 
 def _chosen(args: argparse.Namespace) -> Iterator[_Choice]:

@@ -12,7 +12,8 @@ attention and masked heads; launches and CUDA graphs; plans and tiles. Each step
 ``--out``, written as its rows come in, and tasks in processes of their own: a crash costs one of
 them, and what time does not allow is named.
 
-Here, after: ``python -m fastgt.bench.gpu --collect DIR`` makes committed results of that folder.
+Here, after: ``python -m fastgt.bench.gpu --collect DIR --results bench/results`` makes committed
+results of that folder.
 """
 
 from __future__ import annotations
@@ -60,12 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--peer-path", type=Path, metavar="DIR", help="for --pack: as for fastgt bench"
     )
     parser.add_argument("--collect", type=Path, metavar="DIR", help="what a GPU's --out came to")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="for --collect: the folder of results"
+    )
     args = parser.parse_args(argv)
     try:
         if args.pack is not None:
             return _pack(args.pack, args.peer_path)
         if args.collect is not None:
-            return _collect(args.collect)
+            return _collect(args.collect, args.results)
         return gpu_session.run(args)
     except (OSError, RuntimeError, ValueError) as error:
         return _cannot(error)
@@ -84,10 +88,12 @@ def _pack(folder: Path, peer_path: Path | None) -> int:
     return 0
 
 
-def _collect(folder: Path) -> int:
+def _collect(folder: Path, results: Path | None) -> int:
     from fastgt.bench import gpu_collect
 
-    for line in gpu_collect.collect(folder):
+    if results is None:
+        raise ValueError(f"--collect {folder}: name the folder of results with --results")
+    for line in gpu_collect.collect(folder, results):
         print(line)
     return 0
 

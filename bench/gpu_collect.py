@@ -10,13 +10,13 @@ from typing import Any
 
 from fastgt import files
 from fastgt.bench import gpu_session, table, tune
-from fastgt.bench.render import RESULTS, slug_of
+from fastgt.bench.harness import slug_of
 
 Rows = list[dict[str, Any]]
 NOT_RUN = "not run"
 
 
-def collect(folder: Path, results: Path = RESULTS, plans: Path | None = None) -> Iterator[str]:
+def collect(folder: Path, results: Path, plans: Path | None = None) -> Iterator[str]:
     """Write the rows of the session's files into those of its device; -> what was written::
 
         attention.json, linear.json    results/DEVICE.json, in the place of the same measurements

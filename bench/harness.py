@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
@@ -365,6 +366,11 @@ def commit() -> str:
     except FileNotFoundError:  # no git
         return UNKNOWN
     return run.stdout.strip() or UNKNOWN
+
+
+def slug_of(name: str) -> str:
+    """A GPU's name in those of its files."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def version(name: str) -> str:

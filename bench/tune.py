@@ -260,8 +260,9 @@ def _with_tiles(path: str, change: dict[str, float], call: timing.Call) -> timin
     return changed
 
 
-def run(name: str, path: Path | None = None) -> None:
-    """Measure on the device of that name, and write the table: the package's own, or ``path``.
+def run(name: str, tiles_file: Path | None = None, path: Path | None = None) -> None:
+    """Measure on the device of that name, and write the table: the package's own, or ``path``;
+    and seconds of other tiles to ``tiles_file``, if there is one.
 
     Raises:
         RuntimeError: It is no GPU, or there is none of that name.
@@ -274,8 +275,6 @@ def run(name: str, path: Path | None = None) -> None:
         old = json.loads(path.read_text()) if path.exists() else []
         write_plans(path, merged(old, tune(device)))
     print(path)
-    from fastgt.bench.render import RESULTS, slug
-
-    measured = RESULTS / f"tiles-{slug(device)}.json"
-    write(measured, (json.dumps(tune_tiles(device), indent=1) + "\n").encode())
-    print(measured)
+    if tiles_file is not None:
+        write(tiles_file, (json.dumps(tune_tiles(device), indent=1) + "\n").encode())
+        print(tiles_file)

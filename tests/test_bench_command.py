@@ -302,7 +302,6 @@ def test_unknown_names_are_refused_with_the_nearest(options, message, capsys):
         (["--device", "tpu"], "--device must be cpu or cuda, got tpu"),
         (["--compare", "absent.json"], "--compare absent.json: "),
         (["--tune", "--device", "cpu"], "tuning needs a GPU"),
-        (["--tune", "--render"], "one at a time"),
         (["attention", "--peers", "anemoi"], "name their folder with --peer-path"),
         (["segment_softmax", "--width", "5"], "segment_softmax has heads and widths of its own"),
         (["gps", "--shapes", "gt_zinc"], "gps has heads and widths of its own"),

@@ -6,8 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+import render
 
-from fastgt.bench import gpu, gpu_collect, gpu_pack, gpu_session, harness, peer_paths, render
+from fastgt.bench import gpu, gpu_collect, gpu_pack, gpu_session, harness, peer_paths
 from fastgt.bench.gpu_benchmarks import ATTENTION
 from fastgt.testing import PROBLEMS
 
@@ -288,6 +289,9 @@ def test_a_rehearsal_is_no_result(home):
 def test_collect_says_what_it_cannot(tmp_path):
     command = [sys.executable, "-m", "fastgt.bench.gpu", "--collect", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "name the folder of results with --results" in run.stderr
+    run = subprocess.run([*command, "--results", str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.startswith(
         f"fastgt.bench.gpu: --collect {tmp_path}: it holds none of environment.json, correctness"

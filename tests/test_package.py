@@ -344,10 +344,10 @@ def test_readme_code_runs():
 
 
 def test_readme_figures_are_those_of_the_result_files():
-    from fastgt.bench import render
+    import render
 
     readme = (ROOT / "README.md").read_text()
-    assert render.rendered(readme) == readme, "run `python -m fastgt.bench.render`"
+    assert render.rendered(readme) == readme, "run `python tools/render.py`"
 
 
 def test_public_names_have_docstrings():

@@ -1,4 +1,4 @@
-"""The same measurements under pytest-benchmark: ``pytest bench``, with its own options.
+"""The same measurements under pytest-benchmark: ``pytest tools``, with its own options.
 
 ``--benchmark-disable`` runs every case once. Providers are verified before they are timed; who
 disagrees is an expected failure, who is absent is skipped. On a GPU a round is waited for, and

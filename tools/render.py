@@ -1,6 +1,6 @@
 """The README's tables and plots from result files, so that no figure is typed by hand.
 
-``fastgt bench --render`` rewrites, in ``README.md``, what stands between a marker and
+``python tools/render.py`` rewrites, in ``README.md``, what stands between a marker and
 ``<!-- end -->``, from ``bench/results/FILE.json``, and draws the plots of benchmark results beside
 them, in ``bench/results/plots``:
 
@@ -22,28 +22,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastgt import files
 from fastgt.bench import table, targets
 from fastgt.bench.table import SPREAD, usual
 from fastgt.testing import SCALING
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
+RESULTS = ROOT / "bench" / "results"
 PLOTTED = ("attention", "transformer_conv", "performer", "masked_heads")
 Rows = list[dict[str, Any]]
 
 
 def run() -> None:
-    """Rewrite the README of the checkout, and its plots.
-
-    Raises:
-        FileNotFoundError: This is no checkout.
-    """
+    """Rewrite the README of the checkout, and its plots."""
     readme = ROOT / "README.md"
-    if not readme.is_file() or not RESULTS.is_dir():
-        raise FileNotFoundError(f"{readme}: --render needs a checkout, and this is none")
     files.write(readme, rendered(readme.read_text()).encode())
     print(readme)
     from fastgt.bench.plots import plot
@@ -54,15 +46,6 @@ def run() -> None:
             mine = [row for row in rows if row["operator"] in PLOTTED]
             for drawn in plot(mine, RESULTS / "plots" / path.stem):
                 print(drawn)
-
-
-def slug(device: torch.device) -> str:
-    """A GPU's name in those of its files."""
-    return slug_of(torch.cuda.get_device_name(device))
-
-
-def slug_of(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def rendered(readme: str) -> str:

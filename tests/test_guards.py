@@ -1,8 +1,11 @@
 """Modules and models refuse what operators refuse, in the same words."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from module_cases import MODULES, Given
 
 from fastgt import Graph
 from fastgt.models import (
@@ -14,17 +17,11 @@ from fastgt.models import (
     GraphTransformerConfig,
 )
 from fastgt.models.graph_transformer import GraphTransformerEdgeLayer, GraphTransformerLayer
-from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
 from fastgt.nn import (
-    EdgeGatedAttention,
     HeadGate,
-    LinearAttention,
     NeighborhoodAttention,
-    PerformerAttention,
-    TransformerConv,
     VirtualNode,
 )
-from fastgt.pruning import SkipLayer, TokenPruning
 
 N, E, DIM = 4, 6, 8
 EDGES = torch.tensor([[0, 1, 2, 3, 0, 1], [1, 2, 3, 0, 2, 3]])
@@ -35,94 +32,85 @@ WORD_PTR, WORD = torch.tensor([0, 2, 2, 3, 5]), torch.tensor([4, 0, 1, 2, 2])
 SMALL = {"dim": DIM, "heads": 2, "layers": 2}
 
 
-def no_heads():
-    return HeadGate(torch.zeros(2))
-
-
-# how it is made, and called with a graph
-TAKE_A_GRAPH = {
-    "NeighborhoodAttention": (lambda: NeighborhoodAttention(DIM, 2), lambda m, g: m(X, g)),
-    "NeighborhoodAttention without heads": (
-        lambda: NeighborhoodAttention(DIM, 2, head_gate=no_heads()),
-        lambda m, g: m(X, g),
-    ),
-    "EdgeGatedAttention": (lambda: EdgeGatedAttention(DIM, 2), lambda m, g: m(X, EDGE, g)),
-    "TransformerConv": (lambda: TransformerConv(DIM, 4), lambda m, g: m(X, g)),
-    "GraphTransformerLayer": (lambda: GraphTransformerLayer(DIM, 2), lambda m, g: m(X, g)),
-    "GraphTransformerEdgeLayer": (
-        lambda: GraphTransformerEdgeLayer(DIM, 2),
-        lambda m, g: m(X, EDGE, g),
-    ),
-    "GraphTransformer": (
-        lambda: GraphTransformer(GraphTransformerConfig(3, 2, **SMALL)),
-        lambda m, g: m(NODE_TYPE, g),
-    ),
-    "EdgeGraphTransformer": (
-        lambda: EdgeGraphTransformer(EdgeGraphTransformerConfig(3, 2, pe_dim=0, **SMALL)),
-        lambda m, g: m(NODE_TYPE, EDGE_TYPE, g),
-    ),
-    "GraphClassifier": (
-        lambda: GraphClassifier(GraphClassifierConfig(3, 2, **SMALL)),
-        lambda m, g: m(NODE_TYPE, g),
-    ),
-    "PackageClassifier": (
-        lambda: PackageClassifier(PackageClassifierConfig(5, 2, 3, **SMALL)),
-        lambda m, g: m(WORD_PTR, WORD, g, EDGE_TYPE),
-    ),
-    "TokenPruning": (lambda: TokenPruning(DIM), lambda m, g: m(X, g)),
-    "SkipLayer": (lambda: SkipLayer(GraphTransformerLayer(DIM, 2)), lambda m, g: m(X, g)),
+GIVEN = Given(
+    GRAPH,
+    torch.tensor([0, 2, 4]),
+    X,
+    EDGE,
+    torch.zeros(2, DIM),
+    NODE_TYPE,
+    EDGE_TYPE,
+    word_ptr=WORD_PTR,
+    word=WORD,
+)
+OPTIONS = {
+    "GraphTransformer": {"layers": 2},
+    "EdgeGraphTransformer": {"layers": 2, "pe_dim": 0},
+    "GraphClassifier": {"layers": 2},
+    "PackageClassifier": {"layers": 2},
 }
+TAKE_A_GRAPH = (
+    "NeighborhoodAttention",
+    "NeighborhoodAttention without heads",
+    "EdgeGatedAttention",
+    "TransformerConv",
+    "GraphTransformerLayer",
+    "GraphTransformerEdgeLayer",
+    "GraphTransformer",
+    "EdgeGraphTransformer",
+    "GraphClassifier",
+    "PackageClassifier",
+    "TokenPruning",
+    "SkipLayer",
+)
+TAKE_OFFSETS = (
+    "LinearAttention",
+    "LinearAttention without heads",
+    "PerformerAttention",
+    "VirtualNode",
+)
+
+
+def made(name):
+    kind, _, without_heads = name.partition(" without ")
+    options = {"head_gate": HeadGate(torch.zeros(2))} if without_heads else OPTIONS.get(kind, {})
+    return MODULES[kind].make(DIM, 2, **options)
+
+
+def call(name, **changes):
+    return MODULES[name.partition(" without ")[0]].call(made(name), replace(GIVEN, **changes))
 
 
 @pytest.mark.parametrize("name", TAKE_A_GRAPH)
 def test_an_edge_index_is_no_graph(name):
-    make, call = TAKE_A_GRAPH[name]
     for wrong in (EDGES, EDGES.tolist(), None, "graph"):
         found = type(wrong).__name__
         message = (
             rf"graph must be a fastgt\.Graph, got {found}: make one, for all calls, with Graph"
         )
         with pytest.raises(TypeError, match=message):
-            call(make(), wrong)
-    call(make(), GRAPH)
-
-
-TAKE_OFFSETS = {
-    "LinearAttention": (lambda: LinearAttention(DIM, 2), lambda m, o: m(X, o)),
-    "LinearAttention without heads": (
-        lambda: LinearAttention(DIM, 2, head_gate=no_heads()),
-        lambda m, o: m(X, o),
-    ),
-    "PerformerAttention": (lambda: PerformerAttention(DIM, 2), lambda m, o: m(X, o)),
-    "VirtualNode": (lambda: VirtualNode(DIM), lambda m, o: m(X, torch.zeros(2, DIM), o)),
-}
+            call(name, graph=wrong)
+    call(name)
 
 
 @pytest.mark.parametrize("name", TAKE_OFFSETS)
 def test_a_graph_is_no_offsets(name):
-    make, call = TAKE_OFFSETS[name]
     with pytest.raises(TypeError, match="offsets must be a tensor of integers, got Graph: its gra"):
-        call(make(), GRAPH)
+        call(name, offsets=GRAPH)
     with pytest.raises(TypeError, match="offsets must be a tensor of integers, got list"):
-        call(make(), [0, 2, 4])
+        call(name, offsets=[0, 2, 4])
     with pytest.raises(ValueError, match=r"offsets must be \[G \+ 1\], got \[2, 6\]"):
-        call(make(), EDGES)
+        call(name, offsets=EDGES)
     with pytest.raises(ValueError, match="offsets ends at 3 but there are 4 nodes"):
-        call(make(), torch.tensor([0, 2, 3]))
-    call(make(), torch.tensor([0, 2, 4]))
+        call(name, offsets=torch.tensor([0, 2, 3]))
+    call(name)
 
 
 @pytest.mark.parametrize("name", [*TAKE_OFFSETS, "NeighborhoodAttention", "EdgeGatedAttention"])
 def test_features_are_tensors(name):
     """x, and the context of an attention between two sets of nodes."""
-    module = (TAKE_OFFSETS.get(name) or TAKE_A_GRAPH[name])[0]()
-    others = {
-        "VirtualNode": (torch.zeros(2, DIM), torch.tensor([0, 2, 4])),
-        "NeighborhoodAttention": (GRAPH,),
-        "EdgeGatedAttention": (EDGE, GRAPH),
-    }.get(name, (torch.tensor([0, 2, 4]),))
     with pytest.raises(TypeError, match="x must be a tensor, got ndarray"):
-        module(X.numpy(), *others)
+        call(name, x=X.numpy())
 
 
 def test_nodes_that_do_not_fit_the_graph_are_refused():
@@ -157,8 +145,8 @@ CASES = [(model, name) for model, (types, _) in TYPED.items() for name in types]
 def call_typed(model, **changes):
     types, others = TYPED[model]
     torch.manual_seed(0)
-    made = TAKE_A_GRAPH[model][0]().eval()
-    return made(**{name: x for name, (x, _) in types.items()} | others | changes)
+    module = made(model).eval()
+    return module(**{name: x for name, (x, _) in types.items()} | others | changes)
 
 
 @pytest.mark.parametrize(("model", "name"), CASES)

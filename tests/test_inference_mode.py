@@ -9,32 +9,19 @@ from typing import Any
 import pytest
 import torch
 from graph_cases import SIX, assert_same
+from module_cases import MODULES, Given
 from torch import Tensor, nn
 
 import fastgt
 from fastgt import Graph, plans, tiles
-from fastgt.models import (
-    EdgeGraphTransformer,
-    EdgeGraphTransformerConfig,
-    GraphClassifier,
-    GraphClassifierConfig,
-    GraphTransformer,
-    GraphTransformerConfig,
-)
 from fastgt.nn import (
-    EdgeGatedAttention,
     HeadGate,
-    LinearAttention,
     NeighborhoodAttention,
-    PerformerAttention,
-    TransformerConv,
-    VirtualNode,
 )
 from fastgt.pruning import (
     GradualPruning,
     HeadSparsity,
     SkipLayer,
-    TokenPruning,
     prune_heads,
     prune_layers,
 )
@@ -217,60 +204,40 @@ def gradients(operator: Callable[..., Tensor], graph: Graph) -> list[Tensor]:
 
 
 TYPES = torch.tensor([0, 1, 2, 0, 1, 2])
-MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Graph], Any]]] = {
-    "NeighborhoodAttention": (
-        lambda: NeighborhoodAttention(8, 2),
-        lambda m, g: m(torch.ones(6, 8), g),
-    ),
-    "EdgeGatedAttention": (
-        lambda: EdgeGatedAttention(8, 2),
-        lambda m, g: m(torch.ones(6, 8), torch.ones(5, 8), g)[0],
-    ),
-    "LinearAttention": (
-        lambda: LinearAttention(8, 2),
-        lambda m, g: m(torch.ones(6, 8), g.graph_ptr),
-    ),
-    "PerformerAttention": (
-        lambda: PerformerAttention(8, 2),
-        lambda m, g: m(torch.ones(6, 8), g.graph_ptr),
-    ),
-    "TransformerConv": (
-        lambda: TransformerConv(8, 4, 2, edge_dim=3),
-        lambda m, g: m(torch.ones(6, 8), g, torch.ones(5, 3)),
-    ),
-    "VirtualNode": (
-        lambda: VirtualNode(8),
-        lambda m, g: m(torch.ones(6, 8), torch.ones(2, 8), g.graph_ptr)[1],
-    ),
-    "TokenPruning": (
-        lambda: TokenPruning(8),
-        lambda m, g: m(torch.arange(48.0).view(6, 8).sin(), g).x,
-    ),
-    "GraphTransformer": (
-        lambda: GraphTransformer(GraphTransformerConfig(3, 2, dim=8, heads=2, layers=1, pe_dim=0)),
-        lambda m, g: m(TYPES, g),
-    ),
-    "EdgeGraphTransformer": (
-        lambda: EdgeGraphTransformer(
-            EdgeGraphTransformerConfig(dim=8, heads=2, layers=1, pe_dim=0)
-        ),
-        lambda m, g: m(TYPES, torch.zeros(5, dtype=torch.long), g),
-    ),
-    "GraphClassifier": (
-        lambda: GraphClassifier(GraphClassifierConfig(3, 2, dim=8, heads=2, layers=1)),
-        lambda m, g: m(TYPES, g),
-    ),
+SMALL = {"layers": 1}
+# the options of modules that are called with a graph of a validation
+VALIDATED: dict[str, dict[str, Any]] = {
+    "NeighborhoodAttention": {},
+    "EdgeGatedAttention": {},
+    "LinearAttention": {},
+    "PerformerAttention": {},
+    "TransformerConv with edges": {"edge_dim": 8},
+    "VirtualNode": {},
+    "TokenPruning": {},
+    "GraphTransformer": SMALL,
+    "EdgeGraphTransformer": SMALL | {"pe_dim": 0},
+    "GraphClassifier": SMALL,
 }
 
 
-@pytest.mark.parametrize("name", MODULES)
+def first_output(name: str, module: nn.Module, graph: Graph) -> Tensor:
+    """Of a virtual node the second one, which its parameters make."""
+    x = torch.arange(48.0).view(6, 8).sin()
+    kinds = torch.zeros(5, dtype=torch.long)
+    given = Given(graph, graph.graph_ptr, x, torch.ones(5, 8), torch.ones(2, 8), TYPES, kinds)
+    out = MODULES[name].call(module, given)
+    if isinstance(out, Tensor):
+        return out
+    return out.x if name == "TokenPruning" else out[name == "VirtualNode"]
+
+
+@pytest.mark.parametrize("name", VALIDATED)
 def test_modules_train_after_a_validation(name: str) -> None:
-    make, call = MODULES[name]
-    module = make()
+    module = MODULES[name].make(8, 2, **VALIDATED[name])
     with torch.inference_mode():
         graph = batch()
-        call(module.eval(), graph)
-    call(module.train(), graph).square().sum().backward()
+        first_output(name, module.eval(), graph)
+    first_output(name, module.train(), graph).square().sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in module.parameters())
 
 

@@ -5,10 +5,14 @@ operator between is the reference.
 """
 
 import copy
+from collections.abc import Callable
+from typing import NamedTuple
 
+import module_cases
 import pytest
 import torch
 from attention_cases import DEVICE, FP32, FP64, close
+from module_cases import Given
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from torch.nn.modules import module as torch_module
@@ -16,26 +20,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._pytree import tree_map
 
 from fastgt import AuxRequest, Graph, linear_attention, neighborhood_attention, virtual_node
-from fastgt.models import (
-    EdgeGraphTransformer,
-    EdgeGraphTransformerConfig,
-    GraphClassifier,
-    GraphClassifierConfig,
-    GraphTransformer,
-    GraphTransformerConfig,
-)
-from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
 from fastgt.nn import (
-    EdgeGatedAttention,
     HeadGate,
-    LinearAttention,
-    NeighborhoodAttention,
-    PerformerAttention,
-    TransformerConv,
-    VirtualNode,
 )
 from fastgt.nn.sublayers import is_plain_linear
-from fastgt.pruning import GradualPruning, TokenPruning, prune_heads
+from fastgt.pruning import GradualPruning, prune_heads
 
 DIM, HEADS, EDGE_DIM = 12, 4, 5
 GATES = {
@@ -126,50 +115,48 @@ def virtual(m, x, e, graph, gate):
     return y, m.update(pooled)
 
 
-# how it is made, its definition, how it is called, and its linear layers
+class Defined(NamedTuple):
+    """A module and its options, its definition, and its linear layers."""
+
+    kind: str
+    options: dict
+    definition: Callable
+    layers: tuple[str, ...]
+
+    def make(self):
+        return module_cases.MODULES[self.kind].make(DIM, HEADS, **self.options)
+
+    def call(self, m, x, e, graph, gate):
+        how = {"head_gate": gate} if self.kind in TAKE_A_GATE else {}
+        return module_cases.MODULES[self.kind].call(m, Given(graph, graph.graph_ptr, x, e), **how)
+
+
+TAKE_A_GATE = ("NeighborhoodAttention", "EdgeGatedAttention", "LinearAttention")
 MODULES = {
-    "neighborhood": (
-        lambda: NeighborhoodAttention(DIM, HEADS),
-        neighborhood,
-        lambda m, x, e, graph, gate: m(x, graph, head_gate=gate),
-        ("q", "k", "v", "out"),
+    "neighborhood": Defined("NeighborhoodAttention", {}, neighborhood, ("q", "k", "v", "out")),
+    "grouped": Defined(
+        "NeighborhoodAttention", {"kv_heads": 2}, neighborhood, ("q", "k", "v", "out")
     ),
-    "grouped": (
-        lambda: NeighborhoodAttention(DIM, HEADS, kv_heads=2),
-        neighborhood,
-        lambda m, x, e, graph, gate: m(x, graph, head_gate=gate),
-        ("q", "k", "v", "out"),
-    ),
-    "edge": (
-        lambda: EdgeGatedAttention(DIM, HEADS, edge_dim=EDGE_DIM, bias=True),
+    "edge": Defined(
+        "EdgeGatedAttention",
+        {"edge_dim": EDGE_DIM, "bias": True},
         edge_gated,
-        lambda m, x, e, graph, gate: m(x, e, graph, head_gate=gate),
         ("q", "k", "v", "gate", "out", "edge_out"),
     ),
-    "linear": (
-        lambda: LinearAttention(DIM, HEADS),
-        linear,
-        lambda m, x, e, graph, gate: m(x, graph.graph_ptr, head_gate=gate),
-        ("q", "k", "v", "out"),
-    ),
-    "performer": (
-        lambda: PerformerAttention(DIM, HEADS, DIM // HEADS),
+    "linear": Defined("LinearAttention", {}, linear, ("q", "k", "v", "out")),
+    "performer": Defined(
+        "PerformerAttention",
+        {"head_channels": DIM // HEADS},
         performer,
-        lambda m, x, e, graph, gate: m(x, graph.graph_ptr),
         ("q", "k", "v", "attn_out"),
     ),
-    "conv": (
-        lambda: TransformerConv(DIM, DIM // HEADS, HEADS, edge_dim=EDGE_DIM, beta=True),
+    "conv": Defined(
+        "TransformerConv with edges",
+        {"edge_dim": EDGE_DIM, "beta": True},
         transformer_conv,
-        lambda m, x, e, graph, gate: m(x, graph, e),
         ("lin_query", "lin_key", "lin_value", "lin_edge", "lin_skip", "lin_beta"),
     ),
-    "virtual node": (
-        lambda: VirtualNode(DIM),
-        virtual,
-        lambda m, x, e, graph, gate: m(x, None, graph.graph_ptr),
-        ("update.0", "update.3"),
-    ),
+    "virtual node": Defined("VirtualNode", {}, virtual, ("update.0", "update.3")),
 }
 
 
@@ -394,10 +381,9 @@ def run(module, call, dtype=FP64, gate=None, seed=None):
 
 def changed(name, change, layers=None, dtype=FP64):
     """A module whose linear layers, or those of these names, are changed."""
-    made, _, _, all_layers = MODULES[name]
     torch.manual_seed(0)
-    module = made().to(DEVICE, dtype)
-    for path in layers or all_layers:
+    module = MODULES[name].make().to(DEVICE, dtype)
+    for path in layers or MODULES[name].layers:
         parent, _, short = path.rpartition(".")
         parent = module.get_submodule(parent)
         setattr(parent, short, change(getattr(parent, short)))
@@ -405,10 +391,10 @@ def changed(name, change, layers=None, dtype=FP64):
 
 
 def assert_is_its_definition(make, name, gate, dtype=FP64, tolerance=1e-9):
-    _, definition, call, _ = MODULES[name]
+    defined = MODULES[name]
     # one for each: a call may change a layer, as spectral norms in training do
-    found = run(make(), call, dtype, gate)
-    wanted = run(make(), definition, dtype, gate)
+    found = run(make(), defined.call, dtype, gate)
+    wanted = run(make(), defined.definition, dtype, gate)
     assert found.keys() == wanted.keys()
     for key, x in wanted.items():
         close(found[key], x, key, tolerance)
@@ -422,12 +408,12 @@ CASES = [(name, gate) for name in MODULES for gate in GATES if name in GATED or 
 @pytest.mark.parametrize(("name", "gate"), CASES)
 def test_a_changed_layer_is_called(name, gate, change):
     """Each layer alone, and all of them."""
-    layers = MODULES[name][3]
+    layers = MODULES[name].layers
     for only in (*([layer] for layer in layers), layers):
         assert_is_its_definition(lambda only=only: changed(name, change, only), name, GATES[gate])
     # the change is one that can be seen
     plain, module = (changed(name, f) for f in (lambda layer: layer, change))
-    found = [run(m, MODULES[name][2], gate=GATES["no gate"]) for m in (plain, module)]
+    found = [run(m, MODULES[name].call, gate=GATES["no gate"]) for m in (plain, module)]
     if change is not biased or name == "conv":
         assert any(not torch.equal(x, found[1].get(key, x)) for key, x in found[0].items())
 
@@ -466,16 +452,17 @@ def mesh(tmp_path):
 def test_sharded_layers_are_called(name, gate, whole, mesh):
     from torch.distributed.fsdp import fully_shard
 
-    _, definition, call, layers = MODULES[name]
+    defined = MODULES[name]
     module = changed(name, lambda layer: layer)
-    wanted = run(module, definition, gate=GATES[gate])
-    for path in layers:
+    wanted = run(module, defined.definition, gate=GATES[gate])
+    for path in defined.layers:
         fully_shard(module.get_submodule(path), mesh=mesh)
     if whole:
         fully_shard(module, mesh=mesh)
     x, e, graph = batch()
     x.requires_grad_()
-    found = call(module, x, e, graph, None if GATES[gate] is None else GATES[gate].double())
+    gates = None if GATES[gate] is None else GATES[gate].double()
+    found = defined.call(module, x, e, graph, gates)
     outs = found if isinstance(found, tuple) else (found,)
     weights = [torch.linspace(-1, 1, y.numel(), dtype=FP64) for y in outs]
     sum((w * y.flatten()).sum() for w, y in zip(weights, outs, strict=True)).backward()
@@ -511,14 +498,14 @@ def test_hooks_of_all_modules_see_every_layer(name, gate, hook):
     module, seen = changed(name, lambda layer: layer), []
     handle = GLOBAL_HOOKS[hook](seen)
     try:
-        found = run(module, MODULES[name][2], gate=GATES[gate])
+        found = run(module, MODULES[name].call, gate=GATES[gate])
     finally:
         handle.remove()
-    layers = [module.get_submodule(path) for path in MODULES[name][3]]
+    layers = [module.get_submodule(path) for path in MODULES[name].layers]
     # of no heads at all, no gradient is asked for before the last layer
     if "backward" not in hook or gate != "none left":
         assert {id(m) for m in layers} <= {id(m) for m in seen}
-    for key, x in run(module, MODULES[name][1], gate=GATES[gate]).items():
+    for key, x in run(module, MODULES[name].definition, gate=GATES[gate]).items():
         close(found[key], x, key)
 
 
@@ -526,7 +513,7 @@ def test_hooks_of_all_modules_see_every_layer(name, gate, hook):
 @pytest.mark.parametrize(("name", "gate"), [c for c in CASES if c[1] in ("no gate", "[H]")])
 def test_called_layers_compile_whole(name, gate, change):
     torch._dynamo.reset()
-    module, call = changed(name, change), MODULES[name][2]
+    module, call = changed(name, change), MODULES[name].call
     x, e, graph = batch()
     values = None if GATES[gate] is None else GATES[gate].to(DEVICE, FP64)
     compiled = torch.compile(
@@ -541,32 +528,21 @@ def types(high, size):
     return torch.arange(size, device=DEVICE) % high
 
 
+# name -> what it is, and its options
 MODELS = {
-    "nodes": lambda gate: (
-        GraphTransformer(GraphTransformerConfig(3, 2, dim=16, heads=HEADS, layers=2, pe_dim=2)),
-        lambda g: (types(3, 9), g, torch.ones(9, 2, device=DEVICE)),
-    ),
-    "edges": lambda gate: (
-        EdgeGraphTransformer(EdgeGraphTransformerConfig(dim=16, heads=HEADS, layers=2, pe_dim=2)),
-        lambda g: (types(28, 9), types(4, 18), g, torch.ones(9, 2, device=DEVICE)),
-    ),
-    "graphs": lambda gate: (
-        GraphClassifier(GraphClassifierConfig(3, 2, dim=16, heads=HEADS, layers=2, gated=True)),
-        lambda g: (types(3, 9), g),
-    ),
-    "packages": lambda gate: (
-        PackageClassifier(PackageClassifierConfig(5, 4, 3, dim=16, heads=HEADS)),
-        lambda g: (torch.arange(10, device=DEVICE), types(5, 9), g, types(4, 18)),
-    ),
-    "tokens": lambda gate: (TokenPruning(DIM), lambda g: (batch(FP32)[0], g)),
+    "nodes": ("GraphTransformer", {"layers": 2, "pe_dim": 2}),
+    "edges": ("EdgeGraphTransformer", {"layers": 2, "pe_dim": 2, "edge_types": 4}),
+    "graphs": ("GraphClassifier", {"layers": 2, "gated": True}),
+    "packages": ("PackageClassifier", {"edge_kinds": 4}),
+    "tokens": ("TokenPruning", {}),
 }
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_call_every_layer_once(name, gated):
-    model, arguments = MODELS[name](gated)
-    model = model.to(DEVICE)
+    kind, options = MODELS[name]
+    model = module_cases.MODULES[kind].make(DIM, HEADS, **options).to(DEVICE)
     for layer in model.get_submodule("layers") if gated and name != "tokens" else ():
         layer.attention.head_gate = HeadGate(torch.tensor([0.0, 1.0, 1.0, 0.5])).to(DEVICE)
     calls = {path: 0 for path, m in model.named_modules() if path and not [*m.children()]}
@@ -579,7 +555,17 @@ def test_models_call_every_layer_once(name, gated):
 
     for path in calls:
         model.get_submodule(path).register_forward_hook(count(path))
-    model(*arguments(batch()[2]))
+    x, _, graph = batch(FP32)
+    given = Given(
+        graph,
+        x=x,
+        node_type=types(3, 9),
+        edge_type=types(4, 18),
+        pe=torch.ones(9, 2, device=DEVICE),
+        word_ptr=torch.arange(10, device=DEVICE),
+        word=types(5, 9),
+    )
+    module_cases.MODULES[kind].call(model, given)
     unused = () if name != "edges" else ("layers.1.attention.edge_out", "layers.1.edge_")
     for path, times in calls.items():
         expected = 0 if path.startswith(unused) else 1
@@ -635,7 +621,7 @@ CHANGES_BUT_BIAS = [change for change in CHANGES if change is not biased]
 @pytest.mark.parametrize("name", GATED)
 def test_heads_of_a_changed_layer_are_not_taken_away(name, change):
     plain = changed(name, lambda layer: layer)
-    for layer in MODULES[name][3]:
+    for layer in MODULES[name].layers:
         module = changed(name, change, [layer])
         before = module.state_dict()
         refusal = f"'{layer}' .*remove that before|'{layer}' is no plain nn.Linear, .* got "

@@ -3,26 +3,15 @@
 import pytest
 import torch
 from attention_cases import FP64, close
+from module_cases import MODULES, Given
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgt import Graph, prune_heads
-from fastgt.models import (
-    EdgeGraphTransformer,
-    EdgeGraphTransformerConfig,
-    GraphClassifier,
-    GraphClassifierConfig,
-    GraphTransformer,
-    GraphTransformerConfig,
-)
 from fastgt.models.graph_transformer import GraphTransformerEdgeLayer
-from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
 from fastgt.nn import (
     EdgeGatedAttention,
     HeadGate,
-    LinearAttention,
-    NeighborhoodAttention,
-    PerformerAttention,
     TransformerConv,
 )
 
@@ -32,69 +21,63 @@ GRAPHS = {
     "edges": Graph.from_edge_index(EDGES, N),
     "no edges": Graph.from_edge_index(EDGES[:, :0], N),
 }
-SIZES = {"dim": DIM, "heads": HEADS, "layers": 2}
 X = torch.randn(N, DIM)
 KINDS = torch.tensor([0, 1, 2, 0, 1])
 
 
-def edge_types(graph):
-    return torch.arange(graph.num_edges) % 4
-
-
-# how it is made from a gate, and called with a graph
-MODULES = {
-    "neighborhood": (
-        lambda gate: NeighborhoodAttention(DIM, HEADS, head_gate=gate),
-        lambda m, g: m(X, g),
-    ),
-    "edge": (
-        lambda gate: EdgeGatedAttention(DIM, HEADS, head_gate=gate),
-        lambda m, g: sum(y.sum() for y in m(X, torch.ones(g.num_edges, DIM), g)),
-    ),
-    "edge without output": (
-        lambda gate: EdgeGatedAttention(DIM, HEADS, edge_output=False, head_gate=gate),
-        lambda m, g: m(X, torch.ones(g.num_edges, DIM), g)[0],
-    ),
-    "linear": (
-        lambda gate: LinearAttention(DIM, HEADS, head_gate=gate),
-        lambda m, g: m(X, g.graph_ptr),
-    ),
+# name -> what it is, and its options
+WITH_GATES = {
+    "neighborhood": ("NeighborhoodAttention", {}),
+    "edge": ("EdgeGatedAttention", {}),
+    "edge without output": ("EdgeGatedAttention", {"edge_output": False}),
+    "linear": ("LinearAttention", {}),
 }
 MODELS = {
-    "performer": (lambda: PerformerAttention(DIM, HEADS), lambda m, g: m(X, g.graph_ptr)),
-    "conv": (
-        lambda: TransformerConv(DIM, 4, HEADS, edge_dim=3, beta=True),
-        lambda m, g: m(X, g, torch.ones(g.num_edges, 3)),
-    ),
-    "nodes": (
-        lambda: GraphTransformer(GraphTransformerConfig(3, 2, pe_dim=2, **SIZES)),
-        lambda m, g: m(KINDS, g, torch.ones(N, 2)),
-    ),
-    "graphs": (
-        lambda: GraphClassifier(GraphClassifierConfig(3, 2, gated=True, **SIZES)),
-        lambda m, g: m(KINDS, g),
-    ),
+    "performer": ("PerformerAttention", {}),
+    "conv": ("TransformerConv with edges", {"edge_dim": DIM, "beta": True}),
+    "nodes": ("GraphTransformer", {"layers": 2, "pe_dim": 2}),
+    "graphs": ("GraphClassifier", {"layers": 2, "gated": True}),
     "typed edges": (
-        lambda: EdgeGraphTransformer(
-            EdgeGraphTransformerConfig(pe_dim=0, last_edges=False, **SIZES)
-        ),
-        lambda m, g: m(KINDS, edge_types(g), g),
+        "EdgeGraphTransformer",
+        {"layers": 2, "pe_dim": 0, "edge_types": 4, "last_edges": False},
     ),
-    "packages": (
-        lambda: PackageClassifier(PackageClassifierConfig(4, 4, 2, **SIZES)),
-        lambda m, g: m(torch.arange(N + 1), KINDS, g, edge_types(g)),
-    ),
+    "packages": ("PackageClassifier", {"layers": 2, "edge_kinds": 4}),
 }
+
+
+def made(kind, options):
+    return MODULES[kind].make(DIM, HEADS, **options)
+
+
+def outputs(kind, module, graph):
+    given = Given(
+        graph,
+        graph.graph_ptr,
+        X,
+        torch.ones(graph.num_edges, DIM),
+        node_type=KINDS,
+        edge_type=torch.arange(graph.num_edges) % 4,
+        pe=torch.ones(N, 2) if kind == "GraphTransformer" else None,
+        word_ptr=torch.arange(N + 1),
+        word=KINDS,
+    )
+    out = MODULES[kind].call(module, given)
+    return [y for y in (out if isinstance(out, tuple) else (out,)) if y is not None]
+
+
+def total(kind, module, graph):
+    return sum(y.sum() for y in outputs(kind, module, graph))
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("gate", [None, [1.0, 1.0], [0.0, 0.5], [0.0, 0.0]], ids=str)
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", WITH_GATES)
 def test_every_parameter_of_a_module_gets_a_gradient(name, gate, graph):
     """Whichever heads its gate masks on this rank or that."""
-    make, call = MODULES[name]
-    module = make(None if gate is None else HeadGate(torch.tensor(gate)))
-    call(module, GRAPHS[graph]).sum().backward()
+    kind, options = WITH_GATES[name]
+    gate_of_heads = None if gate is None else HeadGate(torch.tensor(gate))
+    module = made(kind, options | {"head_gate": gate_of_heads})
+    total(kind, module, GRAPHS[graph]).backward()
     assert all(p.grad is not None for p in module.parameters())
     if gate == [0.0, 0.0]:
         assert not any(layer.weight.grad.any() for layer in (module.q, module.k, module.v))
@@ -103,9 +86,9 @@ def test_every_parameter_of_a_module_gets_a_gradient(name, gate, graph):
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_of_a_model_gets_a_gradient(name, graph):
-    make, call = MODELS[name]
-    model = make()
-    call(model, GRAPHS[graph]).sum().backward()
+    kind, options = MODELS[name]
+    model = made(kind, options)
+    total(kind, model, GRAPHS[graph]).backward()
     assert [key for key, p in model.named_parameters() if p.grad is None] == []
 
 
@@ -118,34 +101,36 @@ def group(tmp_path):
     distributed.destroy_process_group()
 
 
-def steps(model, call):
+def steps(kind, model):
     parallel = DistributedDataParallel(model)
     for _ in range(2):  # the second one misses what the first has left
-        call(parallel, GRAPHS["edges"]).sum().backward()
+        total(kind, parallel, GRAPHS["edges"]).backward()
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_run_under_distributed_data_parallel(name, group):
-    make, call = MODELS[name]
-    steps(make(), call)
+    kind, options = MODELS[name]
+    steps(kind, made(kind, options))
 
 
 def test_what_is_unused_can_be_left_out(group):
     """The published last layer, and TransformerConv's lin_skip without a root."""
     conv = TransformerConv(DIM, 4, root_weight=False)
     with pytest.raises(RuntimeError, match="parameters that were not used"):
-        steps(conv, lambda m, g: m(X, g))
+        steps("TransformerConv", conv)
     conv.lin_skip.requires_grad_(False)
-    steps(conv, lambda m, g: m(X, g))
-    published = EdgeGraphTransformer(EdgeGraphTransformerConfig(pe_dim=0, **SIZES))
+    steps("TransformerConv", conv)
+    kind, options = MODELS["typed edges"]
+    published = made(kind, options | {"last_edges": True})
     with pytest.raises(RuntimeError, match="parameters that were not used"):
-        steps(published, MODELS["typed edges"][1])
+        steps(kind, published)
 
 
 def test_a_model_without_the_last_edges_is_the_published_one_without_what_nothing_uses():
     torch.manual_seed(0)
-    published = EdgeGraphTransformer(EdgeGraphTransformerConfig(pe_dim=0, **SIZES)).double()
-    smaller = MODELS["typed edges"][0]().double()
+    kind, options = MODELS["typed edges"]
+    published = made(kind, options | {"last_edges": True}).double()
+    smaller = made(kind, options).double()
     missing, unexpected = smaller.load_state_dict(published.state_dict(), strict=False)
     assert not missing
     last = "layers.1."
@@ -159,8 +144,8 @@ def test_a_model_without_the_last_edges_is_the_published_one_without_what_nothin
     for model in (published, smaller):
         model.eval()
     graph = GRAPHS["edges"]
-    found = [model(KINDS, edge_types(graph), graph) for model in (published, smaller)]
-    assert torch.equal(*found)
+    (whole,), (part,) = (outputs(kind, model, graph) for model in (published, smaller))
+    assert torch.equal(whole, part)
 
 
 def test_attention_without_edge_output():

@@ -1,0 +1,107 @@
+"""Every module and model, once: how it is made of a width and heads, and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fastgt.models import (
+    EdgeGraphTransformer,
+    EdgeGraphTransformerConfig,
+    GraphClassifier,
+    GraphClassifierConfig,
+    GraphTransformer,
+    GraphTransformerConfig,
+)
+from fastgt.models.graph_transformer import GraphTransformerEdgeLayer, GraphTransformerLayer
+from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
+from fastgt.nn import (
+    EdgeGatedAttention,
+    LinearAttention,
+    NeighborhoodAttention,
+    PerformerAttention,
+    TransformerConv,
+    VirtualNode,
+)
+from fastgt.pruning import SkipLayer, TokenPruning
+
+
+@dataclass(frozen=True)
+class Given:
+    """What modules are called with; what a test refuses stands in the place of the real thing."""
+
+    graph: Any
+    offsets: Any = None
+    x: Any = None  # [N, dim]
+    edge: Tensor | None = None  # [E, edge_dim]
+    state: Tensor | None = None  # [G, dim]
+    node_type: Tensor | None = None
+    edge_type: Tensor | None = None
+    pe: Tensor | None = None
+    word_ptr: Tensor | None = None
+    word: Tensor | None = None
+
+
+class Module(NamedTuple):
+    """``make(dim, heads, **options)``, and ``call`` of what it made, with options of its own."""
+
+    make: Callable[..., nn.Module]
+    call: Callable[..., Any]
+
+
+def _configured(model: type, config: type, **defaults: Any) -> Callable[..., nn.Module]:
+    def make(dim: int, heads: int, **options: Any) -> nn.Module:
+        return model(config(dim=dim, heads=heads, **defaults | options))
+
+    return make
+
+
+def _conv(dim: int, heads: int, **options: Any) -> nn.Module:
+    return TransformerConv(dim, dim // heads, heads, **options)
+
+
+MODULES = {
+    "NeighborhoodAttention": Module(
+        NeighborhoodAttention, lambda m, b, **how: m(b.x, b.graph, **how)
+    ),
+    "EdgeGatedAttention": Module(
+        EdgeGatedAttention, lambda m, b, **how: m(b.x, b.edge, b.graph, **how)
+    ),
+    "LinearAttention": Module(LinearAttention, lambda m, b, **how: m(b.x, b.offsets, **how)),
+    "PerformerAttention": Module(PerformerAttention, lambda m, b: m(b.x, b.offsets)),
+    "TransformerConv": Module(_conv, lambda m, b: m(b.x, b.graph)),
+    "TransformerConv with edges": Module(_conv, lambda m, b: m(b.x, b.graph, b.edge)),
+    "VirtualNode": Module(
+        lambda dim, heads: VirtualNode(dim), lambda m, b: m(b.x, b.state, b.offsets)
+    ),
+    "GraphTransformerLayer": Module(GraphTransformerLayer, lambda m, b: m(b.x, b.graph)),
+    "GraphTransformerEdgeLayer": Module(
+        GraphTransformerEdgeLayer, lambda m, b: m(b.x, b.edge, b.graph)
+    ),
+    "TokenPruning": Module(lambda dim, heads: TokenPruning(dim), lambda m, b: m(b.x, b.graph)),
+    "SkipLayer": Module(
+        lambda dim, heads: SkipLayer(GraphTransformerLayer(dim, heads)),
+        lambda m, b: m(b.x, b.graph),
+    ),
+    "GraphTransformer": Module(
+        _configured(GraphTransformer, GraphTransformerConfig, node_types=3, out_dim=2),
+        lambda m, b: m(b.node_type, b.graph, b.pe),
+    ),
+    "EdgeGraphTransformer": Module(
+        _configured(EdgeGraphTransformer, EdgeGraphTransformerConfig, node_types=3, edge_types=2),
+        lambda m, b: m(b.node_type, b.edge_type, b.graph, b.pe),
+    ),
+    "GraphClassifier": Module(
+        _configured(GraphClassifier, GraphClassifierConfig, node_types=3, out_dim=2),
+        lambda m, b: m(b.node_type, b.graph),
+    ),
+    "PackageClassifier": Module(
+        _configured(
+            PackageClassifier, PackageClassifierConfig, vocabulary=5, edge_kinds=2, classes=3
+        ),
+        lambda m, b: m(b.word_ptr, b.word, b.graph, b.edge_type),
+    ),
+}

@@ -134,9 +134,14 @@ class GraphTransformerLayer(nn.Module):
         super().__init__()
         dim = integer("dim", dim, 1)
         self.attention = NeighborhoodAttention(
-            dim, heads, bias=False, dropout=dropout, logit_clamp=5.0, head_gate=head_gate,
+            dim,
+            heads,
+            bias=False,
+            dropout=dropout,
+            logit_clamp=5.0,
+            head_gate=head_gate,
             dense_gate_grad=True,
-        )  # fmt: skip
+        )
         self.norm1 = _norm(norm, dim)
         self.ffn = _feed_forward(dim, dropout)
         self.norm2 = _norm(norm, dim)

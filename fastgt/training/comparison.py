@@ -79,8 +79,11 @@ def compare(
     steps = {name: _Steps(copy.deepcopy(model)) for name, model in gated.items()}
     epochs = {name: lambda s=s: s(batches["train"]) for name, s in steps.items()}
     epoch_s = timing.measure(epochs, device, repeats=REPEATS)
-    passes = {(kind, name): _pass(m, batches["test"]) for kind, models in
-              (("gated", gated), ("removed", removed)) for name, m in models.items()}  # fmt: skip
+    passes = {
+        (kind, name): _pass(model, batches["test"])
+        for kind, models in (("gated", gated), ("removed", removed))
+        for name, model in models.items()
+    }
     pass_s = timing.measure(
         {f"{kind} {name}": f for (kind, name), f in passes.items()}, device, repeats=3 * REPEATS
     )

@@ -3,10 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
-from fastgt import contract
-
 ROOT = Path(__file__).parent.parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 MOST_PLACES = 6  # that a new edge term touches
@@ -26,7 +22,6 @@ def sources() -> str:
     return "\n".join(p.read_text() for f in folders for p in sorted((ROOT / f).rglob("*.py")))
 
 
-@pytest.mark.skipif(not hasattr(contract, "EdgeTerms"), reason="places of edge terms are to come")
 def test_the_places_of_an_edge_term_are_few_and_exist():
     places = items(section("Add an edge term"))
     print(f"a new edge term touches {len(places)} places, {MOST_PLACES} allowed")
@@ -44,8 +39,7 @@ def test_the_places_of_an_edge_term_are_few_and_exist():
 def test_files_that_contributing_names_exist():
     for name in CODE.findall(CONTRIBUTING):
         if re.fullmatch(r"[\w/]+\.(py|json|md)", name) and "STEM" not in name:
-            exists = (ROOT / name).is_file()
-            assert exists or (name.endswith("edge_terms.py") and not hasattr(contract, "EdgeTerms"))
+            assert (ROOT / name).is_file(), name
 
 
 def test_targets_that_contributing_names_are_in_the_makefile():

@@ -10,7 +10,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from .cases import CASES
-from .resources import resources
+from .resources import constants, resources
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -26,12 +26,8 @@ def compile_ahead(target: str, only: str = "", tell=lambda case: None) -> dict[s
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        # edge terms are part of what a kernel is made for
-        meta = kwargs | {type(x).__name__: x for x in args if hasattr(x, "_fields")}
-        for x in kwargs.values():
-            if hasattr(x, "_fields"):  # sizes
-                meta |= x._asdict()
-        compiled.append((kernel, meta))
+        named = dict(zip(self.arg_names[: len(args)], args, strict=True))
+        compiled.append((kernel, named | kwargs))
 
     run, JITFunction.run = JITFunction.run, compile_only
     before, driver._active = driver._active, _Driver(TARGETS[target])
@@ -43,11 +39,11 @@ def compile_ahead(target: str, only: str = "", tell=lambda case: None) -> dict[s
             tell(name)
             compiled.clear()
             launch()
-            for kernel, meta in compiled:
+            for kernel, arguments in compiled:
                 key = f"{name}/{kernel.metadata.name.strip('_')}"
-                if meta.get("SMALL"):  # the other form of linear attention
+                if constants(arguments).get("SMALL"):  # the other form of linear attention
                     key += "_small"
-                found[key] = resources(kernel, meta, target)
+                found[key] = resources(kernel, arguments, target)
         return found
     finally:
         JITFunction.run = run

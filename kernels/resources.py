@@ -11,8 +11,9 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import triton
 
 
@@ -37,8 +38,8 @@ PROCESSORS = {
 _TENSOR_COLUMNS = 512  # of sm_100's tensor memory
 
 
-def resources(kernel, meta: dict, target: str) -> dict[str, int]:
-    """Figures of one compiled kernel, launched with the constants ``meta``.
+def resources(kernel, arguments: dict[str, Any], target: str) -> dict[str, int]:
+    """Figures of one compiled kernel, launched with these ``arguments``, by name.
 
     - ``registers`` of a thread, ``stack``: bytes spilled, ``shared`` bytes and ``warps`` of a
       program; ``resident_warps`` of a processor: 0 where no program fits, it cannot be launched.
@@ -68,10 +69,11 @@ def resources(kernel, meta: dict, target: str) -> dict[str, int]:
         wide += len(re.findall(r"cp\.async\.\S+ .*, 0x10,", ptx))
         products = len(re.findall(r"\s(?:mma|wgmma|tcgen05)\.(?:sync|mma)\S*", ptx))
         wgmma = len(re.findall(r"\swgmma\.mma_async", ptx))
-    ttir = kernel.asm["ttir"]
-    step = {"step_bytes": _step_bytes(ttir, meta)}
+    values = by_path(arguments)
+    meta, pointers = constants(arguments), _pointers(values)
+    step = {"step_bytes": _step_bytes(kernel.asm["ttir"], meta)}
     if not name.startswith(("linear", "head")):
-        step["step_bytes_design"] = _designed_bytes(name, meta, _pointers(ttir))
+        step["step_bytes_design"] = _designed_bytes(name, meta, pointers)
     return {
         "registers": registers,
         "stack": stack,
@@ -193,31 +195,30 @@ def _designed_bytes(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
     key_heads = query_heads if columns else max(1, heads // group)
     total = key_heads * row + index * (2 if has_edges else 1)
     total += query_heads * item * meta["HAS_BIAS"]
-    if "EdgeTerms" in meta:
-        total += _designed_bytes_edges(kernel, meta, query_heads, item)
-    return total
+    return total + _designed_bytes_edges(kernel, meta, pointers, query_heads)
 
 
-def _designed_bytes_edges(kernel: str, meta: dict, heads: int, item: int) -> int:
+def _designed_bytes_edges(kernel: str, meta: dict, pointers: dict[str, int], heads: int) -> int:
     """What edges have besides a bias: attributes once for all heads, the rest for each head."""
-    terms, grads = meta["EdgeTerms"], meta.get("EdgeGrads")
+
+    def size(*paths: str) -> int:
+        return sum(pointers.get(path, 0) for path in paths)
+
     columns = kernel.endswith("dkv_kernel")
-    total = heads * item * (terms.factor is not None)
-    channels = (terms.gate is not None) + (terms.key is not None)
-    values = "weights" not in kernel and terms.value is not None
-    need_scores = columns or meta.get("NEED_Q", False)
-    channels += grads is not None and grads.dscores is not None and need_scores
-    total += heads * item * (channels * meta["BLOCK_D"] + values * meta.get("BLOCK_DV", 0))
-    if terms.attr is not None and ("weights" not in kernel or terms.attr_q is not None):
-        total += item * meta["BLOCK_C"]
+    total = heads * size("terms.factor")
+    total += heads * meta["BLOCK_D"] * size("terms.gate", "terms.key")
+    if columns or meta.get("NEED_Q"):
+        total += heads * meta["BLOCK_D"] * size("grads.dscores")
+    if "weights" not in kernel:
+        total += heads * meta["BLOCK_DV"] * size("terms.value")
+    if "weights" not in kernel or size("terms.attr_q"):
+        total += meta.get("BLOCK_C", 0) * size("terms.attr")
     if columns:
         # of the row at the other end: what attributes are multiplied with
-        upstream = None if grads is None else grads.attr_do
-        rows = [x for x in (terms.attr_q, upstream) if x is not None]
-        total += heads * meta.get("BLOCK_C", 0) * sum(x.element_size() for x in rows)
-        if meta.get("ADD") and grads is not None and grads.dattr is not None:
+        total += heads * meta.get("BLOCK_C", 0) * size("terms.attr_q", "grads.attr_do")
+        if meta.get("ADD"):
             # the attributes' gradient so far
-            total += meta["BLOCK_C"] * grads.dattr.element_size()
+            total += meta["BLOCK_C"] * size("grads.dattr")
     return total
 
 
@@ -265,9 +266,28 @@ def _designed_bytes_aggregate(kernel: str, meta: dict, pointers: dict[str, int])
     return channels + indices * pointers["edge_ptr"]
 
 
-def _pointers(ttir: str) -> dict[str, int]:
-    """Bytes of an element behind each pointer argument."""
-    return {name: _size(kind) for name, kind in re.findall(r"%(\w+): !tt\.ptr<(\w+)>", ttir)}
+def by_path(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a kernel gets, each with its path: ``terms.key`` is the field of a tuple."""
+    values = {}
+    for name, x in arguments.items():
+        if isinstance(x, tuple):
+            fields = getattr(x, "_fields", map(str, range(len(x))))
+            below = by_path(dict(zip(fields, x, strict=True)))
+            values.update({f"{name}.{path}": value for path, value in below.items()})
+        else:
+            values[name] = x
+    return values
+
+
+def constants(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Sizes and switches, whose names are upper-case, by their name alone."""
+    named = {path.rpartition(".")[2]: x for path, x in by_path(arguments).items()}
+    return {name: x for name, x in named.items() if name.isupper()}
+
+
+def _pointers(values: dict[str, Any]) -> dict[str, int]:
+    """Bytes of an element behind each pointer."""
+    return {path: x.element_size() for path, x in values.items() if isinstance(x, torch.Tensor)}
 
 
 def _size(kind: str) -> int:

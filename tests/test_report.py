@@ -239,7 +239,19 @@ def test_bytes_of_a_step_are_counted_in_the_loop_over_edges():
     resources = pytest.importorskip("fastgt.kernels.resources", exc_type=ImportError)
     # a scalar, a tile of 8 x 16, four times 8 numbers; for 8 entries
     assert resources._step_bytes(TTIR, {"BLOCK_N": 8}) == -(-(4 + 256 + 4 * 32) // 8)
-    assert resources._pointers(TTIR) == {"k_ptr": 2}
+
+
+def test_arguments_of_a_kernel_have_paths():
+    resources = pytest.importorskip("fastgt.kernels.resources", exc_type=ImportError)
+    edge_tile = pytest.importorskip("fastgt.kernels.edge_tile", exc_type=ImportError)
+    none = dict.fromkeys(edge_tile.EdgeTerms._fields)
+    terms = edge_tile.EdgeTerms(**none | {"key": torch.ones(2, dtype=torch.float16)})
+    values = resources.by_path(
+        {"k_ptr": torch.ones(2), "k_stride": (16, 1), "terms": terms, "BLOCK_D": 16}
+    )
+    assert (values["k_stride.1"], values["terms.value"], values["BLOCK_D"]) == (1, None, 16)
+    assert resources._pointers(values) == {"k_ptr": 4, "terms.key": 2}
+    assert resources._constants(values) == {"BLOCK_D": 16}
 
 
 def test_occupancy_is_bound_by_what_runs_out_first():

@@ -37,13 +37,15 @@ one. What is written edge by edge starts as zeros.
 """
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
 from .attention_combine import combine_outputs
-from .buckets import joined, take_rows
+from .buckets import COUNTS, Walk, joined, next_edges, take, wholes_and_parts
 from .configs import (
     FILLERS,
     accumulator,
@@ -52,107 +54,85 @@ from .configs import (
     clamps,
     log,
     power_of_2,
-    stride,
     warp_lanes,
 )
 from .edge_tile import (
     EdgeTerms,
-    add_edge_key,
-    add_edge_value,
+    Inputs,
+    Tile,
+    clamp_of,
+    gather_edge,
     kept,
     kept_share,
-    load_attr,
-    load_attr_q,
-    load_factor,
-    load_gate,
+    lane_rows,
+    lanes,
+    load_query,
     logits,
+    own_heads,
+    unmasked,
 )
-from .loads import load_active, load_heads, scalar, store_heads
+from .loads import Rows, rows_of, store_heads
 
-COUNTS = ["num_rows", "num_middle", "num_segments"]
-_PLAIN: dict[str, Any] = {}  # constants of a call without edge terms
+
+class Outputs(NamedTuple):
+    """What the forward writes, contiguous; None where absent."""
+
+    o: Any  # [N, H, DV]
+    lse: Any  # [N, H]
+    norm: Any  # [N, H, 2]: pivot and factor of the weights
+    scores: Any  # [E, H, D]
+    attr_o: Any  # [N, H, C]
+    part: Any  # of segments: [S, H, DV] sums
+    stat: Any  # of segments: [S, H, 2] maximum and sum
+    attr_part: Any  # of segments: [S, H, C]
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "threshold"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr,  # [N, H, D], [M, H_kv, D], [M, H_kv, DV], [E, H]
-    o_ptr, lse_ptr, norm_ptr,  # [N, H, DV], [N, H], [N, H, 2] or None: pivot and factor of weights
-    part_ptr, stat_ptr,  # of segments: [S, H, DV] sums, [S, H, 2] maximum and sum
-    row_ptr, col_ptr, edge_ptr,  # [N + 1], [E], [E]
-    few_ptr, middle_ptr, segment_ptr,
-    terms, made,  # EdgeTerms and EdgeResults, with EDGES
-    q_stride, k_stride, v_stride, bias_stride,  # (node, head, channel); outputs are contiguous
-    num_rows, num_middle, num_segments,
-    scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
-    C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
-    EDGES: tl.constexpr = False, SHARED: tl.constexpr = False,
-    seed_ptr=None, threshold=0,  # of dropout
-    active_ptr=None, active_stride=None,  # [N, H], which heads are not masked
-):  # fmt: skip
+    x,  # Inputs
+    terms,  # EdgeTerms or None
+    out,  # Outputs
+    walk,  # of rows
+    num_rows,
+    num_middle,
+    num_segments,
+    scale: tl.float64,
+    low: tl.float64,
+    high: tl.float64,
+    log_eps: tl.float64,
+    seed_ptr,  # of dropout
+    threshold,
+    active,  # [N, H], which heads are not masked
+    T: tl.constexpr,
+):
     """Grid (row groups, head blocks): one program owns BLOCK_R rows, or one, of BLOCK_H heads."""
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    BUCKETS: tl.constexpr = few_ptr is not None
-    ATTR_Q: tl.constexpr = terms.attr_q is not None if EDGES else False
-    SCORES: tl.constexpr = made.scores is not None if EDGES else False
-    WEIGH_ATTR: tl.constexpr = made.attr_o is not None if EDGES else False
-    row, mine, begin, end, stride = take_rows(
-        row_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
-        BUCKETS, BLOCK_R, BLOCK_E,
-    )  # fmt: skip
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    read = mine
-    if active_ptr is not None:
-        read = load_active(active_ptr, active_stride, row, mine, tl.max(head, 0))
-        end = tl.where(read, end, begin)
-    lane = tl.arange(0, BLOCK_E)
-    low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
+    BUCKETS: tl.constexpr = walk.few is not None
+    NUMBERED: tl.constexpr = x.bias is not None or terms is not None
+    WEIGH_ATTR: tl.constexpr = out.attr_o is not None
+    row, mine, begin, end, stride = take(walk, num_rows, num_middle, num_segments, T)
+    head = own_heads(T)
+    read, end = unmasked(active, row, mine, head, begin, end)
+    clamp = clamp_of(scale, low, high, T.ACC)
+    q, attr_q = load_query(x, terms, row[:, None], read[:, None], head, T)  # [R, 1, H, D or C]
 
-    q = load_heads(q_ptr, q_stride, row[:, None], read[:, None], head, H, D, BLOCK_D, ALIGN)
-    q = q.to(ACC)  # [R, 1, H, D]
-    attr_q = 0.0
-    if EDGES:
-        attr_q = load_attr_q(
-            terms, row[:, None], read[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
-        )  # [R, 1, H, C]
-
-    lane_max = tl.full([BLOCK_R, BLOCK_E, BLOCK_H], float("-inf"), ACC)
-    lane_sum = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H], ACC)
-    acc = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_DV], ACC)
+    lane_max = lanes(float("-inf"), T)
+    lane_sum = lanes(0.0, T)
+    acc = lane_rows(T.BLOCK_DV, T)
     if WEIGH_ATTR:
-        attr_acc = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_C], ACC)
+        attr_acc = lane_rows(T.BLOCK_C, T)
     for step in range(0, tl.max(end - begin), stride):
-        slot = begin[:, None] + step + lane[None, :]  # [R, E]
-        live = slot < end[:, None]
-        col = tl.load(col_ptr + slot, mask=live, other=0)
-        edge = tl.load(edge_ptr + slot, mask=live, other=0) if HAS_BIAS or EDGES else slot
-        k = load_heads(k_ptr, k_stride, col, live, head // GROUP, H // GROUP, D, BLOCK_D, ALIGN)
-        v = load_heads(v_ptr, v_stride, col, live, head // GROUP, H // GROUP, DV, BLOCK_DV, ALIGN)
-        k, v, attr, factor = k.to(ACC), v.to(ACC), 0.0, 1.0
-        if EDGES:
-            k, edge_key = add_edge_key(k, terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
-            k = k * load_gate(terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
-            v = add_edge_value(
-                v, edge_key, terms, edge, live, head, H, DV, BLOCK_DV, EDGE_ALIGN, SHARED
-            )
-            attr = load_attr(terms, edge, live, C, BLOCK_C, EDGE_ALIGN, ACC)
-            factor = load_factor(terms, edge, live, head, H, ACC)
-        s, _, _ = logits(
-            q, k, attr_q, attr, factor, live, edge, head, bias_ptr, bias_stride,
-            scale, low, high, H, CLAMP, HAS_BIAS, ATTR_Q,
-        )  # fmt: skip
-        if SCORES:
-            t = q * k * (scale * factor)[:, :, :, None]
-            store_heads(made.scores, edge, live, head, H, D, BLOCK_D, t)
+        live, col, edge = next_edges(walk, begin, end, step, NUMBERED, T)  # [R, E]
+        k, v, attr, factor = gather_edge(x, terms, col, edge, live, head, T)
+        s, _, _ = logits(q, attr_q, k, attr, factor, x, terms, edge, live, head, clamp, T)
+        if out.scores is not None:
+            t = q * k * (clamp.scale * factor)[:, :, :, None]
+            store_heads(out.scores, edge, live, head, T.H, T.D, T.BLOCK_D, t)
         new_max = tl.maximum(lane_max, s)
         # a lane without a finite logit so far keeps -inf; a finite pivot avoids inf - inf
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
         decay = tl.exp(lane_max - pivot)
         p = tl.exp(s - pivot)  # [R, E, H]
-        used = p * kept(seed_ptr, threshold, edge, head, ACC)
+        used = p * kept(seed_ptr, threshold, edge, head, T.ACC)
         acc = acc * decay[:, :, :, None] + used[:, :, :, None] * v
         if WEIGH_ATTR:
             attr_acc = attr_acc * decay[:, :, :, None] + used[:, :, :, None] * attr
@@ -167,10 +147,8 @@ def _attention_fwd_kernel(
     if WEIGH_ATTR:
         attr_o = tl.sum(attr_acc * decay[:, :, :, None], 1)  # [R, H, C]
     if BUCKETS:
-        first = tl.arange(0, BLOCK_R) == 0
         if tl.program_id(0) < num_segments + num_middle:
             # the lanes of all R "rows" belong to one
-            mine = mine & first
             row_top = tl.max(top, 0)
             pivot_one = tl.where(row_top == float("-inf"), 0.0, row_top)
             decay_one = tl.exp(top - pivot_one[None, :])
@@ -180,160 +158,99 @@ def _attention_fwd_kernel(
                 attr_o = joined(attr_o * decay_one[:, :, None])
             top = row_top[None, :] + tl.zeros_like(top)
             pivot = pivot_one[None, :] + tl.zeros_like(pivot)
-        if tl.program_id(0) < num_segments:
-            part = tl.program_id(0).to(tl.int64) + tl.zeros([BLOCK_R], tl.int64)
-            store_heads(part_ptr, part[:, None], mine[:, None], head, H, DV, BLOCK_DV, o[:, None])
-            if WEIGH_ATTR:
-                at_part, live_part = part[:, None], mine[:, None]
-                store_heads(
-                    made.attr_part, at_part, live_part, head, H, C, BLOCK_C, attr_o[:, None]
-                )
-            at = part[:, None] * H + head[None, :]
-            mask = mine[:, None] & (head < H)[None, :]
-            tl.store(stat_ptr + 2 * at, top, mask=mask)
-            tl.store(stat_ptr + 2 * at + 1, total, mask=mask)
-            mine = mine & (row < 0)  # nothing else is stored
+    whole, part, segment = wholes_and_parts(mine, num_middle, num_segments, BUCKETS)
+    if BUCKETS:
+        at, live = segment[:, None], part[:, None]
+        store_heads(out.part, at, live, head, T.H, T.DV, T.BLOCK_DV, o[:, None])
+        if WEIGH_ATTR:
+            store_heads(out.attr_part, at, live, head, T.H, T.C, T.BLOCK_C, attr_o[:, None])
+        store_pairs(out.stat, segment, part, head, T.H, top, total)
     empty = total == 0.0
     lse = pivot + tl.log(tl.where(empty, 1.0, total))
-    norm = kept_share(lse, log_eps, ACC) / tl.where(empty, 1.0, total)
+    norm = kept_share(lse, log_eps, T.ACC) / tl.where(empty, 1.0, total)
+    at, live = row[:, None], whole[:, None]
     o = tl.where(empty[:, :, None], 0.0, o * norm[:, :, None])
-    store_heads(o_ptr, row[:, None], mine[:, None], head, H, DV, BLOCK_DV, o[:, None, :, :])
+    store_heads(out.o, at, live, head, T.H, T.DV, T.BLOCK_DV, o[:, None])
     if WEIGH_ATTR:
-        attr_o = tl.where(empty[:, :, None], 0.0, attr_o * norm[:, :, None])[:, None, :, :]
-        store_heads(made.attr_o, row[:, None], mine[:, None], head, H, C, BLOCK_C, attr_o)
-    at = row[:, None] * H + head[None, :]
-    mask = mine[:, None] & (head < H)[None, :]
-    tl.store(lse_ptr + at, tl.where(empty, float("-inf"), lse), mask=mask)
-    if norm_ptr is not None:
-        tl.store(norm_ptr + 2 * at, pivot, mask=mask)
-        tl.store(norm_ptr + 2 * at + 1, norm, mask=mask)
+        attr_o = tl.where(empty[:, :, None], 0.0, attr_o * norm[:, :, None])
+        store_heads(out.attr_o, at, live, head, T.H, T.C, T.BLOCK_C, attr_o[:, None])
+    mask = live & (head < T.H)[None, :]
+    tl.store(out.lse + at * T.H + head[None, :], tl.where(empty, float("-inf"), lse), mask=mask)
+    if out.norm is not None:
+        store_pairs(out.norm, row, whole, head, T.H, pivot, norm)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _attention_weights_kernel(
-    q_ptr, k_ptr, bias_ptr, norm_ptr,
+    x,  # Inputs
+    terms,  # EdgeTerms or None
+    norm_ptr,  # [N, H, 2]
     weights_ptr,  # [E, H]
-    row_ptr, col_ptr, edge_ptr, few_ptr, middle_ptr, segment_ptr,
-    terms,  # EdgeTerms, with EDGES
-    q_stride, k_stride, bias_stride,
-    num_rows, num_middle, num_segments,
-    scale: tl.float64, low: tl.float64, high: tl.float64,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
-    EDGES: tl.constexpr = False,
-    active_ptr=None, active_stride=None,
-):  # fmt: skip
+    walk,  # of rows
+    num_rows,
+    num_middle,
+    num_segments,
+    scale: tl.float64,
+    low: tl.float64,
+    high: tl.float64,
+    active,  # [N, H], which heads are not masked
+    T: tl.constexpr,
+):
     """Grid (row groups, head blocks): the weights of BLOCK_R rows, or one, of BLOCK_H heads.
 
     Not from the lse, which is rounded as the largest logit is, but from pivot and factor.
     """
-    ACC: tl.constexpr = norm_ptr.dtype.element_ty
-    BUCKETS: tl.constexpr = few_ptr is not None
-    ATTR_Q: tl.constexpr = terms.attr_q is not None if EDGES else False
-    row, mine, begin, end, stride = take_rows(
-        row_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
-        BUCKETS, BLOCK_R, BLOCK_E,
-    )  # fmt: skip
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    read = mine
-    if active_ptr is not None:
-        read = load_active(active_ptr, active_stride, row, mine, tl.max(head, 0))
-        end = tl.where(read, end, begin)
-    lane = tl.arange(0, BLOCK_E)
-    low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
-    q = load_heads(q_ptr, q_stride, row[:, None], read[:, None], head, H, D, BLOCK_D, ALIGN)
-    q = q.to(ACC)
-    attr_q = 0.0
-    if EDGES:
-        attr_q = load_attr_q(
-            terms, row[:, None], read[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
-        )
-    at = row[:, None] * H + head[None, :]
-    mask = mine[:, None] & (head < H)[None, :]
+    row, mine, begin, end, stride = take(walk, num_rows, num_middle, num_segments, T)
+    head = own_heads(T)
+    read, end = unmasked(active, row, mine, head, begin, end)
+    clamp = clamp_of(scale, low, high, T.ACC)
+    q, attr_q = load_query(x, terms, row[:, None], read[:, None], head, T)
+    at = row[:, None] * T.H + head[None, :]
+    mask = mine[:, None] & (head < T.H)[None, :]
     pivot = tl.load(norm_ptr + 2 * at, mask=mask, other=0.0)
     norm = tl.load(norm_ptr + 2 * at + 1, mask=mask, other=0.0)
     for step in range(0, tl.max(end - begin), stride):
-        slot = begin[:, None] + step + lane[None, :]
-        live = slot < end[:, None]
-        col = tl.load(col_ptr + slot, mask=live, other=0)
-        edge = tl.load(edge_ptr + slot, mask=live, other=0)
-        k = load_heads(k_ptr, k_stride, col, live, head // GROUP, H // GROUP, D, BLOCK_D, ALIGN)
-        k, attr, factor = k.to(ACC), 0.0, 1.0
-        if EDGES:
-            k, _ = add_edge_key(k, terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
-            k = k * load_gate(terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
-            if ATTR_Q:
-                attr = load_attr(terms, edge, live, C, BLOCK_C, EDGE_ALIGN, ACC)
-            factor = load_factor(terms, edge, live, head, H, ACC)
-        s, _, _ = logits(
-            q, k, attr_q, attr, factor, live, edge, head, bias_ptr, bias_stride,
-            scale, low, high, H, CLAMP, HAS_BIAS, ATTR_Q,
-        )  # fmt: skip
+        live, col, edge = next_edges(walk, begin, end, step, True, T)
+        k, _, attr, factor = gather_edge(x, terms, col, edge, live, head, T)
+        s, _, _ = logits(q, attr_q, k, attr, factor, x, terms, edge, live, head, clamp, T)
         p = tl.exp(s - pivot[:, None, :]) * norm[:, None, :]
-        edge_at = edge.to(tl.int64)[:, :, None] * H + head[None, None, :]
-        edge_mask = live[:, :, None] & (head < H)[None, None, :]
+        edge_at = edge.to(tl.int64)[:, :, None] * T.H + head[None, None, :]
+        edge_mask = live[:, :, None] & (head < T.H)[None, None, :]
         tl.store(weights_ptr + edge_at, p.to(weights_ptr.dtype.element_ty), mask=edge_mask)
 
 
-class EdgeResults(NamedTuple):
-    """What the forward writes besides; None where not wanted."""
+@triton.jit
+def store_pairs(ptr, row, live, head, H: tl.constexpr, first, second):
+    """Two numbers [R, H] of each of ``row`` [R] to an [N, H, 2] tensor."""
+    at = 2 * (row[:, None] * H + head[None, :])
+    mask = live[:, None] & (head < H)[None, :]
+    tl.store(ptr + at, first, mask=mask)
+    tl.store(ptr + at + 1, second, mask=mask)
 
-    scores: Any  # [E, H, D]
-    attr_o: Any  # [N, H, C]
-    attr_part: Any  # of segments: [S, H, C]
+
+class Edges(NamedTuple):
+    """What edges have besides a bias, and what kernels have to know of it."""
+
+    terms: EdgeTerms | None = None
+    channels: int = 1  # of the attributes
+    align: int = 1  # channels that all rows start at a multiple of
+    shared: bool = False
+    seed: torch.Tensor | None = None  # of dropout
+    threshold: int = 0
+
+
+PLAIN = Edges()
 
 
 def attention_fwd(
-    q, k, v, edge_bias, on_rows, rows, scale, low, high, eps, return_weights,
-    scores=None, attr_o=None, terms=None, edge_meta=_PLAIN,
+    q, k, v, edge_bias, on_rows, rows, scale, low, high, eps, return_weights
 ):  # fmt: skip
     """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order.
 
-    To heads that are not in ``on_rows`` [1 or N, H] (None: all are) a row has no edges. With
-    ``terms``, ``scores [E, H, D]`` and ``attr_o [N, H, C]`` are filled where given.
+    To heads that are not in ``on_rows`` [1 or N, H] (None: all are) a row has no edges.
     """
-    n, heads, _ = q.shape
-    row_ptr, col, edge, few, middle, segment, split = attention_walk(rows)
-    o = q.new_empty(n, heads, v.shape[2])
-    lse = q.new_empty(n, heads, dtype=accumulator(q))
-    norm = lse.new_empty(n, heads, 2) if return_weights else None
-    parts = part = stat = attr_part = None
-    if segment is not None:
-        parts = segment.shape[0] - FILLERS
-        part = lse.new_empty(parts, heads, v.shape[2])
-        stat = lse.new_empty(parts, heads, 2)
-        attr_part = None if attr_o is None else lse.new_empty(parts, heads, attr_o.shape[2])
-    made = None if terms is None else EdgeResults(scores, attr_o, attr_part)
-    if n and heads:
-        meta, grid, counts = attention_plan(
-            q, k, v, (q, k, v), n, heads, few, middle, segment, edge_meta, on_rows
-        )
-        _attention_fwd_kernel[grid](
-            q, k, v, edge_bias, o, lse, norm, part, stat, row_ptr, col, edge, few, middle, segment,
-            terms, made, q.stride(), k.stride(), v.stride(), stride(edge_bias),
-            *counts, scale, low, high, log(eps),
-            CLAMP=clamps(low, high), HAS_BIAS=edge_bias is not None, **meta,
-        )  # fmt: skip
-        if parts:
-            combine_outputs(o, lse, norm, part, stat, split, log(eps))
-            if attr_o is not None:
-                combine_outputs(attr_o, lse, None, attr_part, stat, split, log(eps))
-    weights = on_edges(q, on_rows, col.shape[0] if return_weights else 0, heads)
-    if return_weights and n and heads:
-        meta, grid, counts = attention_plan(
-            q, k, k, (q, k), n, heads, few, middle, segment, edge_meta, on_rows
-        )
-        for name in ("DV", "BLOCK_DV", "SHARED", "seed_ptr", "threshold"):
-            meta.pop(name, None)
-        _attention_weights_kernel[grid](
-            q, k, edge_bias, norm, weights, row_ptr, col, edge, few, middle, segment, terms,
-            q.stride(), k.stride(), stride(edge_bias), *counts, scale, low, high,
-            CLAMP=clamps(low, high), HAS_BIAS=edge_bias is not None, **meta,
-        )  # fmt: skip
-    return o, lse, weights
+    inputs, logit = (q, k, v, edge_bias), (scale, low, high, eps)
+    return _forward(inputs, on_rows, PLAIN, rows, logit, return_weights)
 
 
 def attention_edges_fwd(
@@ -345,40 +262,91 @@ def attention_edges_fwd(
     scores = on_edges(q, on_rows, rows[1].shape[0] if return_scores else 0, heads, width)
     channels = terms[3].shape[1] if weigh_attr else 0
     attr_o = q.new_empty(n, heads, channels, dtype=accumulator(q))
-    terms, edge_meta = attention_terms(q, terms, dropout, shared, ())
-    found = attention_fwd(
-        q, k, v, edge_bias, on_rows, rows, scale, low, high, eps, return_weights,
-        scores if return_scores else None, attr_o if weigh_attr else None, terms, edge_meta,
-    )  # fmt: skip
-    return *found, scores, attr_o
+    edges = edge_terms(q, terms, dropout, shared, ())
+    more = scores if return_scores else None, attr_o if weigh_attr else None
+    inputs, logit = (q, k, v, edge_bias), (scale, low, high, eps)
+    results = _forward(inputs, on_rows, edges, rows, logit, return_weights, *more)
+    return *results, scores, attr_o
 
 
-def attention_terms(q, terms, dropout, shared, upstream):
-    """-> EdgeTerms, and the constants that the kernels take with them."""
+def _forward(inputs, on_rows, edges, rows, logit, return_weights, scores=None, attr_o=None):
+    """-> o, lse, weights; ``scores`` and ``attr_o`` are filled where given."""
+    q, k, v, edge_bias = inputs
+    scale, low, high, eps = logit
+    n, heads, _ = q.shape
+    o = q.new_empty(n, heads, v.shape[2])
+    lse = q.new_empty(n, heads, dtype=accumulator(q))
+    norm = lse.new_empty(n, heads, 2) if return_weights else None
+    weights = on_edges(q, on_rows, rows[1].shape[0] if return_weights else 0, heads)
+    if not n or not heads:
+        return o, lse, weights
+    x = Inputs(rows_of(q), rows_of(k), rows_of(v), rows_of(edge_bias))
+    clamp = clamps(low, high)
+    call = attention_plan((q, k, v), (q, k, v), rows, heads, edges, clamp, on_rows)
+    part = stat = attr_part = None
+    if call.split is not None:
+        part = lse.new_empty(call.counts[2], heads, v.shape[2])
+        stat = lse.new_empty(call.counts[2], heads, 2)
+        if attr_o is not None:
+            attr_part = lse.new_empty(call.counts[2], heads, attr_o.shape[2])
+    _attention_fwd_kernel[call.grid](
+        x,
+        edges.terms,
+        Outputs(o, lse, norm, scores, attr_o, part, stat, attr_part),
+        call.walk,
+        *call.counts,
+        scale,
+        low,
+        high,
+        log(eps),
+        edges.seed,
+        edges.threshold,
+        call.active,
+        **call.meta,
+    )
+    if call.counts[2]:
+        combine_outputs(o, lse, norm, part, stat, call.split, log(eps))
+        if attr_o is not None:
+            combine_outputs(attr_o, lse, None, attr_part, stat, call.split, log(eps))
+    if return_weights:
+        terms = edges.terms
+        if terms is not None:
+            attr = None if terms.attr_q is None else terms.attr
+            terms = terms._replace(value=None, attr=attr)
+        call = attention_plan((q, k, k), (q, k), rows, heads, edges, clamp, on_rows)
+        _attention_weights_kernel[call.grid](
+            x._replace(v=None),
+            terms,
+            norm,
+            weights,
+            call.walk,
+            *call.counts,
+            scale,
+            low,
+            high,
+            call.active,
+            **call.meta,
+        )
+    return o, lse, weights
+
+
+def edge_terms(q, terms, dropout, shared, upstream):
+    """-> Edges; ``upstream`` gradients are aligned with them."""
     gate, key, value, attr, attr_q, seed = terms
     by_head = gate is not None and gate.ndim == 2
     factor, gate = (gate, None) if by_head else (None, gate)
     tensors = factor, gate, key, value, attr, attr_q
-    found = EdgeTerms(*(None if x is None else x.contiguous() for x in tensors))
+    terms = EdgeTerms(*(None if x is None else x.contiguous() for x in tensors))
     # rows of channels that all begin where 16 bytes do, or fewer
-    channels = 1 if attr is None else attr.shape[1]
-    rows = [x for x in (*found[1:], *upstream) if x is not None]
-    aligned = math.gcd(16 // q.element_size(), *(x.shape[-1] for x in rows))
-    meta = {
-        "C": channels,
-        "BLOCK_C": power_of_2(channels),
-        "EDGE_ALIGN": aligned,
-        "EDGES": True,
-        "seed_ptr": seed,
-        "threshold": round(dropout * 2**24),
-        "SHARED": shared,
-    }
-    return found, meta
-
-
-def attention_walk(walk):
-    """A CSR walk with its buckets, None where rows are taken as they stand."""
-    return walk if len(walk) > 3 else (*walk, None, None, None, None)
+    rows = [x for x in (*terms[1:], *upstream) if x is not None]
+    return Edges(
+        terms,
+        channels=1 if attr is None else attr.shape[1],
+        align=math.gcd(16 // q.element_size(), *(x.shape[-1] for x in rows)),
+        shared=shared,
+        seed=seed,
+        threshold=round(dropout * 2**24),
+    )
 
 
 def on_edges(like, active, *shape):
@@ -387,38 +355,68 @@ def on_edges(like, active, *shape):
     return like.new_empty(shape) if active is None else like.new_zeros(shape)
 
 
-def active_heads(active):
-    """What kernels take with [1 or N, H]: where rows share their heads, a stride of 0."""
-    rows = active.stride(0) if active.shape[0] > 1 else 0
-    return {"active_ptr": active, "active_stride": (rows, active.stride(1))}
+class Call(NamedTuple):
+    """How the kernels of one launcher go through a walk."""
+
+    walk: Walk
+    split: torch.Tensor | None
+    counts: tuple[int, int, int]  # of few, middle and segments; without buckets, rows
+    grid: tuple[int, int]
+    active: Rows | None
+    meta: dict[str, Any]  # the tile "T" and the warps
 
 
-def attention_plan(q, k, v, aligned, num_rows, heads, few, middle, segment, edge_meta, active):
-    block_d, block_dv = power_of_2(q.shape[2]), power_of_2(v.shape[2])
-    width = max(block_d, block_dv, edge_meta.get("BLOCK_C", 1))
+def attention_plan(inputs, aligned, walk, heads, edges, clamp, active):
+    """-> Call, of ``heads``: those of rows, or key heads of columns."""
+    q, k, v = inputs
+    few, middle, segment, split = walk[3:] or (None,) * 4
+    shape = q.shape[1], k.shape[1], q.shape[2], v.shape[2], edges.channels
+    width = max(map(power_of_2, shape[2:]))
     together = heads if active is None else 1
-    if edge_meta:
-        tile = attention_tile(together, width, q.element_size(), True, warp_lanes())
+    if edges.terms is None:
+        size = attention_tile(together, width, q.element_size())
     else:
-        tile = attention_tile(together, width, q.element_size())
-    counts = num_rows, 0, 0
+        size = attention_tile(together, width, q.element_size(), True, warp_lanes())
+    tile = _tile(size, shape, q.dtype, alignment(aligned), edges.align, clamp, edges.shared)
+    counts = walk[0].shape[0] - 1, 0, 0
     if few is not None:
         counts = tuple(x.shape[0] - FILLERS for x in (few, middle, segment))
-    meta = {
-        "H": q.shape[1],
-        "GROUP": q.shape[1] // max(k.shape[1], 1),
-        "D": q.shape[2],
-        "DV": v.shape[2],
-        "BLOCK_R": tile.block_r,
-        "BLOCK_E": tile.block_e,
-        "BLOCK_H": tile.block_h,
-        "BLOCK_D": block_d,
-        "BLOCK_DV": block_dv,
-        "ALIGN": alignment(aligned),
-        "num_warps": tile.num_warps,
-        **edge_meta,
-    }
-    if active is not None:
-        meta |= active_heads(active)
-    programs = -(-counts[0] // tile.block_r) + counts[1] + counts[2]
-    return meta, (programs, -(-heads // tile.block_h)), counts
+    programs = -(-counts[0] // tile.BLOCK_R) + counts[1] + counts[2]
+    grid = programs, -(-heads // tile.BLOCK_H)
+    meta = {"T": tile, "num_warps": size.num_warps}
+    on_heads = None if active is None else head_rows(active)
+    return Call(Walk(*walk[:3], few, middle, segment), split, counts, grid, on_heads, meta)
+
+
+def active_heads(active):
+    rows, heads = head_rows(active).stride
+    return {"active_ptr": active, "active_stride": (rows, heads)}
+
+
+def head_rows(active):
+    """``Rows`` of [1 or N, H]: where rows share their heads, a stride of 0."""
+    rows = active.stride(0) if active.shape[0] > 1 else 0
+    return Rows(active, (rows, active.stride(1)))
+
+
+@cache
+def _tile(size, shape, dtype, align, edge_align, clamp, shared):
+    heads, kv_heads, d, dv, channels = shape
+    return Tile(
+        H=heads,
+        GROUP=heads // max(kv_heads, 1),
+        D=d,
+        DV=dv,
+        C=channels,
+        CLAMP=clamp,
+        SHARED=shared,
+        BLOCK_R=size.block_r,
+        BLOCK_E=size.block_e,
+        BLOCK_H=size.block_h,
+        BLOCK_D=power_of_2(d),
+        BLOCK_DV=power_of_2(dv),
+        BLOCK_C=power_of_2(channels),
+        ALIGN=align,
+        EDGE_ALIGN=edge_align,
+        ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+    )

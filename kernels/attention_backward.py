@@ -16,118 +16,126 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import COUNTS, attention_plan, attention_terms, attention_walk, on_edges
-from .attention_combine import combine_columns, combine_rows, finish_row
-from .buckets import joined, take_rows
-from .configs import clamps, log, stride
+from .attention import PLAIN, attention_plan, edge_terms, on_edges, store_pairs
+from .attention_combine import RowSums, combine_columns, combine_rows, finish_row
+from .buckets import COUNTS, next_edges, sum_lanes, sum_one_row, take, wholes_and_parts
+from .configs import clamps, log
 from .edge_tile import (
-    add_edge_key,
-    add_edge_value,
+    Inputs,
+    add_edge,
+    clamp_of,
+    gather_edge,
     kept,
+    lane_rows,
+    lanes,
     load_attr,
-    load_attr_q,
+    load_attr_heads,
+    load_edge_rows,
     load_factor,
-    load_gate,
+    load_query,
+    load_shared,
     logits,
+    own_heads,
+    unmasked,
 )
-from .loads import load_active, load_heads, load_lse, scalar, store_heads
+from .loads import load_active, load_heads, load_lse, rows_of, store_heads
 
-_PLAIN: dict[str, Any] = {}  # constants of a call without edge terms
+
+class Upstream(NamedTuple):
+    """Gradients that the backward reads; None where absent."""
+
+    do: Any  # Rows [N, H, DV]
+    dlse: Any  # Rows [N, H]
+    dscores: Any  # [E, H, D]
+    attr_do: Any  # [N, H, C]
+
+
+class RowGrads(NamedTuple):
+    """What the rows' walk writes; None where not needed."""
+
+    dq: Any  # [N, H, D]
+    wgamma: Any  # [N, H, 2]: w and gamma
+    attr_dq: Any  # [N, H, C]
+    part: Any  # of segments: [S, 2 or 3, H, D] sums of p k and p dp k, and through the scores
+    stat: Any  # of segments: [S, H, 2] sums of p and p dp
+    attr_part: Any  # of segments: [S, 2, H, C]
+
+
+class ColumnGrads(NamedTuple):
+    """What the columns' walk writes; None where not needed."""
+
+    dk: Any  # [M, H_kv, D]
+    dv: Any  # [M, H_kv, DV]
+    dbias: Any  # [E, H]
+    dk_part: Any  # of segments: [S, H_kv, D]
+    dv_part: Any  # of segments: [S, H_kv, DV]
+    dfactor: Any  # [E, H]
+    dgate: Any  # [E, H, D]
+    dkey: Any  # [E, H, D]
+    dvalue: Any  # [E, H, DV]
+    dattr: Any  # [E, C], in the accumulator's dtype
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "threshold"])
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, dlse_ptr, lse_ptr,
-    dq_ptr, wgamma_ptr,  # [N, H, D], [N, H, 2]: w and gamma
-    part_ptr, stat_ptr,  # of segments: [S, 2, H, D] sums of p k and p dp k, [S, H, 2] of p and p dp
-    row_ptr, col_ptr, edge_ptr, few_ptr, middle_ptr, segment_ptr,
-    terms, grads,  # EdgeTerms and EdgeGrads, with EDGES
-    q_stride, k_stride, v_stride, bias_stride, do_stride, dlse_stride,
-    num_rows, num_middle, num_segments,
-    scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_Q: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
-    C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
-    EDGES: tl.constexpr = False, SHARED: tl.constexpr = False,
-    seed_ptr=None, threshold=0,  # of dropout
-    active_ptr=None, active_stride=None,  # [N, H], which heads are not masked
-):  # fmt: skip
+    x,  # Inputs
+    terms,  # EdgeTerms or None
+    up,  # Upstream
+    lse_ptr,
+    out,  # RowGrads
+    walk,  # of rows
+    num_rows,
+    num_middle,
+    num_segments,
+    scale: tl.float64,
+    low: tl.float64,
+    high: tl.float64,
+    log_eps: tl.float64,
+    seed_ptr,  # of dropout
+    threshold,
+    active,  # [N, H], which heads are not masked
+    T: tl.constexpr,
+):
     """Grid (row groups, head blocks): dq, w and gamma of BLOCK_R rows, or one, of BLOCK_H heads.
 
     One walk gives all: dq = scale (w sum_j p dp k - gamma sum_j p k), and likewise for attr_q.
     """
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    BUCKETS: tl.constexpr = few_ptr is not None
-    ATTR_Q: tl.constexpr = terms.attr_q is not None if EDGES else False
-    ATTR_DO: tl.constexpr = grads.attr_do is not None if EDGES else False
-    ATTR_DQ: tl.constexpr = grads.attr_dq is not None if EDGES else False
-    DSCORES: tl.constexpr = grads.dscores is not None and NEED_Q if EDGES else False
+    BUCKETS: tl.constexpr = walk.few is not None
+    NUMBERED: tl.constexpr = x.bias is not None or terms is not None
+    NEED_Q: tl.constexpr = out.dq is not None
+    ATTR_DQ: tl.constexpr = out.attr_dq is not None
+    DSCORES: tl.constexpr = up.dscores is not None and NEED_Q
     PARTS: tl.constexpr = 3 if DSCORES else 2
-    row, mine, begin, end, stride = take_rows(
-        row_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
-        BUCKETS, BLOCK_R, BLOCK_E,
-    )  # fmt: skip
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    read = mine
-    if active_ptr is not None:
-        read = load_active(active_ptr, active_stride, row, mine, tl.max(head, 0))
-        end = tl.where(read, end, begin)
-    lane = tl.arange(0, BLOCK_E)
-    low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
+    row, mine, begin, end, stride = take(walk, num_rows, num_middle, num_segments, T)
+    head = own_heads(T)
+    read, end = unmasked(active, row, mine, head, begin, end)
+    clamp = clamp_of(scale, low, high, T.ACC)
+    own, reads = row[:, None], read[:, None]
+    q, attr_q = load_query(x, terms, own, reads, head, T)  # [R, 1, H, D or C]
+    do = load_heads(up.do, own, reads, head, T.H, T.DV, T.BLOCK_DV, T.ALIGN).to(T.ACC)
+    if up.attr_do is not None:
+        attr_do = load_attr_heads(up.attr_do, own, reads, head, T)
+    # [R, H]
+    lse = load_lse(lse_ptr + own * T.H + head[None, :], mine[:, None] & (head < T.H)[None, :])
 
-    q = load_heads(q_ptr, q_stride, row[:, None], read[:, None], head, H, D, BLOCK_D, ALIGN)
-    q = q.to(ACC)  # [R, 1, H, D]
-    do = load_heads(do_ptr, do_stride, row[:, None], read[:, None], head, H, DV, BLOCK_DV, ALIGN)
-    do = do.to(ACC)  # [R, 1, H, DV]
-    attr_q = 0.0
-    if EDGES:
-        attr_q = load_attr_q(
-            terms, row[:, None], read[:, None], head, H, C, BLOCK_C, EDGE_ALIGN, ACC
-        )  # [R, 1, H, C]
-    if ATTR_DO:
-        attr_do = load_heads(
-            grads.attr_do, (H * C, C, 1), row[:, None], read[:, None], head, H, C, BLOCK_C,
-            EDGE_ALIGN,
-        ).to(ACC)  # fmt: skip
-    at = row[:, None] * H + head[None, :]
-    lse = load_lse(lse_ptr + at, mine[:, None] & (head < H)[None, :])  # [R, H]
-
-    sum_p = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H], ACC)
-    sum_pdp = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H], ACC)
-    pk = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_D], ACC)
-    pdpk = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_D], ACC)
+    sum_p = lanes(0.0, T)
+    sum_pdp = lanes(0.0, T)
+    pk = lane_rows(T.BLOCK_D, T)
+    pdpk = lane_rows(T.BLOCK_D, T)
     if ATTR_DQ:
-        pa = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_C], ACC)
-        pdpa = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_C], ACC)
+        pa = lane_rows(T.BLOCK_C, T)
+        pdpa = lane_rows(T.BLOCK_C, T)
     if DSCORES:
-        dtk = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_D], ACC)
+        dtk = lane_rows(T.BLOCK_D, T)
     for step in range(0, tl.max(end - begin), stride):
-        slot = begin[:, None] + step + lane[None, :]
-        live = slot < end[:, None]
-        col = tl.load(col_ptr + slot, mask=live, other=0)
-        edge = tl.load(edge_ptr + slot, mask=live, other=0) if HAS_BIAS or EDGES else slot
-        k = load_heads(k_ptr, k_stride, col, live, head // GROUP, H // GROUP, D, BLOCK_D, ALIGN)
-        v = load_heads(v_ptr, v_stride, col, live, head // GROUP, H // GROUP, DV, BLOCK_DV, ALIGN)
-        k, v, attr, factor = k.to(ACC), v.to(ACC), 0.0, 1.0
-        if EDGES:
-            k, edge_key = add_edge_key(k, terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN)
-            k = k * load_gate(terms, edge, live, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
-            v = add_edge_value(
-                v, edge_key, terms, edge, live, head, H, DV, BLOCK_DV, EDGE_ALIGN, SHARED
-            )
-            attr = load_attr(terms, edge, live, C, BLOCK_C, EDGE_ALIGN, ACC)
-            factor = load_factor(terms, edge, live, head, H, ACC)
-        s, through, _ = logits(
-            q, k, attr_q, attr, factor, live, edge, head, bias_ptr, bias_stride,
-            scale, low, high, H, CLAMP, HAS_BIAS, ATTR_Q,
-        )  # fmt: skip
+        live, col, edge = next_edges(walk, begin, end, step, NUMBERED, T)  # [R, E]
+        k, v, attr, factor = gather_edge(x, terms, col, edge, live, head, T)
+        s, through, _ = logits(q, attr_q, k, attr, factor, x, terms, edge, live, head, clamp, T)
         p = tl.exp(s - lse[:, None, :])
         dp = tl.sum(do * v, 3)
-        if ATTR_DO:
+        if up.attr_do is not None:
             dp += tl.sum(attr_do * attr, 3)
-        pdp = p * dp * kept(seed_ptr, threshold, edge, head, ACC)
+        pdp = p * dp * kept(seed_ptr, threshold, edge, head, T.ACC)
         sum_p += p
         sum_pdp += pdp
         flow, flow_dp = tl.where(through, p, 0.0) * factor, tl.where(through, pdp, 0.0) * factor
@@ -138,151 +146,130 @@ def _attention_bwd_dq_kernel(
             pa += flow[:, :, :, None] * attr
             pdpa += flow_dp[:, :, :, None] * attr
         if DSCORES:
-            dt = load_heads(
-                grads.dscores, (H * D, D, 1), edge, live, head, H, D, BLOCK_D, EDGE_ALIGN
-            )
-            dtk += dt.to(ACC) * factor[:, :, :, None] * k
+            dt = load_edge_rows(up.dscores, edge, live, head, T.D, T.BLOCK_D, T)
+            dtk += dt * factor[:, :, :, None] * k
 
-    total, delta = tl.sum(sum_p, 1), tl.sum(sum_pdp, 1)  # [R, H]
-    row_pk, row_pdpk = tl.sum(pk, 1), tl.sum(pdpk, 1)  # [R, H, D]
-    row_dtk = tl.zeros_like(row_pk)
+    row_dtk = 0.0
     if DSCORES:
-        row_dtk = tl.sum(dtk, 1)
-    if ATTR_DQ:
-        row_pa, row_pdpa = tl.sum(pa, 1), tl.sum(pdpa, 1)  # [R, H, C]
+        row_dtk = sum_lanes(dtk, num_middle, num_segments, BUCKETS)
+    sums = RowSums(
+        sum_lanes(sum_p, num_middle, num_segments, BUCKETS),
+        sum_lanes(sum_pdp, num_middle, num_segments, BUCKETS),
+        sum_lanes(pk, num_middle, num_segments, BUCKETS),
+        sum_lanes(pdpk, num_middle, num_segments, BUCKETS),
+        row_dtk,
+    )
+    whole, part, segment = wholes_and_parts(mine, num_middle, num_segments, BUCKETS)
     if BUCKETS:
-        first = tl.arange(0, BLOCK_R) == 0
-        if tl.program_id(0) < num_segments + num_middle:
-            mine = mine & first
-            total = joined(total)
-            delta = joined(delta)
-            row_pk = joined(row_pk)
-            row_pdpk = joined(row_pdpk)
+        store_pairs(out.stat, segment, part, head, T.H, sums.total, sums.delta)
+        if NEED_Q:
+            at, live = PARTS * segment[:, None], part[:, None]
+            store_heads(out.part, at, live, head, T.H, T.D, T.BLOCK_D, sums.pk[:, None])
+            store_heads(out.part, at + 1, live, head, T.H, T.D, T.BLOCK_D, sums.pdpk[:, None])
             if DSCORES:
-                row_dtk = joined(row_dtk)
-            if ATTR_DQ:
-                row_pa = joined(row_pa)
-                row_pdpa = joined(row_pdpa)
-        if tl.program_id(0) < num_segments:
-            part = tl.program_id(0).to(tl.int64) + tl.zeros([BLOCK_R], tl.int64)
-            part_at = part[:, None] * H + head[None, :]
-            mask = mine[:, None] & (head < H)[None, :]
-            tl.store(stat_ptr + 2 * part_at, total, mask=mask)
-            tl.store(stat_ptr + 2 * part_at + 1, delta, mask=mask)
-            live = mine[:, None]
-            if NEED_Q:
-                base = PARTS * part[:, None]
-                store_heads(part_ptr, base, live, head, H, D, BLOCK_D, row_pk[:, None])
-                store_heads(part_ptr, base + 1, live, head, H, D, BLOCK_D, row_pdpk[:, None])
-                if DSCORES:
-                    store_heads(part_ptr, base + 2, live, head, H, D, BLOCK_D, row_dtk[:, None])
-            if ATTR_DQ:
-                base = 2 * part[:, None]
-                store_heads(grads.attr_part, base, live, head, H, C, BLOCK_C, row_pa[:, None])
-                store_heads(grads.attr_part, base + 1, live, head, H, C, BLOCK_C, row_pdpa[:, None])
-            mine = mine & (row < 0)  # nothing else is stored
+                store_heads(out.part, at + 2, live, head, T.H, T.D, T.BLOCK_D, row_dtk[:, None])
     finish_row(
-        total, delta, row_pk, row_pdpk, row_dtk, lse, row, mine, head, scale, log_eps,
-        dlse_ptr, dlse_stride, wgamma_ptr, dq_ptr, H, D, BLOCK_D, HAS_DLSE, NEED_Q,
-    )  # fmt: skip
+        sums,
+        lse,
+        row,
+        whole,
+        head,
+        clamp.scale,
+        log_eps,
+        up.dlse,
+        out.wgamma,
+        out.dq,
+        T.H,
+        T.D,
+        T.BLOCK_D,
+    )
     if ATTR_DQ:
+        row_pa = sum_lanes(pa, num_middle, num_segments, BUCKETS)  # [R, H, C]
+        row_pdpa = sum_lanes(pdpa, num_middle, num_segments, BUCKETS)
+        if BUCKETS:
+            at, live = 2 * segment[:, None], part[:, None]
+            store_heads(out.attr_part, at, live, head, T.H, T.C, T.BLOCK_C, row_pa[:, None])
+            store_heads(out.attr_part, at + 1, live, head, T.H, T.C, T.BLOCK_C, row_pdpa[:, None])
         finish_row(
-            total, delta, row_pa, row_pdpa, tl.zeros_like(row_pa), lse, row, mine, head, scale,
-            log_eps, dlse_ptr, dlse_stride, wgamma_ptr, grads.attr_dq, H, C, BLOCK_C, HAS_DLSE,
-            True,
-        )  # fmt: skip
+            RowSums(sums.total, sums.delta, row_pa, row_pdpa, 0.0),
+            lse,
+            row,
+            whole,
+            head,
+            clamp.scale,
+            log_eps,
+            up.dlse,
+            out.wgamma,
+            out.attr_dq,
+            T.H,
+            T.C,
+            T.BLOCK_C,
+        )
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "first_block", "threshold"])
 def _attention_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, wgamma_ptr,
-    dk_ptr, dv_ptr, dbias_ptr,  # [M, H_kv, D], [M, H_kv, DV], [E, H]
-    dk_part_ptr, dv_part_ptr,  # of segments: [S, H_kv, D], [S, H_kv, DV]
-    col_ptr, row_ptr, edge_ptr,  # [M + 1], [E], [E]
-    few_ptr, middle_ptr, segment_ptr,
-    terms, grads,  # EdgeTerms and EdgeGrads, with EDGES
-    q_stride, k_stride, v_stride, bias_stride, do_stride,
-    num_rows, num_middle, num_segments,  # of columns
+    x,  # Inputs
+    terms,  # EdgeTerms or None
+    up,  # Upstream
+    lse_ptr,
+    wgamma_ptr,
+    out,  # ColumnGrads
+    walk,  # of columns
+    num_rows,
+    num_middle,
+    num_segments,
     first_block,  # of heads, where there is one launch for each
-    scale: tl.float64, low: tl.float64, high: tl.float64,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEED_BIAS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
-    C: tl.constexpr = 1, BLOCK_C: tl.constexpr = 1, EDGE_ALIGN: tl.constexpr = 1,
-    EDGES: tl.constexpr = False, SHARED: tl.constexpr = False,
-    seed_ptr=None, threshold=0,  # of dropout
-    active_ptr=None, active_stride=None,  # [N, H], which heads are not masked
-    ADD: tl.constexpr = False,  # to what earlier launches made of the attributes' gradient
-):  # fmt: skip
+    scale: tl.float64,
+    low: tl.float64,
+    high: tl.float64,
+    seed_ptr,  # of dropout
+    threshold,
+    active,  # [M, H], which heads are not masked
+    T: tl.constexpr,
+    ADD: tl.constexpr,  # to what earlier launches made of the attributes' gradient
+):
     """Grid (column groups, key head blocks): dk, dv of BLOCK_R columns, or of one, and what their
     edges receive.
 
     The query heads that share a key head come one after another.
     """
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    BUCKETS: tl.constexpr = few_ptr is not None
-    ATTR_Q: tl.constexpr = terms.attr_q is not None if EDGES else False
-    ATTR_DO: tl.constexpr = grads.attr_do is not None if EDGES else False
-    DATTR: tl.constexpr = grads.dattr is not None if EDGES else False
-    DSCORES: tl.constexpr = grads.dscores is not None if EDGES else False
-    col, mine, begin, end, stride = take_rows(
-        col_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
-        BUCKETS, BLOCK_R, BLOCK_E,
-    )  # fmt: skip
-    kv_head = (tl.program_id(1) + first_block) * BLOCK_H + tl.arange(0, BLOCK_H)
-    lane = tl.arange(0, BLOCK_E)
-    low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
-    H_KV: tl.constexpr = H // GROUP
+    BUCKETS: tl.constexpr = walk.few is not None
+    NUMBERED: tl.constexpr = x.bias is not None or out.dbias is not None or terms is not None
+    H_KV: tl.constexpr = T.H // T.GROUP
+    col, mine, begin, end, stride = take(walk, num_rows, num_middle, num_segments, T)
+    kv_head = own_heads(T) + first_block * T.BLOCK_H
+    clamp = clamp_of(scale, low, high, T.ACC)
     read = mine
-    if active_ptr is not None:
+    if active is not None:
         # heads of columns: no edge leaves its graph
-        first = tl.max(kv_head, 0) * GROUP
-        read = load_active(active_ptr, active_stride, col, mine, first)
-        for member in range(1, GROUP):
-            read |= load_active(active_ptr, active_stride, col, mine, first + member)
+        first = tl.max(kv_head, 0) * T.GROUP
+        read = load_active(active, col, mine, first)
+        for member in range(1, T.GROUP):
+            read |= load_active(active, col, mine, first + member)
         end = tl.where(read, end, begin)
 
-    k = load_heads(k_ptr, k_stride, col[:, None], read[:, None], kv_head, H_KV, D, BLOCK_D, ALIGN)
-    k = k.to(ACC)  # [R, 1, H, D]
-    v = load_heads(v_ptr, v_stride, col[:, None], read[:, None], kv_head, H_KV, DV, BLOCK_DV, ALIGN)
-    v = v.to(ACC)  # [R, 1, H, DV]
-
-    dk = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_D], ACC)
-    dv = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_H, BLOCK_DV], ACC)
+    own, reads = col[:, None], read[:, None]
+    k = load_heads(x.k, own, reads, kv_head, H_KV, T.D, T.BLOCK_D, T.ALIGN).to(T.ACC)
+    v = load_heads(x.v, own, reads, kv_head, H_KV, T.DV, T.BLOCK_DV, T.ALIGN).to(T.ACC)
+    dk = lane_rows(T.BLOCK_D, T)
+    dv = lane_rows(T.BLOCK_DV, T)
     for step in range(0, tl.max(end - begin), stride):
-        slot = begin[:, None] + step + lane[None, :]
-        live = slot < end[:, None]
-        row = tl.load(row_ptr + slot, mask=live, other=0)
-        if HAS_BIAS or NEED_BIAS or EDGES:
-            edge = tl.load(edge_ptr + slot, mask=live, other=0)
-        else:
-            edge = slot
-        attr = 0.0
-        if EDGES:
-            attr = load_attr(terms, edge, live, C, BLOCK_C, EDGE_ALIGN, ACC)
-        if DATTR:
-            dattr = tl.zeros([BLOCK_R, BLOCK_E, BLOCK_C], ACC)
-        for member in range(GROUP):
-            head = kv_head * GROUP + member  # H and beyond for the padded ones
+        live, row, edge = next_edges(walk, begin, end, step, NUMBERED, T)  # [R, E]
+        attr = load_attr(terms, edge, live, T)
+        if out.dattr is not None:
+            dattr = tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_C], 0.0, T.ACC)
+        for member in range(T.GROUP):
+            head = kv_head * T.GROUP + member  # H and beyond for the padded ones
             here = live
-            if active_ptr is not None:
-                on = load_active(active_ptr, active_stride, col, mine, tl.max(head, 0))
-                here = live & on[:, None]
-            q = load_heads(q_ptr, q_stride, row, here, head, H, D, BLOCK_D, ALIGN).to(ACC)
-            do = load_heads(do_ptr, do_stride, row, here, head, H, DV, BLOCK_DV, ALIGN).to(ACC)
-            key, value, gate, factor, attr_q = k, v, 1.0, 1.0, 0.0
-            if EDGES:
-                key, edge_key = add_edge_key(k, terms, edge, here, head, H, D, BLOCK_D, EDGE_ALIGN)
-                gate = load_gate(terms, edge, here, head, H, D, BLOCK_D, EDGE_ALIGN, ACC)
-                value = add_edge_value(
-                    v, edge_key, terms, edge, here, head, H, DV, BLOCK_DV, EDGE_ALIGN, SHARED
-                )
-                attr_q = load_attr_q(terms, row, here, head, H, C, BLOCK_C, EDGE_ALIGN, ACC)
-                factor = load_factor(terms, edge, here, head, H, ACC)
-            at = row.to(tl.int64)[:, :, None] * H + head[None, None, :]
-            mask = here[:, :, None] & (head < H)[None, None, :]
+            if active is not None:
+                here = live & load_active(active, col, mine, tl.max(head, 0))[:, None]
+            q, attr_q = load_query(x, terms, row, here, head, T)
+            do = load_heads(up.do, row, here, head, T.H, T.DV, T.BLOCK_DV, T.ALIGN).to(T.ACC)
+            key, gate, value = add_edge(k, v, terms, edge, here, head, T)
+            factor = load_factor(terms, edge, here, head, T)
+            at = row.to(tl.int64)[:, :, None] * T.H + head[None, None, :]
+            mask = here[:, :, None] & (head < T.H)[None, None, :]
             lse = load_lse(lse_ptr + at, mask)  # [R, E, H]
             # where no edge counts, neither do upstream gradients, finite or not
             counts = (lse < float("inf"))[:, :, :, None]
@@ -290,177 +277,85 @@ def _attention_bwd_dkv_kernel(
             w = tl.load(wgamma_ptr + 2 * at, mask=mask, other=0.0)
             gated = key * gate
             s, through, bare = logits(
-                q, gated, attr_q, attr, factor, here, edge, head, bias_ptr, bias_stride,
-                scale, low, high, H, CLAMP, HAS_BIAS, ATTR_Q,
-            )  # fmt: skip
+                q, attr_q, gated, attr, factor, x, terms, edge, here, head, clamp, T
+            )
             p = tl.exp(s - lse)
-            keep = kept(seed_ptr, threshold, edge, head, ACC)
-            dvalue = (w * p * keep)[:, :, :, None] * do
-            if NEED_V:
+            keep = kept(seed_ptr, threshold, edge, head, T.ACC)
+            a = (w * p * keep)[:, :, :, None]
+            dvalue = a * do
+            if out.dv is not None:
                 dv += dvalue
-            if NEED_K or NEED_BIAS or EDGES:
+            if out.dk is not None or out.dbias is not None or terms is not None:
                 gamma = tl.load(wgamma_ptr + 2 * at + 1, mask=mask, other=0.0)
                 dp = tl.sum(do * value, 3)
-                if ATTR_DO:
-                    attr_do = load_heads(
-                        grads.attr_do, (H * C, C, 1), row, here, head, H, C, BLOCK_C,
-                        EDGE_ALIGN,
-                    ).to(ACC)  # fmt: skip
+                if up.attr_do is not None:
+                    attr_do = load_attr_heads(up.attr_do, row, here, head, T)
                     attr_do = tl.where(counts, attr_do, 0.0)
                     dp += tl.sum(attr_do * attr, 3)
                 ds = p * (w * dp * keep - gamma)
-                edge_at = edge.to(tl.int64)[:, :, None] * H + head[None, None, :]
-                if NEED_BIAS:
-                    tl.store(dbias_ptr + edge_at, ds.to(dbias_ptr.dtype.element_ty), mask=mask)
+                edge_at = edge.to(tl.int64)[:, :, None] * T.H + head[None, None, :]
+                if out.dbias is not None:
+                    tl.store(out.dbias + edge_at, ds.to(out.dbias.dtype.element_ty), mask=mask)
                 ds = tl.where(through, ds, 0.0)
                 dt = (ds * factor)[:, :, :, None]  # of every product of channels, but for scale
-                if DSCORES:
-                    dscores = load_heads(
-                        grads.dscores, (H * D, D, 1), edge, here, head, H, D, BLOCK_D,
-                        EDGE_ALIGN,
-                    ).to(ACC)  # fmt: skip
+                if up.dscores is not None:
+                    dscores = load_edge_rows(up.dscores, edge, here, head, T.D, T.BLOCK_D, T)
                     dt = dt + dscores * factor[:, :, :, None]
                 dkey = dt * q * gate
-                if NEED_K:
+                if out.dk is not None:
                     dk += dkey
-                if EDGES:
-                    if grads.dfactor is not None:
-                        dfactor = ds * bare
-                        if DSCORES:
-                            dfactor += tl.sum(dscores * q * gated, 3) * scale
-                        dfactor = dfactor.to(grads.dfactor.dtype.element_ty)
-                        tl.store(grads.dfactor + edge_at, dfactor, mask=mask)
-                    if grads.dgate is not None:
-                        dgate = dt * q * key * scale
-                        store_heads(grads.dgate, edge, here, head, H, D, BLOCK_D, dgate)
-                    if grads.dkey is not None:
-                        dkey = dkey * scale
-                        if SHARED:
-                            dkey += dvalue
-                        store_heads(grads.dkey, edge, here, head, H, D, BLOCK_D, dkey)
-                    if grads.dvalue is not None:
-                        store_heads(grads.dvalue, edge, here, head, H, DV, BLOCK_DV, dvalue)
-                if DATTR:
-                    if ATTR_Q:
-                        dattr += tl.sum((ds * factor * scale)[:, :, :, None] * attr_q, 2)
-                    if ATTR_DO:
-                        dattr += tl.sum((w * p * keep)[:, :, :, None] * attr_do, 2)
-        if DATTR:
-            one, share = tl.arange(0, 1), dattr[:, :, None, :]
+                if out.dfactor is not None:
+                    dfactor = ds * bare
+                    if up.dscores is not None:
+                        dfactor += tl.sum(dscores * q * gated, 3) * clamp.scale
+                    dfactor = dfactor.to(out.dfactor.dtype.element_ty)
+                    tl.store(out.dfactor + edge_at, dfactor, mask=mask)
+                if out.dgate is not None:
+                    dgate = dt * q * key * clamp.scale
+                    store_heads(out.dgate, edge, here, head, T.H, T.D, T.BLOCK_D, dgate)
+                if out.dkey is not None:
+                    dkey = dkey * clamp.scale
+                    if T.SHARED:
+                        dkey += dvalue
+                    store_heads(out.dkey, edge, here, head, T.H, T.D, T.BLOCK_D, dkey)
+                if out.dvalue is not None:
+                    store_heads(out.dvalue, edge, here, head, T.H, T.DV, T.BLOCK_DV, dvalue)
+                if out.dattr is not None:
+                    if terms.attr_q is not None:
+                        dattr += tl.sum((ds * factor * clamp.scale)[:, :, :, None] * attr_q, 2)
+                    if up.attr_do is not None:
+                        dattr += tl.sum(a * attr_do, 2)
+        if out.dattr is not None:
+            share = dattr[:, :, None, :]
             if ADD:
-                share += load_heads(grads.dattr, (C, 0, 1), edge, live, one, 1, C, BLOCK_C, 1)
-            store_heads(grads.dattr, edge, live, one, 1, C, BLOCK_C, share)
+                share += load_shared(out.dattr, edge, live, T, 1)
+            store_heads(out.dattr, edge, live, tl.arange(0, 1), 1, T.C, T.BLOCK_C, share)
 
-    col_dk, col_dv = tl.sum(dk, 1) * scale, tl.sum(dv, 1)  # [R, H, D]
-    if BUCKETS:
-        first = tl.arange(0, BLOCK_R) == 0
-        if tl.program_id(0) < num_segments + num_middle:
-            mine = mine & first
-            col_dk = joined(col_dk)
-            col_dv = joined(col_dv)
-        if tl.program_id(0) < num_segments:
-            part = (tl.program_id(0).to(tl.int64) + tl.zeros([BLOCK_R], tl.int64))[:, None]
-            live = mine[:, None]
-            if NEED_K:
-                store_heads(dk_part_ptr, part, live, kv_head, H_KV, D, BLOCK_D, col_dk[:, None])
-            if NEED_V:
-                store_heads(dv_part_ptr, part, live, kv_head, H_KV, DV, BLOCK_DV, col_dv[:, None])
-            mine = mine & (col < 0)  # nothing else is stored
-    if NEED_K:
-        store_heads(dk_ptr, col[:, None], mine[:, None], kv_head, H_KV, D, BLOCK_D, col_dk[:, None])
-    if NEED_V:
-        store_heads(
-            dv_ptr, col[:, None], mine[:, None], kv_head, H_KV, DV, BLOCK_DV, col_dv[:, None]
-        )
-
-
-class EdgeGrads(NamedTuple):
-    """Upstream gradients that the backward reads besides, and what it writes; None where absent."""
-
-    dscores: Any  # [E, H, D]
-    attr_do: Any  # [N, H, C]
-    attr_dq: Any  # [N, H, C]
-    attr_part: Any  # of segments: [S, 2, H, C]
-    dfactor: Any  # [E, H]
-    dgate: Any  # [E, H, D]
-    dkey: Any  # [E, H, D]
-    dvalue: Any  # [E, H, DV]
-    dattr: Any  # [E, C], in the accumulator's dtype
+    whole, part, segment = wholes_and_parts(mine, num_middle, num_segments, BUCKETS)
+    if out.dk is not None:
+        dk = tl.sum(dk, 1) * clamp.scale
+        dk = sum_one_row(dk, num_middle, num_segments, BUCKETS)[:, None]
+        store_heads(out.dk, own, whole[:, None], kv_head, H_KV, T.D, T.BLOCK_D, dk)
+        if BUCKETS:
+            at, parts = segment[:, None], part[:, None]
+            store_heads(out.dk_part, at, parts, kv_head, H_KV, T.D, T.BLOCK_D, dk)
+    if out.dv is not None:
+        dv = sum_lanes(dv, num_middle, num_segments, BUCKETS)[:, None]
+        store_heads(out.dv, own, whole[:, None], kv_head, H_KV, T.DV, T.BLOCK_DV, dv)
+        if BUCKETS:
+            at, parts = segment[:, None], part[:, None]
+            store_heads(out.dv_part, at, parts, kv_head, H_KV, T.DV, T.BLOCK_DV, dv)
 
 
 def attention_bwd(
     do, dlse, q, k, v, edge_bias, on_rows, on_cols, lse, rows, columns,
     scale, low, high, eps, need_q, need_k, need_v, need_bias,
-    terms=None, grads=None, edge_meta=_PLAIN,
 ):  # fmt: skip
-    """-> dq [N, H, D], dk [M, H_kv, D], dv [M, H_kv, DV], dbias [E, H]; empty where not needed.
-
-    With ``terms``, what ``grads`` has is read and filled.
-    """
-    n, heads, width = q.shape
-    m, kv_heads, _ = k.shape
-    row_ptr, col, edge, few, middle, segment, split = attention_walk(rows)
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if need_q else q.new_empty(0)
-    dk = torch.empty_like(k, memory_format=torch.contiguous_format) if need_k else q.new_empty(0)
-    dv = torch.empty_like(v, memory_format=torch.contiguous_format) if need_v else q.new_empty(0)
-    dbias = on_edges(q, on_rows, col.shape[0], heads) if need_bias else q.new_empty(0)
-    wgamma = lse.new_empty(n, heads, 2)
-    shared = {"CLAMP": clamps(low, high), "HAS_BIAS": edge_bias is not None}
-    strides = q.stride(), k.stride(), v.stride(), stride(edge_bias), do.stride()
-    floats = scale, low, high
-    if n and heads:
-        aligned = q, k, v, do
-        meta, grid, counts = attention_plan(
-            q, k, v, aligned, n, heads, few, middle, segment, edge_meta, on_rows
-        )
-        parts = part = stat = None
-        if segment is not None:
-            parts = counts[2]
-            sums = 3 if edge_meta and grads.dscores is not None else 2
-            part = lse.new_empty(parts if need_q else 0, sums, heads, width)
-            stat = lse.new_empty(parts, heads, 2)
-            if edge_meta and grads.attr_dq is not None:
-                attr_part = lse.new_empty(parts, 2, heads, grads.attr_dq.shape[2])
-                grads = grads._replace(attr_part=attr_part)
-        _attention_bwd_dq_kernel[grid](
-            q, k, v, edge_bias, do, dlse, lse, dq, wgamma, part, stat,
-            row_ptr, col, edge, few, middle, segment, terms, grads,
-            *strides, stride(dlse), *counts, *floats, log(eps),
-            HAS_DLSE=dlse is not None, NEED_Q=need_q, **shared, **meta,
-        )  # fmt: skip
-        if parts:
-            row = stat, lse, dlse, stride(dlse), split, scale, log(eps)
-            combine_rows(dq, wgamma, part, *row, need_q)
-            if edge_meta and grads.attr_dq is not None:
-                combine_rows(grads.attr_dq, wgamma, grads.attr_part, *row, True)
-    if m and kv_heads and (need_k or need_v or need_bias or edge_meta):
-        col_ptr, col_row, col_edge, few, middle, segment, split = attention_walk(columns)
-        aligned = q, k, v, do
-        meta, grid, counts = attention_plan(
-            q, k, v, aligned, m, kv_heads, few, middle, segment, edge_meta, on_cols
-        )
-        parts = dk_part = dv_part = None
-        if segment is not None:
-            parts = counts[2]
-            dk_part = lse.new_empty(parts if need_k else 0, kv_heads, width)
-            dv_part = lse.new_empty(parts if need_v else 0, kv_heads, v.shape[2])
-        launches = [(0, grid)]
-        if edge_meta and grads.dattr is not None:
-            # heads share the attributes: one launch after another adds to their gradient
-            launches = [(block, (grid[0], 1)) for block in range(grid[1])]
-        for first_block, part_grid in launches:
-            _attention_bwd_dkv_kernel[part_grid](
-                q, k, v, edge_bias, do, lse, wgamma, dk, dv, dbias, dk_part, dv_part,
-                col_ptr, col_row, col_edge, few, middle, segment, terms, grads,
-                *strides, *counts, first_block, *floats,
-                NEED_K=need_k, NEED_V=need_v, NEED_BIAS=need_bias, ADD=first_block > 0,
-                **shared, **meta,
-            )  # fmt: skip
-        if parts:
-            for out, sums, need in ((dk, dk_part, need_k), (dv, dv_part, need_v)):
-                if need:
-                    combine_columns(out, sums, split)
-    return dq, dk, dv, dbias
+    """-> dq [N, H, D], dk [M, H_kv, D], dv [M, H_kv, DV], dbias [E, H]; empty where not needed."""
+    inputs, logit = (q, k, v, edge_bias), (scale, low, high, eps)
+    masks, walks, needs = (on_rows, on_cols), (rows, columns), (need_q, need_k, need_v, need_bias)
+    upstream = do, dlse, None, None
+    return _backward(upstream, inputs, masks, PLAIN, lse, walks, logit, needs, EdgeGrads())
 
 
 def attention_edges_bwd(
@@ -470,33 +365,144 @@ def attention_edges_bwd(
     """-> gradients of q, k, v, the bias, gate, key, value, attr, attr_q; empty where not needed."""
     gate, key, value, attr, attr_q, _ = terms
     dgate, dkey, dvalue, dattr, dattr_q = (
-        q.new_empty(0) if x is None or not need else on_edges(x, on_rows, *x.shape)
+        on_edges(x, on_rows, *x.shape) if x is not None and need else None
         for x, need in zip((gate, key, value, attr, attr_q), needs[4:], strict=True)
     )
     dscores, dattr_o = (None if x is None else x.contiguous() for x in (dscores, dattr_o))
-    terms, edge_meta = attention_terms(q, terms, dropout, shared, (dscores, dattr_o))
+    edges = edge_terms(q, terms, dropout, shared, (dscores, dattr_o))
     by_head = gate is not None and gate.ndim == 2
-    wanted = zip((dattr_q, dgate, dgate, dkey, dvalue, dattr), (8, 4, 4, 5, 6, 7), strict=True)
-    dattr_to, dfactor, dgate_to, dkey_to, dvalue_to, dattr_wide = (
-        grad if needs[number] else None for grad, number in wanted
-    )
-    if dattr_wide is not None and dattr.dtype != lse.dtype:
+    dattr_wide = dattr
+    if dattr is not None and dattr.dtype != lse.dtype:
         dattr_wide = on_edges(lse, on_rows, *dattr.shape)
-    grads = EdgeGrads(
-        dscores=dscores,
-        attr_do=dattr_o,
-        attr_dq=dattr_to,
-        attr_part=None,
-        dfactor=dfactor if by_head else None,
-        dgate=None if by_head else dgate_to,
-        dkey=dkey_to,
-        dvalue=dvalue_to,
+    on_terms = EdgeGrads(
+        dattr_q,
+        dfactor=dgate if by_head else None,
+        dgate=None if by_head else dgate,
+        dkey=dkey,
+        dvalue=dvalue,
         dattr=dattr_wide,
     )
-    found = attention_bwd(
-        do, dlse, q, k, v, edge_bias, on_rows, on_cols, lse, rows, columns,
-        scale, low, high, eps, *needs[:4], terms, grads, edge_meta,
-    )  # fmt: skip
-    if dattr_wide is not None and dattr_wide is not dattr:
+    inputs, logit = (q, k, v, edge_bias), (scale, low, high, eps)
+    masks, walks = (on_rows, on_cols), (rows, columns)
+    grads = _backward(
+        (do, dlse, dscores, dattr_o), inputs, masks, edges, lse, walks, logit, needs[:4], on_terms
+    )
+    if dattr_wide is not dattr:
         dattr = dattr_wide.to(dattr.dtype)
-    return [*found, dgate, dkey, dvalue, dattr, dattr_q]
+    more = dgate, dkey, dvalue, dattr, dattr_q
+    return [*grads, *(q.new_empty(0) if x is None else x for x in more)]
+
+
+class EdgeGrads(NamedTuple):
+    """Gradients of edge terms, contiguous; None where not needed."""
+
+    attr_dq: torch.Tensor | None = None
+    dfactor: torch.Tensor | None = None
+    dgate: torch.Tensor | None = None
+    dkey: torch.Tensor | None = None
+    dvalue: torch.Tensor | None = None
+    dattr: torch.Tensor | None = None  # in the accumulator's dtype
+
+
+def _backward(upstream, inputs, masks, edges, lse, walks, logit, needs, on_terms):
+    """-> gradients of the inputs; ``on_terms`` are filled where given."""
+    do, dlse, dscores, attr_do = upstream
+    q, k, v, _ = inputs
+    need_q, need_k, need_v, need_bias = needs
+    n, heads, _ = q.shape
+    m, kv_heads, _ = k.shape
+    none = q.new_empty(0)
+    dq, dk, dv = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else none
+        for x, need in zip((q, k, v), needs, strict=False)
+    )
+    dbias = on_edges(q, masks[0], walks[0][1].shape[0], heads) if need_bias else none
+    wgamma = lse.new_empty(n, heads, 2)
+    up = Upstream(rows_of(do), rows_of(dlse), dscores, attr_do)
+    x = Inputs(*map(rows_of, inputs))
+    if n and heads:
+        grads = dq if need_q else None, wgamma, on_terms.attr_dq
+        _backward_of_rows(x, up, lse, grads, inputs, masks[0], edges, walks[0], logit)
+    if m and kv_heads and (need_k or need_v or need_bias or edges.terms is not None):
+        grads = (x if need else None for x, need in zip((dk, dv, dbias), needs[1:], strict=True))
+        grads = ColumnGrads(*grads, None, None, *on_terms[1:])
+        _backward_of_columns(x, up, lse, wgamma, grads, inputs, masks[1], edges, walks[1], logit)
+    return dq, dk, dv, dbias
+
+
+def _backward_of_rows(x, up, lse, grads, inputs, mask, edges, walk, logit):
+    q, k, v, _ = inputs
+    dq, wgamma, attr_dq = grads
+    scale, low, high, eps = logit
+    heads, aligned = q.shape[1], (q, k, v, up.do.ptr)
+    call = attention_plan((q, k, v), aligned, walk, heads, edges, clamps(low, high), mask)
+    part = stat = attr_part = None
+    if call.split is not None:
+        parts, sums = call.counts[2], 2 if up.dscores is None else 3
+        part = lse.new_empty(0 if dq is None else parts, sums, heads, q.shape[2])
+        stat = lse.new_empty(parts, heads, 2)
+        if attr_dq is not None:
+            attr_part = lse.new_empty(parts, 2, heads, attr_dq.shape[2])
+    _attention_bwd_dq_kernel[call.grid](
+        x,
+        edges.terms,
+        up,
+        lse,
+        RowGrads(dq, wgamma, attr_dq, part, stat, attr_part),
+        call.walk,
+        *call.counts,
+        scale,
+        low,
+        high,
+        log(eps),
+        edges.seed,
+        edges.threshold,
+        call.active,
+        **call.meta,
+    )
+    if call.counts[2]:
+        row = stat, lse, up.dlse, call.split, scale, log(eps)
+        combine_rows(dq, wgamma, part, *row)
+        if attr_dq is not None:
+            combine_rows(attr_dq, wgamma, attr_part, *row)
+
+
+def _backward_of_columns(x, up, lse, wgamma, grads, inputs, mask, edges, walk, logit):
+    q, k, v, _ = inputs
+    scale, low, high, _ = logit
+    heads, aligned = k.shape[1], (q, k, v, up.do.ptr)
+    call = attention_plan((q, k, v), aligned, walk, heads, edges, clamps(low, high), mask)
+    if call.split is not None:
+        parts = call.counts[2]
+        grads = grads._replace(
+            dk_part=lse.new_empty(0 if grads.dk is None else parts, heads, k.shape[2]),
+            dv_part=lse.new_empty(0 if grads.dv is None else parts, heads, v.shape[2]),
+        )
+    launches = [(0, call.grid)]
+    if grads.dattr is not None:
+        # heads share the attributes: one launch after another adds to their gradient
+        launches = [(block, (call.grid[0], 1)) for block in range(call.grid[1])]
+    for first_block, grid in launches:
+        _attention_bwd_dkv_kernel[grid](
+            x,
+            edges.terms,
+            up,
+            lse,
+            wgamma,
+            grads,
+            call.walk,
+            *call.counts,
+            first_block,
+            scale,
+            low,
+            high,
+            edges.seed,
+            edges.threshold,
+            call.active,
+            ADD=first_block > 0,
+            **call.meta,
+        )
+    if call.counts[2]:
+        for out, sums in ((grads.dk, grads.dk_part), (grads.dv, grads.dv_part)):
+            if out is not None:
+                combine_columns(out, sums, call.split)

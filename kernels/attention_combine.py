@@ -4,12 +4,14 @@ The symbols are those of ``attention.py``. One program owns one row (or column) 
 takes BLOCK_S of its segments at a time.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from .configs import FILLERS, power_of_2
 from .edge_tile import kept_share
-from .loads import load_heads, load_lse, scalar, store_heads
+from .loads import load_lse, load_own_heads, scalar, store_heads
 
 _BLOCK_S = 4
 _CHANNELS = 256  # of one program: a row is split seldom, and its sums are few
@@ -17,11 +19,19 @@ _CHANNELS = 256  # of one program: a row is split seldom, and its sums are few
 
 @triton.jit
 def _combine_outputs_kernel(
-    part_ptr, stat_ptr, split_ptr,  # [S, H, DV], [S, H, 2], [P, 3]
-    o_ptr, lse_ptr, norm_ptr, log_eps: tl.float64,
-    H: tl.constexpr, DV: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+    part_ptr,  # [S, H, DV]
+    stat_ptr,  # [S, H, 2]
+    split_ptr,  # [P, 3]
+    o_ptr,
+    lse_ptr,
+    norm_ptr,
+    log_eps: tl.float64,
+    H: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
     """Grid (split rows, head blocks): output and lse of one row."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     row, begin, end = _split_row(split_ptr)
@@ -56,19 +66,39 @@ def _combine_outputs_kernel(
     store_heads(o_ptr, one, one >= 0, head, H, DV, BLOCK_DV, o[None, None, :, :])
     at = row * H + head
     tl.store(lse_ptr + at, tl.where(empty, float("-inf"), lse), mask=head < H)
-    if NORM:
+    if norm_ptr is not None:
         tl.store(norm_ptr + 2 * at, pivot, mask=head < H)
         tl.store(norm_ptr + 2 * at + 1, norm, mask=head < H)
 
 
+class RowSums(NamedTuple):
+    """Sums over the edges of whole rows."""
+
+    total: Any  # of p, [R, H]
+    delta: Any  # of p dp, [R, H]
+    pk: Any  # of p k, [R, H, D]
+    pdpk: Any  # of p dp k, [R, H, D]
+    dtk: Any  # what dq receives through the edge scores, whatever the weights, [R, H, D]
+
+
 @triton.jit
 def _combine_rows_kernel(
-    part_ptr, stat_ptr, split_ptr,  # [S, PARTS, H, D], [S, H, 2], [P, 3]
-    lse_ptr, dlse_ptr, wgamma_ptr, dq_ptr,
-    dlse_stride, scale: tl.float64, log_eps: tl.float64,
-    H: tl.constexpr, D: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_Q: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    part_ptr,  # [S, PARTS, H, D]
+    stat_ptr,  # [S, H, 2]
+    split_ptr,  # [P, 3]
+    lse_ptr,
+    dlse,
+    wgamma_ptr,
+    dq_ptr,
+    scale: tl.float64,
+    log_eps: tl.float64,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Grid (split rows, head blocks): dq, w and gamma of one row."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     row, begin, end = _split_row(split_ptr)
@@ -85,28 +115,38 @@ def _combine_rows_kernel(
         mask = live[:, None] & (head < H)[None, :]
         total += tl.load(stat_ptr + 2 * at, mask=mask, other=0.0)
         delta += tl.load(stat_ptr + 2 * at + 1, mask=mask, other=0.0)
-        if NEED_Q:
+        if dq_ptr is not None:
             pk += _load_part(part_ptr, PARTS * part, live, head, H, D, BLOCK_D)
             pdpk += _load_part(part_ptr, PARTS * part + 1, live, head, H, D, BLOCK_D)
             if PARTS == 3:
                 dtk += _load_part(part_ptr, PARTS * part + 2, live, head, H, D, BLOCK_D)
     at = row * H + head
     one = tl.zeros([1], tl.int64) + row
+    sums = RowSums(
+        tl.sum(total, 0)[None, :],
+        tl.sum(delta, 0)[None, :],
+        tl.sum(pk, 0)[None, :, :],
+        tl.sum(pdpk, 0)[None, :, :],
+        tl.sum(dtk, 0)[None, :, :],
+    )
+    lse = load_lse(lse_ptr + at, head < H)[None, :]
+    scale = scalar(scale, ACC)
     finish_row(
-        tl.sum(total, 0)[None, :], tl.sum(delta, 0)[None, :],
-        tl.sum(pk, 0)[None, :, :], tl.sum(pdpk, 0)[None, :, :], tl.sum(dtk, 0)[None, :, :],
-        load_lse(lse_ptr + at, head < H)[None, :], one, one >= 0, head,
-        scalar(scale, ACC), log_eps,
-        dlse_ptr, dlse_stride, wgamma_ptr, dq_ptr, H, D, BLOCK_D, HAS_DLSE, NEED_Q,
-    )  # fmt: skip
+        sums, lse, one, one >= 0, head, scale, log_eps, dlse, wgamma_ptr, dq_ptr, H, D, BLOCK_D
+    )
 
 
 @triton.jit
 def _combine_columns_kernel(
-    part_ptr, split_ptr, out_ptr,  # [S, H, D], [P, 3], [M, H, D]
-    H: tl.constexpr, D: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    part_ptr,  # [S, H, D]
+    split_ptr,  # [P, 3]
+    out_ptr,  # [M, H, D]
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Grid (split columns, head blocks): the sum of the segments of one column."""
     col, begin, end = _split_row(split_ptr)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -121,34 +161,40 @@ def _combine_columns_kernel(
 
 @triton.jit
 def finish_row(
-    total, delta, pk, pdpk, dtk, lse, row, mine, head, scale, log_eps,
-    dlse_ptr, dlse_stride, wgamma_ptr, dq_ptr,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_DLSE: tl.constexpr, NEED_Q: tl.constexpr,
-):  # fmt: skip
-    """From sums over whole rows, of p, p dp [R, H], p k, p dp k [R, H, D]: w, gamma and dq.
-
-    dtk [R, H, D] is what dq receives through the edge scores, whatever the weights.
-    """
+    sums,  # RowSums
+    lse,
+    row,
+    mine,
+    head,
+    scale,
+    log_eps,
+    dlse,
+    wgamma_ptr,
+    dq_ptr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """w, gamma and dq of whole rows."""
     at = row[:, None] * H + head[None, :]
     mask = mine[:, None] & (head < H)[None, :]
-    total = tl.where(total == 0.0, 1.0, total)
+    total = tl.where(sums.total == 0.0, 1.0, sums.total)
     kept = kept_share(lse, log_eps, total.dtype)
     w = kept / total
-    gamma = kept * w * delta
-    if HAS_DLSE:
-        dlse_at = row[:, None] * dlse_stride[0]
-        dlse_at += head.to(tl.int64)[None, :] * dlse_stride[1]
-        gamma -= tl.load(dlse_ptr + dlse_at, mask=mask, other=0.0).to(total.dtype)
+    gamma = kept * w * sums.delta
+    if dlse is not None:
+        dlse_at = row[:, None] * dlse.stride[0]
+        dlse_at += head.to(tl.int64)[None, :] * dlse.stride[1]
+        gamma -= tl.load(dlse.ptr + dlse_at, mask=mask, other=0.0).to(total.dtype)
     gamma /= total
     # where no edge counts, neither do the upstream gradients, finite or not
     empty = lse == float("inf")
     gamma = tl.where(empty, 0.0, gamma)
     tl.store(wgamma_ptr + 2 * at, w, mask=mask)
     tl.store(wgamma_ptr + 2 * at + 1, gamma, mask=mask)
-    if NEED_Q:
-        dq = w[:, :, None] * pdpk - gamma[:, :, None] * pk
-        dq = (tl.where(empty[:, :, None], 0.0, dq) + dtk)[:, None, :, :] * scale
+    if dq_ptr is not None:
+        dq = w[:, :, None] * sums.pdpk - gamma[:, :, None] * sums.pk
+        dq = (tl.where(empty[:, :, None], 0.0, dq) + sums.dtk)[:, None, :, :] * scale
         store_heads(dq_ptr, row[:, None], mine[:, None], head, H, D, BLOCK_D, dq)
 
 
@@ -163,7 +209,7 @@ def _split_row(split_ptr):
 @triton.jit
 def _load_part(ptr, part, live, head, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Sums of segments ``part`` [S] of a contiguous [S, H, D] tensor: -> [S, H, D]."""
-    x = load_heads(ptr, (H * D, D, 1), part[:, None], live[:, None], head, H, D, BLOCK_D, 1)
+    x = load_own_heads(ptr, part[:, None], live[:, None], head, H, D, BLOCK_D, 1)
     return tl.reshape(x, [part.shape[0], head.shape[0], BLOCK_D])
 
 
@@ -171,18 +217,25 @@ def combine_outputs(o, lse, norm, part, stat, split, log_eps):
     """Complete o [N, H, DV], lse [N, H] and norm in the rows of ``split``."""
     grid, meta = _plan(split, *o.shape[1:])
     meta["BLOCK_DV"], meta["DV"] = meta.pop("BLOCK_D"), meta.pop("D")
-    _combine_outputs_kernel[grid](
-        part, stat, split, o, lse, norm, log_eps, NORM=norm is not None, **meta
-    )
+    _combine_outputs_kernel[grid](part, stat, split, o, lse, norm, log_eps, **meta)
 
 
-def combine_rows(dq, wgamma, part, stat, lse, dlse, dlse_stride, split, scale, log_eps, need_q):
-    """Complete wgamma [N, H, 2] and dq [N, H, D] in the rows of ``split``."""
+def combine_rows(dq, wgamma, part, stat, lse, dlse, split, scale, log_eps):
+    """Complete wgamma [N, H, 2] and dq [N, H, D] (None: not needed) in the rows of ``split``."""
     grid, meta = _plan(split, lse.shape[1], part.shape[3])
     _combine_rows_kernel[grid](
-        part, stat, split, lse, dlse, wgamma, dq, dlse_stride, scale, log_eps,
-        HAS_DLSE=dlse is not None, NEED_Q=need_q, PARTS=part.shape[1], **meta,
-    )  # fmt: skip
+        part,
+        stat,
+        split,
+        lse,
+        dlse,
+        wgamma,
+        dq,
+        scale,
+        log_eps,
+        PARTS=part.shape[1],
+        **meta,
+    )
 
 
 def combine_columns(out, part, split):

@@ -28,11 +28,14 @@ A tile's products also meet edges that are not there: 0 * NaN would spread NaN t
 window. Where a result is not finite, the window is computed again, column by column.
 """
 
+from functools import cache
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from .attention import active_heads, on_edges
+from .attention import head_rows, on_edges
 from .configs import (
     accumulator,
     alignment,
@@ -41,122 +44,135 @@ from .configs import (
     dot_precision,
     log,
     power_of_2,
-    stride,
     window_tile,
 )
-from .edge_tile import kept_share
-from .loads import dot, edge_slots, load_active, load_lse, load_rows, scalar, store_rows, tile_mask
+from .edge_tile import Inputs, clamp_of, kept_share
+from .loads import dot, edge_slots, load_active, load_rows, rows_of, store_rows, tile_mask
+
+
+class Tables(NamedTuple):
+    """Windows of rows, as ``Windows`` in ``fastgt/tiles.py`` explains them."""
+
+    window: Any  # [W, 5]
+    other: Any  # [C], the columns
+    bits: Any  # [C]
+    base: Any  # [C]
+    edge: Any  # [E]
+
+
+class Span(NamedTuple):
+    """The entries of a window, from the first to the one after the last."""
+
+    start: Any
+    stop: Any
+
+
+class WindowSizes(NamedTuple):
+    """Sizes of attention by windows and of what a program holds, constants of its kernel."""
+
+    H: int
+    GROUP: int  # query heads that share a key head
+    D: int
+    DV: int
+    CLAMP: bool
+    DENSE: bool  # the columns stand one after another
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    ALIGN: int  # channels that rows of q, k, v and do start at a multiple of
+    ACC: tl.dtype
+    DOT: tl.dtype  # what tiles are multiplied in
+    PRECISION: str
 
 
 @triton.jit
 def _windows_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr,  # [N, H, D], [M, H_kv, D], [M, H_kv, DV], [E, H]
-    o_ptr, lse_ptr, weights_ptr,  # [N, H, DV], [N, H], [E, H]
-    window_ptr, col_ptr, bits_ptr, base_ptr, edge_ptr,  # [W, 5], [C], [C], [C], [E]
-    q_stride, k_stride, v_stride, bias_stride,
-    scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTS: tl.constexpr, DENSE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ALIGN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    active_ptr=None, active_stride=None,  # [N, H], which heads are not masked
-):  # fmt: skip
+    x,  # Inputs
+    o_ptr,  # [N, H, DV]
+    lse_ptr,  # [N, H]
+    weights_ptr,  # [E, H] or None
+    tables,
+    scale: tl.float64,
+    low: tl.float64,
+    high: tl.float64,
+    log_eps: tl.float64,
+    active,  # [N, H], which heads are not masked
+    T: tl.constexpr,
+):
     """Grid (windows x heads): one program owns a window of rows and a head."""
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    head = tl.program_id(0) % H
-    first, last, start, stop, full = _window(window_ptr, tl.program_id(0) // H)
-    row = first + tl.arange(0, BLOCK_M)
-    mine = row < last
-    read = mine
-    if active_ptr is not None:
-        read = load_active(active_ptr, active_stride, row, mine, head)
-        stop = tl.where(tl.max(read.to(tl.int32)) > 0, stop, start)
-    low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
-    q = load_rows(q_ptr, q_stride, row, read, head, D, BLOCK_D, ALIGN)  # [M, D]
-    masked_from = start + full // BLOCK_N * BLOCK_N
-    if active_ptr is not None:
-        masked_from = tl.minimum(masked_from, stop)
+    row, mine, read, head, span, masked_from = own_rows(tables, active, T)
+    clamp = clamp_of(scale, low, high, T.ACC)
+    q = load_rows(x.q.ptr, x.q.stride, row, read, head, T.D, T.BLOCK_D, T.ALIGN)  # [M, D]
 
-    top = tl.full([BLOCK_M], float("-inf"), ACC)
-    total = tl.zeros([BLOCK_M], ACC)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
-    for at in range(start, masked_from, BLOCK_N):
+    top = tl.full([T.BLOCK_M], float("-inf"), T.ACC)
+    total = tl.full([T.BLOCK_M], 0.0, T.ACC)
+    acc = tl.full([T.BLOCK_M, T.BLOCK_DV], 0.0, T.ACC)
+    for at in range(span.start, masked_from, T.BLOCK_N):
         top, total, acc = _fwd_tile(
-            q, top, total, acc, at, stop, start, head,
-            k_ptr, v_ptr, bias_ptr, col_ptr, bits_ptr, base_ptr, edge_ptr,
-            k_stride, v_stride, bias_stride, scale, low, high,
-            GROUP, D, DV, CLAMP, HAS_BIAS, DENSE, False, False,
-            BLOCK_N, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
-        )  # fmt: skip
-    for at in range(masked_from, stop, BLOCK_N):
+            q, top, total, acc, at, span, head, x, tables, clamp, False, False, T
+        )
+    for at in range(masked_from, span.stop, T.BLOCK_N):
         top, total, acc = _fwd_tile(
-            q, top, total, acc, at, stop, start, head,
-            k_ptr, v_ptr, bias_ptr, col_ptr, bits_ptr, base_ptr, edge_ptr,
-            k_stride, v_stride, bias_stride, scale, low, high,
-            GROUP, D, DV, CLAMP, HAS_BIAS, DENSE, True, False,
-            BLOCK_N, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
-        )  # fmt: skip
-    if _spoilt(acc, read):
-        top = tl.full([BLOCK_M], float("-inf"), ACC)
-        total = tl.zeros([BLOCK_M], ACC)
-        acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
-        for at in range(start, stop, 16):
+            q, top, total, acc, at, span, head, x, tables, clamp, True, False, T
+        )
+    if spoilt(acc, read):
+        top = tl.full([T.BLOCK_M], float("-inf"), T.ACC)
+        total = tl.full([T.BLOCK_M], 0.0, T.ACC)
+        acc = tl.full([T.BLOCK_M, T.BLOCK_DV], 0.0, T.ACC)
+        for at in range(span.start, span.stop, 16):
             top, total, acc = _fwd_tile(
-                q, top, total, acc, at, stop, start, head,
-                k_ptr, v_ptr, bias_ptr, col_ptr, bits_ptr, base_ptr, edge_ptr,
-                k_stride, v_stride, bias_stride, scale, low, high,
-                GROUP, D, DV, CLAMP, HAS_BIAS, DENSE, True, True,
-                16, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
-            )  # fmt: skip
+                q, top, total, acc, at, span, head, x, tables, clamp, True, True, T
+            )
 
-    if active_ptr is not None:
+    if active is not None:
         # rows of which others in the window have the head
         total = tl.where(read, total, 0.0)
     pivot = tl.where(top == float("-inf"), 0.0, top)
     empty = total == 0.0
     lse = pivot + tl.log(tl.where(empty, 1.0, total))
-    norm = kept_share(lse, log_eps, ACC) / tl.where(empty, 1.0, total)
+    norm = kept_share(lse, log_eps, T.ACC) / tl.where(empty, 1.0, total)
     o = tl.where(empty[:, None], 0.0, acc * norm[:, None])
-    store_rows(o_ptr, row, mine, head, H, DV, BLOCK_DV, o)
-    out = row * H + head
+    store_rows(o_ptr, row, mine, head, T.H, T.DV, T.BLOCK_DV, o)
+    out = row * T.H + head
     tl.store(lse_ptr + out, tl.where(empty, float("-inf"), lse), mask=mine)
-    if WEIGHTS:
+    if weights_ptr is not None:
         # not through the lse, which is rounded as the largest logit is
-        for at in range(start, stop, BLOCK_N):
-            entry, within, col = _entries(at, stop, start, col_ptr, DENSE, BLOCK_N)
-            k = load_rows(k_ptr, k_stride, col, within, head // GROUP, D, BLOCK_D, ALIGN)
-            s, live, _, edge = _logits(
-                dot(q, tl.trans(k), None, ACC, DOT, PRECISION), entry, within, head,
-                bias_ptr, bias_stride, bits_ptr, base_ptr, edge_ptr, scale, low, high,
-                CLAMP, HAS_BIAS, True, True, BLOCK_M,
-            )  # fmt: skip
+        for at in range(span.start, span.stop, T.BLOCK_N):
+            entry, within, col = entries(at, span, tables, T.DENSE, T.BLOCK_N)
+            k = load_head(x.k, col, within, head // T.GROUP, T.D, T.BLOCK_D, T)
+            s, live, _, edge = window_logits(
+                q, k, entry, within, head, x.bias, tables, clamp, True, True, T
+            )
             p = tl.exp(s - pivot[:, None]) * norm[:, None]
-            place = weights_ptr + edge.to(tl.int64) * H + head
+            place = weights_ptr + edge.to(tl.int64) * T.H + head
             tl.store(place, p.to(weights_ptr.dtype.element_ty), mask=live & read[:, None])
 
 
 @triton.jit
 def _fwd_tile(
-    q, top, total, acc, at, stop, start, head,
-    k_ptr, v_ptr, bias_ptr, col_ptr, bits_ptr, base_ptr, edge_ptr,
-    k_stride, v_stride, bias_stride, scale, low, high,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, DENSE: tl.constexpr,
-    MASKED: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ALIGN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    top,
+    total,
+    acc,
+    at,
+    span,
+    head,
+    x,
+    tables,
+    clamp,
+    MASKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    T: tl.constexpr,
+):
     """One step of the online softmax: -> top, total [M], acc [M, DV]."""
-    ACC: tl.constexpr = total.dtype
-    BLOCK_M: tl.constexpr = q.shape[0]
-    entry, within, col = _entries(at, stop, start, col_ptr, DENSE, BLOCK_N)
-    k = load_rows(k_ptr, k_stride, col, within, head // GROUP, D, BLOCK_D, ALIGN)  # [N, D]
-    v = load_rows(v_ptr, v_stride, col, within, head // GROUP, DV, BLOCK_DV, ALIGN)
-    s, live, _, _ = _logits(
-        dot(q, tl.trans(k), None, ACC, DOT, PRECISION), entry, within, head,
-        bias_ptr, bias_stride, bits_ptr, base_ptr, edge_ptr, scale, low, high,
-        CLAMP, HAS_BIAS, MASKED, False, BLOCK_M,
-    )  # fmt: skip
+    BLOCK_N: tl.constexpr = 16 if EXACT else T.BLOCK_N
+    entry, within, col = entries(at, span, tables, T.DENSE, BLOCK_N)
+    k = load_head(x.k, col, within, head // T.GROUP, T.D, T.BLOCK_D, T)  # [N, D]
+    v = load_head(x.v, col, within, head // T.GROUP, T.DV, T.BLOCK_DV, T)
+    s, live, _, _ = window_logits(
+        q, k, entry, within, head, x.bias, tables, clamp, MASKED, False, T
+    )
     new_top = tl.maximum(top, tl.max(s, 1))
     pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
     decay = tl.exp(top - pivot)
@@ -164,347 +180,115 @@ def _fwd_tile(
     total = total * decay + tl.sum(p, 1)
     acc = acc * decay[:, None]
     if EXACT:
-        acc = _add_columns(acc, p, live, v_ptr, v_stride, entry, col, stop, head // GROUP, DV)
+        acc = add_columns(acc, p, live, x.v, entry, col, span, head // T.GROUP, T.DV)
     else:
-        acc = dot(p.to(v.dtype), v, acc, ACC, DOT, PRECISION)
+        acc = dot(p.to(v.dtype), v, acc, T.ACC, T.DOT, T.PRECISION)
     return new_top, total, acc
 
 
 @triton.jit
-def _windows_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, dlse_ptr, lse_ptr, out_ptr,
-    dq_ptr, wgamma_ptr,  # [N, H, D], [N, H, 2]: w and gamma
-    window_ptr, col_ptr, bits_ptr, base_ptr, edge_ptr,
-    q_stride, k_stride, v_stride, bias_stride, do_stride, out_stride, dlse_stride,
-    scale: tl.float64, low: tl.float64, high: tl.float64, log_eps: tl.float64,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_Q: tl.constexpr,
-    DENSE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ALIGN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    active_ptr=None, active_stride=None,  # [N, H], which heads are not masked
-):  # fmt: skip
-    """Grid (windows x heads): dq, w and gamma of a window's rows."""
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    head = tl.program_id(0) % H
-    first, last, start, stop, full = _window(window_ptr, tl.program_id(0) // H)
-    row = first + tl.arange(0, BLOCK_M)
+def own_rows(tables, active, T: tl.constexpr):
+    """-> rows of this program's window [M], which exist, which to read, the head, the entries, and
+    where those begin that not all rows have."""
+    head = tl.program_id(0) % T.H
+    first, last, span, full = own_window(tables, tl.program_id(0) // T.H)
+    row = first + tl.arange(0, T.BLOCK_M)
     mine = row < last
-    read = mine
-    if active_ptr is not None:
-        read = load_active(active_ptr, active_stride, row, mine, head)
-        stop = tl.where(tl.max(read.to(tl.int32)) > 0, stop, start)
-    low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
-    q = load_rows(q_ptr, q_stride, row, read, head, D, BLOCK_D, ALIGN)  # [M, D]
-    do = load_rows(do_ptr, do_stride, row, read, head, DV, BLOCK_DV, ALIGN)  # [M, DV]
-    o = load_rows(out_ptr, out_stride, row, mine, head, DV, BLOCK_DV, 1)
-    at_row = row * H + head
-    lse = load_lse(lse_ptr + at_row, mine)  # [M]
-    kept = kept_share(lse, log_eps, ACC)
-    g = tl.zeros([BLOCK_M], ACC)
-    if HAS_DLSE:
-        at_dlse = dlse_ptr + row * dlse_stride[0] + head.to(tl.int64) * dlse_stride[1]
-        g = tl.load(at_dlse, mask=mine, other=0.0).to(ACC)
-    guess = kept * tl.sum(do.to(ACC) * o.to(ACC), 1) - g
-    # any finite number will do
-    guess = tl.where(tl.abs(guess) < float("inf"), guess, 0.0)
-    masked_from = start + full // BLOCK_N * BLOCK_N
-    if active_ptr is not None:
+    masked_from = span.start + full // T.BLOCK_N * T.BLOCK_N
+    read, stop = mine, span.stop
+    if active is not None:
+        read, stop = unmasked(active, row, mine, head, span)
         masked_from = tl.minimum(masked_from, stop)
-
-    total = tl.zeros([BLOCK_M], ACC)
-    delta = tl.zeros([BLOCK_M], ACC)
-    dsk = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    pk = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    for at in range(start, masked_from, BLOCK_N):
-        total, delta, dsk, pk = _dq_tile(
-            q, do, lse, kept, guess, total, delta, dsk, pk, at, stop, start, head,
-            k_ptr, v_ptr, bias_ptr, col_ptr, bits_ptr, base_ptr, edge_ptr,
-            k_stride, v_stride, bias_stride, scale, low, high,
-            GROUP, D, DV, CLAMP, HAS_BIAS, DENSE, NEED_Q, False, False,
-            BLOCK_N, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
-        )  # fmt: skip
-    for at in range(masked_from, stop, BLOCK_N):
-        total, delta, dsk, pk = _dq_tile(
-            q, do, lse, kept, guess, total, delta, dsk, pk, at, stop, start, head,
-            k_ptr, v_ptr, bias_ptr, col_ptr, bits_ptr, base_ptr, edge_ptr,
-            k_stride, v_stride, bias_stride, scale, low, high,
-            GROUP, D, DV, CLAMP, HAS_BIAS, DENSE, NEED_Q, True, False,
-            BLOCK_N, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
-        )  # fmt: skip
-    if NEED_Q:  # noqa: SIM102  (a constant: "and" would compile both)
-        if _spoilt(dsk + pk, read):
-            total = tl.zeros([BLOCK_M], ACC)
-            delta = tl.zeros([BLOCK_M], ACC)
-            dsk = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-            pk = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-            for at in range(start, stop, 16):
-                total, delta, dsk, pk = _dq_tile(
-                    q, do, lse, kept, guess, total, delta, dsk, pk, at, stop, start, head,
-                    k_ptr, v_ptr, bias_ptr, col_ptr, bits_ptr, base_ptr, edge_ptr,
-                    k_stride, v_stride, bias_stride, scale, low, high,
-                    GROUP, D, DV, CLAMP, HAS_BIAS, DENSE, NEED_Q, True, True,
-                    16, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
-                )  # fmt: skip
-
-    total = tl.where(total == 0.0, 1.0, total)
-    w = kept / total
-    gamma = (kept * w * delta - g) / total
-    # where no edge counts, neither do the upstream gradients, finite or not
-    empty = lse == float("inf")
-    gamma = tl.where(empty, 0.0, gamma)
-    tl.store(wgamma_ptr + 2 * at_row, w, mask=mine)
-    tl.store(wgamma_ptr + 2 * at_row + 1, gamma, mask=mine)
-    if NEED_Q:
-        dq = (dsk + (guess - gamma * total)[:, None] * pk) / total[:, None]
-        dq = tl.where(empty[:, None], 0.0, dq) * scale
-        store_rows(dq_ptr, row, mine, head, H, D, BLOCK_D, dq)
+    return row, mine, read, head, Span(span.start, stop), masked_from
 
 
 @triton.jit
-def _dq_tile(
-    q, do, lse, kept, guess, total, delta, dsk, pk, at, stop, start, head,
-    k_ptr, v_ptr, bias_ptr, col_ptr, bits_ptr, base_ptr, edge_ptr,
-    k_stride, v_stride, bias_stride, scale, low, high,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, DENSE: tl.constexpr, NEED_Q: tl.constexpr,
-    MASKED: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ALIGN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Sums over BLOCK_N more columns: p, p dp [M]; p (r dp - guess) k and p k [M, D]."""
-    ACC: tl.constexpr = total.dtype
-    BLOCK_M: tl.constexpr = q.shape[0]
-    entry, within, col = _entries(at, stop, start, col_ptr, DENSE, BLOCK_N)
-    k = load_rows(k_ptr, k_stride, col, within, head // GROUP, D, BLOCK_D, ALIGN)  # [N, D]
-    v = load_rows(v_ptr, v_stride, col, within, head // GROUP, DV, BLOCK_DV, ALIGN)
-    s, live, through, _ = _logits(
-        dot(q, tl.trans(k), None, ACC, DOT, PRECISION), entry, within, head,
-        bias_ptr, bias_stride, bits_ptr, base_ptr, edge_ptr, scale, low, high,
-        CLAMP, HAS_BIAS, MASKED, False, BLOCK_M,
-    )  # fmt: skip
-    p = tl.exp(s - lse[:, None])  # [M, N]
-    dp = tl.where(live, dot(do, tl.trans(v), None, ACC, DOT, PRECISION), 0.0)
-    total += tl.sum(p, 1)
-    delta += tl.sum(p * dp, 1)
-    if NEED_Q:
-        ds = tl.where(through, p * (kept[:, None] * dp - guess[:, None]), 0.0)
-        p = tl.where(through, p, 0.0)
-        if EXACT:
-            dsk = _add_columns(dsk, ds, live, k_ptr, k_stride, entry, col, stop, head // GROUP, D)
-            pk = _add_columns(pk, p, live, k_ptr, k_stride, entry, col, stop, head // GROUP, D)
-        else:
-            dsk = dot(ds.to(k.dtype), k, dsk, ACC, DOT, PRECISION)
-            pk = dot(p.to(k.dtype), k, pk, ACC, DOT, PRECISION)
-    return total, delta, dsk, pk
+def unmasked(active, row, mine, head, span):
+    """-> which rows to read, and the end of their entries: none where all mask the head."""
+    read = load_active(active, row, mine, head)
+    return read, tl.where(tl.max(read.to(tl.int32)) > 0, span.stop, span.start)
 
 
 @triton.jit
-def _windows_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, wgamma_ptr,
-    dk_ptr, dv_ptr, dbias_ptr,  # [M, H_kv, D], [M, H_kv, DV], [E, H]
-    window_ptr, row_ptr, bits_ptr, base_ptr, edge_ptr,
-    q_stride, k_stride, v_stride, bias_stride, do_stride,
-    scale: tl.float64, low: tl.float64, high: tl.float64,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEED_BIAS: tl.constexpr, DENSE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ALIGN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    active_ptr=None, active_stride=None,  # [N, H], which heads are not masked
-):  # fmt: skip
-    """Grid (windows of columns x key heads): dk, dv and dbias of a window's columns.
-
-    The query heads that share a key head come one after another.
-    """
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    H_KV: tl.constexpr = H // GROUP
-    kv_head = tl.program_id(0) % H_KV
-    first, last, start, stop, full = _window(window_ptr, tl.program_id(0) // H_KV)
-    col = first + tl.arange(0, BLOCK_M)
-    mine = col < last
-    low, high, scale = scalar(low, ACC), scalar(high, ACC), scalar(scale, ACC)
-    k = load_rows(k_ptr, k_stride, col, mine, kv_head, D, BLOCK_D, ALIGN)  # [M, D]
-    v = load_rows(v_ptr, v_stride, col, mine, kv_head, DV, BLOCK_DV, ALIGN)
-    masked_from = start + full // BLOCK_N * BLOCK_N
-    GATED: tl.constexpr = active_ptr is not None
-    if active_ptr is not None:
-        masked_from = start
-
-    dk = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    dv = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
-        end, read = stop, mine
-        if active_ptr is not None:
-            # heads of columns: no edge leaves its graph
-            read = load_active(active_ptr, active_stride, col, mine, head)
-            end = tl.where(tl.max(read.to(tl.int32)) > 0, stop, start)
-        for at in range(start, masked_from, BLOCK_N):
-            dk, dv = _dkv_tile(
-                k, v, dk, dv, read, at, stop, start, head,
-                q_ptr, do_ptr, bias_ptr, lse_ptr, wgamma_ptr, dbias_ptr,
-                row_ptr, bits_ptr, base_ptr, edge_ptr,
-                q_stride, do_stride, bias_stride, scale, low, high,
-                H, D, DV, CLAMP, HAS_BIAS, NEED_K, NEED_V, NEED_BIAS, DENSE, False, False, GATED,
-                BLOCK_N, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
-            )  # fmt: skip
-        for at in range(masked_from, end, BLOCK_N):
-            dk, dv = _dkv_tile(
-                k, v, dk, dv, read, at, stop, start, head,
-                q_ptr, do_ptr, bias_ptr, lse_ptr, wgamma_ptr, dbias_ptr,
-                row_ptr, bits_ptr, base_ptr, edge_ptr,
-                q_stride, do_stride, bias_stride, scale, low, high,
-                H, D, DV, CLAMP, HAS_BIAS, NEED_K, NEED_V, NEED_BIAS, DENSE, True, False, GATED,
-                BLOCK_N, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
-            )  # fmt: skip
-    if _spoilt(dk, mine) or _spoilt(dv, mine):
-        dk = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-        dv = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
-        for member in range(GROUP):
-            head = kv_head * GROUP + member
-            end, read = stop, mine
-            if active_ptr is not None:
-                read = load_active(active_ptr, active_stride, col, mine, head)
-                end = tl.where(tl.max(read.to(tl.int32)) > 0, stop, start)
-            for at in range(start, end, 16):
-                dk, dv = _dkv_tile(
-                    k, v, dk, dv, read, at, stop, start, head,
-                    q_ptr, do_ptr, bias_ptr, lse_ptr, wgamma_ptr, dbias_ptr,
-                    row_ptr, bits_ptr, base_ptr, edge_ptr,
-                    q_stride, do_stride, bias_stride, scale, low, high,
-                    H, D, DV, CLAMP, HAS_BIAS, NEED_K, NEED_V, NEED_BIAS, DENSE, True, True, GATED,
-                    16, BLOCK_D, BLOCK_DV, ALIGN, DOT, PRECISION,
-                )  # fmt: skip
-
-    if NEED_K:
-        store_rows(dk_ptr, col, mine, kv_head, H_KV, D, BLOCK_D, dk * scale)
-    if NEED_V:
-        store_rows(dv_ptr, col, mine, kv_head, H_KV, DV, BLOCK_DV, dv)
-
-
-@triton.jit
-def _dkv_tile(
-    k, v, dk, dv, mine, at, stop, start, head,
-    q_ptr, do_ptr, bias_ptr, lse_ptr, wgamma_ptr, dbias_ptr,
-    row_ptr, bits_ptr, base_ptr, edge_ptr,
-    q_stride, do_stride, bias_stride, scale, low, high,
-    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEED_BIAS: tl.constexpr, DENSE: tl.constexpr,
-    MASKED: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ALIGN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Sums over BLOCK_N more rows: dk [M, D] (unscaled), dv [M, DV]; stores dbias."""
-    ACC: tl.constexpr = dk.dtype
-    BLOCK_M: tl.constexpr = k.shape[0]
-    entry, within, row = _entries(at, stop, start, row_ptr, DENSE, BLOCK_N)
-    q = load_rows(q_ptr, q_stride, row, within, head, D, BLOCK_D, ALIGN)  # [N, D]
-    do = load_rows(do_ptr, do_stride, row, within, head, DV, BLOCK_DV, ALIGN)
-    at_row = row * H + head
-    lse = load_lse(lse_ptr + at_row, within)  # [N]
-    w = tl.load(wgamma_ptr + 2 * at_row, mask=within, other=0.0)
-    s, live, through, edge = _logits(
-        dot(k, tl.trans(q), None, ACC, DOT, PRECISION), entry, within, head,
-        bias_ptr, bias_stride, bits_ptr, base_ptr, edge_ptr, scale, low, high,
-        CLAMP, HAS_BIAS, MASKED, NEED_BIAS, BLOCK_M,
-    )  # fmt: skip
-    if GATED:
-        live &= mine[:, None]
-        through &= mine[:, None]
-        s = tl.where(live, s, float("-inf"))
-    p = tl.exp(s - lse[None, :])  # [M, N]
-    if NEED_V:
-        a = p * w[None, :]
-        if EXACT:
-            dv = _add_columns(dv, a, live, do_ptr, do_stride, entry, row, stop, head, DV)
-        else:
-            dv = dot(a.to(do.dtype), do, dv, ACC, DOT, PRECISION)
-    if NEED_K or NEED_BIAS:
-        gamma = tl.load(wgamma_ptr + 2 * at_row + 1, mask=within, other=0.0)
-        dp = dot(v, tl.trans(do), None, ACC, DOT, PRECISION)
-        ds = tl.where(live, p * (w[None, :] * dp - gamma[None, :]), 0.0)
-        if NEED_BIAS:
-            out = dbias_ptr + edge.to(tl.int64) * H + head
-            tl.store(out, ds.to(dbias_ptr.dtype.element_ty), mask=live & mine[:, None])
-        if NEED_K:
-            ds = tl.where(through, ds, 0.0)
-            if EXACT:
-                dk = _add_columns(dk, ds, live, q_ptr, q_stride, entry, row, stop, head, D)
-            else:
-                dk = dot(ds.to(q.dtype), q, dk, ACC, DOT, PRECISION)
-    return dk, dv
-
-
-@triton.jit
-def _window(window_ptr, window):
-    """-> first row and end, first entry and end, how many leading entries every row has."""
-    at = window_ptr + 5 * window.to(tl.int64)
+def own_window(tables, window):
+    """-> first row and end, entries, how many leading entries every row has."""
+    at = tables.window + 5 * window.to(tl.int64)
     first, last = tl.load(at).to(tl.int64), tl.load(at + 1).to(tl.int64)
-    start, stop = tl.load(at + 2).to(tl.int64), tl.load(at + 3).to(tl.int64)
-    return first, last, start, stop, tl.load(at + 4)
+    span = Span(tl.load(at + 2).to(tl.int64), tl.load(at + 3).to(tl.int64))
+    return first, last, span, tl.load(at + 4)
 
 
 @triton.jit
-def _entries(at, stop, start, col_ptr, DENSE: tl.constexpr, BLOCK_N: tl.constexpr):
+def entries(at, span, tables, DENSE: tl.constexpr, BLOCK_N: tl.constexpr):
     """-> the next entries [N], which of them exist, and their columns, int64."""
     entry = at + tl.arange(0, BLOCK_N)
-    within = entry < stop
+    within = entry < span.stop
     if DENSE:
         # one after another, beginning with the graph's first column
-        col = tl.load(col_ptr + start).to(tl.int64) + entry - start
+        col = tl.load(tables.other + span.start).to(tl.int64) + entry - span.start
     else:
-        col = tl.load(col_ptr + entry, mask=within, other=0).to(tl.int64)
+        col = tl.load(tables.other + entry, mask=within, other=0).to(tl.int64)
     return entry, within, col
 
 
 @triton.jit
-def _logits(
-    s, entry, within, head,
-    bias_ptr, bias_stride, bits_ptr, base_ptr, edge_ptr, scale, low, high,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, EDGES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """clamp(scale s) + bias [M, N], -inf where there is no edge.
+def load_head(x, row, live, head, D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr):
+    """``Rows`` of one head, [M, D]."""
+    return load_rows(x.ptr, x.stride, row, live, head, D, BLOCK_D, T.ALIGN)
 
-    -> and whether there is one, whether the clamp let it through, the edges' numbers if needed.
+
+@triton.jit
+def window_logits(
+    a,
+    b,
+    entry,
+    within,
+    head,
+    bias,
+    tables,
+    clamp,
+    MASKED: tl.constexpr,
+    NUMBERED: tl.constexpr,
+    T: tl.constexpr,
+):
+    """clamp(scale a b^T) + bias [M, N], -inf where there is no edge.
+
+    -> and whether there is one, whether the clamp let it through, the edges' numbers if
+    ``NUMBERED``.
     """
-    s = s * scale
+    s = dot(a, tl.trans(b), None, T.ACC, T.DOT, T.PRECISION) * clamp.scale
     live = tl.full(s.shape, True, tl.int1)
     edge = entry[None, :]
-    if MASKED or HAS_BIAS or EDGES:
-        bits = tl.load(bits_ptr + entry, mask=within, other=0)  # [N]
-        mask = tile_mask(bits, BLOCK_M)
-        if HAS_BIAS or EDGES:
-            base = tl.load(base_ptr + entry, mask=within, other=0)
-            edge = edge_slots(edge_ptr, bits, base, mask, BLOCK_M)
+    if MASKED or bias is not None or NUMBERED:
+        bits = tl.load(tables.bits + entry, mask=within, other=0)  # [N]
+        mask = tile_mask(bits, T.BLOCK_M)
+        if bias is not None or NUMBERED:
+            base = tl.load(tables.base + entry, mask=within, other=0)
+            edge = edge_slots(tables.edge, bits, base, mask, T.BLOCK_M)
         if MASKED:
             live = mask
     through = live
-    if CLAMP:
+    if T.CLAMP:
         # comparisons, not minimum and maximum: NaN must stay NaN
-        through = live & (s >= low) & (s <= high)
-        s = tl.where(s < low, low, tl.where(s > high, high, s))
-    if HAS_BIAS:
-        at = edge.to(tl.int64) * bias_stride[0] + head.to(tl.int64) * bias_stride[1]
-        s += tl.load(bias_ptr + at, mask=mask, other=0.0).to(s.dtype)
+        through = live & (s >= clamp.low) & (s <= clamp.high)
+        s = tl.where(s < clamp.low, clamp.low, tl.where(s > clamp.high, clamp.high, s))
+    if bias is not None:
+        at = edge.to(tl.int64) * bias.stride[0] + head.to(tl.int64) * bias.stride[1]
+        s += tl.load(bias.ptr + at, mask=mask, other=0.0).to(s.dtype)
     if MASKED:
         s = tl.where(live, s, float("-inf"))
     return s, live, through, edge
 
 
 @triton.jit
-def _spoilt(x, mine):
+def spoilt(x, mine):
     """Whether any of my rows is not finite."""
     bad = (tl.abs(x) < float("inf")) == 0
     return tl.max((bad & mine[:, None]).to(tl.int32)) > 0
 
 
 @triton.jit
-def _add_columns(
-    acc, p, live, x_ptr, x_stride, entry, col, stop, head, D: tl.constexpr
-):  # fmt: skip
+def add_columns(acc, p, live, x, entry, col, span, head, D: tl.constexpr):
     """acc + p x, column by column of p [M, N], only where there is an edge: 0 * NaN is not."""
     BLOCK_N: tl.constexpr = p.shape[1]
     BLOCK_D: tl.constexpr = acc.shape[1]
@@ -515,10 +299,10 @@ def _add_columns(
         one = tl.sum(tl.where(here, col, 0))
         weight = tl.sum(tl.where(here[None, :] & live, p, 0.0), 1)  # [M]
         has = tl.sum((here[None, :] & live).to(tl.int32), 1) > 0
-        exists = (tl.sum(tl.where(here, entry, 0)) < stop) & (d < D)
-        at = x_ptr + one * x_stride[0] + head.to(tl.int64) * x_stride[1] + d * x_stride[2]
-        x = tl.load(at, mask=exists, other=0.0).to(acc.dtype)  # [D]
-        acc += tl.where(has[:, None], weight[:, None] * x[None, :], 0.0)
+        exists = (tl.sum(tl.where(here, entry, 0)) < span.stop) & (d < D)
+        at = x.ptr + one * x.stride[0] + head.to(tl.int64) * x.stride[1] + d * x.stride[2]
+        column = tl.load(at, mask=exists, other=0.0).to(acc.dtype)  # [D]
+        acc += tl.where(has[:, None], weight[:, None] * column[None, :], 0.0)
     return acc
 
 
@@ -527,72 +311,59 @@ def windows_fwd(
 ):  # fmt: skip
     """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order."""
     n, heads, _ = q.shape
-    tables = rows[3:]
+    tables = Tables(*rows[3:])
     o = q.new_empty(n, heads, v.shape[2])
     lse = q.new_empty(n, heads, dtype=accumulator(q))
     weights = on_edges(q, on_rows, rows[1].shape[0] if return_weights else 0, heads)
-    edges = edge_bias is not None or return_weights
-    meta = _plan("fwd", q, k, v, (q, k, v), height, dense, edges, on_rows)
-    _windows_fwd_kernel[(tables[0].shape[0] * heads,)](
-        q, k, v, edge_bias, o, lse, weights, *tables,
-        q.stride(), k.stride(), v.stride(), stride(edge_bias),
-        scale, low, high, log(eps),
-        CLAMP=clamps(low, high), HAS_BIAS=edge_bias is not None, WEIGHTS=return_weights, **meta,
-    )  # fmt: skip
+    numbered = edge_bias is not None or return_weights
+    form = height, dense, clamps(low, high)
+    meta = windows_plan("fwd", (q, k, v), (q, k, v), form, numbered)
+    _windows_fwd_kernel[(tables.window.shape[0] * heads,)](
+        Inputs(rows_of(q), rows_of(k), rows_of(v), rows_of(edge_bias)),
+        o,
+        lse,
+        weights if return_weights else None,
+        tables,
+        scale,
+        low,
+        high,
+        log(eps),
+        None if on_rows is None else head_rows(on_rows),
+        **meta,
+    )
     return o, lse, weights
 
 
-def windows_bwd(
-    do, dlse, q, k, v, edge_bias, on_rows, on_cols, lse, o, rows, columns, height, dense,
-    scale, low, high, eps, need_q, need_k, need_v, need_bias,
-):  # fmt: skip
-    """-> dq [N, H, D], dk [M, H_kv, D], dv [M, H_kv, DV], dbias [E, H]; empty where not needed."""
-    n, heads, _ = q.shape
-    kv_heads = k.shape[1]
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if need_q else q.new_empty(0)
-    dk = torch.empty_like(k, memory_format=torch.contiguous_format) if need_k else q.new_empty(0)
-    dv = torch.empty_like(v, memory_format=torch.contiguous_format) if need_v else q.new_empty(0)
-    dbias = on_edges(q, on_rows, rows[1].shape[0], heads) if need_bias else q.new_empty(0)
-    wgamma = lse.new_empty(n, heads, 2)
-    shared = {"CLAMP": clamps(low, high), "HAS_BIAS": edge_bias is not None}
-    strides = q.stride(), k.stride(), v.stride(), stride(edge_bias), do.stride()
-    tables = rows[3:]
-    shared |= _plan("bwd", q, k, v, (q, k, v, do), height, dense, edge_bias is not None, on_rows)
-    _windows_bwd_dq_kernel[(tables[0].shape[0] * heads,)](
-        q, k, v, edge_bias, do, dlse, lse, o, dq, wgamma, *tables,
-        *strides, o.stride(), stride(dlse),
-        scale, low, high, log(eps),
-        HAS_DLSE=dlse is not None, NEED_Q=need_q, **shared,
-    )  # fmt: skip
-    if on_cols is not None:
-        shared |= active_heads(on_cols)
-    if need_k or need_v or need_bias:
-        _windows_bwd_dkv_kernel[(columns[0].shape[0] * kv_heads,)](
-            q, k, v, edge_bias, do, lse, wgamma, dk, dv, dbias, *columns,
-            *strides, scale, low, high,
-            NEED_K=need_k, NEED_V=need_v, NEED_BIAS=need_bias, **shared,
-        )  # fmt: skip
-    return dq, dk, dv, dbias
-
-
-def _plan(direction, q, k, v, aligned, height, dense, edges, active):
+def windows_plan(direction, inputs, aligned, form, numbered):
+    """-> the constants of a kernel; ``form``: height of windows, whether they are dense, whether
+    logits are clamped; ``numbered``: edges are asked for their numbers."""
+    q, k, v = inputs
     # a dot product takes at least 16 channels
-    block_d, block_dv = (max(16, power_of_2(x.shape[2])) for x in (q, v))
-    tile = window_tile(direction, max(block_d, block_dv), q.element_size(), edges)
-    return {
-        "H": q.shape[1],
-        "GROUP": q.shape[1] // k.shape[1],
-        "D": q.shape[2],
-        "DV": v.shape[2],
-        "DENSE": dense,
-        "BLOCK_M": height,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_D": block_d,
-        "BLOCK_DV": block_dv,
-        "ALIGN": alignment(aligned),
-        "DOT": dot_dtype(q),
-        "PRECISION": dot_precision(q),
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        **({} if active is None else active_heads(active)),
-    }
+    width = max(16, power_of_2(max(q.shape[2], v.shape[2])))
+    tile = window_tile(direction, width, q.element_size(), numbered)
+    shape = q.shape[1], k.shape[1], q.shape[2], v.shape[2]
+    kind = q.dtype, dot_dtype(q), dot_precision(q)
+    sizes = _sizes(tile.block_n, shape, kind, alignment(aligned), *form)
+    return {"T": sizes, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+@cache
+def _sizes(block_n, shape, kind, align, height, dense, clamp):
+    heads, kv_heads, d, dv = shape
+    dtype, dot_type, precision = kind
+    return WindowSizes(
+        H=heads,
+        GROUP=heads // kv_heads,
+        D=d,
+        DV=dv,
+        CLAMP=clamp,
+        DENSE=dense,
+        BLOCK_M=height,
+        BLOCK_N=block_n,
+        BLOCK_D=max(16, power_of_2(d)),
+        BLOCK_DV=max(16, power_of_2(dv)),
+        ALIGN=align,
+        ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+        DOT=dot_type,
+        PRECISION=precision,
+    )

@@ -1,8 +1,56 @@
 """Rows by their length: what a program takes of them, and where its results go. R rows, E edges in
 flight per row, C channels."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+COUNTS = ["num_rows", "num_middle", "num_segments"]  # of a walk, in no kernel a constant
+
+
+class Walk(NamedTuple):
+    """Edges grouped by one end, here called the row, as kernels go through them.
+
+    Without buckets, the last three are None and rows are taken as they stand.
+    """
+
+    ptr: Any  # [N + 1]
+    other: Any  # [E], the other end of each edge
+    edge: Any  # [E], the caller's number of each edge
+    few: Any
+    middle: Any
+    segment: Any
+
+
+@triton.jit
+def take(walk, num_rows, num_middle, num_segments, T: tl.constexpr):
+    """``take_rows`` of a walk."""
+    return take_rows(
+        walk.ptr,
+        walk.few,
+        walk.middle,
+        walk.segment,
+        num_rows,
+        num_middle,
+        num_segments,
+        walk.few is not None,
+        T.BLOCK_R,
+        T.BLOCK_E,
+    )
+
+
+@triton.jit
+def next_edges(walk, begin, end, step, NUMBERED: tl.constexpr, T: tl.constexpr):
+    """The edges of each row at ``step``, [R, E]: -> which there are, their other ends, and their
+    numbers, if they are ``NUMBERED``."""
+    slot = begin[:, None] + step + tl.arange(0, T.BLOCK_E)[None, :]
+    live = slot < end[:, None]
+    other = tl.load(walk.other + slot, mask=live, other=0)
+    edge = slot
+    if NUMBERED:
+        edge = tl.load(walk.edge + slot, mask=live, other=0)
+    return live, other, edge
 
 
 @triton.jit
@@ -53,13 +101,18 @@ def joined(x):
 
 @triton.jit
 def sum_lanes(x, num_middle, num_segments, BUCKETS: tl.constexpr):
-    """[R, E, C] -> [R, C]; where ``take_rows`` gave one row, its sum R times."""
-    total = tl.sum(x, 1)
+    """[R, E, ...] -> [R, ...]; where ``take_rows`` gave one row, its sum R times."""
+    return sum_one_row(tl.sum(x, 1), num_middle, num_segments, BUCKETS)
+
+
+@triton.jit
+def sum_one_row(x, num_middle, num_segments, BUCKETS: tl.constexpr):
+    """[R, ...]; where ``take_rows`` gave one row, its sum R times."""
     if BUCKETS:
         one = tl.program_id(0) < num_segments + num_middle
         if one:
-            total = tl.sum(total, 0)[None, :] + tl.zeros_like(total)
-    return total
+            x = joined(x)
+    return x
 
 
 @triton.jit

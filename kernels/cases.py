@@ -13,7 +13,8 @@ from .aggregate import aggregate_bwd, aggregate_fwd
 from .aggregate_gated import gated_aggregate_bwd, gated_aggregate_fwd
 from .attention import attention_edges_fwd, attention_fwd
 from .attention_backward import attention_bwd, attention_edges_bwd
-from .attention_windows import windows_bwd, windows_fwd
+from .attention_windows import windows_fwd
+from .attention_windows_backward import windows_bwd
 from .channelwise_attention import channelwise_attention_bwd, channelwise_attention_fwd
 from .configs import FILLERS
 from .head_projection import head_contract, head_expand, head_outer

@@ -1,9 +1,8 @@
 """What is computed of a tile of edges. R rows, E edges in flight per row, H heads, D channels.
 
 What edges may have besides a bias comes as one argument, ``terms``: a tuple of pointers, each None
-where it is absent. The functions that read it return what changes nothing in that case
-(0.0 to add, 1.0 to multiply with), so that a kernel names every term once. Where there is none at
-all the tuple itself is None, and a kernel asks its constant ``EDGES`` before it reads it.
+where it is absent, or None where all are. The functions that read it return what changes nothing in
+that case (0.0 to add, 1.0 to multiply with), so that a kernel names every term once.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +10,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .loads import load_edge_heads, load_heads, scalar
+from .loads import Rows, load_active, load_edge_heads, load_heads, load_own_heads, scalar
+
+
+class Inputs(NamedTuple):
+    """What attention is made of, each with its strides (``Rows``); None where absent."""
+
+    q: Any  # [N, H, D]
+    k: Any  # [M, H_kv, D]
+    v: Any  # [M, H_kv, DV]
+    bias: Any  # [E, H]
 
 
 class EdgeTerms(NamedTuple):
@@ -25,113 +33,178 @@ class EdgeTerms(NamedTuple):
     attr_q: Any  # [N, H, C]
 
 
-@triton.jit
-def add_edge_key(
-    k,
-    terms,
-    edge,
-    live,
-    head,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """-> k + edge_key [R, E, H, D], and the edge_key."""
-    found = 0.0
-    if terms.key is not None:
-        found = load_heads(terms.key, (H * D, D, 1), edge, live, head, H, D, BLOCK_D, ALIGN).to(
-            k.dtype
-        )
-        k = k + found
-    return k, found
+class Clamp(NamedTuple):
+    """How a product becomes a logit: clamp(scale product, low, high)."""
+
+    scale: Any
+    low: Any
+    high: Any
+
+
+class Tile(NamedTuple):
+    """Sizes of attention by gathering and of what a program holds, constants of its kernel."""
+
+    H: int
+    GROUP: int  # query heads that share a key head
+    D: int
+    DV: int
+    C: int  # channels of the attributes
+    CLAMP: bool
+    SHARED: bool  # edge keys are edge values, too
+    BLOCK_R: int
+    BLOCK_E: int
+    BLOCK_H: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    BLOCK_C: int
+    ALIGN: int  # channels that rows of q, k, v and do start at a multiple of
+    EDGE_ALIGN: int  # likewise of the contiguous tensors
+    ACC: tl.dtype
 
 
 @triton.jit
-def add_edge_value(
-    v, edge_key, terms, edge, live, head, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    ALIGN: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
-    """v + edge_value [R, E, H, D]; where ``SHARED``, the value is the key."""
-    if SHARED:
-        v = v + edge_key
-    elif terms.value is not None:
-        v = v + load_heads(terms.value, (H * D, D, 1), edge, live, head, H, D, BLOCK_D, ALIGN).to(
-            v.dtype
-        )
-    return v
+def clamp_of(scale, low, high, ACC: tl.constexpr):
+    """``Clamp`` in the accumulator's precision."""
+    return Clamp(scalar(scale, ACC), scalar(low, ACC), scalar(high, ACC))
 
 
 @triton.jit
-def load_gate(
-    terms, edge, live, head, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    ALIGN: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """The gate of each channel, [R, E, H, D]."""
+def own_heads(T: tl.constexpr):
+    """The heads of this program, [H]."""
+    return tl.program_id(1) * T.BLOCK_H + tl.arange(0, T.BLOCK_H)
+
+
+@triton.jit
+def lanes(value, T: tl.constexpr):
+    """``value`` for each lane and head, [R, E, H]."""
+    return tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_H], value, T.ACC)
+
+
+@triton.jit
+def lane_rows(BLOCK_D: tl.constexpr, T: tl.constexpr):
+    """Zeros for each lane, head and channel, [R, E, H, D]."""
+    return tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_H, BLOCK_D], 0.0, T.ACC)
+
+
+@triton.jit
+def unmasked(active, row, mine, head, begin, end):
+    """-> which rows to read, and the end of their edges: none where their one head is masked."""
+    read = mine
+    if active is not None:
+        read = load_active(active, row, mine, tl.max(head, 0))
+        end = tl.where(read, end, begin)
+    return read, end
+
+
+@triton.jit
+def load_query(x, terms, row, live, head, T: tl.constexpr):
+    """Of each of ``row`` [R, E]: -> q [R, E, H, D], and what attributes are multiplied with."""
+    q = load_heads(x.q, row, live, head, T.H, T.D, T.BLOCK_D, T.ALIGN).to(T.ACC)
+    attr_q = 0.0
+    if terms is not None:
+        if terms.attr_q is not None:
+            attr_q = load_attr_heads(terms.attr_q, row, live, head, T)
+    return q, attr_q
+
+
+@triton.jit
+def load_attr_heads(ptr, row, live, head, T: tl.constexpr):
+    """What belongs to the attributes, of a contiguous [N, H, C] tensor: -> [R, E, H, C]."""
+    return load_own_heads(ptr, row, live, head, T.H, T.C, T.BLOCK_C, T.EDGE_ALIGN).to(T.ACC)
+
+
+@triton.jit
+def load_edge_rows(ptr, edge, live, head, D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr):
+    """Vectors of edges, of a contiguous [E, H, D] tensor: -> [R, E, H, D]."""
+    return load_own_heads(ptr, edge, live, head, T.H, D, BLOCK_D, T.EDGE_ALIGN).to(T.ACC)
+
+
+@triton.jit
+def gather_edge(x, terms, col, edge, live, head, T: tl.constexpr):
+    """Of the columns ``col`` [R, E] and their edges: -> gated keys [R, E, H, D], values
+    [R, E, H, DV], 0.0 without ``x.v``, attributes and factors."""
+    H_KV: tl.constexpr = T.H // T.GROUP
+    kv_head = head // T.GROUP
+    k = load_heads(x.k, col, live, kv_head, H_KV, T.D, T.BLOCK_D, T.ALIGN).to(T.ACC)
+    v = 0.0
+    if x.v is not None:
+        v = load_heads(x.v, col, live, kv_head, H_KV, T.DV, T.BLOCK_DV, T.ALIGN).to(T.ACC)
+    k, gate, v = add_edge(k, v, terms, edge, live, head, T)
+    attr = load_attr(terms, edge, live, T)
+    factor = load_factor(terms, edge, live, head, T)
+    return k * gate, v, attr, factor
+
+
+@triton.jit
+def add_edge(k, v, terms, edge, live, head, T: tl.constexpr):
+    """-> k + edge_key [R, E, H, D], the gate of each channel, and v + edge_value [R, E, H, DV].
+
+    Where ``T.SHARED``, the edge's value is its key.
+    """
     gate = 1.0
-    if terms.gate is not None:
-        gate = load_heads(terms.gate, (H * D, D, 1), edge, live, head, H, D, BLOCK_D, ALIGN).to(ACC)
-    return gate
+    if terms is not None:
+        edge_key = 0.0
+        if terms.key is not None:
+            edge_key = load_edge_rows(terms.key, edge, live, head, T.D, T.BLOCK_D, T)
+            k = k + edge_key
+        if terms.gate is not None:
+            gate = load_edge_rows(terms.gate, edge, live, head, T.D, T.BLOCK_D, T)
+        if T.SHARED:
+            v = v + edge_key
+        elif terms.value is not None:
+            v = v + load_edge_rows(terms.value, edge, live, head, T.DV, T.BLOCK_DV, T)
+    return k, gate, v
 
 
 @triton.jit
-def load_factor(terms, edge, live, head, H: tl.constexpr, ACC: tl.constexpr):
-    """The gate of each head, [R, E, H]."""
-    factor = tl.full([edge.shape[0], edge.shape[1], head.shape[0]], 1.0, ACC)
-    if terms.factor is not None:
-        factor = load_edge_heads(terms.factor, (H, 1), edge, live, head, H, ACC)
-    return factor
-
-
-@triton.jit
-def load_attr(
-    terms, edge, live, C: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def load_attr(terms, edge, live, T: tl.constexpr):
     """The attributes, which all heads share: [R, E, 1, C]."""
     attr = 0.0
-    if terms.attr is not None:
-        one = tl.arange(0, 1)
-        attr = load_heads(terms.attr, (C, 0, 1), edge, live, one, 1, C, BLOCK_C, ALIGN).to(ACC)
+    if terms is not None:
+        if terms.attr is not None:
+            attr = load_shared(terms.attr, edge, live, T, T.EDGE_ALIGN).to(T.ACC)
     return attr
 
 
 @triton.jit
-def load_attr_q(
-    terms, row, live, head, H: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
-    ALIGN: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """What attributes are multiplied with, of each of ``row`` [R, E]: [R, E, H, C]."""
-    attr_q = 0.0
-    if terms.attr_q is not None:
-        attr_q = load_heads(terms.attr_q, (H * C, C, 1), row, live, head, H, C, BLOCK_C, ALIGN).to(
-            ACC
-        )
-    return attr_q
+def load_shared(ptr, edge, live, T: tl.constexpr, ALIGN: tl.constexpr):
+    """Vectors of a contiguous [E, C] tensor: -> [R, E, 1, C]."""
+    one = tl.arange(0, 1)
+    return load_own_heads(ptr, edge, live, one, 1, T.C, T.BLOCK_C, ALIGN)
 
 
 @triton.jit
-def logits(
-    q, k, attr_q, attr, factor, live, edge, head, bias_ptr, bias_stride, scale, low, high, H,
-    CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ATTR: tl.constexpr,
-):  # fmt: skip
+def load_factor(terms, edge, live, head, T: tl.constexpr):
+    """The gate of each head, [R, E, H]."""
+    factor = 1.0
+    if terms is not None:
+        factor = tl.full([edge.shape[0], edge.shape[1], head.shape[0]], 1.0, T.ACC)
+        if terms.factor is not None:
+            factors = Rows(terms.factor, (T.H, 1))
+            factor = load_edge_heads(factors, edge, live, head, T.H, T.ACC)
+    return factor
+
+
+@triton.jit
+def logits(q, attr_q, k, attr, factor, x, terms, edge, live, head, clamp, T: tl.constexpr):
     """clamp(factor scale (q . k + attr_q . attr), low, high) + bias.
 
     For q [R, E, H, D] (E may be 1) and k likewise: -> logit [R, E, H], -inf where not ``live``;
     whether the clamp let it through; and what the factor multiplies.
     """
     bare = tl.sum(q * k, 3)
-    if HAS_ATTR:
-        bare += tl.sum(attr_q * attr, 3)
-    bare *= scale
+    if terms is not None:
+        if terms.attr_q is not None:
+            bare += tl.sum(attr_q * attr, 3)
+    bare *= clamp.scale
     s = bare * factor
     through = live[:, :, None]
-    if CLAMP:
+    if T.CLAMP:
         # comparisons, not minimum and maximum: NaN must stay NaN
-        through &= (s >= low) & (s <= high)
-        s = tl.where(s < low, low, tl.where(s > high, high, s))
-    if HAS_BIAS:
-        s += load_edge_heads(bias_ptr, bias_stride, edge, live, head, H, s.dtype)
+        through &= (s >= clamp.low) & (s <= clamp.high)
+        s = tl.where(s < clamp.low, clamp.low, tl.where(s > clamp.high, clamp.high, s))
+    if x.bias is not None:
+        s += load_edge_heads(x.bias, edge, live, head, T.H, s.dtype)
     return tl.where(live[:, :, None], s, float("-inf")), through, bare
 
 

@@ -16,19 +16,34 @@ class Rows(NamedTuple):
 
 @triton.jit
 def load_heads(
-    ptr, stride, row, live, head, H, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr
+    x, row, live, head, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr
 ):
-    """Rows of an [N, H, D] tensor, one for each element of ``row`` [R, E]: -> [R, E, H, D].
+    """``Rows`` of an [N, H, D] tensor, one for each element of ``row`` [R, E]: -> [R, E, H, D].
 
     Zero where ``live`` [R, E] is false and beyond H and D.
     """
-    offset, mask = _address(stride, row, live, head, H, D, BLOCK_D, ALIGN)
-    return tl.load(ptr + offset, mask=mask, other=0.0)
+    offset, mask = _address(x.stride, row, live, head, H, D, BLOCK_D, ALIGN)
+    return tl.load(x.ptr + offset, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_own_heads(
+    ptr,
+    row,
+    live,
+    head,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """``load_heads`` of a contiguous tensor."""
+    return load_heads(Rows(ptr, (H * D, D, 1)), row, live, head, H, D, BLOCK_D, ALIGN)
 
 
 @triton.jit
 def store_heads(ptr, row, live, head, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, x):
-    """Inverse of ``load_heads`` for a contiguous tensor; casts [R, E, H, D] to its dtype."""
+    """Inverse of ``load_own_heads``; casts [R, E, H, D] to the tensor's dtype."""
     offset, mask = _address((H * D, D, 1), row, live, head, H, D, BLOCK_D, 1)
     tl.store(ptr + offset, x.to(ptr.dtype.element_ty), mask=mask)
 
@@ -113,19 +128,19 @@ def _channel_address(stride, row, live, channel, D: tl.constexpr, ALIGN: tl.cons
 
 
 @triton.jit
-def load_edge_heads(ptr, stride, edge, live, head, H, ACC: tl.constexpr):
+def load_edge_heads(x, edge, live, head, H: tl.constexpr, ACC: tl.constexpr):
     """Numbers of an [E, H] tensor, for each of ``edge`` [R, E]: -> [R, E, H]."""
-    at = edge.to(tl.int64)[:, :, None] * stride[0]
-    at += head.to(tl.int64)[None, None, :] * stride[1]
+    at = edge.to(tl.int64)[:, :, None] * x.stride[0]
+    at += head.to(tl.int64)[None, None, :] * x.stride[1]
     mask = live[:, :, None] & (head < H)[None, None, :]
-    return tl.load(ptr + at, mask=mask, other=0.0).to(ACC)
+    return tl.load(x.ptr + at, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def load_active(ptr, stride, row, live, head):
+def load_active(active, row, live, head):
     """Which of ``row``, of any shape, have that one head active, of an [N, H] tensor of bytes."""
-    at = row.to(tl.int64) * stride[0] + head.to(tl.int64) * stride[1]
-    return tl.load(ptr + at, mask=live, other=0) != 0
+    at = row.to(tl.int64) * active.stride[0] + head.to(tl.int64) * active.stride[1]
+    return tl.load(active.ptr + at, mask=live, other=0) != 0
 
 
 @triton.jit
@@ -166,3 +181,8 @@ def dot(a, b, acc, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
 def scalar(x, like):
     """A float argument in the dtype of ``like`` (the interpreter passes a Python float)."""
     return tl.full((), x, like)
+
+
+def rows_of(x):
+    """``Rows`` of a tensor that may be absent."""
+    return None if x is None else Rows(x, x.stride())

@@ -170,55 +170,58 @@ def _designed_bytes(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
         return _designed_bytes_channelwise(kernel, meta, pointers)
     if kernel in _TILES:
         return _designed_bytes_aggregate(kernel, meta, pointers)
-    heads, group = meta.get("BLOCK_H", 1), meta.get("GROUP", 1)
     if kernel.startswith("combine"):
         channels = {
             "combine_outputs_kernel": meta.get("BLOCK_DV", 0) + 2,
             "combine_rows_kernel": meta.get("PARTS", 0) * meta.get("BLOCK_D", 0) + 2,
             "combine_columns_kernel": meta.get("BLOCK_D", 0),
         }
-        return heads * channels[kernel] * pointers["part_ptr"]
-    index, item = pointers["edge_ptr"], pointers["k_ptr"]
-    row = (meta["BLOCK_D"] + meta.get("BLOCK_DV", 0)) * item
-    columns = kernel.endswith("dkv_kernel")
-    has_edges = meta["HAS_BIAS"] or meta.get("NEED_BIAS") or "weights" in kernel
-    has_edges = has_edges or meta.get("EDGES")
-    if columns:
-        row += 3 * pointers["lse_ptr"]  # and w and gamma
-    if "BLOCK_N" in meta:
-        total = row + pointers["bits_ptr"] + (0 if meta["DENSE"] else index)
-        if has_edges:
-            # each bit's edge, the first one's number beside the bits
-            total += index + meta["BLOCK_M"] * (index + item * meta["HAS_BIAS"])
-        return total
-    query_heads = heads * (group if columns else 1)
-    key_heads = query_heads if columns else max(1, heads // group)
-    total = key_heads * row + index * (2 if has_edges else 1)
-    total += query_heads * item * meta["HAS_BIAS"]
-    return total + _designed_bytes_edges(kernel, meta, pointers, query_heads)
+        return meta["BLOCK_H"] * channels[kernel] * pointers["part_ptr"]
+    if "windows" in kernel:
+        return _designed_bytes_windows(kernel, meta, pointers)
+    return _designed_bytes_gather(kernel, meta, pointers)
 
 
-def _designed_bytes_edges(kernel: str, meta: dict, pointers: dict[str, int], heads: int) -> int:
-    """What edges have besides a bias: attributes once for all heads, the rest for each head."""
+def _designed_bytes_windows(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
+    index, item = pointers["tables.edge"], pointers["x.k.ptr"]
+    total = (meta["BLOCK_D"] + meta["BLOCK_DV"]) * item
+    if kernel.endswith("dkv_kernel"):
+        total += 3 * pointers["saved.lse"]  # and w and gamma
+    total += pointers["tables.bits"] + (0 if meta["DENSE"] else index)
+    bias = pointers.get("x.bias.ptr", 0)
+    if bias or "out.dbias" in pointers:
+        # each bit's edge, the first one's number beside the bits
+        total += index + meta["BLOCK_M"] * (index + bias)
+    return total
+
+
+def _designed_bytes_gather(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
+    """Attributes count once for all heads, what edges have besides for each head."""
 
     def size(*paths: str) -> int:
         return sum(pointers.get(path, 0) for path in paths)
 
-    columns = kernel.endswith("dkv_kernel")
-    total = heads * size("terms.factor")
-    total += heads * meta["BLOCK_D"] * size("terms.gate", "terms.key")
-    if columns or meta.get("NEED_Q"):
-        total += heads * meta["BLOCK_D"] * size("grads.dscores")
-    if "weights" not in kernel:
-        total += heads * meta["BLOCK_DV"] * size("terms.value")
-    if "weights" not in kernel or size("terms.attr_q"):
-        total += meta.get("BLOCK_C", 0) * size("terms.attr")
+    columns, weights = kernel.endswith("dkv_kernel"), "weights" in kernel
+    query_heads = meta["BLOCK_H"] * (meta["GROUP"] if columns else 1)
+    key_heads = query_heads if columns else max(1, meta["BLOCK_H"] // meta["GROUP"])
+    row = meta["BLOCK_D"] * size("x.k.ptr") + meta["BLOCK_DV"] * size("x.v.ptr")
+    if columns:
+        row += 3 * size("lse_ptr")  # and w and gamma
+    numbers = ("x.bias.ptr", "out.dbias", *(path for path in pointers if path.startswith("terms.")))
+    total = key_heads * row + size("walk.other")
+    total += size("walk.edge") if weights or size(*numbers) else 0
+    total += query_heads * size("x.bias.ptr", "terms.factor")
+    channels = size("terms.gate", "terms.key")
+    if columns or size("out.dq"):
+        channels += size("up.dscores")
+    total += query_heads * (meta["BLOCK_D"] * channels + meta["BLOCK_DV"] * size("terms.value"))
+    total += meta["BLOCK_C"] * size("terms.attr")
     if columns:
         # of the row at the other end: what attributes are multiplied with
-        total += heads * meta.get("BLOCK_C", 0) * size("terms.attr_q", "grads.attr_do")
-        if meta.get("ADD"):
+        total += query_heads * meta["BLOCK_C"] * size("terms.attr_q", "up.attr_do")
+        if meta["ADD"]:
             # the attributes' gradient so far
-            total += meta["BLOCK_C"] * size("grads.dattr")
+            total += meta["BLOCK_C"] * size("out.dattr")
     return total
 
 

@@ -429,9 +429,11 @@ def test_addresses_beyond_two_to_the_31(tmp_path, axis):
 @pytest.mark.skipif(DEVICE != "cpu", reason="60 GB, of which only the interpreter touches little")
 def test_outputs_beyond_two_to_the_31(tmp_path):
     """Rows and edges of H = 2^30 heads, of which the one program that runs computes two."""
-    pytest.importorskip("triton")
+    tl = pytest.importorskip("triton.language")
     import fastgt.kernels.attention as kernels
     import fastgt.kernels.attention_backward as backward
+    from fastgt.kernels import buckets, edge_tile
+    from fastgt.kernels.loads import rows_of
 
     x = case(3, 4, 4, heads=2, d=4, dv=4, dtype=FP32, biased=False, scale=0.5)
     wanted = evaluate(x, "triton")
@@ -440,34 +442,30 @@ def test_outputs_beyond_two_to_the_31(tmp_path):
     room = torch.from_file(str(tmp_path / "sparse"), shared=True, size=15 * 2**30, dtype=FP32)
     lse, weights, dbias, wgamma, norm, *wide = (room[base + 64 * i :] for i in range(9))
     o, dq, dk, dv = (t.as_strided((4, 2, 4), (4 * heads, 4, 1)) for t in wide)
-    graph, walk = x.graph, x.graph.columns
-    floats = 0.5, -math.inf, math.inf
-    meta = {"H": heads, "GROUP": 1, "D": 4, "CLAMP": False, "HAS_BIAS": False}
-    meta |= {"BLOCK_R": 4, "BLOCK_E": 4, "BLOCK_H": 2, "BLOCK_D": 4, "ALIGN": 1}
-    values = {"DV": 4, "BLOCK_DV": 4}
-    strides = x.q.stride(), x.k.stride(), x.v.stride(), (0, 0)
-    rows, buckets, counts = (graph.row_ptr, graph.col, graph.edge), (None,) * 3, (4, 0, 0)
+    graph, columns = x.graph, x.graph.columns
+    clamp = 0.5, -math.inf, math.inf
+    sizes = {"H": heads, "GROUP": 1, "D": 4, "DV": 4, "C": 1, "CLAMP": False, "SHARED": False}
+    sizes |= {"BLOCK_R": 4, "BLOCK_E": 4, "BLOCK_H": 2, "BLOCK_D": 4, "BLOCK_DV": 4, "BLOCK_C": 1}
+    tile = edge_tile.Tile(**sizes, ALIGN=1, EDGE_ALIGN=1, ACC=tl.float32)
+    inputs = edge_tile.Inputs(*map(rows_of, (x.q, x.k, x.v, None)))
+    rows = buckets.Walk(graph.row_ptr, graph.col, graph.edge, None, None, None)
+    columns = buckets.Walk(columns.ptr, columns.row, columns.edge, None, None, None)
+    counts, plain = (4, 0, 0), (None, 0, None, tile)  # neither dropout nor masked heads
+    outputs = kernels.Outputs(o, lse, norm, None, None, None, None, None)
     kernels._attention_fwd_kernel[1, 1](
-        x.q, x.k, x.v, None, o, lse, norm, None, None, *rows, *buckets, None, None,
-        *strides, *counts, *floats, -math.inf, **values, **meta,
-    )  # fmt: skip
-    kernels._attention_weights_kernel[1, 1](
-        x.q, x.k, None, norm, weights, *rows, *buckets, None, *strides[:2], (0, 0), *counts,
-        *floats,
-        **meta,
-    )  # fmt: skip
+        inputs, None, outputs, rows, *counts, *clamp, -math.inf, *plain
+    )
+    inputs_of_weights = inputs._replace(v=None), None, norm, weights
+    kernels._attention_weights_kernel[1, 1](*inputs_of_weights, rows, *counts, *clamp, None, tile)
+    up = backward.Upstream(rows_of(x.do), rows_of(x.dlse), None, None)
+    grads = backward.RowGrads(dq, wgamma, None, None, None, None)
     backward._attention_bwd_dq_kernel[1, 1](
-        x.q, x.k, x.v, None, x.do, x.dlse, lse, dq, wgamma, None, None, *rows, *buckets,
-        None, None,
-        *strides, x.do.stride(), x.dlse.stride(), *counts, *floats, -math.inf,
-        HAS_DLSE=True, NEED_Q=True, **values, **meta,
-    )  # fmt: skip
+        inputs, None, up, lse, grads, rows, *counts, *clamp, -math.inf, *plain
+    )
+    grads = backward.ColumnGrads(dk, dv, dbias, *[None] * 7)
     backward._attention_bwd_dkv_kernel[1, 1](
-        x.q, x.k, x.v, None, x.do, lse, wgamma, dk, dv, dbias, None, None,
-        walk.ptr, walk.row, walk.edge, *buckets, None, None,
-        *strides, x.do.stride(), *counts, 0, *floats,
-        NEED_K=True, NEED_V=True, NEED_BIAS=True, **values, **meta,
-    )  # fmt: skip
+        inputs, None, up, lse, wgamma, grads, columns, *counts, 0, *clamp, *plain, ADD=False
+    )
     found = {"o": o, "dq": dq, "dk": dk, "dv": dv}
     for name, far in (("lse", lse), ("weights", weights), ("dbias", dbias)):
         found[name] = far.as_strided((4, 2), (heads, 1))

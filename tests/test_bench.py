@@ -493,7 +493,7 @@ def test_tiles_are_verified_and_timed(monkeypatch, capsys):
 
     def attention_plan(*args):
         plans.append(plan(*args))
-        if plans[-1][0]["num_warps"] == 2 * usual:
+        if plans[-1].meta["num_warps"] == 2 * usual:
             raise RuntimeError("out of resource: shared memory")
         return plans[-1]
 
@@ -511,7 +511,7 @@ def test_tiles_are_verified_and_timed(monkeypatch, capsys):
     graph = tune.graph_of_density(3.5, 64, device)
     how = torch.float32, "triton", tune.CHANGES, 5
     same, larger, failing = tune._time_tiles("gather", graph, 2, 16, *how)
-    assert [meta["BLOCK_R"] for meta, *_ in plans[:-1]] == [rows_of] * 3 + [2 * rows_of] * 3
+    assert [call.meta["T"].BLOCK_R for call in plans[:-1]] == [rows_of] * 3 + [2 * rows_of] * 3
     assert same["match"]
     assert larger["match"]
     assert same["x"] == 1

@@ -92,6 +92,7 @@ REACH = {
     "attention_backward.py": ENDS["edge terms"][:1],
     "attention_combine.py": ENDS["attention"][:1],
     "attention_windows.py": ENDS["windows"][:3],
+    "attention_windows_backward.py": ENDS["windows"][:3],
     "buckets.py": [ENDS["sum"][2], ENDS["attention"][4]],
     "channelwise_attention.py": ENDS["channelwise"][:3],
     "head_projection.py": ENDS["projection"][::3],
@@ -107,8 +108,10 @@ REACH = {
 INSIDE = {
     "attention_windows.py": [
         "tl.store(place, p.to(weights_ptr.dtype.element_ty), mask=live & read[:, None])",
-        "tl.store(out, ds.to(dbias_ptr.dtype.element_ty), mask=live & mine[:, None])",
-        "tl.load(bias_ptr + at, mask=mask, other=0.0)",
+        "tl.load(bias.ptr + at, mask=mask, other=0.0)",
+    ],
+    "attention_windows_backward.py": [
+        "tl.store(place, ds.to(out.dbias.dtype.element_ty), mask=live & mine[:, None])",
     ],
     # in tables of buckets: the same loads of rows as they stand are not among these
     "buckets.py": [

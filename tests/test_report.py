@@ -251,7 +251,7 @@ def test_arguments_of_a_kernel_have_paths():
     )
     assert (values["k_stride.1"], values["terms.value"], values["BLOCK_D"]) == (1, None, 16)
     assert resources._pointers(values) == {"k_ptr": 4, "terms.key": 2}
-    assert resources._constants(values) == {"BLOCK_D": 16}
+    assert resources.constants(values) == {"BLOCK_D": 16}
 
 
 def test_occupancy_is_bound_by_what_runs_out_first():

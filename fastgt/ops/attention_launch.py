@@ -128,7 +128,7 @@ def _launch_bwd(
             row_walk, column_walk, PerInput(*needs), upstream, saved, *call
         )
     if height:
-        from fastgt.kernels.attention_windows import windows_bwd
+        from fastgt.kernels.attention_windows_backward import windows_bwd
 
         dense = path == "graphs"
         grads = windows_bwd(

@@ -10,7 +10,7 @@ t_i = sum_j p_ij, which is 1 but for the rounding of the stored lse (that of the
     ds_ij = p_ij (w_i dp_ij - gamma_i),   dq_i = scale sum_j ds_ij k_j
     dk_j = scale sum_i ds_ij q_i,   dv_j = sum_i a_ij do_i,   dbias_ij = ds_ij
 
-Edges may have more (``EdgeTerms`` in ``edge_tile.py``): with a gate g, vectors added to key and
+Edges may have more (``Terms`` in ``edge_tile.py``): with a gate g, vectors added to key and
 value, attributes x whose product with attr_q_i joins the logit, and what dropout multiplies, m,
 
     t_ij = scale q_i * (k_j + key_ij) * g_ij
@@ -44,6 +44,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgt.contract import Results
+
 from .attention_combine import combine_outputs
 from .buckets import COUNTS, Walk, joined, next_edges, take, wholes_and_parts
 from .configs import (
@@ -57,8 +59,8 @@ from .configs import (
     warp_lanes,
 )
 from .edge_tile import (
-    EdgeTerms,
-    Inputs,
+    Operands,
+    Terms,
     Tile,
     clamp_of,
     gather_edge,
@@ -89,8 +91,8 @@ class Outputs(NamedTuple):
 
 @triton.jit(do_not_specialize=[*COUNTS, "threshold"])
 def _attention_fwd_kernel(
-    x,  # Inputs
-    terms,  # EdgeTerms or None
+    x,  # Operands
+    terms,  # Terms or None
     out,  # Outputs
     walk,  # of rows
     num_rows,
@@ -182,8 +184,8 @@ def _attention_fwd_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _attention_weights_kernel(
-    x,  # Inputs
-    terms,  # EdgeTerms or None
+    x,  # Operands
+    terms,  # Terms or None
     norm_ptr,  # [N, H, 2]
     weights_ptr,  # [E, H]
     walk,  # of rows
@@ -228,67 +230,42 @@ def store_pairs(ptr, row, live, head, H: tl.constexpr, first, second):
     tl.store(ptr + at + 1, second, mask=mask)
 
 
-class Edges(NamedTuple):
-    """What edges have besides a bias, and what kernels have to know of it."""
+def attention_fwd(row_walk, inputs, terms, mask, dropout, logit, switches):
+    """-> Results, what stands on edges in the caller's order.
 
-    terms: EdgeTerms | None = None
-    channels: int = 1  # of the attributes
-    align: int = 1  # channels that all rows start at a multiple of
-    shared: bool = False
-    seed: torch.Tensor | None = None  # of dropout
-    threshold: int = 0
-
-
-PLAIN = Edges()
-
-
-def attention_fwd(
-    q, k, v, edge_bias, on_rows, rows, scale, low, high, eps, return_weights
-):  # fmt: skip
-    """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order.
-
-    To heads that are not in ``on_rows`` [1 or N, H] (None: all are) a row has no edges.
+    To heads that ``mask`` leaves out a row has no edges.
     """
-    inputs, logit = (q, k, v, edge_bias), (scale, low, high, eps)
-    return _forward(inputs, on_rows, PLAIN, rows, logit, return_weights)
-
-
-def attention_edges_fwd(
-    q, k, v, edge_bias, on_rows, terms, rows, scale, low, high, eps,
-    dropout, shared, return_weights, return_scores, weigh_attr,
-):  # fmt: skip
-    """-> o, lse, weights, edge scores [E, H, D] (or [0, H, D]), attributes [N, H, C] (or 0)."""
+    q, _, v = inputs
     n, heads, width = q.shape
-    scores = on_edges(q, on_rows, rows[1].shape[0] if return_scores else 0, heads, width)
-    channels = terms[3].shape[1] if weigh_attr else 0
-    attr_o = q.new_empty(n, heads, channels, dtype=accumulator(q))
-    edges = edge_terms(q, terms, dropout, shared, ())
-    more = scores if return_scores else None, attr_o if weigh_attr else None
-    inputs, logit = (q, k, v, edge_bias), (scale, low, high, eps)
-    results = _forward(inputs, on_rows, edges, rows, logit, return_weights, *more)
-    return *results, scores, attr_o
+    num_edges, wide = row_walk[1].shape[0], accumulator(q)
+    channels = terms.attr.shape[1] if switches.make_attr_o else 0
+    results = Results(
+        q.new_empty(n, heads, v.shape[2]),
+        q.new_empty(n, heads, dtype=wide),
+        on_edges(q, mask.rows, num_edges, heads) if switches.make_weights else None,
+        on_edges(q, mask.rows, num_edges, heads, width) if switches.make_scores else None,
+        q.new_empty(n, heads, channels, dtype=wide) if switches.make_attr_o else None,
+    )
+    if n and heads:
+        x = Operands(*map(rows_of, inputs), rows_of(terms.bias))
+        edges = edge_terms(inputs.q, terms, dropout, switches, ())
+        _forward(x, results, row_walk, inputs, mask.rows, edges, logit)
+    return results
 
 
-def _forward(inputs, on_rows, edges, rows, logit, return_weights, scores=None, attr_o=None):
-    """-> o, lse, weights; ``scores`` and ``attr_o`` are filled where given."""
-    q, k, v, edge_bias = inputs
+def _forward(x, results, row_walk, inputs, mask, edges, logit):
+    q, k, v = inputs
+    o, lse, weights, scores, attr_o, _ = results
     scale, low, high, eps = logit
-    n, heads, _ = q.shape
-    o = q.new_empty(n, heads, v.shape[2])
-    lse = q.new_empty(n, heads, dtype=accumulator(q))
-    norm = lse.new_empty(n, heads, 2) if return_weights else None
-    weights = on_edges(q, on_rows, rows[1].shape[0] if return_weights else 0, heads)
-    if not n or not heads:
-        return o, lse, weights
-    x = Inputs(rows_of(q), rows_of(k), rows_of(v), rows_of(edge_bias))
-    clamp = clamps(low, high)
-    call = attention_plan((q, k, v), (q, k, v), rows, heads, edges, clamp, on_rows)
+    heads, clamp = q.shape[1], clamps(low, high)
+    norm = None if weights is None else lse.new_empty(*lse.shape, 2)
+    call = attention_plan(inputs, inputs, row_walk, heads, edges, clamp, mask)
     part = stat = attr_part = None
     if call.split is not None:
-        part = lse.new_empty(call.counts[2], heads, v.shape[2])
-        stat = lse.new_empty(call.counts[2], heads, 2)
+        parts = call.counts[2]
+        part, stat = lse.new_empty(parts, heads, v.shape[2]), lse.new_empty(parts, heads, 2)
         if attr_o is not None:
-            attr_part = lse.new_empty(call.counts[2], heads, attr_o.shape[2])
+            attr_part = lse.new_empty(parts, heads, attr_o.shape[2])
     _attention_fwd_kernel[call.grid](
         x,
         edges.terms,
@@ -308,12 +285,12 @@ def _forward(inputs, on_rows, edges, rows, logit, return_weights, scores=None, a
         combine_outputs(o, lse, norm, part, stat, call.split, log(eps))
         if attr_o is not None:
             combine_outputs(attr_o, lse, None, attr_part, stat, call.split, log(eps))
-    if return_weights:
+    if weights is not None:
         terms = edges.terms
         if terms is not None:
             attr = None if terms.attr_q is None else terms.attr
             terms = terms._replace(value=None, attr=attr)
-        call = attention_plan((q, k, k), (q, k), rows, heads, edges, clamp, on_rows)
+        call = attention_plan((q, k, k), (q, k), row_walk, heads, edges, clamp, mask)
         _attention_weights_kernel[call.grid](
             x._replace(v=None),
             terms,
@@ -327,26 +304,46 @@ def _forward(inputs, on_rows, edges, rows, logit, return_weights, scores=None, a
             call.active,
             **call.meta,
         )
-    return o, lse, weights
 
 
-def edge_terms(q, terms, dropout, shared, upstream):
+class Edges(NamedTuple):
+    """What edges have besides a bias, and what kernels have to know of it."""
+
+    terms: Terms | None = None
+    channels: int = 1  # of the attributes
+    align: int = 1  # channels that all rows start at a multiple of
+    key_is_value: bool = False
+    seed: torch.Tensor | None = None  # of dropout
+    threshold: int = 0
+
+
+_PLAIN = Edges()
+
+
+def edge_terms(q, terms, dropout, switches, upstream):
     """-> Edges; ``upstream`` gradients are aligned with them."""
-    gate, key, value, attr, attr_q, seed = terms
+    _, gate, key, value, attr, attr_q = terms
+    tensors = gate, key, value, attr, attr_q
+    if not (dropout.p or switches.make_scores or switches.make_attr_o or any_given(tensors)):
+        return _PLAIN
     by_head = gate is not None and gate.ndim == 2
     factor, gate = (gate, None) if by_head else (None, gate)
     tensors = factor, gate, key, value, attr, attr_q
-    terms = EdgeTerms(*(None if x is None else x.contiguous() for x in tensors))
+    pointers = Terms(*(None if x is None else x.contiguous() for x in tensors))
     # rows of channels that all begin where 16 bytes do, or fewer
-    rows = [x for x in (*terms[1:], *upstream) if x is not None]
+    rows = [x for x in (*pointers[1:], *upstream) if x is not None]
     return Edges(
-        terms,
+        pointers,
         channels=1 if attr is None else attr.shape[1],
         align=math.gcd(16 // q.element_size(), *(x.shape[-1] for x in rows)),
-        shared=shared,
-        seed=seed,
-        threshold=round(dropout * 2**24),
+        key_is_value=switches.key_is_value,
+        seed=dropout.seed,
+        threshold=round(dropout.p * 2**24),
     )
+
+
+def any_given(tensors):
+    return any(x is not None for x in tensors)
 
 
 def on_edges(like, active, *shape):
@@ -377,7 +374,7 @@ def attention_plan(inputs, aligned, walk, heads, edges, clamp, active):
         size = attention_tile(together, width, q.element_size())
     else:
         size = attention_tile(together, width, q.element_size(), True, warp_lanes())
-    tile = _tile(size, shape, q.dtype, alignment(aligned), edges.align, clamp, edges.shared)
+    tile = _tile(size, shape, q.dtype, alignment(aligned), edges.align, clamp, edges.key_is_value)
     counts = walk[0].shape[0] - 1, 0, 0
     if few is not None:
         counts = tuple(x.shape[0] - FILLERS for x in (few, middle, segment))

@@ -16,12 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import PLAIN, attention_plan, edge_terms, on_edges, store_pairs
+from fastgt.contract import PerInput
+
+from .attention import attention_plan, edge_terms, on_edges, store_pairs
 from .attention_combine import RowSums, combine_columns, combine_rows, finish_row
 from .buckets import COUNTS, next_edges, sum_lanes, sum_one_row, take, wholes_and_parts
 from .configs import clamps, log
 from .edge_tile import (
-    Inputs,
+    Operands,
     add_edge,
     clamp_of,
     gather_edge,
@@ -41,7 +43,7 @@ from .edge_tile import (
 from .loads import load_active, load_heads, load_lse, rows_of, store_heads
 
 
-class Upstream(NamedTuple):
+class Received(NamedTuple):
     """Gradients that the backward reads; None where absent."""
 
     do: Any  # Rows [N, H, DV]
@@ -78,9 +80,9 @@ class ColumnGrads(NamedTuple):
 
 @triton.jit(do_not_specialize=[*COUNTS, "threshold"])
 def _attention_bwd_dq_kernel(
-    x,  # Inputs
-    terms,  # EdgeTerms or None
-    up,  # Upstream
+    x,  # Operands
+    terms,  # Terms or None
+    up,  # Received
     lse_ptr,
     out,  # RowGrads
     walk,  # of rows
@@ -169,19 +171,7 @@ def _attention_bwd_dq_kernel(
             if DSCORES:
                 store_heads(out.part, at + 2, live, head, T.H, T.D, T.BLOCK_D, row_dtk[:, None])
     finish_row(
-        sums,
-        lse,
-        row,
-        whole,
-        head,
-        clamp.scale,
-        log_eps,
-        up.dlse,
-        out.wgamma,
-        out.dq,
-        T.H,
-        T.D,
-        T.BLOCK_D,
+        sums, lse, row, whole, head, clamp.scale, log_eps, up.dlse, out.wgamma, out.dq, T.H, T.D
     )
     if ATTR_DQ:
         row_pa = sum_lanes(pa, num_middle, num_segments, BUCKETS)  # [R, H, C]
@@ -190,28 +180,17 @@ def _attention_bwd_dq_kernel(
             at, live = 2 * segment[:, None], part[:, None]
             store_heads(out.attr_part, at, live, head, T.H, T.C, T.BLOCK_C, row_pa[:, None])
             store_heads(out.attr_part, at + 1, live, head, T.H, T.C, T.BLOCK_C, row_pdpa[:, None])
+        sums, dq = RowSums(sums.total, sums.delta, row_pa, row_pdpa, 0.0), out.attr_dq
         finish_row(
-            RowSums(sums.total, sums.delta, row_pa, row_pdpa, 0.0),
-            lse,
-            row,
-            whole,
-            head,
-            clamp.scale,
-            log_eps,
-            up.dlse,
-            out.wgamma,
-            out.attr_dq,
-            T.H,
-            T.C,
-            T.BLOCK_C,
+            sums, lse, row, whole, head, clamp.scale, log_eps, up.dlse, out.wgamma, dq, T.H, T.C
         )
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "first_block", "threshold"])
 def _attention_bwd_dkv_kernel(
-    x,  # Inputs
-    terms,  # EdgeTerms or None
-    up,  # Upstream
+    x,  # Operands
+    terms,  # Terms or None
+    up,  # Received
     lse_ptr,
     wgamma_ptr,
     out,  # ColumnGrads
@@ -348,94 +327,45 @@ def _attention_bwd_dkv_kernel(
 
 
 def attention_bwd(
-    do, dlse, q, k, v, edge_bias, on_rows, on_cols, lse, rows, columns,
-    scale, low, high, eps, need_q, need_k, need_v, need_bias,
-):  # fmt: skip
-    """-> dq [N, H, D], dk [M, H_kv, D], dv [M, H_kv, DV], dbias [E, H]; empty where not needed."""
-    inputs, logit = (q, k, v, edge_bias), (scale, low, high, eps)
-    masks, walks, needs = (on_rows, on_cols), (rows, columns), (need_q, need_k, need_v, need_bias)
-    upstream = do, dlse, None, None
-    return _backward(upstream, inputs, masks, PLAIN, lse, walks, logit, needs, EdgeGrads())
-
-
-def attention_edges_bwd(
-    do, dlse, dscores, dattr_o, q, k, v, edge_bias, on_rows, on_cols, terms, lse, rows, columns,
-    scale, low, high, eps, dropout, shared, needs,
-):  # fmt: skip
-    """-> gradients of q, k, v, the bias, gate, key, value, attr, attr_q; empty where not needed."""
-    gate, key, value, attr, attr_q, _ = terms
-    dgate, dkey, dvalue, dattr, dattr_q = (
-        on_edges(x, on_rows, *x.shape) if x is not None and need else None
-        for x, need in zip((gate, key, value, attr, attr_q), needs[4:], strict=True)
+    row_walk, column_walk, needs, upstream, saved, inputs, terms, mask, dropout, logit, switches
+):
+    """-> gradients of the inputs and of the edge terms: PerInput, None where not needed."""
+    q, k, _ = inputs
+    lse, needs = saved.lse, PerInput(*needs)
+    grads = PerInput(
+        *(
+            torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
+            for x, need in zip(inputs, needs[:3], strict=True)
+        ),
+        *(
+            on_edges(x, mask.rows, *x.shape) if need else None
+            for x, need in zip(terms, needs[3:], strict=True)
+        ),
     )
-    dscores, dattr_o = (None if x is None else x.contiguous() for x in (dscores, dattr_o))
-    edges = edge_terms(q, terms, dropout, shared, (dscores, dattr_o))
-    by_head = gate is not None and gate.ndim == 2
-    dattr_wide = dattr
+    dattr = grads.attr
     if dattr is not None and dattr.dtype != lse.dtype:
-        dattr_wide = on_edges(lse, on_rows, *dattr.shape)
-    on_terms = EdgeGrads(
-        dattr_q,
-        dfactor=dgate if by_head else None,
-        dgate=None if by_head else dgate,
-        dkey=dkey,
-        dvalue=dvalue,
-        dattr=dattr_wide,
-    )
-    inputs, logit = (q, k, v, edge_bias), (scale, low, high, eps)
-    masks, walks = (on_rows, on_cols), (rows, columns)
-    grads = _backward(
-        (do, dlse, dscores, dattr_o), inputs, masks, edges, lse, walks, logit, needs[:4], on_terms
-    )
-    if dattr_wide is not dattr:
-        dattr = dattr_wide.to(dattr.dtype)
-    more = dgate, dkey, dvalue, dattr, dattr_q
-    return [*grads, *(q.new_empty(0) if x is None else x for x in more)]
+        dattr = on_edges(lse, mask.rows, *dattr.shape)
+    dscores, dattr_o = (None if x is None else x.contiguous() for x in upstream[2:])
+    edges = edge_terms(q, terms, dropout, switches, (dscores, dattr_o))
+    x = Operands(*map(rows_of, inputs), rows_of(terms.bias))
+    up = Received(rows_of(upstream.do), rows_of(upstream.dlse), dscores, dattr_o)
+    wgamma = lse.new_empty(*lse.shape, 2)
+    if lse.numel():
+        _backward_of_rows(x, up, lse, wgamma, grads, row_walk, inputs, mask.rows, edges, logit)
+    wanted = any(x is not None for x in grads[1:4]) or edges.terms is not None
+    if k.shape[0] and k.shape[1] and wanted:
+        out = _columns_write(grads._replace(attr=dattr))
+        _backward_of_columns(x, up, lse, wgamma, out, column_walk, inputs, mask.cols, edges, logit)
+    if dattr is not None and dattr is not grads.attr:
+        grads = grads._replace(attr=dattr.to(grads.attr.dtype))
+    return grads
 
 
-class EdgeGrads(NamedTuple):
-    """Gradients of edge terms, contiguous; None where not needed."""
-
-    attr_dq: torch.Tensor | None = None
-    dfactor: torch.Tensor | None = None
-    dgate: torch.Tensor | None = None
-    dkey: torch.Tensor | None = None
-    dvalue: torch.Tensor | None = None
-    dattr: torch.Tensor | None = None  # in the accumulator's dtype
-
-
-def _backward(upstream, inputs, masks, edges, lse, walks, logit, needs, on_terms):
-    """-> gradients of the inputs; ``on_terms`` are filled where given."""
-    do, dlse, dscores, attr_do = upstream
-    q, k, v, _ = inputs
-    need_q, need_k, need_v, need_bias = needs
-    n, heads, _ = q.shape
-    m, kv_heads, _ = k.shape
-    none = q.new_empty(0)
-    dq, dk, dv = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else none
-        for x, need in zip((q, k, v), needs, strict=False)
-    )
-    dbias = on_edges(q, masks[0], walks[0][1].shape[0], heads) if need_bias else none
-    wgamma = lse.new_empty(n, heads, 2)
-    up = Upstream(rows_of(do), rows_of(dlse), dscores, attr_do)
-    x = Inputs(*map(rows_of, inputs))
-    if n and heads:
-        grads = dq if need_q else None, wgamma, on_terms.attr_dq
-        _backward_of_rows(x, up, lse, grads, inputs, masks[0], edges, walks[0], logit)
-    if m and kv_heads and (need_k or need_v or need_bias or edges.terms is not None):
-        grads = (x if need else None for x, need in zip((dk, dv, dbias), needs[1:], strict=True))
-        grads = ColumnGrads(*grads, None, None, *on_terms[1:])
-        _backward_of_columns(x, up, lse, wgamma, grads, inputs, masks[1], edges, walks[1], logit)
-    return dq, dk, dv, dbias
-
-
-def _backward_of_rows(x, up, lse, grads, inputs, mask, edges, walk, logit):
-    q, k, v, _ = inputs
-    dq, wgamma, attr_dq = grads
-    scale, low, high, eps = logit
-    heads, aligned = q.shape[1], (q, k, v, up.do.ptr)
-    call = attention_plan((q, k, v), aligned, walk, heads, edges, clamps(low, high), mask)
+def _backward_of_rows(x, up, lse, wgamma, grads, row_walk, inputs, mask, edges, logit):
+    q, aligned = inputs.q, (*inputs, up.do.ptr)
+    dq, attr_dq, heads = grads.q, grads.attr_q, q.shape[1]
+    clamp = clamps(logit.low, logit.high)
+    call = attention_plan(inputs, aligned, row_walk, heads, edges, clamp, mask)
     part = stat = attr_part = None
     if call.split is not None:
         parts, sums = call.counts[2], 2 if up.dscores is None else 3
@@ -451,35 +381,49 @@ def _backward_of_rows(x, up, lse, grads, inputs, mask, edges, walk, logit):
         RowGrads(dq, wgamma, attr_dq, part, stat, attr_part),
         call.walk,
         *call.counts,
-        scale,
-        low,
-        high,
-        log(eps),
+        *logit[:3],
+        log(logit.eps),
         edges.seed,
         edges.threshold,
         call.active,
         **call.meta,
     )
     if call.counts[2]:
-        row = stat, lse, up.dlse, call.split, scale, log(eps)
+        row = stat, lse, up.dlse, call.split, logit.scale, log(logit.eps)
         combine_rows(dq, wgamma, part, *row)
         if attr_dq is not None:
             combine_rows(attr_dq, wgamma, attr_part, *row)
 
 
-def _backward_of_columns(x, up, lse, wgamma, grads, inputs, mask, edges, walk, logit):
-    q, k, v, _ = inputs
-    scale, low, high, _ = logit
-    heads, aligned = k.shape[1], (q, k, v, up.do.ptr)
-    call = attention_plan((q, k, v), aligned, walk, heads, edges, clamps(low, high), mask)
+def _columns_write(grads):
+    by_head = grads.gate is not None and grads.gate.ndim == 2
+    return ColumnGrads(
+        dk=grads.k,
+        dv=grads.v,
+        dbias=grads.bias,
+        dk_part=None,
+        dv_part=None,
+        dfactor=grads.gate if by_head else None,
+        dgate=None if by_head else grads.gate,
+        dkey=grads.key,
+        dvalue=grads.value,
+        dattr=grads.attr,
+    )
+
+
+def _backward_of_columns(x, up, lse, wgamma, out, column_walk, inputs, mask, edges, logit):
+    k, v, aligned = inputs.k, inputs.v, (*inputs, up.do.ptr)
+    heads = k.shape[1]
+    clamp = clamps(logit.low, logit.high)
+    call = attention_plan(inputs, aligned, column_walk, heads, edges, clamp, mask)
     if call.split is not None:
         parts = call.counts[2]
-        grads = grads._replace(
-            dk_part=lse.new_empty(0 if grads.dk is None else parts, heads, k.shape[2]),
-            dv_part=lse.new_empty(0 if grads.dv is None else parts, heads, v.shape[2]),
+        out = out._replace(
+            dk_part=lse.new_empty(0 if out.dk is None else parts, heads, k.shape[2]),
+            dv_part=lse.new_empty(0 if out.dv is None else parts, heads, v.shape[2]),
         )
     launches = [(0, call.grid)]
-    if grads.dattr is not None:
+    if out.dattr is not None:
         # heads share the attributes: one launch after another adds to their gradient
         launches = [(block, (call.grid[0], 1)) for block in range(call.grid[1])]
     for first_block, grid in launches:
@@ -489,13 +433,11 @@ def _backward_of_columns(x, up, lse, wgamma, grads, inputs, mask, edges, walk, l
             up,
             lse,
             wgamma,
-            grads,
+            out,
             call.walk,
             *call.counts,
             first_block,
-            scale,
-            low,
-            high,
+            *logit[:3],
             edges.seed,
             edges.threshold,
             call.active,
@@ -503,6 +445,6 @@ def _backward_of_columns(x, up, lse, wgamma, grads, inputs, mask, edges, walk, l
             **call.meta,
         )
     if call.counts[2]:
-        for out, sums in ((grads.dk, grads.dk_part), (grads.dv, grads.dv_part)):
-            if out is not None:
-                combine_columns(out, sums, call.split)
+        for whole, sums in ((out.dk, out.dk_part), (out.dv, out.dv_part)):
+            if whole is not None:
+                combine_columns(whole, sums, call.split)

@@ -131,9 +131,7 @@ def _combine_rows_kernel(
     )
     lse = load_lse(lse_ptr + at, head < H)[None, :]
     scale = scalar(scale, ACC)
-    finish_row(
-        sums, lse, one, one >= 0, head, scale, log_eps, dlse, wgamma_ptr, dq_ptr, H, D, BLOCK_D
-    )
+    finish_row(sums, lse, one, one >= 0, head, scale, log_eps, dlse, wgamma_ptr, dq_ptr, H, D)
 
 
 @triton.jit
@@ -173,9 +171,9 @@ def finish_row(
     dq_ptr,
     H: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """w, gamma and dq of whole rows."""
+    BLOCK_D: tl.constexpr = sums.pk.shape[2]
     at = row[:, None] * H + head[None, :]
     mask = mine[:, None] & (head < H)[None, :]
     total = tl.where(sums.total == 0.0, 1.0, sums.total)

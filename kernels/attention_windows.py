@@ -35,6 +35,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgt.contract import Results
+
 from .attention import head_rows, on_edges
 from .configs import (
     accumulator,
@@ -46,7 +48,7 @@ from .configs import (
     power_of_2,
     window_tile,
 )
-from .edge_tile import Inputs, clamp_of, kept_share
+from .edge_tile import Operands, clamp_of, kept_share
 from .loads import dot, edge_slots, load_active, load_rows, rows_of, store_rows, tile_mask
 
 
@@ -88,7 +90,7 @@ class WindowSizes(NamedTuple):
 
 @triton.jit
 def _windows_fwd_kernel(
-    x,  # Inputs
+    x,  # Operands
     o_ptr,  # [N, H, DV]
     lse_ptr,  # [N, H]
     weights_ptr,  # [E, H] or None
@@ -306,32 +308,31 @@ def add_columns(acc, p, live, x, entry, col, span, head, D: tl.constexpr):
     return acc
 
 
-def windows_fwd(
-    q, k, v, edge_bias, on_rows, rows, height, dense, scale, low, high, eps, return_weights
-):  # fmt: skip
-    """-> o [N, H, DV], lse [N, H], weights [E, H] (or [0, H]) in the caller's edge order."""
+def windows_fwd(row_walk, height, dense, inputs, terms, mask, logit, switches):
+    """-> Results, weights in the caller's edge order; of ``terms``, windows take the bias."""
+    q, _, v = inputs
     n, heads, _ = q.shape
-    tables = Tables(*rows[3:])
+    scale, low, high, eps = logit
+    tables = Tables(*row_walk[3:])
     o = q.new_empty(n, heads, v.shape[2])
     lse = q.new_empty(n, heads, dtype=accumulator(q))
-    weights = on_edges(q, on_rows, rows[1].shape[0] if return_weights else 0, heads)
-    numbered = edge_bias is not None or return_weights
+    weights = on_edges(q, mask.rows, row_walk[1].shape[0], heads) if switches.make_weights else None
+    numbered = terms.bias is not None or switches.make_weights
     form = height, dense, clamps(low, high)
-    meta = windows_plan("fwd", (q, k, v), (q, k, v), form, numbered)
     _windows_fwd_kernel[(tables.window.shape[0] * heads,)](
-        Inputs(rows_of(q), rows_of(k), rows_of(v), rows_of(edge_bias)),
+        Operands(*map(rows_of, inputs), rows_of(terms.bias)),
         o,
         lse,
-        weights if return_weights else None,
+        weights,
         tables,
         scale,
         low,
         high,
         log(eps),
-        None if on_rows is None else head_rows(on_rows),
-        **meta,
+        None if mask.rows is None else head_rows(mask.rows),
+        **windows_plan("fwd", inputs, inputs, form, numbered),
     )
-    return o, lse, weights
+    return Results(o, lse, weights)
 
 
 def windows_plan(direction, inputs, aligned, form, numbered):

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgt.contract import PerInput
+
 from .attention import head_rows, on_edges
 from .attention_windows import (
     Tables,
@@ -25,11 +27,11 @@ from .attention_windows import (
     windows_plan,
 )
 from .configs import clamps, log
-from .edge_tile import Inputs, clamp_of, kept_share
+from .edge_tile import Operands, clamp_of, kept_share
 from .loads import dot, load_lse, load_rows, rows_of, store_rows
 
 
-class Saved(NamedTuple):
+class Stored(NamedTuple):
     """What earlier passes have stored."""
 
     lse: Any  # [N, H]
@@ -46,11 +48,11 @@ class ColumnGrads(NamedTuple):
 
 @triton.jit
 def _windows_bwd_dq_kernel(
-    x,  # Inputs
+    x,  # Operands
     do,
     dlse,
     o,
-    saved,  # Saved, of which w and gamma are written
+    stored,  # Stored, of which w and gamma are written
     dq_ptr,  # [N, H, D] or None
     tables,  # of rows
     scale: tl.float64,
@@ -67,7 +69,7 @@ def _windows_bwd_dq_kernel(
     up = load_head(do, row, read, head, T.DV, T.BLOCK_DV, T)  # [M, DV]
     out = load_rows(o.ptr, o.stride, row, mine, head, T.DV, T.BLOCK_DV, 1)
     at_row = row * T.H + head
-    lse = load_lse(saved.lse + at_row, mine)  # [M]
+    lse = load_lse(stored.lse + at_row, mine)  # [M]
     kept = kept_share(lse, log_eps, T.ACC)
     g = tl.full([T.BLOCK_M], 0.0, T.ACC)
     if dlse is not None:
@@ -109,8 +111,8 @@ def _windows_bwd_dq_kernel(
     # where no edge counts, neither do the upstream gradients, finite or not
     empty = lse == float("inf")
     gamma = tl.where(empty, 0.0, gamma)
-    tl.store(saved.wgamma + 2 * at_row, w, mask=mine)
-    tl.store(saved.wgamma + 2 * at_row + 1, gamma, mask=mine)
+    tl.store(stored.wgamma + 2 * at_row, w, mask=mine)
+    tl.store(stored.wgamma + 2 * at_row + 1, gamma, mask=mine)
     if NEED_Q:
         dq = (dsk + (guess - gamma * total)[:, None] * pk) / total[:, None]
         dq = tl.where(empty[:, None], 0.0, dq) * clamp.scale
@@ -172,9 +174,9 @@ def _dq_tile(
 
 @triton.jit
 def _windows_bwd_dkv_kernel(
-    x,  # Inputs
+    x,  # Operands
     do,
-    saved,  # Saved
+    stored,  # Stored
     out,  # ColumnGrads
     tables,  # of columns
     scale: tl.float64,
@@ -210,12 +212,12 @@ def _windows_bwd_dkv_kernel(
             read, end = unmasked(active, col, mine, head, span)
         for at in range(span.start, masked_from, T.BLOCK_N):
             dk, dv = _dkv_tile(
-                k, v, dk, dv, read, at, span, head, x, do, saved, out, tables, clamp, False, False,
+                k, v, dk, dv, read, at, span, head, x, do, stored, out, tables, clamp, False, False,
                 GATED, T,
             )  # fmt: skip
         for at in range(masked_from, end, T.BLOCK_N):
             dk, dv = _dkv_tile(
-                k, v, dk, dv, read, at, span, head, x, do, saved, out, tables, clamp, True, False,
+                k, v, dk, dv, read, at, span, head, x, do, stored, out, tables, clamp, True, False,
                 GATED, T,
             )  # fmt: skip
     if spoilt(dk, mine) or spoilt(dv, mine):
@@ -228,7 +230,7 @@ def _windows_bwd_dkv_kernel(
                 read, end = unmasked(active, col, mine, head, span)
             for at in range(span.start, end, 16):
                 dk, dv = _dkv_tile(
-                    k, v, dk, dv, read, at, span, head, x, do, saved, out, tables, clamp, True,
+                    k, v, dk, dv, read, at, span, head, x, do, stored, out, tables, clamp, True,
                     True, GATED, T,
                 )  # fmt: skip
 
@@ -250,7 +252,7 @@ def _dkv_tile(
     head,
     x,
     do,
-    saved,
+    stored,
     out,
     tables,
     clamp,
@@ -266,8 +268,8 @@ def _dkv_tile(
     q = load_head(x.q, row, within, head, T.D, T.BLOCK_D, T)  # [N, D]
     up = load_head(do, row, within, head, T.DV, T.BLOCK_DV, T)
     at_row = row * T.H + head
-    lse = load_lse(saved.lse + at_row, within)  # [N]
-    w = tl.load(saved.wgamma + 2 * at_row, mask=within, other=0.0)
+    lse = load_lse(stored.lse + at_row, within)  # [N]
+    w = tl.load(stored.wgamma + 2 * at_row, mask=within, other=0.0)
     s, live, through, edge = window_logits(
         k, q, entry, within, head, x.bias, tables, clamp, MASKED, NUMBERED, T
     )
@@ -283,7 +285,7 @@ def _dkv_tile(
         else:
             dv = dot(a.to(up.dtype), up, dv, T.ACC, T.DOT, T.PRECISION)
     if out.dk is not None or out.dbias is not None:
-        gamma = tl.load(saved.wgamma + 2 * at_row + 1, mask=within, other=0.0)
+        gamma = tl.load(stored.wgamma + 2 * at_row + 1, mask=within, other=0.0)
         dp = dot(v, tl.trans(up), None, T.ACC, T.DOT, T.PRECISION)
         ds = tl.where(live, p * (w[None, :] * dp - gamma[None, :]), 0.0)
         if out.dbias is not None:
@@ -299,48 +301,47 @@ def _dkv_tile(
 
 
 def windows_bwd(
-    do, dlse, q, k, v, edge_bias, on_rows, on_cols, lse, o, rows, columns, height, dense,
-    scale, low, high, eps, need_q, need_k, need_v, need_bias,
-):  # fmt: skip
-    """-> dq [N, H, D], dk [M, H_kv, D], dv [M, H_kv, DV], dbias [E, H]; empty where not needed."""
-    n, heads, _ = q.shape
-    none = q.new_empty(0)
+    row_walk, column_walk, height, dense, needs, upstream, saved, inputs, terms, mask, logit
+):
+    """-> gradients of the inputs and of the bias: PerInput, None where not needed."""
+    scale, low, high, eps = logit
     dq, dk, dv = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else none
-        for x, need in ((q, need_q), (k, need_k), (v, need_v))
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
+        for x, need in zip(inputs, needs[:3], strict=True)
     )
-    dbias = on_edges(q, on_rows, rows[1].shape[0], heads) if need_bias else none
-    x = Inputs(rows_of(q), rows_of(k), rows_of(v), rows_of(edge_bias))
-    up, saved, tables = rows_of(do), Saved(lse, lse.new_empty(n, heads, 2)), Tables(*rows[3:])
+    dbias = on_edges(terms.bias, mask.rows, *terms.bias.shape) if needs[3] else None
+    x = Operands(*map(rows_of, inputs), rows_of(terms.bias))
+    do, lse, tables = rows_of(upstream.do), saved.lse, Tables(*row_walk[3:])
+    stored = Stored(lse, lse.new_empty(*lse.shape, 2))
     form = height, dense, clamps(low, high)
-    meta = windows_plan("bwd", (q, k, v), (q, k, v, do), form, edge_bias is not None)
-    _windows_bwd_dq_kernel[(tables.window.shape[0] * heads,)](
+    aligned = *inputs, upstream.do
+    meta = windows_plan("bwd", inputs, aligned, form, terms.bias is not None)
+    _windows_bwd_dq_kernel[(tables.window.shape[0] * inputs.q.shape[1],)](
         x,
-        up,
-        rows_of(dlse),
-        rows_of(o),
-        saved,
-        dq if need_q else None,
+        do,
+        rows_of(upstream.dlse),
+        rows_of(saved.o),
+        stored,
+        dq,
         tables,
         scale,
         low,
         high,
         log(eps),
-        None if on_rows is None else head_rows(on_rows),
+        None if mask.rows is None else head_rows(mask.rows),
         **meta,
     )
-    if need_k or need_v or need_bias:
-        needs = zip((dk, dv, dbias), (need_k, need_v, need_bias), strict=True)
-        _windows_bwd_dkv_kernel[(columns[0].shape[0] * k.shape[1],)](
+    if dk is not None or dv is not None or dbias is not None:
+        _windows_bwd_dkv_kernel[(column_walk[0].shape[0] * inputs.k.shape[1],)](
             x,
-            up,
-            saved,
-            ColumnGrads(*(grad if need else None for grad, need in needs)),
-            Tables(*columns),
+            do,
+            stored,
+            ColumnGrads(dk, dv, dbias),
+            Tables(*column_walk),
             scale,
             low,
             high,
-            None if on_cols is None else head_rows(on_cols),
+            None if mask.cols is None else head_rows(mask.cols),
             **meta,
         )
-    return dq, dk, dv, dbias
+    return PerInput(dq, dk, dv, dbias, *[None] * 5)

@@ -7,12 +7,25 @@ from functools import partial
 
 import torch
 
-from fastgt.contract import Features, Inputs, NeedQKV, Quotient, Ragged
+from fastgt.contract import (
+    Dropout,
+    EdgeTerms,
+    Features,
+    HeadMask,
+    Inputs,
+    Logit,
+    NeedQKV,
+    Quotient,
+    Ragged,
+    Saved,
+    Switches,
+    Upstream,
+)
 
 from .aggregate import aggregate_bwd, aggregate_fwd
 from .aggregate_gated import gated_aggregate_bwd, gated_aggregate_fwd
-from .attention import attention_edges_fwd, attention_fwd
-from .attention_backward import attention_bwd, attention_edges_bwd
+from .attention import attention_fwd
+from .attention_backward import attention_bwd
 from .attention_windows import windows_fwd
 from .attention_windows_backward import windows_bwd
 from .channelwise_attention import channelwise_attention_bwd, channelwise_attention_fwd
@@ -140,28 +153,58 @@ def _launch_attention(case: AttentionCase) -> None:
     v = torch.zeros(n, kv_heads, v_width, dtype=case.dtype)
     bias = torch.zeros(m, case.heads, dtype=case.dtype) if case.bias else None
     low, high = (-5.0, 5.0) if case.clamp else (-torch.inf, torch.inf)
-    numbers = 1.0, low, high, 0.0
-    needs = (True, True, True, case.bias)
+    inputs, logit = Inputs(q, k, v), Logit(1.0, low, high, 0.0)
     active = torch.ones(n, case.heads, dtype=torch.bool) if case.masked else None
-    walk = ptr, index, index
+    mask, walk = HeadMask(active, active), (ptr, index, index)
     if case.height:
         window = index.new_tensor([[0, n, 0, n, 0]] * 2)
         tables = window, index, index.long(), index, index
-        how = case.height, case.dense
-        inputs = q, k, v, bias, active
-        o, lse, _ = windows_fwd(*inputs, (*walk, *tables), *how, *numbers, case.weights)
-        inputs = o, lse if case.bias else None, *inputs, active, lse, o
-        windows_bwd(*inputs, (*walk, *tables), tables, *how, *numbers, *needs)
+        walk, form, terms = (*walk, *tables), (case.height, case.dense), EdgeTerms(bias)
+        switches = Switches(make_weights=case.weights)
+        o, lse, *_ = windows_fwd(walk, *form, inputs, terms, mask, logit, switches)
+        upstream = Upstream(o, lse if case.bias else None, None, None)
+        needs = *(True,) * 3, case.bias
+        saved = Saved(lse, o, None)
+        windows_bwd(walk, tables, *form, needs, upstream, saved, inputs, terms, mask, logit)
         return
     if case.buckets:
         rows, parts = index[: FILLERS + 2], index.new_zeros(FILLERS + 2, 3)
         walk = *walk, rows, rows, parts, parts
-    if case.terms:
-        _launch_edges(case, q, k, v, bias, active, walk, numbers)
-        return
-    o, lse, _ = attention_fwd(q, k, v, bias, active, walk, *numbers, case.weights)
-    inputs = o, lse if case.bias else None, q, k, v, bias, active, active, lse
-    attention_bwd(*inputs, walk, walk, *numbers, *needs)
+    words = case.terms.split()
+    terms = _edge_terms(case, words, inputs, bias)
+    seed = torch.zeros(1, dtype=torch.int64) if "drop" in words else None
+    dropout = Dropout(seed, 0.1 if "drop" in words else 0.0)
+    attr_o, scores = terms.attr is not None, "scores" in words
+    switches = Switches("shared" in words, case.weights, scores, attr_o)
+    call = inputs, terms, mask, dropout, logit, switches
+    o, lse, _, scores, attr_o, _ = attention_fwd(walk, *call)
+    attr_do = None if attr_o is None else torch.zeros_like(attr_o, dtype=case.dtype)
+    upstream = Upstream(o, lse if case.bias and not words else None, scores, attr_do)
+    needs = [x is not None for x in (*inputs, *terms)]
+    attention_bwd(walk, walk, needs, upstream, Saved(lse, None, None), *call)
+
+
+def _edge_terms(case: AttentionCase, words: list[str], inputs: Inputs, bias) -> EdgeTerms:
+    q, _, v = inputs
+    edges = 8 * case.degree
+
+    def tensor(*shape):
+        return torch.zeros(shape, dtype=case.dtype)
+
+    gate = key = value = attr = attr_q = None
+    if "gate" in words:
+        gate = tensor(edges, *q.shape[1:])
+    if "factor" in words:
+        gate = tensor(edges, q.shape[1])
+    if "key" in words or "shared" in words:
+        key = tensor(edges, *q.shape[1:])
+    if "value" in words:
+        value = tensor(edges, q.shape[1], v.shape[2])
+    if "attr" in words:
+        attr = tensor(edges, case.channels)
+    if "attr" in words and "gate" not in words and "scores" not in words:
+        attr_q = tensor(*q.shape[:2], case.channels)
+    return EdgeTerms(bias, gate, key, value, attr, attr_q)
 
 
 @dataclass(frozen=True)
@@ -288,39 +331,6 @@ def _launch_aggregate(case: AggregateCase) -> None:
         how = case.reduce, case.relu
         o, first = aggregate_fwd(x, edge, walk, *how)
         aggregate_bwd(o, x, edge, first, walk, walk, *how, case.x, case.edge)
-
-
-def _launch_edges(case, q, k, v, bias, active, walk, numbers) -> None:
-    edges, words = walk[1].shape[0], case.terms.split()
-
-    def tensor(*shape, dtype=case.dtype):
-        return torch.zeros(shape, dtype=dtype)
-
-    gate = key = value = attr = attr_q = seed = None
-    if "gate" in words:
-        gate = tensor(edges, *q.shape[1:])
-    if "factor" in words:
-        gate = tensor(edges, q.shape[1])
-    if "key" in words or "shared" in words:
-        key = tensor(edges, *q.shape[1:])
-    if "value" in words:
-        value = tensor(edges, q.shape[1], v.shape[2])
-    if "attr" in words:
-        attr = tensor(edges, case.channels)
-    if "attr" in words and "gate" not in words and "scores" not in words:
-        attr_q = tensor(*q.shape[:2], case.channels)
-    if "drop" in words:
-        seed = tensor(1, dtype=torch.int64)
-    terms = gate, key, value, attr, attr_q, seed
-    more = 0.1 if "drop" in words else 0.0, "shared" in words
-    wanted = case.weights, "scores" in words, attr is not None
-    inputs = q, k, v, bias, active, terms
-    o, lse, _, scores, attr_o = attention_edges_fwd(*inputs, walk, *numbers, *more, *wanted)
-    attr_do = tensor(*attr_o.shape) if "attr" in words else None
-    upstream = o, None, scores if "scores" in words else None, attr_do
-    needs = [True] * 3 + [x is not None for x in (bias, *terms[:-1])]
-    inputs = q, k, v, bias, active, active, terms
-    attention_edges_bwd(*upstream, *inputs, lse, walk, walk, *numbers, *more, needs)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import triton.language as tl
 from .loads import Rows, load_active, load_edge_heads, load_heads, load_own_heads, scalar
 
 
-class Inputs(NamedTuple):
+class Operands(NamedTuple):
     """What attention is made of, each with its strides (``Rows``); None where absent."""
 
     q: Any  # [N, H, D]
@@ -22,7 +22,7 @@ class Inputs(NamedTuple):
     bias: Any  # [E, H]
 
 
-class EdgeTerms(NamedTuple):
+class Terms(NamedTuple):
     """What kernels read of edges besides a bias, contiguous; None where absent."""
 
     factor: Any  # [E, H], times the products of q and k

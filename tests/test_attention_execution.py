@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 import fastgt
 from fastgt import AuxRequest, Graph, neighborhood_attention
 from fastgt.bench.memory import peak_extra_memory
-from fastgt.contract import EdgeTerms, HeadMask, Inputs, Logit, Saved, Switches, Upstream
+from fastgt.contract import Dropout, EdgeTerms, HeadMask, Inputs, Logit, Saved, Switches, Upstream
 from fastgt.prepared import Prepared
 from fastgt.testing import assert_as_accurate, random_graph, with_index_dtype
 
@@ -267,15 +267,15 @@ def test_grids_stay_within_the_limits(heads, d, dtype, monkeypatch):
     q = torch.empty(n, heads, d, dtype=dtype, device="meta")
     lse = torch.empty(n, heads, device="meta")
     ptr = torch.empty(n + 1, dtype=torch.int64, device="meta")
-    settings = (1.0, -math.inf, math.inf, 0.0)
+    logit, plain = Logit(1.0, -math.inf, math.inf, 0.0), (HeadMask(None, None), Dropout(None, 0.0))
+    call = Inputs(q, q, q), EdgeTerms(), *plain, logit, Switches()
+    upstream, saved = Upstream(q, lse, None, None), Saved(lse, None, None)
+    needs = (*(True,) * 3, *[False] * 6)
     for edges in (0, n, 40 * n):
         e = torch.empty(edges, dtype=torch.int64, device="meta")
         walk = ptr, e, e
-        kernels.attention_fwd(q, q, q, None, None, walk, *settings, False)
-        needs = (*(True,) * 3, False)
-        backward.attention_bwd(
-            q, lse, q, q, q, None, None, None, lse, walk, walk, *settings, *needs
-        )
+        kernels.attention_fwd(walk, *call)
+        backward.attention_bwd(walk, walk, needs, upstream, saved, *call)
     assert len(grids) >= 9
     for grid in grids:
         assert 0 < grid[0] < 2**31
@@ -447,7 +447,7 @@ def test_outputs_beyond_two_to_the_31(tmp_path):
     sizes = {"H": heads, "GROUP": 1, "D": 4, "DV": 4, "C": 1, "CLAMP": False, "SHARED": False}
     sizes |= {"BLOCK_R": 4, "BLOCK_E": 4, "BLOCK_H": 2, "BLOCK_D": 4, "BLOCK_DV": 4, "BLOCK_C": 1}
     tile = edge_tile.Tile(**sizes, ALIGN=1, EDGE_ALIGN=1, ACC=tl.float32)
-    inputs = edge_tile.Inputs(*map(rows_of, (x.q, x.k, x.v, None)))
+    inputs = edge_tile.Operands(*map(rows_of, (x.q, x.k, x.v, None)))
     rows = buckets.Walk(graph.row_ptr, graph.col, graph.edge, None, None, None)
     columns = buckets.Walk(columns.ptr, columns.row, columns.edge, None, None, None)
     counts, plain = (4, 0, 0), (None, 0, None, tile)  # neither dropout nor masked heads
@@ -457,7 +457,7 @@ def test_outputs_beyond_two_to_the_31(tmp_path):
     )
     inputs_of_weights = inputs._replace(v=None), None, norm, weights
     kernels._attention_weights_kernel[1, 1](*inputs_of_weights, rows, *counts, *clamp, None, tile)
-    up = backward.Upstream(rows_of(x.do), rows_of(x.dlse), None, None)
+    up = backward.Received(rows_of(x.do), rows_of(x.dlse), None, None)
     grads = backward.RowGrads(dq, wgamma, None, None, None, None)
     backward._attention_bwd_dq_kernel[1, 1](
         inputs, None, up, lse, grads, rows, *counts, *clamp, -math.inf, *plain

@@ -244,8 +244,8 @@ def test_bytes_of_a_step_are_counted_in_the_loop_over_edges():
 def test_arguments_of_a_kernel_have_paths():
     resources = pytest.importorskip("fastgt.kernels.resources", exc_type=ImportError)
     edge_tile = pytest.importorskip("fastgt.kernels.edge_tile", exc_type=ImportError)
-    none = dict.fromkeys(edge_tile.EdgeTerms._fields)
-    terms = edge_tile.EdgeTerms(**none | {"key": torch.ones(2, dtype=torch.float16)})
+    none = dict.fromkeys(edge_tile.Terms._fields)
+    terms = edge_tile.Terms(**none | {"key": torch.ones(2, dtype=torch.float16)})
     values = resources.by_path(
         {"k_ptr": torch.ones(2), "k_stride": (16, 1), "terms": terms, "BLOCK_D": 16}
     )

@@ -67,116 +67,41 @@ def _(
 
 
 def _launch_fwd(path: str, height: int, row_walk: Any, *flat: Any) -> tuple[Tensor | None, ...]:
-    call = inputs, terms, mask, dropout, logit, switches = FORWARD.split(flat)
+    call = inputs, terms, mask, _, logit, switches = FORWARD.split(flat)
     if path == "torch":
         from fastgt.cpu import attention
 
         return attention.attention_fwd(row_walk, *call)
     require_triton(inputs.q)
-    bias, *more = terms
-    asked = switches.make_weights
     if height:
         from fastgt.kernels.attention_windows import windows_fwd
 
         dense = path == "graphs"
-        o, lse, weights = windows_fwd(
-            *inputs, bias, mask.rows, row_walk, height, dense, *logit, asked
-        )
-        scores = attr_o = None
-    elif _has_more(terms, dropout, switches):
-        from fastgt.kernels.attention import attention_edges_fwd
+        return windows_fwd(row_walk, height, dense, inputs, terms, mask, logit, switches)
+    from fastgt.kernels.attention import attention_fwd
 
-        o, lse, weights, scores, attr_o = attention_edges_fwd(
-            *inputs,
-            bias,
-            mask.rows,
-            (*more, dropout.seed),
-            row_walk,
-            *logit,
-            dropout.p,
-            switches.key_is_value,
-            asked,
-            switches.make_scores,
-            switches.make_attr_o,
-        )
-    else:
-        from fastgt.kernels.attention import attention_fwd
-
-        o, lse, weights = attention_fwd(*inputs, bias, mask.rows, row_walk, *logit, asked)
-        scores = attr_o = None
-    return (
-        o,
-        lse,
-        weights if asked else None,
-        scores if switches.make_scores else None,
-        attr_o if switches.make_attr_o else None,
-        None,
-    )
+    return attention_fwd(row_walk, *call)
 
 
 def _launch_bwd(
     path: str, height: int, row_walk: Any, column_walk: Any, needs: Any, *flat: Any
 ) -> tuple[Tensor | None, ...]:
-    upstream, saved, inputs, terms, mask, dropout, logit, switches = BACKWARD.split(flat)
-    bias, *more = terms
-    do, dlse, *_ = upstream
+    upstream, saved, *call = BACKWARD.split(flat)
+    walks = row_walk, column_walk
     if path == "torch":
         from fastgt.cpu import attention
 
-        call = inputs, terms, mask, dropout, logit, switches
-        return attention.attention_bwd(
-            row_walk, column_walk, PerInput(*needs), upstream, saved, *call
-        )
+        return attention.attention_bwd(*walks, PerInput(*needs), upstream, saved, *call)
     if height:
         from fastgt.kernels.attention_windows_backward import windows_bwd
 
+        inputs, terms, mask, _, logit, _ = call
         dense = path == "graphs"
-        grads = windows_bwd(
-            do,
-            dlse,
-            *inputs,
-            bias,
-            *mask,
-            saved.lse,
-            saved.o,
-            row_walk,
-            column_walk,
-            height,
-            dense,
-            *logit,
-            *needs[:4],
-        )
-    elif _has_more(terms, dropout, switches):
-        from fastgt.kernels.attention_backward import attention_edges_bwd
+        rest = needs, upstream, saved, inputs, terms, mask, logit
+        return windows_bwd(*walks, height, dense, *rest)
+    from fastgt.kernels.attention_backward import attention_bwd
 
-        grads = attention_edges_bwd(
-            *upstream,
-            *inputs,
-            bias,
-            *mask,
-            (*more, dropout.seed),
-            saved.lse,
-            row_walk,
-            column_walk,
-            *logit,
-            dropout.p,
-            switches.key_is_value,
-            needs,
-        )
-    else:
-        from fastgt.kernels.attention_backward import attention_bwd
-
-        grads = attention_bwd(
-            do, dlse, *inputs, bias, *mask, saved.lse, row_walk, column_walk, *logit, *needs[:4]
-        )
-    grads = (*grads, *[None] * (len(needs) - len(grads)))
-    return tuple(x if need else None for x, need in zip(grads, needs, strict=True))
-
-
-def _has_more(terms: EdgeTerms, dropout: Dropout, switches: Switches) -> bool:
-    """Whether edges have more than a bias, or give more than weights."""
-    more = any(x is not None for x in terms[1:]) or dropout.p != 0
-    return more or switches.make_scores or switches.make_attr_o
+    return attention_bwd(*walks, needs, upstream, saved, *call)
 
 
 torch.library.impl("fastgt::attention_fwd", "CompositeExplicitAutograd", _launch_fwd)

@@ -183,6 +183,21 @@ REFUSALS = {
     "scale in words": ({"scale": "big"}, TypeError, "scale must be a number, got str"),
     "eps none": ({"denominator_eps": None}, TypeError, "denominator_eps must .* got NoneType"),
     "clamp nan": ({"logit_clamp": math.nan}, ValueError, "logit_clamp .* got .*nan"),
+    "request of another kind": (
+        {"return_aux": True},
+        TypeError,
+        r"return_aux must be an AuxRequest, got bool: pass AuxRequest\(lse=True\)",
+    ),
+    "request as a tuple": (
+        {"return_aux": (True, False, False)},
+        TypeError,
+        "return_aux must be an AuxRequest, got tuple: pass",
+    ),
+    "request as a dict": (
+        {"return_aux": {"lse": True}},
+        TypeError,
+        "return_aux must be an AuxRequest, got dict: pass",
+    ),
     "clamp of three": ({"logit_clamp": (0, 1, 2)}, ValueError, "logit_clamp .* got 3 numbers"),
 }
 

@@ -1,5 +1,6 @@
 """head_gate of neighborhood_attention: a masked head is a head that is not there."""
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -28,7 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastgt import Graph, neighborhood_attention
+from fastgt import AuxRequest, Graph, neighborhood_attention, reference
 from fastgt.contract import EdgeTerms, HeadMask, Inputs, Saved, Switches, Upstream
 
 GATES = st.sampled_from([0.0, 0.0, 1.0, -0.5, 2.0])
@@ -412,3 +413,30 @@ def test_refusals():
     refused(ValueError, "head_gate is on meta but the nodes are on", one.to("meta"))
     if DEVICE == "cpu":
         refused(ValueError, r"head_gate is NaN at heads \[1\]", torch.tensor([0.0, torch.nan]))
+
+
+@pytest.mark.parametrize("terms", ["", ALL_TERMS])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("graphs", [False, True], ids=["H", "G H"])
+def test_the_reference_takes_the_gate_as_the_operator_does(graphs, dense, terms):
+    x = in_graphs(case(4, 11, 30, heads=2, d=4, dv=4, terms=terms, eps=0.1))
+    shape = (x.graph.num_graphs, 2) if graphs else (2,)
+    gate = torch.arange(1.0, 1 + 2 * shape[0], dtype=FP64, device=DEVICE)[
+        : torch.Size(shape).numel()
+    ]
+    gate = torch.where(gate % 2 == 0, 0, gate).reshape(shape).requires_grad_()
+    request = AuxRequest(lse=True, weights=True, edge_scores=True)
+    options = x.options | {"dense_gate_grad": dense, "return_aux": request}
+    leaves = [t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v)]
+    results = []
+    for attention in (
+        reference.neighborhood_attention,
+        functools.partial(neighborhood_attention, impl="reference"),
+    ):
+        out, aux = attention(
+            *leaves, x.graph, edge_bias=x.bias, head_gate=gate, **x.terms, **options
+        )
+        grads = torch.autograd.grad((out, aux.lse), (*leaves, gate), (x.do, x.dlse))
+        results.append((out, *aux, *grads))
+    for a, b in zip(*results, strict=True):
+        close(a, b)

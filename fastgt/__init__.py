@@ -2,14 +2,16 @@
 
 from fastgt.contract import Aux, AuxRequest
 from fastgt.graph import Graph
-from fastgt.ops.aggregate import aggregate, gated_aggregate, segment_softmax
+from fastgt.ops.aggregate import aggregate
 from fastgt.ops.attention import neighborhood_attention
 from fastgt.ops.channelwise_attention import channelwise_attention
 from fastgt.ops.flops import register_formulas as _register_formulas
+from fastgt.ops.gated_aggregate import gated_aggregate
 from fastgt.ops.head_projection import head_projection
 from fastgt.ops.implementation import implementation
 from fastgt.ops.linear_attention import linear_attention, sgformer_attention
 from fastgt.ops.segment_pool import segment_max, segment_mean, segment_sum, virtual_node
+from fastgt.ops.segment_softmax import segment_softmax
 from fastgt.pruning import prune_heads
 
 _register_formulas()

@@ -55,6 +55,19 @@ class HeadMask(NamedTuple):
     cols: Tensor | None  # [1 or N_cols, H] bool
 
 
+class RowWalk(NamedTuple):
+    """The edges grouped by row, see :mod:`fastgt.ops.walks`."""
+
+    row_walk: tuple[Tensor, ...]
+
+
+class Walks(NamedTuple):
+    """The edges grouped by row and by column; nothing by column where no gradient needs it."""
+
+    row_walk: tuple[Tensor, ...]
+    column_walk: tuple[Tensor, ...]
+
+
 class Dropout(NamedTuple):
     """Each weight is dropped with probability ``p``, as ``seed``, its edge and its head say."""
 
@@ -177,6 +190,73 @@ class NeedQKV(NamedTuple):
     need_q: bool
     need_k: bool
     need_v: bool
+
+
+class Messages(NamedTuple):
+    """What aggregate puts together, ``activation(x_j + edge_value_ij)``: at least one of them."""
+
+    x: Tensor | None  # [N_cols, D]
+    edge_value: Tensor | None  # [E, D]
+
+
+class Reduction(NamedTuple):
+    """How messages are put together, and whether each goes through ``max(0, m)`` before."""
+
+    reduce: str  # "sum", "mean" or "max"
+    relu: bool
+
+
+class MessageNeeds(NamedTuple):
+    """Which messages' gradients a backward gives."""
+
+    need_x: bool
+    need_edge_value: bool
+
+
+class GatedMessages(NamedTuple):
+    """What gated_aggregate averages, and the terms of the gates: at least one of them."""
+
+    x: Tensor  # [N_cols, D]
+    gate: Tensor | None  # [E, D]
+    gate_row: Tensor | None  # [N_rows, D]
+    gate_col: Tensor | None  # [N_cols, D]
+
+
+class GatedMean(NamedTuple):
+    """Whether the sum is divided by that of the gates and ``eps``."""
+
+    eps: float
+    normalize: bool
+
+
+class GatedResults(NamedTuple):
+    """What a forward gives beside the mean: the gates' logits, and what its backward needs."""
+
+    edge_scores: bool
+    keep: bool
+
+
+class GatedUpstream(NamedTuple):
+    """The gradients of what gated_aggregate gave."""
+
+    do: Tensor  # [N_rows, D]
+    de: Tensor | None  # [E, D], of the gates' logits
+
+
+class GatedKept(NamedTuple):
+    """What a forward kept for its backward, empty without the denominator."""
+
+    total: Tensor  # [N_rows, D], the denominator, 1 for 0
+    mean: Tensor  # [N_rows, D], the output before it was rounded
+
+
+class GatedNeeds(NamedTuple):
+    """Which inputs' gradients a backward gives."""
+
+    need_x: bool
+    need_gate: bool
+    need_gate_row: bool
+    need_gate_col: bool
 
 
 _SCHEMA_TYPES = {

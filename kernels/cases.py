@@ -11,25 +11,34 @@ from fastgt.contract import (
     Dropout,
     EdgeTerms,
     Features,
+    GatedKept,
+    GatedMean,
+    GatedMessages,
+    GatedNeeds,
+    GatedResults,
+    GatedUpstream,
     HeadMask,
     Inputs,
     Logit,
+    MessageNeeds,
+    Messages,
     NeedQKV,
     Quotient,
     Ragged,
+    Reduction,
     Saved,
     Switches,
     Upstream,
 )
 
 from .aggregate import aggregate_bwd, aggregate_fwd
-from .aggregate_gated import gated_aggregate_bwd, gated_aggregate_fwd
 from .attention import attention_fwd
 from .attention_backward import attention_bwd
 from .attention_windows import windows_fwd
 from .attention_windows_backward import windows_bwd
 from .channelwise_attention import channelwise_attention_bwd, channelwise_attention_fwd
 from .configs import FILLERS
+from .gated_aggregate import gated_aggregate_bwd, gated_aggregate_fwd
 from .head_projection import head_contract, head_expand, head_outer
 from .linear_attention import linear_attention_fwd
 from .linear_attention_backward import linear_attention_bwd
@@ -320,17 +329,18 @@ def _launch_aggregate(case: AggregateCase) -> None:
     if case.reduce == "softmax":
         segment_softmax_bwd(edge, segment_softmax_fwd(edge, walk), walk)
     elif case.reduce == "gated":
-        inputs = x, edge, x, x
-        how = 1e-6, case.normalize, case.edge, True
-        o, e, total, mean = gated_aggregate_fwd(*inputs, walk, *how)
-        kept = total, mean if mean.numel() else o
-        de = e if case.edge else None
-        needs = True, case.edge, True, True
-        gated_aggregate_bwd(o, de, *inputs, *kept, walk, walk, case.normalize, *needs)
+        gated, mean = GatedMessages(x, edge, x, x), GatedMean(1e-6, case.normalize)
+        results = GatedResults(edge_scores=case.edge, keep=True)
+        o, e, total, unrounded = gated_aggregate_fwd(gated, walk, mean, results)
+        upstream = GatedUpstream(o, e if case.edge else None)
+        kept = GatedKept(total, unrounded if unrounded.numel() else o)
+        needs = GatedNeeds(True, case.edge, True, True)
+        gated_aggregate_bwd(upstream, gated, kept, walk, walk, mean, needs)
     else:
-        how = case.reduce, case.relu
-        o, first = aggregate_fwd(x, edge, walk, *how)
-        aggregate_bwd(o, x, edge, first, walk, walk, *how, case.x, case.edge)
+        messages, reduction = Messages(x, edge), Reduction(case.reduce, case.relu)
+        o, first = aggregate_fwd(messages, walk, reduction)
+        needs = MessageNeeds(case.x, case.edge)
+        aggregate_bwd(o, messages, first, walk, walk, reduction, needs)
 
 
 @dataclass(frozen=True)

@@ -239,20 +239,26 @@ def _designed_bytes_channelwise(kernel: str, meta: dict, pointers: dict[str, int
 
 # tensors of which an aggregation loads channels for each edge or segment, those that are given
 _TILES = {
-    "aggregate_fwd_kernel": ("x_ptr", "value_ptr"),
-    "aggregate_max_kernel": ("x_ptr", "value_ptr"),
-    "aggregate_bwd_kernel": ("do_ptr", "first_ptr", "value_ptr"),
+    "aggregate_fwd_kernel": ("messages.x.ptr", "messages.edge_value.ptr"),
+    "aggregate_max_kernel": ("messages.x.ptr", "messages.edge_value.ptr"),
+    "aggregate_bwd_kernel": ("do.ptr", "first_ptr", "messages.edge_value.ptr"),
     "aggregate_combine_kernel": ("part_ptr",),
     "aggregate_combine_max_kernel": ("part_ptr", "part_first_ptr"),
-    "gated_fwd_kernel": ("x_ptr", "gate_ptr", "gate_col_ptr"),
-    "gated_bwd_columns_kernel": ("gate_ptr", "gate_row_ptr", "w_ptr", "shift_ptr", "de_ptr"),
-    "gated_bwd_rows_kernel": ("x_ptr", "gate_ptr", "gate_col_ptr", "de_ptr"),
+    "gated_fwd_kernel": ("gated.x.ptr", "gated.gate.ptr", "gated.gate_col.ptr"),
+    "gated_bwd_columns_kernel": (
+        "gated.gate.ptr",
+        "gated.gate_row.ptr",
+        "w.ptr",
+        "shift.ptr",
+        "de.ptr",
+    ),
+    "gated_bwd_rows_kernel": ("gated.x.ptr", "gated.gate.ptr", "gated.gate_col.ptr", "de.ptr"),
     "gated_combine_kernel": ("part_ptr", "part_total_ptr"),
-    "softmax_rows_kernel": ("x_ptr",),
-    "softmax_edges_kernel": ("x_ptr",),
+    "softmax_rows_kernel": ("x.ptr",),
+    "softmax_edges_kernel": ("x.ptr",),
     "softmax_combine_kernel": ("part_ptr", "part_norm_ptr"),
-    "softmax_bwd_rows_kernel": ("y_ptr", "dy_ptr"),
-    "softmax_bwd_edges_kernel": ("y_ptr", "dy_ptr"),
+    "softmax_bwd_rows_kernel": ("y.ptr", "dy.ptr"),
+    "softmax_bwd_edges_kernel": ("y.ptr", "dy.ptr"),
     "softmax_bwd_combine_kernel": ("part_ptr", "part_norm_ptr"),
 }
 
@@ -266,7 +272,7 @@ def _designed_bytes_aggregate(kernel: str, meta: dict, pointers: dict[str, int])
     indices = 1 if kernel.startswith("softmax") else 2
     if kernel == "aggregate_bwd_kernel" and meta["MEAN"]:
         indices += 2
-    return channels + indices * pointers["edge_ptr"]
+    return channels + indices * pointers["walk.edge"]
 
 
 def by_path(arguments: dict[str, Any]) -> dict[str, Any]:

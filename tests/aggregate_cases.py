@@ -11,7 +11,18 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from attention_cases import BF16, DEVICE, FP16, FP32, FP64, IMPLS, LAYOUTS, arrange, planned
+from attention_cases import (
+    BF16,
+    DEVICE,
+    FAST,
+    FP16,
+    FP32,
+    FP64,
+    IMPLS,
+    LAYOUTS,
+    arrange,
+    planned,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +31,32 @@ from fastgt.testing import random_edge_index, with_index_dtype
 
 OPS = ("softmax", "sum", "mean", "max", "gated")
 PLANS = ("gather", "buckets")
+FAST_WAYS = [*FAST, "buckets"]
+WAYS = ["reference", *FAST_WAYS]
+# every combination of options that a kernel tells apart
+KINDS = [
+    *(
+        (op, {"takes": takes, "relu": relu, "ties": op == "max"})
+        for op in ("sum", "mean", "max")
+        for takes in range(3)
+        for relu in (False, True)
+    ),
+    *(
+        ("gated", {"takes": takes, "normalize": normalize})
+        for takes in range(7)
+        for normalize in (True, False)
+    ),
+    ("softmax", {}),
+]
+# one of each family
+FAMILIES = [
+    ("softmax", {}),
+    ("sum", {"relu": True}),
+    ("mean", {}),
+    ("max", {"relu": True}),
+    ("gated", {}),
+]
+each_family = pytest.mark.parametrize(("op", "options"), FAMILIES, ids=OPS)
 # what each input has a row for
 OVER = {
     "x": "cols",
@@ -299,3 +336,31 @@ def _gated(mine, given, num_edges, *, normalize, eps):
             for name in gates:
                 grads[f"d{name}"][at[name]] += ds
     return {"o": o, "e": e_out} | grads
+
+
+def over(x, name):
+    """What an output or gradient has a row for."""
+    if name in ("o", "e"):
+        return "edges" if name == "e" or x.op == "softmax" else "rows"
+    return OVER[name[1:]]
+
+
+def walks(graph, impl):
+    if impl == "torch":
+        return [graph.row_ptr, graph.col, graph.edge], list(graph.columns)
+    plan = graph.plan("gather").settled
+    return list(graph.row_walk(plan)), list(graph.column_walk(plan))
+
+
+def degrees(op, counts, cols, **options):
+    """Row i has counts[i] edges, shuffled; columns are random."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    source = torch.randint(cols, target.shape, generator=generator)
+    order = torch.randperm(len(target), generator=generator)
+    index = torch.stack([source, target])[:, order].to(DEVICE)
+    return case(op, 0, len(counts), len(target), cols=cols, **options).onto(index)
+
+
+def zeros(*shape, dtype=FP32, device=DEVICE):
+    return torch.zeros(shape, dtype=dtype, device=device)

@@ -87,13 +87,13 @@ def test_what_is_read_beside_elements_is_nan(worker):
 # by file, the calls that reach all its masks
 REACH = {
     "aggregate.py": [ENDS["mean"][1], ENDS["max"][0], ENDS["sum"][2]],
-    "aggregate_gated.py": ENDS["gated"][:2],
     "attention.py": ENDS["attention"][:1],
     "attention_backward.py": ENDS["edge terms"][:1],
     "attention_combine.py": ENDS["attention"][:1],
     "attention_windows.py": ENDS["windows"][:3],
     "attention_windows_backward.py": ENDS["windows"][:3],
     "buckets.py": [ENDS["sum"][2], ENDS["attention"][4]],
+    "channels.py": ENDS["softmax"][:1],
     "channelwise_attention.py": ENDS["channelwise"][:3],
     "head_projection.py": ENDS["projection"][::3],
     "linear_attention.py": ENDS["linear"][:1],
@@ -101,7 +101,6 @@ REACH = {
     "linear_features.py": ENDS["linear"][:1],
     "linear_states.py": ENDS["linear"][:1],
     "loads.py": [ENDS["sum"][2], ENDS["attention"][4], ENDS["windows"][0], ENDS["attention"][0]],
-    "segment_softmax.py": ENDS["softmax"][:1],
 }
 # Where these masks are false, the address is still one of the tensor: that of number 0, of the next
 # row, or of an inactive head. Without them kernels compute nonsense, but they stay inside.

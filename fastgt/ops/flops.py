@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fastgt.contract import PerInput
-from fastgt.ops import linear_attention
+from fastgt.ops import gated_aggregate, linear_attention
 from fastgt.ops.attention_launch import BACKWARD, FORWARD
 
 _COUNTER = "torch.utils.flop_counter"
@@ -118,36 +118,15 @@ def _channelwise_attention_bwd(
     return 2 * _size(logits) * (need_logits + need_v)
 
 
-def _gated_aggregate_fwd(
-    path: str,
-    x: Shape,
-    gate: Any,
-    gate_row: Any,
-    gate_col: Any,
-    rows: Any,
-    *rest: Any,
-    out_shape: Any,
-) -> int:
-    return 2 * rows[2][0] * x[1]
+def _gated_aggregate_fwd(impl: str, *shapes: Any, out_shape: Any) -> int:
+    gated, walk, *_ = gated_aggregate.FORWARD.split(shapes)
+    return 2 * walk.row_walk[2][0] * gated.x[1]
 
 
-def _gated_aggregate_bwd(
-    path: str,
-    do: Shape,
-    de: Any,
-    x: Shape,
-    gate: Any,
-    gate_row: Any,
-    gate_col: Any,
-    total: Any,
-    mean: Any,
-    rows: Any,
-    columns: Any,
-    *rest: Any,
-    out_shape: Any,
-) -> int:
-    _, need_x, need_gate, need_row, need_col = rest
-    return 2 * rows[2][0] * x[1] * (need_x + (need_gate or need_row or need_col))
+def _gated_aggregate_bwd(impl: str, *shapes: Any, out_shape: Any) -> int:
+    _, gated, _, walks, _, needs = gated_aggregate.BACKWARD.split(shapes)
+    gates = needs.need_gate or needs.need_gate_row or needs.need_gate_col
+    return 2 * walks.row_walk[2][0] * gated.x[1] * (needs.need_x + gates)
 
 
 def _linear_attention_fwd(impl: str, *flat: Any, out_shape: Any) -> int:

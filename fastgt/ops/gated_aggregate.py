@@ -1,0 +1,269 @@
+"""gated_aggregate: public function -> checks -> autograd -> ops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgt import reference
+from fastgt.contract import (
+    GatedKept,
+    GatedMean,
+    GatedMessages,
+    GatedNeeds,
+    GatedResults,
+    GatedUpstream,
+    RowWalk,
+    Signature,
+    Walks,
+)
+from fastgt.graph import Graph
+from fastgt.ops.channels import PLANS, autocast_all, check_channels, flat_all
+from fastgt.ops.checks import accumulator, needs_gradient, number, refuse_forward_mode
+from fastgt.ops.implementation import Impl, require_triton, resolve_impl
+from fastgt.ops.registration import register
+from fastgt.ops.second_order import differentiable_gradients
+from fastgt.ops.walks import column_walk, row_walk
+
+
+def gated_aggregate(
+    x: Tensor,
+    graph: Graph,
+    gate: Tensor | None = None,
+    *,
+    gate_row: Tensor | None = None,
+    gate_col: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    return_gate: bool = False,
+    impl: Impl | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mean of the neighbours, each channel weighted by a sigmoid gate: GatedGCN's aggregation.
+
+    For row i and its columns j, channel by channel::
+
+        e_ij  = gate_ij + gate_row_i + gate_col_j
+        out_i = sum_j sigmoid(e_ij) x_j / (sum_j sigmoid(e_ij) + eps)
+
+    A row without edges, or whose gates are all 0, gives exactly 0 and no gradient. Duplicate
+    edges count as often as they stand. NaN and infinities reach only the rows that use them. The
+    result is the same, bit for bit, every time; gradients too, but not those of
+    ``create_graph=True``, which PyTorch sums.
+
+    Args:
+        x: ``[N_cols, ...]``: float16, bfloat16, float32 or float64, any strides.
+        graph: Who receives from whom.
+        gate: ``[E, ...]`` in the caller's edge order. As the other gates, in x's dtype and with as
+            many channels; at least one of the three is given.
+        gate_row: ``[N_rows, ...]``.
+        gate_col: ``[N_cols, ...]``.
+        normalize: False leaves the quotient's denominator out, as in residual gated graph
+            convolution.
+        eps: As above.
+        return_gate: Also give ``e_ij``, the edge update of GatedGCN, with its gradient.
+        impl: As in :func:`fastgt.neighborhood_attention`.
+
+    Returns:
+        ``[N_rows, ...]`` in x's dtype, followed by e ``[E, ...]`` in the caller's edge order where
+        asked for. Sums are
+        kept in float32 (float64 for float64). No message is stored: memory is O(N D), D the
+        channels, beside e and the gradient of gate. Under ``torch.autocast`` the inputs are cast
+        first. Second derivatives go through the plain definition, with its O(E D) memory;
+        ``torch.func`` transforms and forward-mode derivatives need ``impl="reference"``.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit; its name and both numbers are given.
+        RuntimeError: ``impl`` cannot run here.
+
+    Source:
+        Bresson and Laurent, arXiv 1711.07553, eq. 11; with the denominator Dwivedi et al., arXiv
+        2003.00982, eqs. 19-22 (there e is the new edge feature before its norm).
+
+    Example:
+        >>> import torch
+        >>> from fastgt import Graph, gated_aggregate
+        >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 0]]))
+        >>> x, gate = torch.randn(2, 3, 16)
+        >>> out, e = gated_aggregate(x, graph, gate, gate_row=x, gate_col=x, return_gate=True)
+        >>> out.shape, e.shape
+        (torch.Size([3, 16]), torch.Size([3, 16]))
+    """
+    tensors = autocast_all(x, gate, gate_row, gate_col)
+    x_, gate, gate_row, gate_col = tensors
+    if gate is None and gate_row is None and gate_col is None:
+        raise ValueError("gate, gate_row and gate_col are all None: give at least one")
+    eps = number("eps", eps)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    check_channels(
+        graph,
+        x=(x_, "columns"),
+        required=True,
+        gate=(gate, "edges"),
+        gate_row=(gate_row, "rows"),
+        gate_col=(gate_col, "columns"),
+    )
+    assert x_ is not None
+    impl = resolve_impl(impl, x_)
+    if impl == "reference":
+        options: dict[str, Any] = {"normalize": normalize, "eps": eps, "return_gate": return_gate}
+        return reference.gated_aggregate(
+            x_, graph, gate, gate_row=gate_row, gate_col=gate_col, **options
+        )
+    refuse_forward_mode(*tensors)
+    plan, edge_scores = PLANS[impl], bool(return_gate)
+    inputs, mean = flat_all(*tensors), GatedMean(eps, bool(normalize))
+    rows = row_walk(graph, plan)
+    if needs_gradient(*tensors):
+        walks = Walks(rows, column_walk(graph, plan))
+        out, e = _GatedAggregate.apply(*inputs, graph, impl, *walks, *mean, edge_scores)
+    else:
+        out, e, _, _ = _forward(impl, *inputs, rows, *mean, edge_scores, False)
+    out = out.view(graph.num_rows, *x_.shape[1:])
+    return (out, e.view(graph.num_edges, *x_.shape[1:])) if edge_scores else out
+
+
+class _GatedAggregate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor | None,
+        gate_row: Tensor | None,
+        gate_col: Tensor | None,
+        graph: Graph,
+        impl: str,
+        rows: tuple[Tensor, ...],
+        columns: tuple[Tensor, ...],
+        eps: float,
+        normalize: bool,
+        edge_scores: bool,
+    ) -> tuple[Tensor, Tensor]:
+        inputs, mean = (x, gate, gate_row, gate_col), GatedMean(eps, normalize)
+        o, e, total, unrounded = _forward(impl, *inputs, rows, *mean, edge_scores, True)
+        # the output itself where it has not been rounded
+        ctx.save_for_backward(*inputs, total, o if o.dtype == total.dtype else unrounded)
+        ctx.graph, ctx.impl, ctx.walks = graph, impl, Walks(rows, columns)
+        ctx.mean, ctx.edge_scores = mean, edge_scores
+        ctx.set_materialize_grads(False)
+        return o, e
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, de: Tensor | None) -> tuple:
+        *inputs, total, unrounded = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        de = de if ctx.edge_scores else None
+        grads: Sequence[Tensor | None]
+        if torch.is_grad_enabled():
+            graph, (eps, normalize) = ctx.graph, ctx.mean
+
+            def define(
+                x: Tensor, gate: Tensor | None, gate_row: Tensor | None, gate_col: Tensor | None
+            ) -> tuple[Tensor, Tensor]:
+                results = reference.gated_aggregate(
+                    x,
+                    graph,
+                    gate,
+                    gate_row=gate_row,
+                    gate_col=gate_col,
+                    normalize=normalize,
+                    eps=eps,
+                    return_gate=True,
+                )
+                assert isinstance(results, tuple)
+                return results
+
+            grads = differentiable_gradients(define, inputs, [do, de], needs)
+        else:
+            x = inputs[0]
+            if do is None:
+                do = x.new_zeros(()).expand(ctx.graph.num_rows, x.shape[1])
+            given = do, de, *inputs, total, unrounded
+            computed = _backward(ctx.impl, *given, *ctx.walks, *ctx.mean, *needs)
+            grads = [x if need else None for x, need in zip(computed, needs, strict=True)]
+        return (*grads, *[None] * 7)
+
+
+def _implementation(impl: str, x: Tensor) -> Any:
+    if impl == "torch":
+        from fastgt.cpu import gated_aggregate as cpu
+
+        return cpu
+    require_triton(x)
+    from fastgt.kernels import gated_aggregate as kernels
+
+    return kernels
+
+
+def _launch_forward(
+    impl: str, gated: GatedMessages, walk: RowWalk, mean: GatedMean, results: GatedResults
+) -> tuple:
+    with torch.no_grad():  # called by an exported module, gradients may be on
+        run = _implementation(impl, gated.x).gated_aggregate_fwd
+        return run(gated, walk.row_walk, mean, results)
+
+
+def _fake_forward(
+    gated: GatedMessages, walk: RowWalk, mean: GatedMean, results: GatedResults
+) -> tuple:
+    x, n, wide = gated.x, walk.row_walk[0].shape[0] - 1, accumulator(gated.x)
+    keep, d = results.keep and mean.normalize, x.shape[1]
+    return (
+        x.new_empty(n, d),
+        x.new_empty(walk.row_walk[2].shape[0] if results.edge_scores else 0, d),
+        x.new_empty(n if keep else 0, d, dtype=wide),
+        x.new_empty(n if keep and x.dtype != wide else 0, d, dtype=wide),
+    )
+
+
+def _launch_backward(
+    impl: str,
+    upstream: GatedUpstream,
+    gated: GatedMessages,
+    kept: GatedKept,
+    walks: Walks,
+    mean: GatedMean,
+    needs: GatedNeeds,
+) -> tuple:
+    with torch.no_grad():
+        run = _implementation(impl, gated.x).gated_aggregate_bwd
+        return run(upstream, gated, kept, *walks, mean, needs)
+
+
+def _fake_backward(
+    upstream: GatedUpstream,
+    gated: GatedMessages,
+    kept: GatedKept,
+    walks: Walks,
+    mean: GatedMean,
+    needs: GatedNeeds,
+) -> tuple:
+    x, (m, d) = gated.x, gated.x.shape
+    return (
+        x.new_empty((m, d) if needs.need_x else (0,)),
+        x.new_empty((walks.row_walk[2].shape[0], d) if needs.need_gate else (0,)),
+        x.new_empty((walks.row_walk[0].shape[0] - 1, d) if needs.need_gate_row else (0,)),
+        x.new_empty((m, d) if needs.need_gate_col else (0,)),
+    )
+
+
+FORWARD = Signature(GatedMessages, RowWalk, GatedMean, GatedResults)
+BACKWARD = Signature(GatedUpstream, GatedMessages, GatedKept, Walks, GatedMean, GatedNeeds)
+_forward = register(
+    "gated_aggregate_fwd",
+    FORWARD,
+    "(Tensor o, Tensor e, Tensor total, Tensor mean)",
+    launch=_launch_forward,
+    fake=_fake_forward,
+)
+_backward = register(
+    "gated_aggregate_bwd",
+    BACKWARD,
+    "(Tensor dx, Tensor dgate, Tensor drow, Tensor dcol)",
+    launch=_launch_backward,
+    fake=_fake_backward,
+)

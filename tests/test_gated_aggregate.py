@@ -1,0 +1,185 @@
+"""gated_aggregate: what is particular to it. Laws that it shares are in ``test_aggregate.py``."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from aggregate_cases import (
+    FAST_WAYS,
+    WAYS,
+    call,
+    case,
+    evaluate,
+    loops,
+    zeros,
+)
+from attention_cases import (
+    BF16,
+    DEVICE,
+    FAST,
+    FP32,
+    FP64,
+    IMPLS,
+    close,
+)
+
+from fastgt import gated_aggregate
+from fastgt.testing import random_graph
+
+
+@pytest.mark.parametrize("impl", FAST_WAYS)
+def test_a_rounded_output_does_not_shift_the_gates_gradient(impl):
+    """Values far from 0 that differ little: the output is rounded as coarsely as they differ."""
+    x = case("gated", 5, 8, 60, dtype=BF16, eps=0.0)
+    v = torch.randint(2, x.inputs["x"].shape, generator=x.generator).to(DEVICE, BF16) / 2 + 64
+    x = replace(x.having(x=v), do=torch.ones_like(x.do), de=x.de * 0)
+    truth, found = evaluate(x, "reference", FP64), evaluate(x, impl)
+    for name in ("dgate", "dgate_row", "dgate_col"):
+        error = (found[name] - truth[name]).abs().max()
+        assert error < 0.02 * truth[name].abs().max(), name
+
+
+@pytest.mark.parametrize("impl", WAYS)
+def test_gates_far_out(impl):
+    """exp(-e) overflows, sigma is 0 for all edges of a row: eps = 0 divides by nothing."""
+    x = case("gated", 2, 5, 30, takes=4, dtype=FP32, eps=0.0)
+    assert set(x.inputs) == {"x", "gate"}
+    gate = torch.where(x.target[:, None] == 1, -1e4, x.inputs["gate"] * 1e3)
+    found = evaluate(x.having(gate=gate), impl)
+    for name, y in found.items():
+        assert y.isfinite().all(), name
+    assert (found["o"][1] == 0).all()
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "create_graph"])
+@pytest.mark.parametrize("upstream", ["o", "e", "both"])
+@pytest.mark.parametrize("impl", WAYS)
+def test_every_subset_of_gradients_of_the_gated_mean(impl, upstream, twice):
+    x = case("gated", 9, 4, 12, cols=3, isolated=1)
+    zero = {"o": {"de": x.de * 0}, "e": {"do": x.do * 0}, "both": {}}[upstream]
+    expected = loops(replace(x, **zero))
+    for wanted in itertools.product([False, True], repeat=4):
+        if impl in ("triton", "buckets") and DEVICE == "cpu" and sum(wanted) in (2, 3):
+            continue
+        leaves = {
+            name: t.detach().clone().requires_grad_(need)
+            for (name, t), need in zip(x.inputs.items(), wanted, strict=True)
+        }
+        inputs = {name: t for name, t in leaves.items() if t.requires_grad}
+        o, e = call(replace(x, inputs=leaves), impl)
+        pairs = {"o": [(o, x.do)], "e": [(e, x.de)], "both": [(o, x.do), (e, x.de)]}[upstream]
+        pairs = [(y, dy) for y, dy in pairs if y.requires_grad]
+        if not pairs:
+            continue
+        found = torch.autograd.grad(
+            *(
+                [y for y, _ in pairs],
+                list(inputs.values()),
+                [dy for _, dy in pairs],
+            ),
+            create_graph=twice,
+            materialize_grads=True,
+        )
+        for name, grad in zip(inputs, found, strict=True):
+            close(grad, expected[f"d{name}"], f"d{name} of {list(inputs)}")
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_compiles_with_one_tensor_in_all_places(impl):
+    torch._dynamo.reset()
+    x = case("gated", 0, 5, 12, dtype=FP32)
+    found = []
+
+    def f(t):
+        return gated_aggregate(t, x.graph, gate_row=t, gate_col=t, impl=impl)
+
+    for g in (torch.compile(f, fullgraph=True, backend="aot_eager"), f):
+        t = x.inputs["x"].detach().requires_grad_()
+        o = g(t)
+        found.append([o, *torch.autograd.grad(o, t, x.do)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)  # the three gradients are added in any order
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_a_denominator_it_is_torch_geometrics_resgated(impl):
+    nn = pytest.importorskip("torch_geometric.nn")
+    x = case("gated", 1, 8, 40)
+    conv = nn.ResGatedGraphConv(5, 5, root_weight=False, bias=False).to(DEVICE, FP64)
+    v = x.inputs["x"]
+    found = gated_aggregate(
+        conv.lin_value(v),
+        x.graph,
+        gate_row=conv.lin_key(v),
+        gate_col=conv.lin_query(v),
+        normalize=False,
+        impl=impl,
+    )
+    close(found, conv(v, x.edge_index))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gated_gcn_is_that_of_graphgps(impl):
+    """Its layer without norms, in its own order of operations (gather, sigmoid, two scatters)."""
+    x = case("gated", 1, 8, 40)
+    v, c, d, e = (x.inputs[name] for name in ("x", "gate", "gate_row", "gate_col"))
+    j, i = x.edge_index
+    e_ij = d[i] + e[j] + c
+    sigma = torch.sigmoid(e_ij)
+    zeros = torch.zeros_like(v)
+    expected = zeros.index_add(0, i, sigma * v[j]) / (zeros.index_add(0, i, sigma) + 1e-6)
+    found, edge = call(x, impl, eps=1e-6)
+    close(found, expected)
+    close(edge, e_ij)
+
+
+REFUSALS = {
+    "rows of x": ({"x": zeros(4, 2)}, ValueError, "x has 4 rows but the graph has 3 columns"),
+    "rows of gate": ({"gate": zeros(5, 2)}, ValueError, "gate has 5 rows but .* has 6 edges"),
+    "rows of gate_row": ({"gate_row": zeros(3, 2)}, ValueError, "gate_row has 3 .* 5 rows"),
+    "rows of gate_col": ({"gate_col": zeros(5, 2)}, ValueError, "gate_col has 5 .* 3 columns"),
+    "channels": (
+        {"gate": zeros(6, 3)},
+        ValueError,
+        r"gate has channels \[3\] but x has \[2\]",
+    ),
+    "more dimensions": (
+        {"gate_row": zeros(5, 2, 1)},
+        ValueError,
+        r"gate_row has channels \[2, 1\] but x has \[2\]",
+    ),
+    "no dimension": ({"x": zeros()}, ValueError, r"x must have a first dimension .* got \[\]"),
+    "integers": ({"x": zeros(3, 2, dtype=torch.int64)}, TypeError, "x must be float.*int64"),
+    "dtype": ({"gate": zeros(6, 2, dtype=FP64)}, TypeError, "gate is .*float64 but x is .*32"),
+    "device": ({"gate": zeros(6, 2, device="meta")}, ValueError, "gate is on meta but x is on"),
+    "sparse": ({"x": zeros(3, 2).to_sparse()}, TypeError, "x must be a strided tensor, got"),
+    "no tensor": ({"gate": [1.0]}, TypeError, "gate must be a tensor, got list"),
+    "no x": ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
+    "no graph": ({"graph": zeros(2, 6)}, TypeError, "graph must be a fastgt.Graph, got Tensor"),
+    "no gates": (
+        {"gate": None, "gate_row": None, "gate_col": None},
+        ValueError,
+        "gate, gate_row and gate_col are all None",
+    ),
+    "negative eps": ({"eps": -1.0}, ValueError, "eps must be finite and not negative, got -1.0"),
+    "eps nan": ({"eps": math.nan}, ValueError, "eps must be finite and not negative, got nan"),
+    "eps none": ({"eps": None}, TypeError, "eps must be a number, got NoneType"),
+}
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("refused", REFUSALS)
+def test_refuses_by_name_and_numbers(refused, impl):
+    changes, error, message = REFUSALS[refused]
+    fitting = {
+        "x": zeros(3, 2),
+        "graph": random_graph(0, 5, 6, cols=3, device=DEVICE),
+        "gate": zeros(6, 2),
+        "gate_row": zeros(5, 2),
+        "gate_col": zeros(3, 2),
+    }
+    gated_aggregate(**fitting, impl=impl)
+    with pytest.raises(error, match=message):
+        gated_aggregate(**fitting | changes, impl=impl)

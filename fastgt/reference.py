@@ -259,6 +259,7 @@ def aggregate(
     return out.to(message.dtype)
 
 
+@overload
 def gated_aggregate(
     x: Tensor,
     graph: Graph,
@@ -268,8 +269,35 @@ def gated_aggregate(
     gate_col: Tensor | None = None,
     normalize: bool = True,
     eps: float = 1e-6,
-    return_gate: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_aux: None = None,
+) -> Tensor: ...
+
+
+@overload
+def gated_aggregate(
+    x: Tensor,
+    graph: Graph,
+    gate: Tensor | None = None,
+    *,
+    gate_row: Tensor | None = None,
+    gate_col: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    return_aux: AuxRequest,
+) -> tuple[Tensor, Aux]: ...
+
+
+def gated_aggregate(
+    x: Tensor,
+    graph: Graph,
+    gate: Tensor | None = None,
+    *,
+    gate_row: Tensor | None = None,
+    gate_col: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, Aux]:
     """See :func:`fastgt.gated_aggregate`."""
     column, row = graph.edge_index
     terms = [] if gate is None else [gate]
@@ -282,7 +310,9 @@ def gated_aggregate(
         total = _row_sums(sigma, row, graph.num_rows) + eps
         out = out / total.masked_fill(total == 0, 1.0)
     out = out.to(x.dtype)
-    return (out, e) if return_gate else out
+    if return_aux is None:
+        return out
+    return out, Aux(edge_scores=e if return_aux.edge_scores else None)
 
 
 def _row_sums(x: Tensor, row: Tensor, rows: int) -> Tensor:

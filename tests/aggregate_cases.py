@@ -26,7 +26,7 @@ from attention_cases import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgt import Graph, aggregate, gated_aggregate, segment_softmax
+from fastgt import AuxRequest, Graph, aggregate, gated_aggregate, segment_softmax
 from fastgt.testing import random_edge_index, with_index_dtype
 
 OPS = ("softmax", "sum", "mean", "max", "gated")
@@ -231,7 +231,9 @@ def call(case, impl, **changes):
         return (segment_softmax(inputs["logit"], case.graph, **options),)
     x = inputs.pop("x", None)
     if case.op == "gated":
-        return gated_aggregate(x, case.graph, **inputs, **options, return_gate=True)
+        request = AuxRequest(edge_scores=True)
+        out, aux = gated_aggregate(x, case.graph, **inputs, **options, return_aux=request)
+        return out, aux.edge_scores
     return (aggregate(x, case.graph, **inputs, **options),)
 
 

@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastgt
-from fastgt import Graph, aggregate, gated_aggregate, reference, segment_softmax
+from fastgt import AuxRequest, Graph, aggregate, gated_aggregate, reference, segment_softmax
 from fastgt.bench.memory import peak_extra_memory
 from fastgt.contract import (
     GatedKept,
@@ -259,11 +259,13 @@ def test_shapes_beyond_two_to_the_31_on_meta_tensors():
         assert o.shape == (n, d)
         grads = torch.autograd.grad(o, (x, edge), o)
         assert [g.shape for g in grads] == [(n, d), (e, d)]
-    o, out = gated_aggregate(
-        x, graph, edge, gate_row=row, gate_col=x, return_gate=True, impl="triton"
+    request = AuxRequest(edge_scores=True)
+    o, aux = gated_aggregate(
+        x, graph, edge, gate_row=row, gate_col=x, return_aux=request, impl="triton"
     )
-    assert (o.shape, out.shape) == ((n, d), (e, d))
-    grads = torch.autograd.grad((o, out), (x, edge, row), (o, out))
+    assert (o.shape, aux.edge_scores.shape) == ((n, d), (e, d))
+    outputs = o, aux.edge_scores
+    grads = torch.autograd.grad(outputs, (x, edge, row), outputs)
     assert [g.shape for g in grads] == [(n, d), (e, d), (n, d)]
     y = segment_softmax(edge, graph, impl="triton")
     assert torch.autograd.grad(y, edge, y)[0].shape == (e, d)

@@ -25,7 +25,7 @@ from attention_cases import (
     close,
 )
 
-from fastgt import gated_aggregate
+from fastgt import AuxRequest, gated_aggregate
 from fastgt.testing import random_graph
 
 
@@ -166,6 +166,21 @@ REFUSALS = {
     "negative eps": ({"eps": -1.0}, ValueError, "eps must be finite and not negative, got -1.0"),
     "eps nan": ({"eps": math.nan}, ValueError, "eps must be finite and not negative, got nan"),
     "eps none": ({"eps": None}, TypeError, "eps must be a number, got NoneType"),
+    "a flag for a request": (
+        {"return_aux": True},
+        TypeError,
+        r"return_aux must be an AuxRequest, got bool: pass AuxRequest\(edge_scores=True\)",
+    ),
+    "weights": (
+        {"return_aux": AuxRequest(weights=True)},
+        ValueError,
+        "return_aux: gated_aggregate has no weights; it has edge_scores",
+    ),
+    "lse": (
+        {"return_aux": AuxRequest(lse=True, edge_scores=True)},
+        ValueError,
+        "return_aux: gated_aggregate has no lse; it has edge_scores",
+    ),
 }
 
 
@@ -183,3 +198,22 @@ def test_refuses_by_name_and_numbers(refused, impl):
     gated_aggregate(**fitting, impl=impl)
     with pytest.raises(error, match=message):
         gated_aggregate(**fitting | changes, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_a_request_asks_for_is_given(impl):
+    x = case("gated", 1, 8, 40)
+    inputs = dict(x.inputs)
+    args = inputs.pop("x"), x.graph
+    for ask in (False, True):
+        out, aux = gated_aggregate(
+            *args, **inputs, return_aux=AuxRequest(edge_scores=ask), impl=impl
+        )
+        assert (aux.lse, aux.weights) == (None, None)
+        assert (aux.edge_scores is not None) == ask
+        assert torch.equal(out, gated_aggregate(*args, **inputs, impl=impl))
+    leaf = args[0].detach().requires_grad_()
+    out, aux = gated_aggregate(leaf, x.graph, **inputs, return_aux=AuxRequest(), impl=impl)
+    alone = gated_aggregate(leaf, x.graph, **inputs, impl=impl)
+    for a, b in zip(*(torch.autograd.grad(y, leaf, x.do) for y in (out, alone)), strict=True):
+        assert torch.equal(a, b)

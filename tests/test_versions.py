@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastgt
 from fastgt import AuxRequest, Graph
@@ -61,7 +61,7 @@ class Operator:
     """``tensors`` get gradients; ``call`` is the operator, of the graph and of these."""
 
     tensors: Callable[[Problem], dict[str, Tensor]]
-    call: Callable[..., Tensor | tuple[Tensor, ...]]
+    call: Callable[..., Tensor | tuple]
 
 
 def _qkv(p: Problem) -> dict[str, Tensor]:
@@ -151,7 +151,8 @@ OPERATORS = {
     "gated_aggregate": Operator(
         _nodes_and_edges,
         lambda g, x, edge_value, **how: fastgt.gated_aggregate(
-            x, g, edge_value, gate_row=x, gate_col=x, return_gate=True, **how
+            x, g, edge_value, gate_row=x, gate_col=x,
+            return_aux=AuxRequest(edge_scores=True), **how,
         ),
     ),
     "segment_softmax": Operator(
@@ -208,8 +209,9 @@ def evaluate(name: str, p: Problem, impl: str, dtype: torch.dtype | None = None)
     return found | {f"d{key}": g for key, g in zip(leaves, grads, strict=True)}
 
 
-def _tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return found if isinstance(found, tuple) else (found,)
+def _tuple(found: Tensor | tuple) -> tuple[Tensor, ...]:
+    """The output and what was asked for beside it."""
+    return tuple(x for x in tree_leaves(found) if x is not None)
 
 
 def _like(y: Tensor) -> Tensor:

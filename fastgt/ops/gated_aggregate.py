@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from fastgt import reference
 from fastgt.contract import (
+    Aux,
+    AuxRequest,
     GatedKept,
     GatedMean,
     GatedMessages,
@@ -22,12 +24,43 @@ from fastgt.contract import (
     Walks,
 )
 from fastgt.graph import Graph
+from fastgt.ops.aux import check_request
 from fastgt.ops.channels import PLANS, autocast_all, check_channels, flat_all
 from fastgt.ops.checks import accumulator, needs_gradient, number, refuse_forward_mode
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import column_walk, row_walk
+
+
+@overload
+def gated_aggregate(
+    x: Tensor,
+    graph: Graph,
+    gate: Tensor | None = None,
+    *,
+    gate_row: Tensor | None = None,
+    gate_col: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    return_aux: None = None,
+    impl: Impl | None = None,
+) -> Tensor: ...
+
+
+@overload
+def gated_aggregate(
+    x: Tensor,
+    graph: Graph,
+    gate: Tensor | None = None,
+    *,
+    gate_row: Tensor | None = None,
+    gate_col: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    return_aux: AuxRequest,
+    impl: Impl | None = None,
+) -> tuple[Tensor, Aux]: ...
 
 
 def gated_aggregate(
@@ -39,9 +72,9 @@ def gated_aggregate(
     gate_col: Tensor | None = None,
     normalize: bool = True,
     eps: float = 1e-6,
-    return_gate: bool = False,
+    return_aux: AuxRequest | None = None,
     impl: Impl | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Aux]:
     """Mean of the neighbours, each channel weighted by a sigmoid gate: GatedGCN's aggregation.
 
     For row i and its columns j, channel by channel::
@@ -64,12 +97,13 @@ def gated_aggregate(
         normalize: False leaves the quotient's denominator out, as in residual gated graph
             convolution.
         eps: As above.
-        return_gate: Also give ``e_ij``, the edge update of GatedGCN, with its gradient.
+        return_aux: ``AuxRequest(edge_scores=True)`` also gives ``e_ij``, the edge update of
+            GatedGCN, with its gradient.
         impl: As in :func:`fastgt.neighborhood_attention`.
 
     Returns:
-        ``[N_rows, ...]`` in x's dtype, followed by e ``[E, ...]`` in the caller's edge order where
-        asked for. Sums are
+        ``[N_rows, ...]`` in x's dtype. With ``return_aux``, that and an :class:`fastgt.Aux`, whose
+        ``edge_scores`` are e ``[E, ...]`` in the caller's edge order where asked for. Sums are
         kept in float32 (float64 for float64). No message is stored: memory is O(N D), D the
         channels, beside e and the gradient of gate. Under ``torch.autocast`` the inputs are cast
         first. Second derivatives go through the plain definition, with its O(E D) memory;
@@ -85,13 +119,15 @@ def gated_aggregate(
 
     Example:
         >>> import torch
-        >>> from fastgt import Graph, gated_aggregate
+        >>> from fastgt import AuxRequest, Graph, gated_aggregate
         >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 0]]))
         >>> x, gate = torch.randn(2, 3, 16)
-        >>> out, e = gated_aggregate(x, graph, gate, gate_row=x, gate_col=x, return_gate=True)
-        >>> out.shape, e.shape
+        >>> request = AuxRequest(edge_scores=True)
+        >>> out, aux = gated_aggregate(x, graph, gate, gate_row=x, gate_col=x, return_aux=request)
+        >>> out.shape, aux.edge_scores.shape
         (torch.Size([3, 16]), torch.Size([3, 16]))
     """
+    request = check_request("gated_aggregate", return_aux, "edge_scores")
     tensors = autocast_all(x, gate, gate_row, gate_col)
     x_, gate, gate_row, gate_col = tensors
     if gate is None and gate_row is None and gate_col is None:
@@ -110,12 +146,12 @@ def gated_aggregate(
     assert x_ is not None
     impl = resolve_impl(impl, x_)
     if impl == "reference":
-        options: dict[str, Any] = {"normalize": normalize, "eps": eps, "return_gate": return_gate}
+        options: dict[str, Any] = {"normalize": normalize, "eps": eps, "return_aux": return_aux}
         return reference.gated_aggregate(
             x_, graph, gate, gate_row=gate_row, gate_col=gate_col, **options
         )
     refuse_forward_mode(*tensors)
-    plan, edge_scores = PLANS[impl], bool(return_gate)
+    plan, edge_scores = PLANS[impl], bool(request.edge_scores)
     inputs, mean = flat_all(*tensors), GatedMean(eps, bool(normalize))
     rows = row_walk(graph, plan)
     if needs_gradient(*tensors):
@@ -124,7 +160,9 @@ def gated_aggregate(
     else:
         out, e, _, _ = _forward(impl, *inputs, rows, *mean, edge_scores, False)
     out = out.view(graph.num_rows, *x_.shape[1:])
-    return (out, e.view(graph.num_edges, *x_.shape[1:])) if edge_scores else out
+    if return_aux is None:
+        return out
+    return out, Aux(edge_scores=e.view(graph.num_edges, *x_.shape[1:]) if edge_scores else None)
 
 
 class _GatedAggregate(torch.autograd.Function):
@@ -164,7 +202,7 @@ class _GatedAggregate(torch.autograd.Function):
             def define(
                 x: Tensor, gate: Tensor | None, gate_row: Tensor | None, gate_col: Tensor | None
             ) -> tuple[Tensor, Tensor]:
-                results = reference.gated_aggregate(
+                out, aux = reference.gated_aggregate(
                     x,
                     graph,
                     gate,
@@ -172,10 +210,10 @@ class _GatedAggregate(torch.autograd.Function):
                     gate_col=gate_col,
                     normalize=normalize,
                     eps=eps,
-                    return_gate=True,
+                    return_aux=AuxRequest(edge_scores=True),
                 )
-                assert isinstance(results, tuple)
-                return results
+                assert aux.edge_scores is not None
+                return out, aux.edge_scores
 
             grads = differentiable_gradients(define, inputs, [do, de], needs)
         else:

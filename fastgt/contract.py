@@ -259,6 +259,46 @@ class GatedNeeds(NamedTuple):
     need_gate_col: bool
 
 
+class ChannelwiseInputs(NamedTuple):
+    """What channelwise attention reads, of C channels or [H, D]."""
+
+    logits: Tensor  # [E, C]
+    v: Tensor | None  # [N_cols, C]
+    edge_value: Tensor | None  # [E, C]
+
+
+class ChannelwiseLogit(NamedTuple):
+    """How a logit counts in channelwise attention: ``clamp(logit, low, high)``; and what its row's
+    denominator has besides, ``eps``."""
+
+    low: float
+    high: float
+    eps: float
+
+
+class ChannelwiseResults(NamedTuple):
+    """What the forward of channelwise attention gives beside o and lse."""
+
+    keep: bool  # stat, for the backward
+    return_weights: bool
+
+
+class ChannelwiseUpstream(NamedTuple):
+    """What the backward of channelwise attention begins with."""
+
+    do: Tensor  # [N_rows, C]
+    dlse: Tensor | None  # [N_rows, C]
+    stat: Tensor  # [N_rows, 3, C], kept by the forward
+
+
+class ChannelwiseNeeds(NamedTuple):
+    """Which gradients the backward of channelwise attention computes."""
+
+    need_logits: bool
+    need_v: bool
+    need_edge_value: bool
+
+
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",

@@ -12,7 +12,17 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastgt.contract import Aux, AuxRequest, Dropout, EdgeTensors, Inputs, Logit
+from fastgt.contract import (
+    Aux,
+    AuxRequest,
+    ChannelwiseInputs,
+    ChannelwiseLogit,
+    Dropout,
+    EdgeTensors,
+    HeadMask,
+    Inputs,
+    Logit,
+)
 from fastgt.graph import Graph
 from fastgt.philox import LEVELS, kept, threshold
 
@@ -65,9 +75,7 @@ def neighborhood_attention(  # type: ignore[misc]  # overloads leave the options
 ) -> Tensor | tuple[Tensor, Aux]:
     """See :func:`fastgt.neighborhood_attention`, which has ``impl`` besides, checks its arguments
     and follows autocast."""
-    low, high = -math.inf, math.inf
-    if logit_clamp is not None:
-        low, high = logit_clamp if isinstance(logit_clamp, tuple) else (-logit_clamp, logit_clamp)
+    low, high = _bounds(logit_clamp)
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     seed = dropout_seed
     if dropout_p and seed is None:
@@ -110,12 +118,13 @@ def neighborhood_attention(  # type: ignore[misc]  # overloads leave the options
 
 def _masked_aux(aux: Aux, active: Tensor, graph: Graph) -> Aux:
     """As where masked heads were not computed."""
+    lse, weights, edge_scores = aux
     on_edges = active[graph.edge_index[1]]
-    return Aux(
-        None if aux.lse is None else torch.where(active, aux.lse, -torch.inf),
-        _masked(aux.weights, on_edges),
-        _masked(aux.edge_scores, on_edges[..., None]),
-    )
+    if lse is not None:
+        lse = torch.where(active[..., None] if lse.ndim == 3 else active, lse, -torch.inf)
+    if weights is not None:
+        weights = _masked(weights, on_edges[..., None] if weights.ndim == 3 else on_edges)
+    return Aux(lse, weights, _masked(edge_scores, on_edges[..., None]))
 
 
 def masked_attention(
@@ -196,8 +205,14 @@ def masked_attention(
 
 def _clamped(x: Tensor, bounds: float | tuple[float, float]) -> Tensor:
     """``x.clamp``, whose gradient at a bound itself is 1 (torch 2.14 made torch.clamp's 0)."""
-    low, high = bounds if isinstance(bounds, tuple) else (-bounds, bounds)
+    low, high = _bounds(bounds)
     return torch.where((low <= x) & (x <= high), x, x.detach().clamp(low, high))
+
+
+def _bounds(logit_clamp: float | tuple[float, float] | None) -> tuple[float, float]:
+    if logit_clamp is None:
+        return -math.inf, math.inf
+    return logit_clamp if isinstance(logit_clamp, tuple) else (-logit_clamp, logit_clamp)
 
 
 def _masked(x: Tensor | None, on: Tensor) -> Tensor | None:
@@ -327,7 +342,19 @@ def _over_channels(index: Tensor, x: Tensor) -> Tensor:
     return index.view(-1, *[1] * (x.ndim - 1)).expand_as(x)
 
 
+@overload
 def channelwise_attention(
+    logits: Tensor, v: Tensor | None, graph: Graph, *, return_aux: None = None, **options: Any
+) -> Tensor: ...
+
+
+@overload
+def channelwise_attention(
+    logits: Tensor, v: Tensor | None, graph: Graph, *, return_aux: AuxRequest, **options: Any
+) -> tuple[Tensor, Aux]: ...
+
+
+def channelwise_attention(  # type: ignore[misc]  # overloads leave the options unnamed
     logits: Tensor,
     v: Tensor | None,
     graph: Graph,
@@ -335,46 +362,82 @@ def channelwise_attention(
     edge_value: Tensor | None = None,
     logit_clamp: float | tuple[float, float] | None = None,
     denominator_eps: float = 0.0,
-    return_lse: bool = False,
-    return_weights: bool = False,
-    active: Tensor | None = None,
-) -> Tensor | tuple[Tensor, ...]:
-    """See :func:`fastgt.channelwise_attention`; ``active`` [1 or N_rows, H] are its heads."""
+    head_gate: Tensor | None = None,
+    dense_gate_grad: bool = False,
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, Aux]:
+    """See :func:`fastgt.channelwise_attention`, which has ``impl`` besides, checks its arguments
+    and follows autocast."""
+    inputs = ChannelwiseInputs(logits, v, edge_value)
+    logit = ChannelwiseLogit(*_bounds(logit_clamp), denominator_eps)
+    request = AuxRequest() if return_aux is None else return_aux
+    on, dense = None, False
+    if head_gate is not None:
+        on = _of_rows(head_gate.detach() != 0, graph)  # [1 or N_rows, H]
+        dense = dense_gate_grad and head_gate.dtype != torch.bool
+    mask = HeadMask(None if dense else on, None)
+    out, lse, weights = masked_channelwise_attention(inputs, graph, mask, logit)
+    aux = Aux(lse if request.lse else None, weights if request.weights else None)
+    if head_gate is not None:
+        out = _gated(out, head_gate, graph, dense)
+    if dense and on is not None:
+        aux = _masked_aux(aux, on.expand(graph.num_rows, -1), graph)
+    return out if return_aux is None else (out, aux)
+
+
+def masked_channelwise_attention(
+    inputs: ChannelwiseInputs, graph: Graph, mask: HeadMask, logit: ChannelwiseLogit
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> out, lse and weights of the active heads, without gates."""
+    logits, v, edge_value = inputs
     column, row = graph.edge_index
-    logit = logits
+    s = logits
     on = None
-    if active is not None:
-        on = active.expand(graph.num_rows, -1)[row][..., None]  # [E, H, 1]
-        logit = torch.where(on, logit, 0)
-    if logit_clamp is not None:
-        logit = _clamped(logit, logit_clamp)
+    if mask.rows is not None:
+        on = mask.rows.expand(graph.num_rows, -1)[row][..., None]  # [E, H, 1]
+        s = torch.where(on, s, 0)
+    if logit.low > -math.inf or logit.high < math.inf:
+        s = _clamped(s, (logit.low, logit.high))
     terms = [] if v is None else [v[column]]
     terms += [] if edge_value is None else [edge_value]
     value = sum(terms[1:], start=terms[0])  # [E, ...]
     if on is not None:
-        logit = torch.where(on, logit, -torch.inf)
+        s = torch.where(on, s, -torch.inf)
 
-    shape = graph.num_rows, *logit.shape[1:]
+    shape = graph.num_rows, *s.shape[1:]
     # any pivot gives the same result; the row maximum keeps exp() in range
-    index = _over_channels(row, logit)
-    pivot = logit.new_full(shape, -torch.inf).scatter_reduce(0, index, logit.detach(), "amax")
+    index = _over_channels(row, s)
+    pivot = s.new_full(shape, -torch.inf).scatter_reduce(0, index, s.detach(), "amax")
     pivot = pivot.masked_fill(pivot == -torch.inf, 0.0)
-    p = (logit - pivot[row]).exp()
+    p = (s - pivot[row]).exp()
     total = _row_sums(p, row, graph.num_rows)
     empty = total == 0
     safe = total.masked_fill(empty, 1.0)
     # through the logarithm: exp(-pivot) alone would overflow
-    divisor = safe + (math.log(denominator_eps) - pivot).exp() if denominator_eps else safe
+    divisor = safe + (math.log(logit.eps) - pivot).exp() if logit.eps else safe
     weights = (p / divisor[row]).to(p.dtype)
     out = _row_sums(weights * value, row, graph.num_rows).to(value.dtype).masked_fill(empty, 0.0)
+    lse = (pivot + safe.log()).masked_fill(empty, -torch.inf).to(_accumulator(s))
+    return out, lse, weights.detach()
 
-    extras = []
-    if return_lse:
-        wide = torch.float64 if logit.dtype == torch.float64 else torch.float32
-        extras.append((pivot + safe.log()).masked_fill(empty, -torch.inf).to(wide))
-    if return_weights:
-        extras.append(weights.detach())
-    return (out, *extras) if extras else out
+
+def _of_rows(x: Tensor, graph: Graph) -> Tensor:
+    """What the heads of all graphs have, ``[H]``, or of each, ``[G, H]``: for every row."""
+    if x.ndim == 1:
+        return x[None]
+    number = torch.arange(graph.num_graphs, device=x.device)
+    return x[number.repeat_interleave(graph.graph_ptr.diff(), output_size=graph.num_rows)]
+
+
+def _gated(out: Tensor, head_gate: Tensor, graph: Graph, dense: bool) -> Tensor:
+    """``out [N_rows, H, D]`` times the gates; a gate of 0 has a gradient where ``dense``."""
+    if head_gate.dtype == torch.bool:
+        return out
+    wide = torch.promote_types(_accumulator(out), head_gate.dtype)
+    gate = head_gate.to(wide)
+    if not dense:
+        gate = gate.masked_fill(head_gate.detach() == 0, 0)
+    return (out.to(wide) * _of_rows(gate, graph)[..., None]).to(out.dtype)
 
 
 def linear_attention(

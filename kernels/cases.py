@@ -8,6 +8,11 @@ from functools import partial
 import torch
 
 from fastgt.contract import (
+    ChannelwiseInputs,
+    ChannelwiseLogit,
+    ChannelwiseNeeds,
+    ChannelwiseResults,
+    ChannelwiseUpstream,
     Dropout,
     EdgeTerms,
     Features,
@@ -26,9 +31,11 @@ from fastgt.contract import (
     Quotient,
     Ragged,
     Reduction,
+    RowWalk,
     Saved,
     Switches,
     Upstream,
+    Walks,
 )
 
 from .aggregate import aggregate_bwd, aggregate_fwd
@@ -267,13 +274,14 @@ def _launch_channelwise(case: ChannelwiseCase) -> None:
         rows, parts = index[: FILLERS + 2], index.new_zeros(FILLERS + 2, 3)
         walk = *walk, rows, rows, parts, parts
     low, high = (-5.0, 5.0) if case.clamp else (-torch.inf, torch.inf)
-    numbers = low, high, 0.0
-    inputs = logits, v, edge_value
     active = torch.ones(n, case.heads, dtype=torch.bool) if case.masked else None
-    o, lse, _, stat = channelwise_attention_fwd(*inputs, active, walk, *numbers, True, case.weights)
-    needs = True, case.v, case.edge_value
-    dlse = lse if case.clamp else None
-    channelwise_attention_bwd(o, dlse, *inputs, active, active, stat, walk, walk, *numbers, *needs)
+    mask, logit = HeadMask(active, active), ChannelwiseLogit(low, high, 0.0)
+    inputs = ChannelwiseInputs(logits, v, edge_value)
+    results = ChannelwiseResults(keep=True, return_weights=case.weights)
+    o, lse, _, stat = channelwise_attention_fwd(inputs, mask, RowWalk(walk), logit, results)
+    upstream = ChannelwiseUpstream(o, lse if case.clamp else None, stat)
+    needs = ChannelwiseNeeds(True, case.v, case.edge_value)
+    channelwise_attention_bwd(upstream, inputs, mask, Walks(walk, walk), logit, needs)
 
 
 @dataclass(frozen=True)

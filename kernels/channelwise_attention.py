@@ -396,14 +396,14 @@ def _address(
     return first * ALIGN + (c * stride[2])[None, None, :], mask
 
 
-def channelwise_attention_fwd(
-    logits, v, edge_value, on_rows, rows, low, high, eps, keep, return_weights
-):  # fmt: skip
+def channelwise_attention_fwd(inputs, mask, rows, logit, results):
     """-> o, lse [N, C]; weights [E, C] (or [0, C]) in the caller's edge order; and, to ``keep`` for
     the backward, stat [N, 3, C] (or [0, 3, C]). C may be [H, D].
 
-    To heads that are not in ``on_rows`` [1 or N, H] (None: all are) a row has no edges.
+    To masked heads a row has no edges.
     """
+    (logits, v, edge_value), on_rows, (low, high, eps) = inputs, mask.rows, logit
+    (keep, return_weights), rows = results, rows.row_walk
     n, channels = rows[0].shape[0] - 1, logits.shape[1:]
     o = logits.new_empty(n, *channels)
     lse = logits.new_empty(n, *channels, dtype=accumulator(logits))
@@ -439,11 +439,11 @@ def channelwise_attention_fwd(
     return o, lse, weights, stat if keep else stat.new_empty(0, 3, meta["C"])
 
 
-def channelwise_attention_bwd(
-    do, dlse, logits, v, edge_value, on_rows, on_cols, stat, rows, columns,
-    low, high, eps, need_logits, need_v, need_edge_value,
-):  # fmt: skip
+def channelwise_attention_bwd(upstream, inputs, mask, walks, logit, needs):
     """-> dlogits [E, C], dv [M, C], dedge_value [E, C]; empty where not needed."""
+    (do, dlse, stat), (logits, v, edge_value), (on_rows, on_cols) = upstream, inputs, mask
+    (rows, columns), (low, high, eps) = walks, logit
+    need_logits, need_v, need_edge_value = needs
     n, channels = stat.shape[0], stat.shape[2]
     ds = on_edges(logits, on_rows, *(logits.shape if need_logits else (0,)))
     dv = logits.new_empty(v.shape if need_v else (0,))

@@ -9,11 +9,24 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from attention_cases import BF16, DEVICE, FP16, FP32, FP64, IMPLS, LAYOUTS, arrange, gap, planned
+from attention_cases import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    FP64,
+    IMPLS,
+    LAYOUTS,
+    arrange,
+    gap,
+    planned,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgt import Graph, channelwise_attention
+from fastgt import AuxRequest, Graph, channelwise_attention
+from fastgt.contract import Walks
+from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
 from fastgt.testing import random_edge_index, with_index_dtype
 
 NAMES = ("o", "lse", "weights", "dlogits", "dv", "dedge_value")
@@ -173,15 +186,22 @@ def examples(count, impls=IMPLS, **fixed):
 
 
 def attend(case, impl, **changes):
-    """The public function on a case, with its options and all extras: o, lse, weights.
+    """The public function on a case, with its options: o, lse, weights.
 
     ``impl`` may be "buckets": Triton's kernels on rows in segments of five edges.
     """
     if impl == "buckets":
         case, impl = replace(case, graph=planned(case.graph, impl)), "triton"
-    options = dict(case.options, return_lse=True, return_weights=True, impl=impl)
+    options = case.options | {"return_aux": AuxRequest(lse=True, weights=True), "impl": impl}
     options |= {"edge_value": case.edge_value} | changes
-    return channelwise_attention(case.logits, case.v, case.graph, **options)
+    o, aux = channelwise_attention(case.logits, case.v, case.graph, **options)
+    return o, aux.lse, aux.weights
+
+
+def walks(graph, impl):
+    """The edges of a graph, as the op takes them for one implementation."""
+    plan = CPU if impl == "torch" else GATHER
+    return Walks(row_walk(graph, plan), column_walk(graph, plan))
 
 
 def evaluate(case, impl, dtype=None):

@@ -1,5 +1,6 @@
 """channelwise_attention: values, gradients, refusals, and how it runs."""
 
+import inspect
 import itertools
 import math
 from dataclasses import replace
@@ -31,14 +32,18 @@ from channelwise_cases import (
     examples,
     loops,
     shared,
+    walks,
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fastgt
-from fastgt import AuxRequest, Graph, channelwise_attention, neighborhood_attention, reference
+from fastgt import Aux, AuxRequest, Graph, channelwise_attention, neighborhood_attention, reference
 from fastgt.bench.memory import peak_extra_memory
+from fastgt.contract import ChannelwiseLogit, ChannelwiseUpstream, HeadMask
+from fastgt.ops.channelwise_attention import _launch_bwd, _launch_fwd
+from fastgt.ops.head_mask import active_heads
 from fastgt.prepared import Prepared
 from fastgt.testing import PROBLEMS, assert_as_accurate, random_graph, with_buckets
 
@@ -385,7 +390,10 @@ def test_clamp_holds_at_exactly_five(impl, clamp):
     graph = Graph.from_csr(torch.tensor([0, m], device=DEVICE), torch.arange(m, device=DEVICE), m)
     leaf = logits[:, None].clone().requires_grad_()
     v = torch.arange(m, dtype=FP64, device=DEVICE)[:, None]
-    o, lse = channelwise_attention(leaf, v, graph, logit_clamp=clamp, return_lse=True, impl=impl)
+    request = AuxRequest(lse=True)
+    o, (lse, *_) = channelwise_attention(
+        leaf, v, graph, logit_clamp=clamp, return_aux=request, impl=impl
+    )
     p = logits.clamp(-5, 5).softmax(0)
     close(o, (p @ v)[None])
     close(lse[0, 0], logits.clamp(-5, 5).logsumexp(0))
@@ -492,16 +500,23 @@ def test_extras_follow_the_output(impl):
     args = x.logits.requires_grad_(), x.v, x.graph
     o = channelwise_attention(*args, impl=impl)
     assert isinstance(o, torch.Tensor)
-    both = channelwise_attention(*args, return_lse=True, return_weights=True, impl=impl)
+    request = AuxRequest(lse=True, weights=True)
+    out, aux = channelwise_attention(*args, return_aux=request, impl=impl)
+    assert aux.edge_scores is None
+    both = out, aux.lse, aux.weights
     assert [y.dtype for y in both] == [BF16, FP32, BF16]
     assert [list(y.shape) for y in both] == [[6, 2, 3], [6, 2, 3], [15, 2, 3]]
     assert [y.requires_grad for y in both] == [True, True, False]
     assert [y.is_contiguous() for y in both] == [True] * 3
-    for wanted, kept in (("return_lse", both[1]), ("return_weights", both[2])):
-        found = channelwise_attention(*args, **{wanted: True}, impl=impl)
-        assert len(found) == 2
-        assert torch.equal(found[0], o)
-        assert torch.equal(found[1], kept)
+    for name in ("lse", "weights"):
+        request = AuxRequest(**{name: True})
+        found, only = channelwise_attention(*args, return_aux=request, impl=impl)
+        assert torch.equal(found, o)
+        assert torch.equal(getattr(only, name), getattr(aux, name))
+        assert [x is None for x in only] == [not asked for asked in request]
+    found, none = channelwise_attention(*args, return_aux=AuxRequest(), impl=impl)
+    assert torch.equal(found, o)
+    assert none == Aux()
 
 
 @pytest.mark.parametrize("name", ["cora", "zinc"])
@@ -569,25 +584,19 @@ def test_every_subset_of_gradients(impl, upstream, twice):
             close(grad, expected[f"d{name}"], f"d{name} of {list(inputs)}")
 
 
-def launcher(impl):
-    """-> forward and backward of one implementation, and its row and column walks of a graph."""
-    from fastgt.ops import channelwise_attention as ops
-
-    return ops._launch_fwd, ops._launch_bwd, ops._rows, ops._columns
-
-
 @pytest.mark.parametrize("impl", FAST)
 def test_nothing_is_computed_for_gradients_not_asked_for(impl):
     x = case(0, 5, 12, channels=(2,))
-    fwd, bwd, rows, columns = launcher(impl)
-    walks, settings = (rows(x.graph, impl), columns(x.graph, impl)), (-math.inf, math.inf, 0.0)
-    inputs = x.logits, x.v, x.edge_value, None
-    *_, weights, nothing = fwd(impl, *inputs, walks[0], *settings, False, False)
+    rows, columns = walks(x.graph, impl)
+    logit = ChannelwiseLogit(-math.inf, math.inf, 0.0)
+    given = x.logits, x.v, x.edge_value, *HeadMask(None, None)
+    *_, weights, nothing = _launch_fwd(impl, *given, rows, *logit, False, False)
     assert nothing.numel() == weights.numel() == 0
-    *_, stat = fwd(impl, *inputs, walks[0], *settings, True, False)
+    *_, stat = _launch_fwd(impl, *given, rows, *logit, True, False)
     for needs in itertools.product([False, True], repeat=3):
         for dlse in (None, x.dlse):
-            grads = bwd(impl, x.do, dlse, *inputs, None, stat, *walks, *settings, *needs)
+            upstream = ChannelwiseUpstream(x.do, dlse, stat)
+            grads = _launch_bwd(impl, *upstream, *given, rows, columns, *logit, *needs)
             for need, grad in zip(needs, grads, strict=True):
                 assert bool(grad.numel()) == need
                 assert not grad.isnan().any()
@@ -841,8 +850,10 @@ def test_compiles_whole_and_once(impl):
         found = []
         for f in (compiled, channelwise_attention):
             y = f(*leaves[:2], x.graph, edge_value=leaves[2], logit_clamp=5.0, denominator_eps=1e-6,
-                  return_lse=True, return_weights=True, impl=impl)  # fmt: skip
-            found.append([*y, *torch.autograd.grad(y[:2], leaves, (x.do, x.dlse))])
+                  return_aux=AuxRequest(lse=True, weights=True), impl=impl)  # fmt: skip
+            o, lse, weights = y[0], y[1].lse, y[1].weights
+            grads = torch.autograd.grad((o, lse), leaves, (x.do, x.dlse))
+            found.append([o, lse, weights, *grads])
         for a, b in zip(*found, strict=True):
             assert torch.equal(a, b)
         counts.append(counter.frame_count)
@@ -875,18 +886,19 @@ def test_compiles_with_one_tensor_in_all_places(impl):
 @pytest.mark.parametrize("impl", FAST)
 def test_opcheck(impl, edges, layout, terms):
     x = case(0, 4, edges, cols=3, channels=(2, 2), dtype=FP32, layout=layout, terms=terms)
-    _, _, rows, columns = launcher(impl)
-    rows, columns = list(rows(x.graph, impl)), list(columns(x.graph, impl))
-    active = torch.rand(4, 2, device=DEVICE) < 0.6 if layout == "reversed" else None
-    inputs, settings = (x.logits, x.v, x.edge_value, active), (-1.0, 1.0, 1e-6)
+    rows, columns = map(list, walks(x.graph, impl))
+    mask, logit = HeadMask(None, None), ChannelwiseLogit(-1.0, 1.0, 1e-6)
+    if layout == "reversed":
+        active = torch.rand(4, 2, device=DEVICE) < 0.6
+        mask = HeadMask(active, active[:3])
+    given = x.logits, x.v, x.edge_value, *mask
     forward = torch.ops.fastgt.channelwise_attention_fwd.default
-    *_, stat = forward(impl, *inputs, rows, *settings, True, False)
-    for flags in ((True, layout == "contiguous"), (False, False)):
-        torch.library.opcheck(forward, (impl, *inputs, rows, *settings, *flags))
-    dlse = x.dlse if layout == "contiguous" else None
+    *_, stat = forward(impl, *given, rows, *logit, True, False)
+    for results in ((True, layout == "contiguous"), (False, False)):
+        torch.library.opcheck(forward, (impl, *given, rows, *logit, *results))
+    upstream = ChannelwiseUpstream(x.do, x.dlse if layout == "contiguous" else None, stat)
     for needs in ((True, x.v is not None, x.edge_value is not None), (True, False, False)):
-        on_cols = None if active is None else active[:3]
-        arguments = impl, x.do, dlse, *inputs, on_cols, stat, rows, columns, *settings, *needs
+        arguments = impl, *upstream, *given, rows, columns, *logit, *needs
         torch.library.opcheck(torch.ops.fastgt.channelwise_attention_bwd.default, arguments)
 
 
@@ -942,8 +954,9 @@ def test_shapes_beyond_two_to_the_31_on_meta_tensors():
     logits, v, edge_value = (
         torch.empty(size, c, device="meta", requires_grad=True) for size in (e, n, e)
     )
-    o, lse, weights = channelwise_attention(
-        logits, v, graph, edge_value=edge_value, return_lse=True, return_weights=True, impl="triton"
+    request = AuxRequest(lse=True, weights=True)
+    o, (lse, weights, _) = channelwise_attention(
+        logits, v, graph, edge_value=edge_value, return_aux=request, impl="triton"
     )
     assert [t.shape for t in (o, lse, weights)] == [(n, c), (n, c), (e, c)]
     grads = torch.autograd.grad((o, lse), (logits, v, edge_value), (o, lse))
@@ -978,18 +991,16 @@ def test_nothing_waits_for_the_device():
     pytest.importorskip("triton")
     from test_attention_execution import Calls
 
-    from fastgt.ops.head_mask import active_heads
-
     x = case(1, 8, 40, channels=(2, 3), dtype=FP32, plan="buckets")
-    impl = "triton"
-    fwd, bwd, rows, columns = launcher(impl)
-    walks, settings = (rows(x.graph, impl), columns(x.graph, impl)), (-1.0, 1.0, 1e-6)
-    inputs = x.logits, x.v, x.edge_value
+    rows, columns = walks(x.graph, "triton")
+    logit = ChannelwiseLogit(-1.0, 1.0, 1e-6)
     gate = torch.tensor([0.0, 1.0], device=DEVICE)
     with Calls() as calls:
-        for on in (None, active_heads(gate, x.graph).rows):
-            *_, stat = fwd(impl, *inputs, on, walks[0], *settings, True, True)
-            bwd(impl, x.do, x.dlse, *inputs, on, on, stat, *walks, *settings, True, True, True)
+        for mask in (HeadMask(None, None), active_heads(gate, x.graph)):
+            given = x.logits, x.v, x.edge_value, *mask
+            *_, stat = _launch_fwd("triton", *given, rows, *logit, True, True)
+            upstream = ChannelwiseUpstream(x.do, x.dlse, stat)
+            _launch_bwd("triton", *upstream, *given, rows, columns, *logit, True, True, True)
     assert not {"_local_scalar_dense", "nonzero", "item", "unique", "sort"} & calls.names
     assert "new_empty" in calls.names
 
@@ -1021,6 +1032,12 @@ def test_the_named_implementation_runs(monkeypatch):
             with fastgt.implementation(None if chosen else impl):
                 channelwise_attention(logits, x.v, x.graph, impl=chosen).sum().backward()
             assert set(seen) == {impl or FAST[0]}
+
+
+def test_the_reference_has_the_public_signature():
+    public, plain = map(inspect.signature, (channelwise_attention, reference.channelwise_attention))
+    expected = {name: x.default for name, x in public.parameters.items() if name != "impl"}
+    assert {name: x.default for name, x in plain.parameters.items()} == expected
 
 
 def test_the_reference_has_the_same_defaults():
@@ -1108,6 +1125,12 @@ REFUSALS = {
     "clamp of three": ({"logit_clamp": (0, 1, 2)}, ValueError, "logit_clamp .* got 3 numbers"),
     "clamp tensor": ({"logit_clamp": zeros()}, TypeError, "logit_clamp must be a number, got T"),
     "impl": ({"impl": "cuda"}, ValueError, "impl must be one of .* got 'cuda'"),
+    "edge scores": (
+        {"return_aux": AuxRequest(lse=True, edge_scores=True)},
+        ValueError,
+        "return_aux: channelwise_attention has no edge_scores; it has lse, weights",
+    ),
+    "no request": ({"return_aux": True}, TypeError, "return_aux must be an AuxRequest, got bool"),
 }
 
 

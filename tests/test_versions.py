@@ -105,6 +105,12 @@ def _aggregate(reduce: str) -> Operator:
     )
 
 
+def _channelwise(graph, x, logits, edge_value, **how):  # type: ignore[no-untyped-def]
+    how |= {"edge_value": edge_value, "return_aux": fastgt.AuxRequest(lse=True)}
+    o, aux = fastgt.channelwise_attention(logits, x, graph, logit_clamp=5.0, **how)
+    return o, aux.lse
+
+
 def _linear(feature_map: str, features: int = 0) -> Operator:
     projection = None
     if features:
@@ -141,9 +147,7 @@ OPERATORS = {
     ),
     "channelwise_attention": Operator(
         lambda p: _nodes_and_edges(p) | {"logits": p.draw(p.graph.num_edges, D)},
-        lambda g, x, logits, edge_value, **how: fastgt.channelwise_attention(
-            logits, x, g, edge_value=edge_value, logit_clamp=5.0, return_lse=True, **how
-        ),
+        _channelwise,
     ),
     "aggregate, sum": _aggregate("sum"),
     "aggregate, mean": _aggregate("mean"),

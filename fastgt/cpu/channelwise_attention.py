@@ -16,6 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgt.contract import (
+    ChannelwiseInputs,
+    ChannelwiseLogit,
+    ChannelwiseNeeds,
+    ChannelwiseResults,
+    ChannelwiseUpstream,
+    HeadMask,
+    RowWalk,
+    Walks,
+)
 from fastgt.cpu.sparse import Edges, accumulator, make_walk, pivots, runs, spmm, walk_edges
 
 _CHUNK = 2**19  # numbers of a temporary
@@ -25,41 +35,39 @@ _WIDE, _NARROW = 64, 16  # channels at a time; where a row has more edges than a
 
 @torch.no_grad()  # called by an exported module, gradients may be on
 def channelwise_attention_fwd(
-    logits: Tensor,
-    v: Tensor | None,
-    edge_value: Tensor | None,
-    on_rows: Tensor | None,
-    rows: list[Tensor],
-    low: float,
-    high: float,
-    eps: float,
-    keep: bool,
-    return_weights: bool,
+    inputs: ChannelwiseInputs,
+    mask: HeadMask,
+    rows: RowWalk,
+    logit: ChannelwiseLogit,
+    results: ChannelwiseResults,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> o, lse [N, C]; weights [E, C] (or [0, C]) in the caller's edge order; and, to ``keep`` for
     the backward, stat [N, 3, C] (or [0, 3, C]). C may be [H, D].
 
-    To heads that are not in ``on_rows`` [1 or N, H] a row has no edges.
+    To masked heads a row has no edges.
     """
-    row_ptr, col, edge = rows
+    logits, on_rows = inputs.logits, mask.rows
+    row_ptr, col, edge = rows.row_walk
     n, channels = row_ptr.shape[0] - 1, logits.shape[1:]
     wide = accumulator(logits)
     o = logits.new_empty(n, *channels)
     lse = logits.new_empty(n, *channels, dtype=wide)
-    stat = lse.new_empty(n if keep else 0, 3, channels.numel())
-    weights = logits.new_empty(edge.shape[0] if return_weights else 0, *channels)
+    stat = lse.new_empty(n if results.keep else 0, 3, channels.numel())
+    weights = logits.new_empty(edge.shape[0] if results.return_weights else 0, *channels)
     if on_rows is not None:
         o.zero_(), weights.zero_(), lse.fill_(-math.inf)
-    tensors = logits, v, edge_value, o, lse, weights
-    size, (s_in, v_in, x_in, o_out, lse_out, p_out) = _views(*tensors, apart=on_rows is not None)
-    kept = stat.view(-1, 3, *size)
-    log_eps = math.log(eps) if eps else -math.inf
-    for at, on, chunks in _blocks(size, walk_edges(row_ptr, col, edge), on_rows):
-        row_ptr, row, col, edge = on.rows.ptr, on.row, on.rows.other, on.edge
+    size, (s_in, v_in, x_in, o_out, lse_out, p_out) = _views(
+        *inputs, o, lse, weights, apart=on_rows is not None
+    )
+    stats = stat.view(-1, 3, *size)
+    log_eps = math.log(logit.eps) if logit.eps else -math.inf
+    every_edge = walk_edges(row_ptr, col, edge)
+    for at, edges, chunks in _blocks(size, every_edge, on_rows):
+        row_ptr, row, col, edge = edges.rows.ptr, edges.row, edges.rows.other, edges.edge
         for some, slots in chunks:
             ptr, number = row_ptr[some.start : some.stop + 1] - slots.start, edge[slots]
             owner = row[slots] - some.start
-            p, _ = _logits(s_in, number, at, low, high, wide)
+            p, _ = _logits(s_in, number, at, logit, wide)
             pivot = pivots(p, ptr)[0] if len(number) else p.new_zeros(len(ptr) - 1, 1)
             p.sub_(pivot.index_select(0, owner)).exp_()
             walk = make_walk(ptr, torch.arange(len(number), dtype=ptr.dtype))
@@ -71,7 +79,7 @@ def channelwise_attention_fwd(
             grown = total.log_()
             top = grown + pivot
             _put(lse_out, some, at, top)
-            share = 1 / (1 + (log_eps - top).exp()) if eps else None  # r
+            share = 1 / (1 + (log_eps - top).exp()) if logit.eps else None  # r
             rate = norm if share is None else norm * share
             mean.mul_(rate)
             if not bool(mean.sum().isfinite()):
@@ -81,70 +89,61 @@ def channelwise_attention_fwd(
                 torch.where(mean.isfinite(), mean, spmm(walk, None, x), out=mean)
             mean.masked_fill_(empty, 0.0)
             _put(o_out, some, at, mean)
-            if keep:
+            if results.keep:
                 # where the sum is large, its reciprocal times small gradients would be lost
                 moved = torch.where(grown > _LARGE, pivot + grown, pivot)
                 norm = norm * (moved - pivot).exp_()
                 pivot = moved.masked_fill(empty, math.inf)
                 for i, y in enumerate((pivot, norm, mean)):
-                    _put(kept[:, i], some, at, y)
-            if return_weights:
+                    _put(stats[:, i], some, at, y)
+            if results.return_weights:
                 _put(p_out, number.long(), at, p.mul_(rate.index_select(0, owner)))
     return o, lse, weights, stat
 
 
 @torch.no_grad()
 def channelwise_attention_bwd(
-    do: Tensor,
-    dlse: Tensor | None,
-    logits: Tensor,
-    v: Tensor | None,
-    edge_value: Tensor | None,
-    on_rows: Tensor | None,
-    stat: Tensor,
-    rows: list[Tensor],
-    columns: list[Tensor],
-    low: float,
-    high: float,
-    eps: float,
-    need_logits: bool,
-    need_v: bool,
-    need_edge_value: bool,
+    upstream: ChannelwiseUpstream,
+    inputs: ChannelwiseInputs,
+    mask: HeadMask,
+    walks: Walks,
+    logit: ChannelwiseLogit,
+    needs: ChannelwiseNeeds,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dlogits [E, C], dv [M, C], dedge_value [E, C]; empty where not needed."""
-    wide, log_eps = stat.dtype, math.log(eps) if eps else -math.inf
+    (do, dlse, stat), (logits, v, _), on_rows = upstream, inputs, mask.rows
+    wide, log_eps = stat.dtype, math.log(logit.eps) if logit.eps else -math.inf
     make = logits.new_empty if on_rows is None else logits.new_zeros
-    ds = make(logits.shape if need_logits else (0,))
-    dx = make(logits.shape if need_edge_value else (0,))
-    dv = make(v.shape if need_v and v is not None else (0,))
-    tensors = logits, v, edge_value, do, dlse
-    size, (s_in, v_in, x_in, do_in, dlse_in) = _views(*tensors, apart=on_rows is not None)
+    ds = make(logits.shape if needs.need_logits else (0,))
+    dx = make(logits.shape if needs.need_edge_value else (0,))
+    dv = make(v.shape if needs.need_v and v is not None else (0,))
+    size, (s_in, v_in, x_in, do_in, dlse_in) = _views(*inputs, do, dlse, apart=on_rows is not None)
     ds_out, dx_out, dv_out = (x.view(-1, *size) for x in (ds, dx, dv))
-    kept = stat.view(-1, 3, *size)
-    for at, on, chunks in _blocks(
-        size, walk_edges(rows[0], rows[1], rows[2], columns=columns), on_rows
-    ):
-        row, col, edge, occupied = on.row, on.rows.other, on.edge, on.occupied
+    stats = stat.view(-1, 3, *size)
+    row_ptr, col, edge = walks.row_walk
+    every_edge = walk_edges(row_ptr, col, edge, columns=walks.column_walk)
+    for at, edges, chunks in _blocks(size, every_edge, on_rows):
+        row, col, edge, occupied = edges.row, edges.rows.other, edges.edge, edges.occupied
         # dx of all edges in row order: the one temporary that is as large as an input
         heads, inner = (len(range(*part.indices(k))) for part, k in zip(at, size, strict=True))
-        every = stat.new_empty(edge.shape[0] if need_v else 0, heads * inner)
+        every = stat.new_empty(edge.shape[0] if needs.need_v else 0, heads * inner)
         for some, slots in chunks:
             number, owner = edge[slots], row[slots] - some.start
-            pivot, norm, mean = (_take(kept[:, i], some, at, wide) for i in range(3))
+            pivot, norm, mean = (_take(stats[:, i], some, at, wide) for i in range(3))
             dead = (norm == 0.0).logical_and_(occupied[some, None])  # no finite logit
             some_dead = bool(dead.any())
             u = _take(do_in, some, at, wide) * norm
-            if eps:
+            if logit.eps:
                 u /= 1 + (log_eps - pivot + norm.log()).exp()
             if some_dead:
                 u.masked_fill_(dead, 0.0)
-            e, through = _logits(s_in, number, at, low, high, wide)
+            e, through = _logits(s_in, number, at, logit, wide)
             e.sub_(pivot.index_select(0, owner)).exp_()
             dx_some = u.index_select(0, owner)
-            dx_some = torch.mul(dx_some, e, out=every[slots] if need_v else dx_some)
-            if need_edge_value:
+            dx_some = torch.mul(dx_some, e, out=every[slots] if needs.need_v else dx_some)
+            if needs.need_edge_value:
                 _put(dx_out, number.long(), at, dx_some)
-            if need_logits:
+            if needs.need_logits:
                 x = _values(v_in, x_in, col[slots], number, at, wide)
                 x.sub_(mean.index_select(0, owner)).mul_(dx_some)
                 if dlse_in is not None:
@@ -155,8 +154,9 @@ def channelwise_attention_bwd(
                 if through is not None:
                     x.masked_fill_(~through, 0.0)
                 _put(ds_out, number.long(), at, x)
-        if need_v:
-            _put(dv_out, slice(None), at, spmm(on.cols._replace(other=on.slot), None, every))
+        if needs.need_v:
+            columns = edges.cols._replace(other=edges.slot)
+            _put(dv_out, slice(None), at, spmm(columns, None, every))
     return ds, dv, dx
 
 
@@ -186,10 +186,10 @@ def _blocks(
     together, inner = max(1, width // size[1]), min(width, size[1])
     room = _CHUNK // (min(together, size[0]) * inner)
     chunks = list(_chunks(ptr, room))
-    for heads, on in runs(size[0], together, edges, on_rows):
-        mine = chunks if on is edges else list(_chunks(on.rows.ptr, room))
+    for heads, some in runs(size[0], together, edges, on_rows):
+        mine = chunks if some is edges else list(_chunks(some.rows.ptr, room))
         for d in range(0, size[1], inner):
-            yield (heads, slice(d, min(d + inner, size[1]))), on, mine
+            yield (heads, slice(d, min(d + inner, size[1]))), some, mine
 
 
 def _chunks(ptr: Tensor, room: int) -> Iterator[tuple[slice, slice]]:
@@ -226,13 +226,13 @@ def _put(x: Tensor, index: Tensor | slice, at: _Block, y: Tensor) -> None:
 
 
 def _logits(
-    s: Tensor, number: Tensor, at: _Block, low: float, high: float, dtype: torch.dtype
+    s: Tensor, number: Tensor, at: _Block, logit: ChannelwiseLogit, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """The clamped logits of some edges, and which ones the clamp let through."""
     y, through = _take(s, number, at, dtype), None
-    if low > -math.inf or high < math.inf:
-        through = (y >= low) & (y <= high)
-        y.clamp_(low, high)
+    if logit.low > -math.inf or logit.high < math.inf:
+        through = (y >= logit.low) & (y <= logit.high)
+        y.clamp_(logit.low, logit.high)
     return y, through
 
 

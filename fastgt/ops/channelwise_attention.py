@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from fastgt import reference
+from fastgt.contract import (
+    Aux,
+    AuxRequest,
+    ChannelwiseInputs,
+    ChannelwiseLogit,
+    ChannelwiseNeeds,
+    ChannelwiseResults,
+    ChannelwiseUpstream,
+    HeadMask,
+    RowWalk,
+    Signature,
+    Walks,
+)
 from fastgt.graph import Graph
+from fastgt.ops.aux import check_request
 from fastgt.ops.checks import (
     FLOATS,
     accumulator,
@@ -23,10 +38,42 @@ from fastgt.ops.checks import (
     number,
     refuse_forward_mode,
 )
-from fastgt.ops.head_mask import Active, active_heads, check_head_gate, gated, masked_extras
+from fastgt.ops.head_mask import active_heads, check_head_gate, gated, masked_aux
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
+
+
+@overload
+def channelwise_attention(
+    logits: Tensor,
+    v: Tensor | None,
+    graph: Graph,
+    *,
+    edge_value: Tensor | None = ...,
+    logit_clamp: float | tuple[float, float] | None = ...,
+    denominator_eps: float = ...,
+    head_gate: Tensor | None = ...,
+    dense_gate_grad: bool = ...,
+    return_aux: None = ...,
+    impl: Impl | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def channelwise_attention(
+    logits: Tensor,
+    v: Tensor | None,
+    graph: Graph,
+    *,
+    edge_value: Tensor | None = ...,
+    logit_clamp: float | tuple[float, float] | None = ...,
+    denominator_eps: float = ...,
+    head_gate: Tensor | None = ...,
+    dense_gate_grad: bool = ...,
+    return_aux: AuxRequest,
+    impl: Impl | None = ...,
+) -> tuple[Tensor, Aux]: ...
 
 
 def channelwise_attention(
@@ -39,10 +86,9 @@ def channelwise_attention(
     denominator_eps: float = 0.0,
     head_gate: Tensor | None = None,
     dense_gate_grad: bool = False,
-    return_lse: bool = False,
-    return_weights: bool = False,
+    return_aux: AuxRequest | None = None,
     impl: Impl | None = None,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Tensor | tuple[Tensor, Aux]:
     """Vector attention: every channel has its own softmax over the edges of a row.
 
     For row i and its columns j, channel by channel::
@@ -68,14 +114,15 @@ def channelwise_attention(
         denominator_eps: eps above, relative to logits as they are (no maximum subtracted).
         head_gate, dense_gate_grad: As in :func:`fastgt.neighborhood_attention`, where logits are
             ``[E, H, D]``.
-        return_lse: Also give ``lse_i = log sum_j exp(s_ij)``, natural, ``[N_rows, C]`` in float32
-            (float64 for float64), with its gradient. eps is not part of it.
-        return_weights: Also give ``a_ij``, ``[E, C]`` in the caller's edge order, without gradient.
+        return_aux: What to give beside the output. ``AuxRequest(lse=True)``: ``lse_i = log sum_j
+            exp(s_ij)``, natural, ``[N_rows, C]`` in float32 (float64 for float64), with its
+            gradient; eps is not part of it. ``AuxRequest(weights=True)``: ``a_ij``, ``[E, C]`` in
+            the caller's edge order, without gradient.
         impl: As in :func:`fastgt.neighborhood_attention`.
 
     Returns:
-        ``[N_rows, C]`` (``[N_rows, H, D]``) in the dtype of the logits, followed by lse and weights
-        where asked for. Sums are kept in float32 (float64 for float64). Beside the inputs, memory
+        ``[N_rows, C]`` (``[N_rows, H, D]``) in the dtype of the logits; with ``return_aux``,
+        ``(out, Aux)``. Sums are kept in float32 (float64 for float64). Beside the inputs, memory
         is O(N C); gradients of edge tensors are as large as these, and the CPU path's gradient of
         v takes up to one tensor of the logits' size besides. Under ``torch.autocast`` the inputs
         are cast first. Second derivatives go through the plain definition, with its O(E C) memory;
@@ -104,95 +151,72 @@ def channelwise_attention(
         edge_value = None if edge_value is None else autocast(edge_value, dtype)
     low, high = clamp_bounds(logit_clamp)
     denominator_eps = number("denominator_eps", denominator_eps)
-    _check(logits, v, graph, edge_value)
+    x = ChannelwiseInputs(logits, v, edge_value)
+    _check(x, graph)
     check_numbers(logits, None, denominator_eps, 0.0)
-    low, high = (math.inf * x if abs(x) > largest(logits) else x for x in (low, high))
-    active = None
+    request = check_request("channelwise_attention", return_aux, "lse", "weights")
+    low, high = (math.inf * b if abs(b) > largest(logits) else b for b in (low, high))
     if head_gate is not None:
         if logits.ndim != 3:
             raise ValueError(f"head_gate needs logits [E, H, D], got {list(logits.shape)}")
         check_head_gate(head_gate, logits.shape[1], logits.device, graph.num_graphs)
-        active = active_heads(head_gate, graph)
         dense_gate_grad = dense_gate_grad and head_gate.dtype != torch.bool
     impl = resolve_impl(impl, logits)
-    settings = low, high, denominator_eps
-    wanted = return_lse, return_weights
-    o, *extras = _attend(
-        logits,
-        v,
-        edge_value,
-        graph,
-        None if dense_gate_grad else active,
-        settings,
-        impl,
-        wanted,
-    )
-    if head_gate is not None:
-        o = gated(o, head_gate, graph.graph_ptr, dense_gate_grad, impl)
-    if active is not None and dense_gate_grad and extras:
-        extras = masked_extras(extras, active.rows, graph, return_lse, return_weights)
-    return (o, *extras) if extras else o
-
-
-def _attend(
-    logits: Tensor,
-    v: Tensor | None,
-    edge_value: Tensor | None,
-    graph: Graph,
-    active: Active | None,
-    settings: tuple[float, float, float],
-    impl: Impl,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor, ...]:
-    """-> o, and what is wanted besides: lse, weights."""
-    return_lse, return_weights = wanted
-    on_rows, on_cols = active or (None, None)
     if impl == "reference":
-        low, high, eps = settings
-        found = reference.channelwise_attention(
+        o, aux = reference.channelwise_attention(
             logits,
             v,
             graph,
             edge_value=edge_value,
             logit_clamp=None if (low, high) == (-math.inf, math.inf) else (low, high),
-            denominator_eps=eps,
-            return_lse=return_lse,
-            return_weights=return_weights,
-            active=on_rows,
+            denominator_eps=denominator_eps,
+            head_gate=head_gate,
+            dense_gate_grad=dense_gate_grad,
+            return_aux=request,
         )
-        return found if isinstance(found, tuple) else (found,)
-    tensors = [x for x in (logits, v, edge_value) if x is not None]
+        return o if return_aux is None else (o, aux)
+    mask = HeadMask(None, None) if head_gate is None else active_heads(head_gate, graph)
+    computed = HeadMask(None, None) if dense_gate_grad else mask
+    logit = ChannelwiseLogit(low, high, denominator_eps)
+    o, aux = _attend(x, graph, computed, logit, request, impl)
+    if head_gate is not None:
+        o = gated(o, head_gate, graph.graph_ptr, dense_gate_grad, impl)
+        aux = masked_aux(aux, mask, graph) if dense_gate_grad else aux
+    return o if return_aux is None else (o, aux)
+
+
+def _attend(
+    x: ChannelwiseInputs,
+    graph: Graph,
+    mask: HeadMask,
+    logit: ChannelwiseLogit,
+    request: AuxRequest,
+    impl: Impl,
+) -> tuple[Tensor, Aux]:
+    given = [t for t in x if t is not None]
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places of a Function
-        v = None if v is None else v.view_as(v)
-        edge_value = None if edge_value is None else edge_value.view_as(edge_value)
-        on_cols = None if on_cols is None else on_cols.view_as(on_cols)
-    refuse_forward_mode(*tensors)
+        x = ChannelwiseInputs(x.logits, _alias(x.v), _alias(x.edge_value))
+        mask = mask._replace(cols=_alias(mask.cols))
+    refuse_forward_mode(*given)
     plan = CPU if impl == "torch" else GATHER
     rows = row_walk(graph, plan)
-    if needs_gradient(*tensors):
-        columns = column_walk(graph, plan) if v is not None and v.requires_grad else ()
-        o, lse, weights = _ChannelwiseAttention.apply(
-            logits,
-            v,
-            edge_value,
-            on_rows,
-            on_cols,
-            graph,
-            impl,
-            rows,
-            columns,
-            settings,
-            return_weights,
-        )
+    if needs_gradient(*given):
+        columns = column_walk(graph, plan) if x.v is not None and x.v.requires_grad else ()
+        call = _Call(graph, impl, Walks(rows, columns), logit, request.weights)
+        o, lse, weights = _ChannelwiseAttention.apply(call, *x, *mask)
     else:
-        o, lse, weights, _ = _fwd(
-            impl, logits, v, edge_value, on_rows, rows, *settings, False, return_weights
-        )
-    return o, *(x for x, asked in ((lse, return_lse), (weights, return_weights)) if asked)
+        results = ChannelwiseResults(keep=False, return_weights=request.weights)
+        o, lse, weights, _ = _fwd(impl, *x, *mask, rows, *logit, *results)
+    return o, Aux(lse if request.lse else None, weights if request.weights else None)
 
 
-def _check(logits: Tensor, v: Tensor | None, graph: Graph, edge_value: Tensor | None) -> None:
+def _alias(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.view_as(x)
+
+
+def _check(inputs: ChannelwiseInputs, graph: Graph) -> None:
+    logits, v, edge_value = inputs
     check_graph(graph)
     if v is None and edge_value is None:
         raise ValueError("v and edge_value are both None: give at least one of them")
@@ -230,127 +254,107 @@ def _check(logits: Tensor, v: Tensor | None, graph: Graph, edge_value: Tensor | 
         )
 
 
+class _Call(NamedTuple):
+    """What goes through autograd as it is."""
+
+    graph: Graph
+    impl: Impl
+    walks: Walks
+    logit: ChannelwiseLogit
+    return_weights: bool
+
+
 class _ChannelwiseAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        v: Tensor | None,
-        edge_value: Tensor | None,
-        on_rows: Tensor | None,
-        on_cols: Tensor | None,
-        graph: Graph,
-        impl: str,
-        rows: tuple[Tensor, ...],
-        columns: tuple[Tensor, ...],
-        settings: tuple[float, float, float],
-        return_weights: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        o, lse, weights, stat = _fwd(
-            impl, logits, v, edge_value, on_rows, rows, *settings, True, return_weights
-        )
-        ctx.save_for_backward(logits, v, edge_value, on_rows, on_cols, stat)
-        ctx.graph, ctx.impl, ctx.rows, ctx.columns = graph, impl, rows, columns
-        ctx.settings = settings
+    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        results = ChannelwiseResults(keep=True, return_weights=call.return_weights)
+        rows = call.walks.row_walk
+        o, lse, weights, stat = _fwd(call.impl, *tensors, rows, *call.logit, *results)
+        ctx.call = call
+        ctx.save_for_backward(*tensors, stat)
         ctx.mark_non_differentiable(weights)
         ctx.set_materialize_grads(False)
         return o, lse, weights
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> tuple:
-        logits, v, edge_value, on_rows, on_cols, stat = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        call, (*tensors, stat) = ctx.call, ctx.saved_tensors
+        x, mask = ChannelwiseInputs(*tensors[:3]), HeadMask(*tensors[3:])
+        needs = ChannelwiseNeeds(*ctx.needs_input_grad[1:4])
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable
-            graph, (low, high, eps) = ctx.graph, ctx.settings
+            def define(*tensors: Any) -> tuple[Tensor, ...]:
+                inputs = ChannelwiseInputs(*tensors)
+                return reference.masked_channelwise_attention(inputs, call.graph, mask, call.logit)[
+                    :2
+                ]
 
-            def define(
-                logits: Tensor, v: Tensor | None, edge_value: Tensor | None
-            ) -> tuple[Tensor, ...]:
-                out = reference.channelwise_attention(
-                    logits,
-                    v,
-                    graph,
-                    edge_value=edge_value,
-                    logit_clamp=(low, high),
-                    denominator_eps=eps,
-                    return_lse=True,
-                    active=on_rows,
-                )
-                assert isinstance(out, tuple)
-                return out
-
-            inputs = [logits, v, edge_value]
-            grads = differentiable_gradients(define, inputs, [do, dlse], needs)
+            grads = differentiable_gradients(define, x, [do, dlse], needs)
         else:
             if do is None:
-                do = logits.new_zeros(()).expand(stat.shape[0], *logits.shape[1:])
-            tensors = logits, v, edge_value, on_rows, on_cols
-            args = do, dlse, *tensors, stat, ctx.rows, ctx.columns
-            found = _bwd(ctx.impl, *args, *ctx.settings, *needs)
-            grads = [x if need else None for x, need in zip(found, needs, strict=True)]
-        return (*grads, *[None] * 8)
+                do = x.logits.new_zeros(()).expand(stat.shape[0], *x.logits.shape[1:])
+            upstream = ChannelwiseUpstream(do, dlse, stat)
+            grads = _bwd(call.impl, *upstream, *x, *mask, *call.walks, *call.logit, *needs)
+            grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
+        return None, *grads, None, None
 
 
-# stat is what the backward needs of the rows, [N_rows, 3, C]: see kernels/channelwise_attention.py;
-# on_rows and on_cols [1 or N, H] are their heads that are not masked
-_INPUTS = "Tensor logits, Tensor? v, Tensor? edge_value"
-_SETTINGS = "float low, float high, float eps"
+FORWARD = Signature(ChannelwiseInputs, HeadMask, RowWalk, ChannelwiseLogit, ChannelwiseResults)
+BACKWARD = Signature(
+    ChannelwiseUpstream, ChannelwiseInputs, HeadMask, Walks, ChannelwiseLogit, ChannelwiseNeeds
+)
+# stat is what the backward needs of the rows: see kernels/channelwise_attention.py
 torch.library.define(
     "fastgt::channelwise_attention_fwd",
-    f"(str impl, {_INPUTS}, Tensor? on_rows, Tensor[] rows, {_SETTINGS}, bool keep,"
-    " bool return_weights)"
-    " -> (Tensor o, Tensor lse, Tensor weights, Tensor stat)",
+    f"(str impl, {FORWARD.schema}) -> (Tensor o, Tensor lse, Tensor weights, Tensor stat)",
 )
 torch.library.define(
     "fastgt::channelwise_attention_bwd",
-    f"(str impl, Tensor do, Tensor? dlse, {_INPUTS}, Tensor? on_rows, Tensor? on_cols, Tensor stat,"
-    f" Tensor[] rows, Tensor[] columns, {_SETTINGS}, bool need_logits, bool need_v,"
-    " bool need_edge_value) -> (Tensor dlogits, Tensor dv, Tensor dedge_value)",
+    f"(str impl, {BACKWARD.schema}) -> (Tensor dlogits, Tensor dv, Tensor dedge_value)",
 )
 
 
 @torch.library.register_fake("fastgt::channelwise_attention_fwd")
-def _(impl, logits, v, edge_value, on_rows, rows, low, high, eps, keep, return_weights):  # type: ignore[no-untyped-def]
-    n, channels, wide = rows[0].shape[0] - 1, logits.shape[1:], accumulator(logits)
+def _(impl: str, *flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, _, walk, _, results = FORWARD.split(flat)
+    n, channels, wide = walk.row_walk[0].shape[0] - 1, x.logits.shape[1:], accumulator(x.logits)
     return (
-        logits.new_empty(n, *channels),
-        logits.new_empty(n, *channels, dtype=wide),
-        logits.new_empty(logits.shape[0] if return_weights else 0, *channels),
-        logits.new_empty(n if keep else 0, 3, channels.numel(), dtype=wide),
+        x.logits.new_empty(n, *channels),
+        x.logits.new_empty(n, *channels, dtype=wide),
+        x.logits.new_empty(x.logits.shape[0] if results.return_weights else 0, *channels),
+        x.logits.new_empty(n if results.keep else 0, 3, channels.numel(), dtype=wide),
     )
 
 
 @torch.library.register_fake("fastgt::channelwise_attention_bwd")
-def _(impl, do, dlse, logits, v, edge_value, *rest):  # type: ignore[no-untyped-def]
-    need_logits, need_v, need_edge_value = rest[-3:]
+def _(impl: str, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, x, *_, needs = BACKWARD.split(flat)
     return (
-        logits.new_empty(logits.shape if need_logits else (0,)),
-        logits.new_empty(v.shape if need_v else (0,)),
-        logits.new_empty(logits.shape if need_edge_value else (0,)),
+        x.logits.new_empty(x.logits.shape if needs.need_logits else (0,)),
+        x.logits.new_empty(x.v.shape if needs.need_v else (0,)),
+        x.logits.new_empty(x.logits.shape if needs.need_edge_value else (0,)),
     )
 
 
-def _launch_fwd(impl: str, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _launch_fwd(impl: str, *flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = FORWARD.split(flat)
+    if impl != "torch":
+        require_triton(arguments[0].logits)
+    return _launchers(impl).channelwise_attention_fwd(*arguments)
+
+
+def _launch_bwd(impl: str, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _launchers(impl).channelwise_attention_bwd(*BACKWARD.split(flat))
+
+
+def _launchers(impl: str) -> ModuleType:
     if impl == "torch":
         from fastgt.cpu import channelwise_attention as cpu
 
-        return cpu.channelwise_attention_fwd(logits, *args)
-    require_triton(logits)
+        return cpu
     from fastgt.kernels import channelwise_attention as kernels
 
-    return kernels.channelwise_attention_fwd(logits, *args)
-
-
-def _launch_bwd(impl: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if impl == "torch":
-        from fastgt.cpu import channelwise_attention as cpu
-
-        # do, dlse, logits, v, edge_value, on_rows; on_cols, whose walks are cut by rows there
-        return cpu.channelwise_attention_bwd(*args[:6], *args[7:])
-    from fastgt.kernels import channelwise_attention as kernels
-
-    return kernels.channelwise_attention_bwd(*args)
+    return kernels
 
 
 torch.library.impl("fastgt::channelwise_attention_fwd", "CompositeExplicitAutograd", _launch_fwd)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fastgt.contract import PerInput
-from fastgt.ops import gated_aggregate, linear_attention
+from fastgt.ops import channelwise_attention, gated_aggregate, linear_attention
 from fastgt.ops.attention_launch import BACKWARD, FORWARD
 
 _COUNTER = "torch.utils.flop_counter"
@@ -98,24 +98,14 @@ def _attention_bwd(
     return 2 * _pairs(q, rows) * (scores * q[2] + weights * v[2] + channels)
 
 
-def _channelwise_attention_fwd(
-    impl: str, logits: Shape, v: Any, edge_value: Any, *rest: Any, out_shape: Any
-) -> int:
-    return 2 * _size(logits)
+def _channelwise_attention_fwd(impl: str, *flat: Any, out_shape: Any) -> int:
+    inputs, *_ = channelwise_attention.FORWARD.split(flat)
+    return 2 * _size(inputs.logits)
 
 
-def _channelwise_attention_bwd(
-    impl: str,
-    do: Shape,
-    dlse: Any,
-    logits: Shape,
-    v: Any,
-    edge_value: Any,
-    *rest: Any,
-    out_shape: Any,
-) -> int:
-    need_logits, need_v, _ = rest[-3:]
-    return 2 * _size(logits) * (need_logits + need_v)
+def _channelwise_attention_bwd(impl: str, *flat: Any, out_shape: Any) -> int:
+    _, inputs, *_, needs = channelwise_attention.BACKWARD.split(flat)
+    return 2 * _size(inputs.logits) * (needs.need_logits + needs.need_v)
 
 
 def _gated_aggregate_fwd(impl: str, *shapes: Any, out_shape: Any) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastgt.contract import Aux, HeadMask
 from fastgt.graph import Graph
 from fastgt.ops.checks import accumulator, check_float, readable
 from fastgt.ops.implementation import Impl
@@ -45,22 +45,18 @@ def head_mask(head_gate: Tensor) -> Tensor:
     return torch.atleast_2d(head_gate.detach() != 0).contiguous()
 
 
-class Active(NamedTuple):
-    """Which heads are not masked: of each row, and of each column; edges stay within graphs."""
-
-    rows: Tensor  # [1 or N_rows, H] bool
-    cols: Tensor  # [1 or N_cols, H] bool
+Active = HeadMask
 
 
-def active_heads(head_gate: Tensor, graph: Graph) -> Active:
+def active_heads(head_gate: Tensor, graph: Graph) -> HeadMask:
     mask = head_mask(head_gate)
     if mask.shape[0] == 1:
-        return Active(mask, mask)
+        return HeadMask(mask, mask)
     rows = mask.repeat_interleave(graph.graph_ptr.diff(), 0, output_size=graph.num_rows)
     if graph.graph_ptr is graph.col_graph_ptr:
-        return Active(rows, rows)
+        return HeadMask(rows, rows)
     sizes = graph.col_graph_ptr.diff()
-    return Active(rows, mask.repeat_interleave(sizes, 0, output_size=graph.num_cols))
+    return HeadMask(rows, mask.repeat_interleave(sizes, 0, output_size=graph.num_cols))
 
 
 def gated(
@@ -78,6 +74,30 @@ def gated(
     if gate.ndim == 2 and offsets is not None:
         gate = of_nodes(gate, offsets, out.shape[0], impl)
     return (out.to(wide) * gate[..., None]).to(out.dtype)
+
+
+def masked_aux(aux: Aux, mask: HeadMask, graph: Graph) -> Aux:
+    """Results that were computed for every head: a masked head gets those of a head without edges.
+
+    Its lse is -inf. Its weights and edge scores are 0.
+    """
+    on_rows = mask.rows
+    assert on_rows is not None
+    on_edges = on_rows
+    if on_rows.shape[0] > 1 and (aux.weights is not None or aux.edge_scores is not None):
+        on_edges = on_rows.index_select(0, graph.edge_index[1])
+    return Aux(
+        lse=_filled(aux.lse, on_rows, -math.inf),
+        weights=_filled(aux.weights, on_edges, 0.0),
+        edge_scores=_filled(aux.edge_scores, on_edges, 0.0),
+    )
+
+
+def _filled(x: Tensor | None, on: Tensor, value: float) -> Tensor | None:
+    """``x [N, H]`` or ``[N, H, D]``, with ``value`` for the heads that are not ``on``."""
+    if x is None:
+        return None
+    return x.masked_fill(~on[..., None] if x.ndim == 3 else ~on, value)
 
 
 def masked_extras(

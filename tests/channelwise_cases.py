@@ -12,6 +12,7 @@ import torch
 from attention_cases import (
     BF16,
     DEVICE,
+    FAST,
     FP16,
     FP32,
     FP64,
@@ -27,11 +28,14 @@ from hypothesis import strategies as st
 from fastgt import AuxRequest, Graph, channelwise_attention
 from fastgt.contract import Walks
 from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
-from fastgt.testing import random_edge_index, with_index_dtype
+from fastgt.testing import assert_as_accurate, random_edge_index, with_index_dtype
 
 NAMES = ("o", "lse", "weights", "dlogits", "dv", "dedge_value")
 PLANES = ("planes of heads", "planes of channels")
 TERMS = ("v", "edge_value", "both")
+WAYS = [*FAST, "buckets"]
+ALL = ["reference", *WAYS]
+PER_EDGE = ("weights", "dlogits", "dedge_value")
 
 
 @dataclass(repr=False)
@@ -221,6 +225,15 @@ def evaluate(case, impl, dtype=None):
     found = {"o": o, "lse": lse, "weights": weights}
     found |= {f"d{name}": x for name, x in zip(leaves, grads, strict=True)}
     return {name: x.detach() for name, x in found.items()}
+
+
+def accurate(x, impl):
+    """As near to float64 as plain PyTorch in the dtype of the case, twice or thrice its error."""
+    actual, eager = evaluate(x, impl), evaluate(x, "reference")
+    truth = evaluate(x, "reference", FP64)
+    for name, found in actual.items():
+        factor = 3.0 if name.startswith("d") else 2.0
+        assert_as_accurate(found, eager[name], truth[name], name, factor)
 
 
 def loops(case):

@@ -52,7 +52,7 @@ from .edge_tile import Operands, clamp_of, kept_share
 from .loads import dot, edge_slots, load_active, load_rows, rows_of, store_rows, tile_mask
 
 
-class Tables(NamedTuple):
+class Table(NamedTuple):
     """Windows of rows, as ``Windows`` in ``fastgt/tiles.py`` explains them."""
 
     window: Any  # [W, 5]
@@ -78,6 +78,7 @@ class WindowSizes(NamedTuple):
     DV: int
     CLAMP: bool
     DENSE: bool  # the columns stand one after another
+    GATED: bool  # heads may be masked
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_D: int
@@ -94,7 +95,7 @@ def _windows_fwd_kernel(
     o_ptr,  # [N, H, DV]
     lse_ptr,  # [N, H]
     weights_ptr,  # [E, H] or None
-    tables,
+    table,
     scale: tl.float64,
     low: tl.float64,
     high: tl.float64,
@@ -103,28 +104,28 @@ def _windows_fwd_kernel(
     T: tl.constexpr,
 ):
     """Grid (windows x heads): one program owns a window of rows and a head."""
-    row, mine, read, head, span, masked_from = own_rows(tables, active, T)
+    row, mine, read, head, span, masked_from = own_rows(table, active, T)
     clamp = clamp_of(scale, low, high, T.ACC)
     q = load_rows(x.q.ptr, x.q.stride, row, read, head, T.D, T.BLOCK_D, T.ALIGN)  # [M, D]
 
     top = tl.full([T.BLOCK_M], float("-inf"), T.ACC)
-    total = tl.full([T.BLOCK_M], 0.0, T.ACC)
-    acc = tl.full([T.BLOCK_M, T.BLOCK_DV], 0.0, T.ACC)
+    total = zero_rows(T)
+    acc = zero_tile(T.BLOCK_DV, T)
     for at in range(span.start, masked_from, T.BLOCK_N):
         top, total, acc = _fwd_tile(
-            q, top, total, acc, at, span, head, x, tables, clamp, False, False, T
+            q, top, total, acc, at, span, head, x, table, clamp, False, False, T
         )
     for at in range(masked_from, span.stop, T.BLOCK_N):
         top, total, acc = _fwd_tile(
-            q, top, total, acc, at, span, head, x, tables, clamp, True, False, T
+            q, top, total, acc, at, span, head, x, table, clamp, True, False, T
         )
     if spoilt(acc, read):
         top = tl.full([T.BLOCK_M], float("-inf"), T.ACC)
-        total = tl.full([T.BLOCK_M], 0.0, T.ACC)
-        acc = tl.full([T.BLOCK_M, T.BLOCK_DV], 0.0, T.ACC)
+        total = zero_rows(T)
+        acc = zero_tile(T.BLOCK_DV, T)
         for at in range(span.start, span.stop, 16):
             top, total, acc = _fwd_tile(
-                q, top, total, acc, at, span, head, x, tables, clamp, True, True, T
+                q, top, total, acc, at, span, head, x, table, clamp, True, True, T
             )
 
     if active is not None:
@@ -141,10 +142,10 @@ def _windows_fwd_kernel(
     if weights_ptr is not None:
         # not through the lse, which is rounded as the largest logit is
         for at in range(span.start, span.stop, T.BLOCK_N):
-            entry, within, col = entries(at, span, tables, T.DENSE, T.BLOCK_N)
+            entry, within, col = entries(at, span, table, T.DENSE, T.BLOCK_N)
             k = load_head(x.k, col, within, head // T.GROUP, T.D, T.BLOCK_D, T)
             s, live, _, edge = window_logits(
-                q, k, entry, within, head, x.bias, tables, clamp, True, True, T
+                q, k, entry, within, head, x.bias, table, clamp, True, True, T
             )
             p = tl.exp(s - pivot[:, None]) * norm[:, None]
             place = weights_ptr + edge.to(tl.int64) * T.H + head
@@ -161,7 +162,7 @@ def _fwd_tile(
     span,
     head,
     x,
-    tables,
+    table,
     clamp,
     MASKED: tl.constexpr,
     EXACT: tl.constexpr,
@@ -169,12 +170,10 @@ def _fwd_tile(
 ):
     """One step of the online softmax: -> top, total [M], acc [M, DV]."""
     BLOCK_N: tl.constexpr = 16 if EXACT else T.BLOCK_N
-    entry, within, col = entries(at, span, tables, T.DENSE, BLOCK_N)
+    entry, within, col = entries(at, span, table, T.DENSE, BLOCK_N)
     k = load_head(x.k, col, within, head // T.GROUP, T.D, T.BLOCK_D, T)  # [N, D]
     v = load_head(x.v, col, within, head // T.GROUP, T.DV, T.BLOCK_DV, T)
-    s, live, _, _ = window_logits(
-        q, k, entry, within, head, x.bias, tables, clamp, MASKED, False, T
-    )
+    s, live, _, _ = window_logits(q, k, entry, within, head, x.bias, table, clamp, MASKED, False, T)
     new_top = tl.maximum(top, tl.max(s, 1))
     pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
     decay = tl.exp(top - pivot)
@@ -189,11 +188,23 @@ def _fwd_tile(
 
 
 @triton.jit
-def own_rows(tables, active, T: tl.constexpr):
+def zero_rows(T: tl.constexpr):
+    """Zeros for each row, [M]."""
+    return tl.full([T.BLOCK_M], 0.0, T.ACC)
+
+
+@triton.jit
+def zero_tile(BLOCK_D: tl.constexpr, T: tl.constexpr):
+    """Zeros for each row and channel, [M, D]."""
+    return tl.full([T.BLOCK_M, BLOCK_D], 0.0, T.ACC)
+
+
+@triton.jit
+def own_rows(table, active, T: tl.constexpr):
     """-> rows of this program's window [M], which exist, which to read, the head, the entries, and
     where those begin that not all rows have."""
     head = tl.program_id(0) % T.H
-    first, last, span, full = own_window(tables, tl.program_id(0) // T.H)
+    first, last, span, full = own_window(table, tl.program_id(0) // T.H)
     row = first + tl.arange(0, T.BLOCK_M)
     mine = row < last
     masked_from = span.start + full // T.BLOCK_N * T.BLOCK_N
@@ -212,24 +223,24 @@ def unmasked(active, row, mine, head, span):
 
 
 @triton.jit
-def own_window(tables, window):
+def own_window(table, window):
     """-> first row and end, entries, how many leading entries every row has."""
-    at = tables.window + 5 * window.to(tl.int64)
+    at = table.window + 5 * window.to(tl.int64)
     first, last = tl.load(at).to(tl.int64), tl.load(at + 1).to(tl.int64)
     span = Span(tl.load(at + 2).to(tl.int64), tl.load(at + 3).to(tl.int64))
     return first, last, span, tl.load(at + 4)
 
 
 @triton.jit
-def entries(at, span, tables, DENSE: tl.constexpr, BLOCK_N: tl.constexpr):
+def entries(at, span, table, DENSE: tl.constexpr, BLOCK_N: tl.constexpr):
     """-> the next entries [N], which of them exist, and their columns, int64."""
     entry = at + tl.arange(0, BLOCK_N)
     within = entry < span.stop
     if DENSE:
         # one after another, beginning with the graph's first column
-        col = tl.load(tables.other + span.start).to(tl.int64) + entry - span.start
+        col = tl.load(table.other + span.start).to(tl.int64) + entry - span.start
     else:
-        col = tl.load(tables.other + entry, mask=within, other=0).to(tl.int64)
+        col = tl.load(table.other + entry, mask=within, other=0).to(tl.int64)
     return entry, within, col
 
 
@@ -247,7 +258,7 @@ def window_logits(
     within,
     head,
     bias,
-    tables,
+    table,
     clamp,
     MASKED: tl.constexpr,
     NUMBERED: tl.constexpr,
@@ -262,11 +273,11 @@ def window_logits(
     live = tl.full(s.shape, True, tl.int1)
     edge = entry[None, :]
     if MASKED or bias is not None or NUMBERED:
-        bits = tl.load(tables.bits + entry, mask=within, other=0)  # [N]
+        bits = tl.load(table.bits + entry, mask=within, other=0)  # [N]
         mask = tile_mask(bits, T.BLOCK_M)
         if bias is not None or NUMBERED:
-            base = tl.load(tables.base + entry, mask=within, other=0)
-            edge = edge_slots(tables.edge, bits, base, mask, T.BLOCK_M)
+            base = tl.load(table.base + entry, mask=within, other=0)
+            edge = edge_slots(table.edge, bits, base, mask, T.BLOCK_M)
         if MASKED:
             live = mask
     through = live
@@ -313,18 +324,18 @@ def windows_fwd(row_walk, height, dense, inputs, terms, mask, logit, switches):
     q, _, v = inputs
     n, heads, _ = q.shape
     scale, low, high, eps = logit
-    tables = Tables(*row_walk[3:])
+    table = Table(*row_walk[3:])
     o = q.new_empty(n, heads, v.shape[2])
     lse = q.new_empty(n, heads, dtype=accumulator(q))
     weights = on_edges(q, mask.rows, row_walk[1].shape[0], heads) if switches.make_weights else None
     numbered = terms.bias is not None or switches.make_weights
-    form = height, dense, clamps(low, high)
-    _windows_fwd_kernel[(tables.window.shape[0] * heads,)](
+    form = height, dense, clamps(low, high), mask.rows is not None
+    _windows_fwd_kernel[(table.window.shape[0] * heads,)](
         Operands(*map(rows_of, inputs), rows_of(terms.bias)),
         o,
         lse,
         weights,
-        tables,
+        table,
         scale,
         low,
         high,
@@ -337,7 +348,8 @@ def windows_fwd(row_walk, height, dense, inputs, terms, mask, logit, switches):
 
 def windows_plan(direction, inputs, aligned, form, numbered):
     """-> the constants of a kernel; ``form``: height of windows, whether they are dense, whether
-    logits are clamped; ``numbered``: edges are asked for their numbers."""
+    logits are clamped, and whether heads are masked; ``numbered``: edges are asked for their
+    numbers."""
     q, k, v = inputs
     # a dot product takes at least 16 channels
     width = max(16, power_of_2(max(q.shape[2], v.shape[2])))
@@ -349,7 +361,7 @@ def windows_plan(direction, inputs, aligned, form, numbered):
 
 
 @cache
-def _sizes(block_n, shape, kind, align, height, dense, clamp):
+def _sizes(block_n, shape, kind, align, height, dense, clamp, gated):
     heads, kv_heads, d, dv = shape
     dtype, dot_type, precision = kind
     return WindowSizes(
@@ -359,6 +371,7 @@ def _sizes(block_n, shape, kind, align, height, dense, clamp):
         DV=dv,
         CLAMP=clamp,
         DENSE=dense,
+        GATED=gated,
         BLOCK_M=height,
         BLOCK_N=block_n,
         BLOCK_D=max(16, power_of_2(d)),

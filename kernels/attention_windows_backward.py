@@ -15,7 +15,7 @@ from fastgt.contract import PerInput
 
 from .attention import head_rows, on_edges
 from .attention_windows import (
-    Tables,
+    Table,
     add_columns,
     entries,
     load_head,
@@ -25,6 +25,8 @@ from .attention_windows import (
     unmasked,
     window_logits,
     windows_plan,
+    zero_rows,
+    zero_tile,
 )
 from .configs import clamps, log
 from .edge_tile import Operands, clamp_of, kept_share
@@ -52,9 +54,9 @@ def _windows_bwd_dq_kernel(
     do,
     dlse,
     o,
-    stored,  # Stored, of which w and gamma are written
+    saved,  # Stored, of which w and gamma are written
     dq_ptr,  # [N, H, D] or None
-    tables,  # of rows
+    table,  # of rows
     scale: tl.float64,
     low: tl.float64,
     high: tl.float64,
@@ -63,47 +65,60 @@ def _windows_bwd_dq_kernel(
     T: tl.constexpr,
 ):
     """Grid (windows x heads): dq, w and gamma of a window's rows."""
-    row, mine, read, head, span, masked_from = own_rows(tables, active, T)
+    row, mine, read, head, span, masked_from = own_rows(table, active, T)
     clamp = clamp_of(scale, low, high, T.ACC)
     q = load_head(x.q, row, read, head, T.D, T.BLOCK_D, T)  # [M, D]
     up = load_head(do, row, read, head, T.DV, T.BLOCK_DV, T)  # [M, DV]
     out = load_rows(o.ptr, o.stride, row, mine, head, T.DV, T.BLOCK_DV, 1)
     at_row = row * T.H + head
-    lse = load_lse(stored.lse + at_row, mine)  # [M]
+    lse = load_lse(saved.lse + at_row, mine)  # [M]
     kept = kept_share(lse, log_eps, T.ACC)
-    g = tl.full([T.BLOCK_M], 0.0, T.ACC)
+    g = zero_rows(T)
     if dlse is not None:
         at_dlse = dlse.ptr + row * dlse.stride[0] + head.to(tl.int64) * dlse.stride[1]
         g = tl.load(at_dlse, mask=mine, other=0.0).to(T.ACC)
     guess = kept * tl.sum(up.to(T.ACC) * out.to(T.ACC), 1) - g
     # any finite number will do
     guess = tl.where(tl.abs(guess) < float("inf"), guess, 0.0)
-    of_row = RowTile(q, up, lse, kept, guess)
+    own = RowTile(q, up, lse, kept, guess)
 
     NEED_Q: tl.constexpr = dq_ptr is not None
-    total = tl.full([T.BLOCK_M], 0.0, T.ACC)
-    delta = tl.full([T.BLOCK_M], 0.0, T.ACC)
-    dsk = tl.full([T.BLOCK_M, T.BLOCK_D], 0.0, T.ACC)
-    pk = tl.full([T.BLOCK_M, T.BLOCK_D], 0.0, T.ACC)
+    total = zero_rows(T)
+    delta = zero_rows(T)
+    dsk = zero_tile(T.BLOCK_D, T)
+    pk = zero_tile(T.BLOCK_D, T)
     for at in range(span.start, masked_from, T.BLOCK_N):
         total, delta, dsk, pk = _dq_tile(
-            of_row, total, delta, dsk, pk, at, span, head, x, tables, clamp, NEED_Q, False, False, T
+            own, total, delta, dsk, pk, at, span, head, x, table, clamp, NEED_Q, False, False, T
         )
     for at in range(masked_from, span.stop, T.BLOCK_N):
         total, delta, dsk, pk = _dq_tile(
-            of_row, total, delta, dsk, pk, at, span, head, x, tables, clamp, NEED_Q, True, False, T
+            own, total, delta, dsk, pk, at, span, head, x, table, clamp, NEED_Q, True, False, T
         )
     if NEED_Q:
         if spoilt(dsk + pk, read):
-            total = tl.full([T.BLOCK_M], 0.0, T.ACC)
-            delta = tl.full([T.BLOCK_M], 0.0, T.ACC)
-            dsk = tl.full([T.BLOCK_M, T.BLOCK_D], 0.0, T.ACC)
-            pk = tl.full([T.BLOCK_M, T.BLOCK_D], 0.0, T.ACC)
+            total = zero_rows(T)
+            delta = zero_rows(T)
+            dsk = zero_tile(T.BLOCK_D, T)
+            pk = zero_tile(T.BLOCK_D, T)
             for at in range(span.start, span.stop, 16):
                 total, delta, dsk, pk = _dq_tile(
-                    of_row, total, delta, dsk, pk, at, span, head, x, tables, clamp, True, True,
-                    True, T,
-                )  # fmt: skip
+                    own,
+                    total,
+                    delta,
+                    dsk,
+                    pk,
+                    at,
+                    span,
+                    head,
+                    x,
+                    table,
+                    clamp,
+                    True,
+                    True,
+                    True,
+                    T,
+                )
 
     total = tl.where(total == 0.0, 1.0, total)
     w = kept / total
@@ -111,8 +126,8 @@ def _windows_bwd_dq_kernel(
     # where no edge counts, neither do the upstream gradients, finite or not
     empty = lse == float("inf")
     gamma = tl.where(empty, 0.0, gamma)
-    tl.store(stored.wgamma + 2 * at_row, w, mask=mine)
-    tl.store(stored.wgamma + 2 * at_row + 1, gamma, mask=mine)
+    tl.store(saved.wgamma + 2 * at_row, w, mask=mine)
+    tl.store(saved.wgamma + 2 * at_row + 1, gamma, mask=mine)
     if NEED_Q:
         dq = (dsk + (guess - gamma * total)[:, None] * pk) / total[:, None]
         dq = tl.where(empty[:, None], 0.0, dq) * clamp.scale
@@ -131,7 +146,7 @@ class RowTile(NamedTuple):
 
 @triton.jit
 def _dq_tile(
-    of_row,  # RowTile
+    own,  # RowTile
     total,
     delta,
     dsk,
@@ -140,7 +155,7 @@ def _dq_tile(
     span,
     head,
     x,
-    tables,
+    table,
     clamp,
     NEED_Q: tl.constexpr,
     MASKED: tl.constexpr,
@@ -150,18 +165,18 @@ def _dq_tile(
     """Sums over BLOCK_N more columns: p, p dp [M]; p (r dp - guess) k and p k [M, D]."""
     BLOCK_N: tl.constexpr = 16 if EXACT else T.BLOCK_N
     kv_head = head // T.GROUP
-    entry, within, col = entries(at, span, tables, T.DENSE, BLOCK_N)
+    entry, within, col = entries(at, span, table, T.DENSE, BLOCK_N)
     k = load_head(x.k, col, within, kv_head, T.D, T.BLOCK_D, T)  # [N, D]
     v = load_head(x.v, col, within, kv_head, T.DV, T.BLOCK_DV, T)
     s, live, through, _ = window_logits(
-        of_row.q, k, entry, within, head, x.bias, tables, clamp, MASKED, False, T
+        own.q, k, entry, within, head, x.bias, table, clamp, MASKED, False, T
     )
-    p = tl.exp(s - of_row.lse[:, None])  # [M, N]
-    dp = tl.where(live, dot(of_row.do, tl.trans(v), None, T.ACC, T.DOT, T.PRECISION), 0.0)
+    p = tl.exp(s - own.lse[:, None])  # [M, N]
+    dp = tl.where(live, dot(own.do, tl.trans(v), None, T.ACC, T.DOT, T.PRECISION), 0.0)
     total += tl.sum(p, 1)
     delta += tl.sum(p * dp, 1)
     if NEED_Q:
-        ds = tl.where(through, p * (of_row.kept[:, None] * dp - of_row.guess[:, None]), 0.0)
+        ds = tl.where(through, p * (own.kept[:, None] * dp - own.guess[:, None]), 0.0)
         p = tl.where(through, p, 0.0)
         if EXACT:
             dsk = add_columns(dsk, ds, live, x.k, entry, col, span, kv_head, T.D)
@@ -176,9 +191,9 @@ def _dq_tile(
 def _windows_bwd_dkv_kernel(
     x,  # Operands
     do,
-    stored,  # Stored
+    saved,  # Stored
     out,  # ColumnGrads
-    tables,  # of columns
+    table,  # of columns
     scale: tl.float64,
     low: tl.float64,
     high: tl.float64,
@@ -190,49 +205,61 @@ def _windows_bwd_dkv_kernel(
     The query heads that share a key head come one after another.
     """
     H_KV: tl.constexpr = T.H // T.GROUP
-    GATED: tl.constexpr = active is not None
     kv_head = tl.program_id(0) % H_KV
-    first, last, span, full = own_window(tables, tl.program_id(0) // H_KV)
+    first, last, span, full = own_window(table, tl.program_id(0) // H_KV)
     col = first + tl.arange(0, T.BLOCK_M)
     mine = col < last
     clamp = clamp_of(scale, low, high, T.ACC)
     k = load_head(x.k, col, mine, kv_head, T.D, T.BLOCK_D, T)  # [M, D]
     v = load_head(x.v, col, mine, kv_head, T.DV, T.BLOCK_DV, T)
     masked_from = span.start + full // T.BLOCK_N * T.BLOCK_N
-    if GATED:
+    if T.GATED:
         masked_from = span.start
 
-    dk = tl.full([T.BLOCK_M, T.BLOCK_D], 0.0, T.ACC)
-    dv = tl.full([T.BLOCK_M, T.BLOCK_DV], 0.0, T.ACC)
+    dk = zero_tile(T.BLOCK_D, T)
+    dv = zero_tile(T.BLOCK_DV, T)
     for member in range(T.GROUP):
         head = kv_head * T.GROUP + member
         end, read = span.stop, mine
-        if GATED:
+        if T.GATED:
             # heads of columns: no edge leaves its graph
             read, end = unmasked(active, col, mine, head, span)
         for at in range(span.start, masked_from, T.BLOCK_N):
             dk, dv = _dkv_tile(
-                k, v, dk, dv, read, at, span, head, x, do, stored, out, tables, clamp, False, False,
-                GATED, T,
-            )  # fmt: skip
+                k, v, dk, dv, read, at, span, head, x, do, saved, out, table, clamp, False, False, T
+            )
         for at in range(masked_from, end, T.BLOCK_N):
             dk, dv = _dkv_tile(
-                k, v, dk, dv, read, at, span, head, x, do, stored, out, tables, clamp, True, False,
-                GATED, T,
-            )  # fmt: skip
+                k, v, dk, dv, read, at, span, head, x, do, saved, out, table, clamp, True, False, T
+            )
     if spoilt(dk, mine) or spoilt(dv, mine):
-        dk = tl.full([T.BLOCK_M, T.BLOCK_D], 0.0, T.ACC)
-        dv = tl.full([T.BLOCK_M, T.BLOCK_DV], 0.0, T.ACC)
+        dk = zero_tile(T.BLOCK_D, T)
+        dv = zero_tile(T.BLOCK_DV, T)
         for member in range(T.GROUP):
             head = kv_head * T.GROUP + member
             end, read = span.stop, mine
-            if GATED:
+            if T.GATED:
                 read, end = unmasked(active, col, mine, head, span)
             for at in range(span.start, end, 16):
                 dk, dv = _dkv_tile(
-                    k, v, dk, dv, read, at, span, head, x, do, stored, out, tables, clamp, True,
-                    True, GATED, T,
-                )  # fmt: skip
+                    k,
+                    v,
+                    dk,
+                    dv,
+                    read,
+                    at,
+                    span,
+                    head,
+                    x,
+                    do,
+                    saved,
+                    out,
+                    table,
+                    clamp,
+                    True,
+                    True,
+                    T,
+                )
 
     if out.dk is not None:
         store_rows(out.dk, col, mine, kv_head, H_KV, T.D, T.BLOCK_D, dk * clamp.scale)
@@ -252,28 +279,27 @@ def _dkv_tile(
     head,
     x,
     do,
-    stored,
+    saved,
     out,
-    tables,
+    table,
     clamp,
     MASKED: tl.constexpr,
     EXACT: tl.constexpr,
-    GATED: tl.constexpr,
     T: tl.constexpr,
 ):
     """Sums over BLOCK_N more rows: dk [M, D] (unscaled), dv [M, DV]; stores dbias."""
     BLOCK_N: tl.constexpr = 16 if EXACT else T.BLOCK_N
     NUMBERED: tl.constexpr = out.dbias is not None
-    entry, within, row = entries(at, span, tables, T.DENSE, BLOCK_N)
+    entry, within, row = entries(at, span, table, T.DENSE, BLOCK_N)
     q = load_head(x.q, row, within, head, T.D, T.BLOCK_D, T)  # [N, D]
     up = load_head(do, row, within, head, T.DV, T.BLOCK_DV, T)
     at_row = row * T.H + head
-    lse = load_lse(stored.lse + at_row, within)  # [N]
-    w = tl.load(stored.wgamma + 2 * at_row, mask=within, other=0.0)
+    lse = load_lse(saved.lse + at_row, within)  # [N]
+    w = tl.load(saved.wgamma + 2 * at_row, mask=within, other=0.0)
     s, live, through, edge = window_logits(
-        k, q, entry, within, head, x.bias, tables, clamp, MASKED, NUMBERED, T
+        k, q, entry, within, head, x.bias, table, clamp, MASKED, NUMBERED, T
     )
-    if GATED:
+    if T.GATED:
         live &= mine[:, None]
         through &= mine[:, None]
         s = tl.where(live, s, float("-inf"))
@@ -285,7 +311,7 @@ def _dkv_tile(
         else:
             dv = dot(a.to(up.dtype), up, dv, T.ACC, T.DOT, T.PRECISION)
     if out.dk is not None or out.dbias is not None:
-        gamma = tl.load(stored.wgamma + 2 * at_row + 1, mask=within, other=0.0)
+        gamma = tl.load(saved.wgamma + 2 * at_row + 1, mask=within, other=0.0)
         dp = dot(v, tl.trans(up), None, T.ACC, T.DOT, T.PRECISION)
         ds = tl.where(live, p * (w[None, :] * dp - gamma[None, :]), 0.0)
         if out.dbias is not None:
@@ -311,19 +337,19 @@ def windows_bwd(
     )
     dbias = on_edges(terms.bias, mask.rows, *terms.bias.shape) if needs[3] else None
     x = Operands(*map(rows_of, inputs), rows_of(terms.bias))
-    do, lse, tables = rows_of(upstream.do), saved.lse, Tables(*row_walk[3:])
+    do, lse, table = rows_of(upstream.do), saved.lse, Table(*row_walk[3:])
     stored = Stored(lse, lse.new_empty(*lse.shape, 2))
-    form = height, dense, clamps(low, high)
+    form = height, dense, clamps(low, high), mask.rows is not None
     aligned = *inputs, upstream.do
     meta = windows_plan("bwd", inputs, aligned, form, terms.bias is not None)
-    _windows_bwd_dq_kernel[(tables.window.shape[0] * inputs.q.shape[1],)](
+    _windows_bwd_dq_kernel[(table.window.shape[0] * inputs.q.shape[1],)](
         x,
         do,
         rows_of(upstream.dlse),
         rows_of(saved.o),
         stored,
         dq,
-        tables,
+        table,
         scale,
         low,
         high,
@@ -337,7 +363,7 @@ def windows_bwd(
             do,
             stored,
             ColumnGrads(dk, dv, dbias),
-            Tables(*column_walk),
+            Table(*column_walk),
             scale,
             low,
             high,

@@ -55,9 +55,17 @@ def next_edges(walk, begin, end, step, NUMBERED: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def take_rows(
-    ptr_ptr, few_ptr, middle_ptr, segment_ptr, num_rows, num_middle, num_segments,
-    BUCKETS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+    ptr_ptr,
+    few_ptr,
+    middle_ptr,
+    segment_ptr,
+    num_rows,
+    num_middle,
+    num_segments,
+    BUCKETS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
     """What this program works on: -> row [R], which of them exist, begin and end [R], stride.
 
     Without buckets, BLOCK_R rows one after another. With them, the first programs take a segment

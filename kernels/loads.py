@@ -66,9 +66,16 @@ def _address(
 
 @triton.jit
 def load_rows(
-    ptr, stride, row, live, head, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+    ptr,
+    stride,
+    row,
+    live,
+    head,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
     first=0,
-):  # fmt: skip
+):
     """Rows ``row`` [M] of one head of an [N, H, D] tensor: -> [M, D], 0 where not ``live``.
 
     Or BLOCK_D of the channels, from the ``first`` on.

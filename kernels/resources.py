@@ -183,11 +183,11 @@ def _designed_bytes(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
 
 
 def _designed_bytes_windows(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
-    index, item = pointers["tables.edge"], pointers["x.k.ptr"]
+    index, item = pointers["table.edge"], pointers["x.k.ptr"]
     total = (meta["BLOCK_D"] + meta["BLOCK_DV"]) * item
     if kernel.endswith("dkv_kernel"):
-        total += 3 * pointers["stored.lse"]  # and w and gamma
-    total += pointers["tables.bits"] + (0 if meta["DENSE"] else index)
+        total += 3 * pointers["saved.lse"]  # and w and gamma
+    total += pointers["table.bits"] + (0 if meta["DENSE"] else index)
     bias = pointers.get("x.bias.ptr", 0)
     if bias or "out.dbias" in pointers:
         # each bit's edge, the first one's number beside the bits

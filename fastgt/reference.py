@@ -28,26 +28,12 @@ from fastgt.philox import LEVELS, kept, threshold
 
 
 @overload
-def neighborhood_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    graph: Graph,
-    *,
-    return_aux: None = None,
-    **options: Any,
-) -> Tensor: ...
+def neighborhood_attention(*inputs: Any, return_aux: None = None, **options: Any) -> Tensor: ...
 
 
 @overload
 def neighborhood_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    graph: Graph,
-    *,
-    return_aux: AuxRequest,
-    **options: Any,
+    *inputs: Any, return_aux: AuxRequest, **options: Any
 ) -> tuple[Tensor, Aux]: ...
 
 
@@ -89,17 +75,12 @@ def neighborhood_attention(  # type: ignore[misc]  # overloads leave the options
             gate = gate.repeat_interleave(graph.graph_ptr.diff(), 0, output_size=len(q))
         active = torch.atleast_2d(gate.detach() != 0)
     dense = dense_gate_grad and gate is not None and gate.dtype != torch.bool
+    edges = EdgeTensors(
+        edge_bias, edge_gate, edge_key, edge_value, edge_attr, edge_key_weight, edge_value_weight
+    )
     out, aux = masked_attention(
         Inputs(q, k, v),
-        EdgeTensors(
-            edge_bias,
-            edge_gate,
-            edge_key,
-            edge_value,
-            edge_attr,
-            edge_key_weight,
-            edge_value_weight,
-        ),
+        edges,
         None if dense else active,
         graph,
         Logit(scale, low, high, denominator_eps),

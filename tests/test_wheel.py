@@ -14,7 +14,7 @@ import fastgt
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-WITH_AUX = (fastgt.neighborhood_attention, fastgt.channelwise_attention)
+WITH_AUX = (fastgt.channelwise_attention, fastgt.gated_aggregate)
 CLIENTS = [
     "typed_client.py",
     pytest.param(

@@ -1,24 +1,17 @@
-"""What a type checker sees of results that are asked for. No test runs it: checkers read it."""
+"""What a type checker sees of results that are requested. No test runs it: checkers read it."""
 
 from typing import assert_type
 
 import torch
 from torch import Tensor
 
-from fastgt import Aux, AuxRequest, Graph, channelwise_attention, neighborhood_attention
+from fastgt import Aux, AuxRequest, Graph, channelwise_attention, gated_aggregate
 
 graph = Graph.from_edge_index(torch.tensor([[1, 2], [0, 1]]), num_nodes=3)
-q, k, v = torch.randn(3, 3, 2, 8)
-logits = torch.randn(2, 2, 8)
+x, edges = torch.randn(3, 2, 8), torch.randn(2, 2, 8)
+weights, scores = AuxRequest(weights=True), AuxRequest(edge_scores=True)
 
-assert_type(neighborhood_attention(q, k, v, graph), Tensor)
-assert_type(neighborhood_attention(q, k, v, graph, edge_gate=logits), Tensor)
-assert_type(channelwise_attention(logits, v, graph), Tensor)
-
-out, aux = neighborhood_attention(q, k, v, graph, return_aux=AuxRequest(lse=True))
-assert_type(out, Tensor)
-assert_type(aux, Aux)
-assert_type(aux.lse, Tensor | None)
-
-both = channelwise_attention(logits, v, graph, return_aux=AuxRequest(weights=True))
-assert_type(both, tuple[Tensor, Aux])
+assert_type(channelwise_attention(edges, x, graph), Tensor)
+assert_type(channelwise_attention(edges, x, graph, return_aux=weights), tuple[Tensor, Aux])
+assert_type(gated_aggregate(x, graph, edges), Tensor)
+assert_type(gated_aggregate(x, graph, edges, return_aux=scores), tuple[Tensor, Aux])

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from fastgt import (
+    Aux,
+    AuxRequest,
     Graph,
     aggregate,
     head_projection,
     linear_attention,
+    neighborhood_attention,
     segment_mean,
     segment_softmax,
     virtual_node,
@@ -32,6 +35,13 @@ assert_type(linear_attention(q, k, v, offsets), Tensor)
 assert_type(segment_mean(q, offsets), Tensor)
 assert_type(virtual_node(q, torch.randn(1, 2, 8), offsets), tuple[Tensor, Tensor])
 assert_type(head_projection(torch.randn(3, 8), torch.randn(2, 4, 8)), Tensor)
+
+assert_type(neighborhood_attention(q, k, v, graph), Tensor)
+assert_type(neighborhood_attention(q, k, v, graph, edge_bias=torch.randn(2, 2)), Tensor)
+out, aux = neighborhood_attention(q, k, v, graph, return_aux=AuxRequest(lse=True))
+assert_type(out, Tensor)
+assert_type(aux, Aux)
+assert_type(aux.lse, Tensor | None)
 
 layer = NeighborhoodAttention(16, heads=2)
 assert_type(layer.forward(torch.randn(3, 16), graph), Tensor)

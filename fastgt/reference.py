@@ -436,13 +436,14 @@ def linear_attention(
 ) -> Tensor:
     """See :func:`fastgt.linear_attention`."""
     bounds = [0, len(q)] if offsets is None else offsets.tolist()
-    sizes = torch.tensor(bounds, device=q.device).diff()
-    graph_of = torch.arange(len(sizes), device=q.device).repeat_interleave(sizes)
     keep = None
-    if head_gate is not None and not (dense_gate_grad and head_gate.dtype != torch.bool):
-        mask = torch.atleast_2d(head_gate.detach() != 0)
-        keep = mask.expand(len(sizes), -1)[graph_of][..., None]  # [N, H, 1]
-        q, k, v = (torch.where(keep, x, 0) for x in (q, k, v))
+    if head_gate is not None:
+        sizes = torch.tensor(bounds, device=q.device).diff()
+        graph_of = torch.arange(len(sizes), device=q.device).repeat_interleave(sizes)
+        if not dense_gate_grad or head_gate.dtype == torch.bool:
+            mask = torch.atleast_2d(head_gate.detach() != 0)
+            keep = mask.expand(len(sizes), -1)[graph_of][..., None]  # [N, H, 1]
+            q, k, v = (torch.where(keep, x, 0) for x in (q, k, v))
     dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     # a graph's sums of finite numbers overflow float16
     q, k, v = (x.to(wide) for x in (q, k, v))
@@ -467,7 +468,7 @@ def linear_attention(
     if keep is not None:
         # no gradient of masked heads, whatever stands upstream
         gate = gate.masked_fill(head_gate.detach() == 0, 0)
-    if gate.ndim == 2:
+    if gate.ndim == 2 and offsets is not None:
         gate = gate[graph_of]
     return (whole.to(wide) * gate[..., None]).to(dtype)
 

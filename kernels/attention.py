@@ -385,11 +385,6 @@ def attention_plan(inputs, aligned, walk, heads, edges, clamp, active):
     return Call(Walk(*walk[:3], few, middle, segment), split, counts, grid, on_heads, meta)
 
 
-def active_heads(active):
-    rows, heads = head_rows(active).stride
-    return {"active_ptr": active, "active_stride": (rows, heads)}
-
-
 def head_rows(active):
     """``Rows`` of [1 or N, H]: where rows share their heads, a stride of 0."""
     rows = active.stride(0) if active.shape[0] > 1 else 0

@@ -43,7 +43,8 @@ from .attention import attention_fwd
 from .attention_backward import attention_bwd
 from .attention_windows import windows_fwd
 from .attention_windows_backward import windows_bwd
-from .channelwise_attention import channelwise_attention_bwd, channelwise_attention_fwd
+from .channelwise_attention import channelwise_attention_fwd
+from .channelwise_attention_backward import channelwise_attention_bwd
 from .configs import FILLERS
 from .gated_aggregate import gated_aggregate_bwd, gated_aggregate_fwd
 from .head_projection import head_contract, head_expand, head_outer

@@ -229,12 +229,13 @@ def _designed_bytes_channelwise(kernel: str, meta: dict, pointers: dict[str, int
     """Indices, and channels of the logits, of v and edge values, or of two tables of the rows."""
     if "combine" in kernel:
         return 3 * meta["BLOCK_C"] * pointers["part_ptr"]
-    item, index = pointers["s_ptr"], pointers["edge_ptr"]
+    index = pointers["walk.edge"]
     if "columns" in kernel:
-        return meta["BLOCK_C"] * (item + 2 * pointers["cu_ptr"]) + 2 * index
-    values = meta.get("NEED_S", True)
-    rows = 1 + values * (meta["HAS_V"] + meta["HAS_EDGE"])
-    return meta["BLOCK_C"] * rows * item + index * (1 + values * meta["HAS_V"])
+        return meta["BLOCK_C"] * (pointers["logits.ptr"] + 2 * pointers["cu_ptr"]) + 2 * index
+    values = "edges" not in kernel or "out.ds" in pointers
+    has_v, has_edge = "x.v.ptr" in pointers, "x.edge_value.ptr" in pointers
+    rows = 1 + values * (has_v + has_edge)
+    return meta["BLOCK_C"] * rows * pointers["x.logits.ptr"] + index * (1 + values * has_v)
 
 
 # tensors of which an aggregation loads channels for each edge or segment, those that are given

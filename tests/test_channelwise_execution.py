@@ -180,12 +180,12 @@ def test_a_hub_beyond_one_segment(turned):
 def test_any_tile_gives_the_same(monkeypatch, tile, plan):
     """Degrees at and around every block size, and rows beyond a block of rows."""
     pytest.importorskip("triton")
-    import fastgt.kernels.channelwise_attention as kernels
+    from fastgt.kernels import channelwise_tile
     from fastgt.kernels.configs import Tile
 
     chosen = Tile(*tile, num_warps=4)
-    monkeypatch.setattr(kernels, "attention_tile", lambda *args: chosen)
-    monkeypatch.setattr(kernels, "_WIDEST", 4)
+    monkeypatch.setattr(channelwise_tile, "attention_tile", lambda *args: chosen)
+    monkeypatch.setattr(channelwise_tile, "_WIDEST", 4)
     target = torch.arange(6).repeat_interleave(torch.tensor([0, 1, 3, 4, 5, 17]))
     source = torch.randint(5, target.shape, generator=torch.Generator().manual_seed(0))
     x = case(0, 6, len(target), cols=5, clamped=True, channels=(6,), dtype=FP64, plan=plan)
@@ -400,11 +400,13 @@ def test_nothing_waits_for_the_device():
 def test_the_named_implementation_runs(monkeypatch):
     import fastgt.cpu.channelwise_attention
     import fastgt.kernels.channelwise_attention
+    import fastgt.kernels.channelwise_attention_backward
 
     seen = []
     for name, module, functions in (
         ("torch", fastgt.cpu.channelwise_attention, ("fwd", "bwd")),
-        ("triton", fastgt.kernels.channelwise_attention, ("fwd", "bwd")),
+        ("triton", fastgt.kernels.channelwise_attention, ("fwd",)),
+        ("triton", fastgt.kernels.channelwise_attention_backward, ("bwd",)),
         ("reference", reference, ("",)),
     ):
         for suffix in functions:

@@ -94,7 +94,9 @@ REACH = {
     "attention_windows_backward.py": ENDS["windows"][:3],
     "buckets.py": [ENDS["sum"][2], ENDS["attention"][4]],
     "channels.py": ENDS["softmax"][:1],
-    "channelwise_attention.py": ENDS["channelwise"][:3],
+    "channelwise_attention.py": ENDS["channelwise"][1:2],
+    "channelwise_attention_backward.py": ENDS["channelwise"][:2],
+    "channelwise_tile.py": ENDS["channelwise"][:3],
     "head_projection.py": ENDS["projection"][::3],
     "linear_attention.py": ENDS["linear"][:1],
     "linear_attention_backward.py": ENDS["linear"][:1],
@@ -117,7 +119,7 @@ INSIDE = {
         "tl.load(ptr_ptr + row, mask=mine, other=0)",
         "tl.load(ptr_ptr + row + 1, mask=mine, other=0)",
     ],
-    "channelwise_attention.py": ["tl.load(cu_ptr + at, mask=mask, other=0.0)"],
+    "channelwise_attention_backward.py": ["tl.load(cu_ptr + at, mask=mask, other=0.0)"],
     "head_projection.py": ["tl.load(at, mask=active, other=0.0)"],
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -338,23 +337,25 @@ def _(impl: str, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _launch_fwd(impl: str, *flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = FORWARD.split(flat)
-    if impl != "torch":
-        require_triton(arguments[0].logits)
-    return _launchers(impl).channelwise_attention_fwd(*arguments)
-
-
-def _launch_bwd(impl: str, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _launchers(impl).channelwise_attention_bwd(*BACKWARD.split(flat))
-
-
-def _launchers(impl: str) -> ModuleType:
     if impl == "torch":
         from fastgt.cpu import channelwise_attention as cpu
 
-        return cpu
+        return cpu.channelwise_attention_fwd(*arguments)
+    require_triton(arguments[0].logits)
     from fastgt.kernels import channelwise_attention as kernels
 
-    return kernels
+    return kernels.channelwise_attention_fwd(*arguments)
+
+
+def _launch_bwd(impl: str, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = BACKWARD.split(flat)
+    if impl == "torch":
+        from fastgt.cpu import channelwise_attention as cpu
+
+        return cpu.channelwise_attention_bwd(*arguments)
+    from fastgt.kernels import channelwise_attention_backward as kernels
+
+    return kernels.channelwise_attention_bwd(*arguments)
 
 
 torch.library.impl("fastgt::channelwise_attention_fwd", "CompositeExplicitAutograd", _launch_fwd)

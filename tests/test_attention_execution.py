@@ -580,7 +580,7 @@ def test_nothing_waits_for_the_device(plan):
     """Launchers allocate and launch: no value comes back, so a CUDA graph can capture them."""
     pytest.importorskip("triton")
     from fastgt.ops import attention_launch as ops
-    from fastgt.ops.head_mask import active_heads
+    from fastgt.ops.head_mask import node_mask
 
     x = case(1, 20, 90, heads=2, group=2, d=8, dv=8, dtype=FP32, plan=plan)
     chosen = x.graph.plan_for(8, FP32)
@@ -588,7 +588,7 @@ def test_nothing_waits_for_the_device(plan):
     path, height, _ = chosen
     gate = torch.tensor([0.0, 1.0, 0.0, 0.0], device=DEVICE)
     with Calls() as calls:
-        for active in (None, active_heads(gate, x.graph).rows):
+        for active in (None, node_mask(gate, x.graph).rows):
             flat = op_arguments(
                 Inputs(x.q, x.k, x.v),
                 terms=EdgeTerms(x.bias),

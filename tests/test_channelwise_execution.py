@@ -38,7 +38,7 @@ from fastgt import AuxRequest, Graph, channelwise_attention, reference
 from fastgt.bench.memory import peak_extra_memory
 from fastgt.contract import ChannelwiseLogit, ChannelwiseUpstream, HeadMask
 from fastgt.ops.channelwise_attention import _launch_bwd, _launch_fwd
-from fastgt.ops.head_mask import active_heads
+from fastgt.ops.head_mask import node_mask
 from fastgt.testing import with_buckets
 
 
@@ -388,7 +388,7 @@ def test_nothing_waits_for_the_device():
     logit = ChannelwiseLogit(-1.0, 1.0, 1e-6)
     gate = torch.tensor([0.0, 1.0], device=DEVICE)
     with Calls() as calls:
-        for mask in (HeadMask(None, None), active_heads(gate, x.graph)):
+        for mask in (HeadMask(None, None), node_mask(gate, x.graph)):
             given = x.logits, x.v, x.edge_value, *mask
             *_, stat = _launch_fwd("triton", *given, rows, *logit, True, True)
             upstream = ChannelwiseUpstream(x.do, x.dlse, stat)

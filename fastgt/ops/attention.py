@@ -45,7 +45,7 @@ from fastgt.ops.edge_terms import (
     make_terms,
     narrow,
 )
-from fastgt.ops.head_mask import active_heads, check_head_gate, gated, masked_extras
+from fastgt.ops.head_mask import check_head_gate, gated, masked_aux, node_mask
 from fastgt.ops.implementation import Impl, resolve_impl
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, column_walk, row_walk
@@ -238,7 +238,7 @@ def neighborhood_attention(
     mask = active = HeadMask(None, None)
     if head_gate is not None:
         check_head_gate(head_gate, q.shape[1], q.device, graph.num_graphs)
-        active = HeadMask(*active_heads(head_gate, graph))
+        active = node_mask(head_gate, graph)
         dense_gate_grad = dense_gate_grad and head_gate.dtype != torch.bool
         mask = mask if dense_gate_grad else active
     if logit_clamp is not None:
@@ -259,10 +259,7 @@ def neighborhood_attention(
     )
     if head_gate is not None:
         o = gated(o, head_gate, graph.graph_ptr, dense_gate_grad, impl)
-        if dense_gate_grad and active.rows is not None and any(request):
-            given = [x for x in aux if x is not None]
-            masked = iter(masked_extras(given, active.rows, graph, *request))
-            aux = Aux(*(next(masked) if asked else None for asked in request))
+        aux = masked_aux(aux, active, graph) if dense_gate_grad else aux
     return o if return_aux is None else (o, aux)
 
 

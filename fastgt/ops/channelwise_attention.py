@@ -37,7 +37,7 @@ from fastgt.ops.checks import (
     number,
     refuse_forward_mode,
 )
-from fastgt.ops.head_mask import active_heads, check_head_gate, gated, masked_aux
+from fastgt.ops.head_mask import check_head_gate, gated, masked_aux, node_mask
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
@@ -174,7 +174,7 @@ def channelwise_attention(
             return_aux=request,
         )
         return o if return_aux is None else (o, aux)
-    mask = HeadMask(None, None) if head_gate is None else active_heads(head_gate, graph)
+    mask = HeadMask(None, None) if head_gate is None else node_mask(head_gate, graph)
     computed = HeadMask(None, None) if dense_gate_grad else mask
     logit = ChannelwiseLogit(low, high, denominator_eps)
     o, aux = _attend(x, graph, computed, logit, request, impl)

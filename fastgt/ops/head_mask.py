@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,10 +44,8 @@ def head_mask(head_gate: Tensor) -> Tensor:
     return torch.atleast_2d(head_gate.detach() != 0).contiguous()
 
 
-Active = HeadMask
-
-
-def active_heads(head_gate: Tensor, graph: Graph) -> HeadMask:
+def node_mask(head_gate: Tensor, graph: Graph) -> HeadMask:
+    """Which heads are active, of each row and of each column of a graph."""
     mask = head_mask(head_gate)
     if mask.shape[0] == 1:
         return HeadMask(mask, mask)
@@ -98,20 +95,3 @@ def _filled(x: Tensor | None, on: Tensor, value: float) -> Tensor | None:
     if x is None:
         return None
     return x.masked_fill(~on[..., None] if x.ndim == 3 else ~on, value)
-
-
-def masked_extras(
-    extras: Sequence[Tensor], on_rows: Tensor, graph: Graph, lse: bool, weights: bool,
-    scores: bool = False,
-) -> list[Tensor]:  # fmt: skip
-    """LSE ``[N, H, ...]``, weights and scores ``[E, H, ...]``, those that there are, where masked
-    heads were computed: as they are where these are not."""
-    on_edges = on_rows
-    if on_rows.shape[0] > 1 and (weights or scores):
-        on_edges = on_rows.index_select(0, graph.edge_index[1])
-    kinds = [(on_rows, -math.inf)] * lse + [(on_edges, 0.0)] * (weights + scores)
-    found = []
-    for x, (on, value) in zip(extras, kinds, strict=True):
-        off = ~on
-        found.append(x.masked_fill(off[..., None] if x.ndim == 3 else off, value))
-    return found

@@ -162,11 +162,12 @@ def _attention_fwd_kernel(
             pivot = pivot_one[None, :] + tl.zeros_like(pivot)
     whole, part, segment = wholes_and_parts(mine, num_middle, num_segments, BUCKETS)
     if BUCKETS:
-        at, live = segment[:, None], part[:, None]
-        store_heads(out.part, at, live, head, T.H, T.DV, T.BLOCK_DV, o[:, None])
-        if WEIGH_ATTR:
-            store_heads(out.attr_part, at, live, head, T.H, T.C, T.BLOCK_C, attr_o[:, None])
-        store_pairs(out.stat, segment, part, head, T.H, top, total)
+        if tl.program_id(0) < num_segments:
+            at, live = segment[:, None], part[:, None]
+            store_heads(out.part, at, live, head, T.H, T.DV, T.BLOCK_DV, o[:, None])
+            if WEIGH_ATTR:
+                store_heads(out.attr_part, at, live, head, T.H, T.C, T.BLOCK_C, attr_o[:, None])
+            store_pairs(out.stat, segment, part, head, T.H, top, total)
     empty = total == 0.0
     lse = pivot + tl.log(tl.where(empty, 1.0, total))
     norm = kept_share(lse, log_eps, T.ACC) / tl.where(empty, 1.0, total)
@@ -177,7 +178,7 @@ def _attention_fwd_kernel(
         attr_o = tl.where(empty[:, :, None], 0.0, attr_o * norm[:, :, None])
         store_heads(out.attr_o, at, live, head, T.H, T.C, T.BLOCK_C, attr_o[:, None])
     mask = live & (head < T.H)[None, :]
-    tl.store(out.lse + at * T.H + head[None, :], tl.where(empty, float("-inf"), lse), mask=mask)
+    tl.store(out.lse + (at * T.H + head[None, :]), tl.where(empty, float("-inf"), lse), mask=mask)
     if out.norm is not None:
         store_pairs(out.norm, row, whole, head, T.H, pivot, norm)
 

@@ -117,8 +117,8 @@ def _attention_bwd_dq_kernel(
     do = load_heads(up.do, own, reads, head, T.H, T.DV, T.BLOCK_DV, T.ALIGN).to(T.ACC)
     if up.attr_do is not None:
         attr_do = load_attr_heads(up.attr_do, own, reads, head, T)
-    # [R, H]
-    lse = load_lse(lse_ptr + own * T.H + head[None, :], mine[:, None] & (head < T.H)[None, :])
+    row_at = own * T.H + head[None, :]
+    lse = load_lse(lse_ptr + row_at, mine[:, None] & (head < T.H)[None, :])  # [R, H]
 
     sum_p = lanes(0.0, T)
     sum_pdp = lanes(0.0, T)
@@ -161,25 +161,28 @@ def _attention_bwd_dq_kernel(
         sum_lanes(pdpk, num_middle, num_segments, BUCKETS),
         row_dtk,
     )
+    if ATTR_DQ:
+        row_pa = sum_lanes(pa, num_middle, num_segments, BUCKETS)  # [R, H, C]
+        row_pdpa = sum_lanes(pdpa, num_middle, num_segments, BUCKETS)
     whole, part, segment = wholes_and_parts(mine, num_middle, num_segments, BUCKETS)
     if BUCKETS:
-        store_pairs(out.stat, segment, part, head, T.H, sums.total, sums.delta)
-        if NEED_Q:
-            at, live = PARTS * segment[:, None], part[:, None]
-            store_heads(out.part, at, live, head, T.H, T.D, T.BLOCK_D, sums.pk[:, None])
-            store_heads(out.part, at + 1, live, head, T.H, T.D, T.BLOCK_D, sums.pdpk[:, None])
-            if DSCORES:
-                store_heads(out.part, at + 2, live, head, T.H, T.D, T.BLOCK_D, row_dtk[:, None])
+        if tl.program_id(0) < num_segments:
+            live = part[:, None]
+            store_pairs(out.stat, segment, part, head, T.H, sums.total, sums.delta)
+            if NEED_Q:
+                at = PARTS * segment[:, None]
+                store_heads(out.part, at, live, head, T.H, T.D, T.BLOCK_D, sums.pk[:, None])
+                store_heads(out.part, at + 1, live, head, T.H, T.D, T.BLOCK_D, sums.pdpk[:, None])
+                if DSCORES:
+                    store_heads(out.part, at + 2, live, head, T.H, T.D, T.BLOCK_D, row_dtk[:, None])
+            if ATTR_DQ:
+                at, to = 2 * segment[:, None], out.attr_part
+                store_heads(to, at, live, head, T.H, T.C, T.BLOCK_C, row_pa[:, None])
+                store_heads(to, at + 1, live, head, T.H, T.C, T.BLOCK_C, row_pdpa[:, None])
     finish_row(
         sums, lse, row, whole, head, clamp.scale, log_eps, up.dlse, out.wgamma, out.dq, T.H, T.D
     )
     if ATTR_DQ:
-        row_pa = sum_lanes(pa, num_middle, num_segments, BUCKETS)  # [R, H, C]
-        row_pdpa = sum_lanes(pdpa, num_middle, num_segments, BUCKETS)
-        if BUCKETS:
-            at, live = 2 * segment[:, None], part[:, None]
-            store_heads(out.attr_part, at, live, head, T.H, T.C, T.BLOCK_C, row_pa[:, None])
-            store_heads(out.attr_part, at + 1, live, head, T.H, T.C, T.BLOCK_C, row_pdpa[:, None])
         sums, dq = RowSums(sums.total, sums.delta, row_pa, row_pdpa, 0.0), out.attr_dq
         finish_row(
             sums, lse, row, whole, head, clamp.scale, log_eps, up.dlse, out.wgamma, dq, T.H, T.C
@@ -315,15 +318,16 @@ def _attention_bwd_dkv_kernel(
         dk = tl.sum(dk, 1) * clamp.scale
         dk = sum_one_row(dk, num_middle, num_segments, BUCKETS)[:, None]
         store_heads(out.dk, own, whole[:, None], kv_head, H_KV, T.D, T.BLOCK_D, dk)
-        if BUCKETS:
-            at, parts = segment[:, None], part[:, None]
-            store_heads(out.dk_part, at, parts, kv_head, H_KV, T.D, T.BLOCK_D, dk)
     if out.dv is not None:
         dv = sum_lanes(dv, num_middle, num_segments, BUCKETS)[:, None]
         store_heads(out.dv, own, whole[:, None], kv_head, H_KV, T.DV, T.BLOCK_DV, dv)
-        if BUCKETS:
+    if BUCKETS:
+        if tl.program_id(0) < num_segments:
             at, parts = segment[:, None], part[:, None]
-            store_heads(out.dv_part, at, parts, kv_head, H_KV, T.DV, T.BLOCK_DV, dv)
+            if out.dk is not None:
+                store_heads(out.dk_part, at, parts, kv_head, H_KV, T.D, T.BLOCK_D, dk)
+            if out.dv is not None:
+                store_heads(out.dv_part, at, parts, kv_head, H_KV, T.DV, T.BLOCK_DV, dv)
 
 
 def attention_bwd(
@@ -331,7 +335,7 @@ def attention_bwd(
 ):
     """-> gradients of the inputs and of the edge terms: PerInput, None where not needed."""
     q, k, _ = inputs
-    lse, needs = saved.lse, PerInput(*needs)
+    lse = saved.lse
     grads = PerInput(
         *(
             torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
@@ -364,8 +368,7 @@ def attention_bwd(
 def _backward_of_rows(x, up, lse, wgamma, grads, row_walk, inputs, mask, edges, logit):
     q, aligned = inputs.q, (*inputs, up.do.ptr)
     dq, attr_dq, heads = grads.q, grads.attr_q, q.shape[1]
-    clamp = clamps(logit.low, logit.high)
-    call = attention_plan(inputs, aligned, row_walk, heads, edges, clamp, mask)
+    call = attention_plan(inputs, aligned, row_walk, heads, edges, clamps(*logit[1:3]), mask)
     part = stat = attr_part = None
     if call.split is not None:
         parts, sums = call.counts[2], 2 if up.dscores is None else 3
@@ -414,8 +417,7 @@ def _columns_write(grads):
 def _backward_of_columns(x, up, lse, wgamma, out, column_walk, inputs, mask, edges, logit):
     k, v, aligned = inputs.k, inputs.v, (*inputs, up.do.ptr)
     heads = k.shape[1]
-    clamp = clamps(logit.low, logit.high)
-    call = attention_plan(inputs, aligned, column_walk, heads, edges, clamp, mask)
+    call = attention_plan(inputs, aligned, column_walk, heads, edges, clamps(*logit[1:3]), mask)
     if call.split is not None:
         parts = call.counts[2]
         out = out._replace(

@@ -23,7 +23,7 @@ from fastgt.contract import (
 )
 from fastgt.graph import Graph
 from fastgt.ops.attention_launch import attention_bwd, attention_fwd
-from fastgt.ops.aux import check_request
+from fastgt.ops.aux_request import check_request
 from fastgt.ops.checks import (
     autocast,
     autocasts,

@@ -23,7 +23,7 @@ from fastgt.contract import (
     Walks,
 )
 from fastgt.graph import Graph
-from fastgt.ops.aux import check_request
+from fastgt.ops.aux_request import check_request
 from fastgt.ops.checks import (
     FLOATS,
     accumulator,

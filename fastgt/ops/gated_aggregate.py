@@ -24,7 +24,7 @@ from fastgt.contract import (
     Walks,
 )
 from fastgt.graph import Graph
-from fastgt.ops.aux import check_request
+from fastgt.ops.aux_request import check_request
 from fastgt.ops.channels import PLANS, autocast_all, check_channels, flat_all
 from fastgt.ops.checks import accumulator, needs_gradient, number, refuse_forward_mode
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastgt import AuxRequest
-from fastgt.ops.aux import check_request
+from fastgt.ops.aux_request import check_request
 
 
 def test_a_request_asks_for_what_it_names_and_none_for_nothing():

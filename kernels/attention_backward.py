@@ -120,10 +120,8 @@ def _attention_bwd_dq_kernel(
     row_at = own * T.H + head[None, :]
     lse = load_lse(lse_ptr + row_at, mine[:, None] & (head < T.H)[None, :])  # [R, H]
 
-    sum_p = lanes(0.0, T)
-    sum_pdp = lanes(0.0, T)
-    pk = lane_rows(T.BLOCK_D, T)
-    pdpk = lane_rows(T.BLOCK_D, T)
+    sum_p, sum_pdp = lanes(0.0, T), lanes(0.0, T)
+    pk, pdpk = lane_rows(T.BLOCK_D, T), lane_rows(T.BLOCK_D, T)
     if ATTR_DQ:
         pa = lane_rows(T.BLOCK_C, T)
         pdpa = lane_rows(T.BLOCK_C, T)

@@ -1,6 +1,5 @@
 """channelwise_attention: what it takes, gives and refuses."""
 
-import inspect
 import math
 
 import pytest
@@ -35,12 +34,6 @@ def test_extras_follow_the_output(impl):
     found, none = channelwise_attention(*args, return_aux=AuxRequest(), impl=impl)
     assert torch.equal(found, o)
     assert none == Aux()
-
-
-def test_the_reference_has_the_public_signature():
-    public, plain = map(inspect.signature, (channelwise_attention, reference.channelwise_attention))
-    expected = {name: x.default for name, x in public.parameters.items() if name != "impl"}
-    assert {name: x.default for name, x in plain.parameters.items()} == expected
 
 
 def test_the_reference_has_the_same_defaults():

@@ -1,6 +1,5 @@
 """linear_attention against the quadratic form, in every implementation."""
 
-import inspect
 import itertools
 import math
 from dataclasses import replace
@@ -16,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastgt
 from fastgt import (
-    head_projection,
     linear_attention,
     reference,
     segment_sum,
@@ -26,6 +24,7 @@ from fastgt.bench.memory import peak_extra_memory
 from fastgt.contract import Features, Inputs, NeedQKV, Quotient, Ragged
 from fastgt.cpu import linear_attention as cpu
 from fastgt.ops.linear_attention import FeatureMap
+from fastgt.reference.linear_attention import features
 from fastgt.testing import assert_as_accurate
 
 
@@ -528,7 +527,7 @@ def test_a_virtual_node_computes_linear_attention(impl, name):
     of their graph, which sums and sends the sum back; a node's update multiplies with phi(q) and
     divides."""
     x = case(1, (3, 0, 14, 1), feature_map=name, eps=0.1)
-    phi, w = reference._features, x.options.get("projection")
+    phi, w = features, x.options.get("projection")
     parts = [[], []]
     for begin, end in x.bounds():
         if end > begin:
@@ -658,15 +657,6 @@ def test_a_forced_implementation_runs():
     with fastgt.implementation("reference"):
         o = linear_attention(x.q, x.k, x.v, x.offsets, **x.options)
     assert torch.equal(o, attend(x, "reference"))
-
-
-@pytest.mark.parametrize("operator", [linear_attention, sgformer_attention, head_projection])
-def test_the_reference_has_the_public_signature(operator):
-    public, plain = (
-        [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
-        for f in (operator, getattr(reference, operator.__name__))
-    )
-    assert plain == [parameter for parameter in public if parameter[0] != "impl"]
 
 
 def test_every_map_is_tested():

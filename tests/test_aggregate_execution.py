@@ -36,7 +36,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import fastgt
 from fastgt import AuxRequest, Graph, aggregate, gated_aggregate, reference, segment_softmax
 from fastgt.bench.memory import peak_extra_memory
 from fastgt.contract import (
@@ -50,7 +49,7 @@ from fastgt.contract import (
     Messages,
     Reduction,
 )
-from fastgt.prepared import Prepared
+from fastgt.prepared import ColumnWalk, Prepared
 from fastgt.testing import assert_as_accurate, with_index_dtype
 
 
@@ -241,9 +240,10 @@ def huge_graph(rows, edges):
         return torch.empty(n, dtype=torch.int64, device="meta")
 
     ptr = index(rows + 1)
-    walk = fastgt.graph.ColumnWalk(ptr, *(index(edges) for _ in range(3)))
+    walk = ColumnWalk(ptr, *(index(edges) for _ in range(3)))
     bounds = index(2)
-    return Graph(rows, rows, ptr, index(edges), index(edges), bounds, bounds, {"columns": walk})
+    prepared = Prepared(columns=walk)
+    return Graph(rows, rows, ptr, index(edges), index(edges), bounds, bounds, prepared)
 
 
 def test_shapes_beyond_two_to_the_31_on_meta_tensors():

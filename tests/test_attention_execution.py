@@ -32,11 +32,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import fastgt
 from fastgt import AuxRequest, Graph, neighborhood_attention
 from fastgt.bench.memory import peak_extra_memory
 from fastgt.contract import Dropout, EdgeTerms, HeadMask, Inputs, Logit, Saved, Switches, Upstream
-from fastgt.prepared import Prepared
+from fastgt.prepared import ColumnWalk, Prepared
 from fastgt.testing import assert_as_accurate, random_graph, with_index_dtype
 
 
@@ -225,9 +224,10 @@ def huge_graph(rows, edges):
         return torch.empty(n, dtype=torch.int64, device="meta")
 
     ptr = index(rows + 1)
-    walk = fastgt.graph.ColumnWalk(ptr, *(index(edges) for _ in range(3)))
+    walk = ColumnWalk(ptr, *(index(edges) for _ in range(3)))
     bounds = index(2)
-    return Graph(rows, rows, ptr, index(edges), index(edges), bounds, bounds, {"columns": walk})
+    prepared = Prepared(columns=walk)
+    return Graph(rows, rows, ptr, index(edges), index(edges), bounds, bounds, prepared)
 
 
 def test_shapes_beyond_two_to_the_31_on_meta_tensors():

@@ -33,12 +33,12 @@ from channelwise_cases import (
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-import fastgt
 from fastgt import AuxRequest, Graph, channelwise_attention, reference
 from fastgt.bench.memory import peak_extra_memory
 from fastgt.contract import ChannelwiseLogit, ChannelwiseUpstream, HeadMask
 from fastgt.ops.channelwise_attention import _launch_bwd, _launch_fwd
 from fastgt.ops.head_mask import node_mask
+from fastgt.prepared import ColumnWalk, Prepared
 from fastgt.testing import with_buckets
 
 
@@ -340,9 +340,9 @@ def test_shapes_beyond_two_to_the_31_on_meta_tensors():
     def index(size):
         return torch.empty(size, dtype=torch.int64, device="meta")
 
-    walk = fastgt.graph.ColumnWalk(index(n + 1), *(index(e) for _ in range(3)))
+    walk = ColumnWalk(index(n + 1), *(index(e) for _ in range(3)))
     bounds = index(2)
-    graph = Graph(n, n, walk.ptr, index(e), index(e), bounds, bounds, {"columns": walk})
+    graph = Graph(n, n, walk.ptr, index(e), index(e), bounds, bounds, Prepared(columns=walk))
     logits, v, edge_value = (
         torch.empty(size, c, device="meta", requires_grad=True) for size in (e, n, e)
     )

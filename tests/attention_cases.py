@@ -27,6 +27,9 @@ FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.flo
 # every way through the kernels, where a test does not draw one
 WAYS = ["buckets", "windows 64"]
 FAST_WAYS = [*FAST, *WAYS]
+GATHERING = [*FAST, "buckets"]
+ALL_TERMS = "gate key value attr-key attr-value drop scores"
+TERMS_BY_HEAD = "factor key value attr-key attr-value drop"
 # words for what a case has on its edges: one of each group, or none
 TERMS = ("gate factor", "key shared", "value", "attr-key", "attr-value", "drop", "scores")
 LAYOUTS = ("contiguous", "transposed", "reversed", "sliced", "expanded")

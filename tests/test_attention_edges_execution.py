@@ -1,0 +1,335 @@
+"""neighborhood_attention with terms on edges: strides, repeatability, compiled code, memory."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import (
+    ALL_TERMS,
+    BF16,
+    DEVICE,
+    FAST,
+    FP32,
+    FP64,
+    GATHERING,
+    LAYOUTS,
+    TERMS_BY_HEAD,
+    all_close,
+    arrange,
+    attend,
+    case,
+    evaluate,
+    loops,
+    op_arguments,
+    same_bits,
+    with_leaves,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastgt import AuxRequest, neighborhood_attention, philox
+from fastgt.bench.memory import peak_extra_memory
+from fastgt.contract import Dropout, EdgeTerms, HeadMask, Inputs, Logit, Saved, Switches, Upstream
+from fastgt.testing import random_graph
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "scalar"])
+@pytest.mark.parametrize("impl", GATHERING)
+def test_strides_of_upstream_gradients(impl, layout):
+    x = case(6, 7, 30, heads=3, d=5, dv=6, terms="gate attr-value scores")
+    if layout == "scalar":
+        one = torch.ones((), dtype=FP64, device=DEVICE)
+        laid = {name: one.expand(getattr(x, name).shape) for name in ("do", "dlse", "dscores")}
+    else:
+        laid = {name: arrange(getattr(x, name), layout) for name in ("do", "dlse", "dscores")}
+    x = replace(x, **laid)
+    all_close(evaluate(x, impl), loops(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("impl", FAST)
+def test_strides_do_not_change_a_bit(impl, dtype, layout):
+    for terms in (ALL_TERMS, TERMS_BY_HEAD):
+        x = case(4, 9, 30, heads=2, group=2, d=16, dv=8, dtype=dtype, terms=terms)
+        laid = {n: arrange(t, layout) for n, t in x.terms.items()}
+        plain = {n: t.contiguous() for n, t in laid.items()}
+        same_bits(evaluate(replace(x, terms=laid), impl), evaluate(replace(x, terms=plain), impl))
+
+
+@pytest.mark.parametrize("impl", GATHERING)
+def test_inputs_are_left_alone_and_outputs_alias_nothing(impl):
+    x = case(5, 8, 30, heads=1, d=4, dv=4, terms="gate key value attr-value scores drop")
+    inputs = [x.q, x.k, x.v, x.bias, x.do, x.dlse, x.dscores, *x.terms.values()]
+    before = [t.clone() for t in inputs]
+    found = evaluate(x, impl)
+    for a, b in zip(inputs, before, strict=True):
+        assert torch.equal(a, b)
+    places = [t.untyped_storage().data_ptr() for t in (*inputs, *found.values())]
+    assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize("terms", [ALL_TERMS, TERMS_BY_HEAD])
+@pytest.mark.parametrize("impl", GATHERING)
+def test_bitwise_repeatable(impl, terms):
+    interpreted = impl != "torch" and DEVICE == "cpu"
+    size = (16, 60) if interpreted else (100, 2000)
+    x = case(1, *size, dtype=FP32, kind="hub", heads=1, terms=terms)
+    first = evaluate(x, impl)
+    for _ in range(2 if interpreted else 10):
+        same_bits(evaluate(x, impl), first)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="threads are the CPU's")
+@pytest.mark.parametrize("terms", [ALL_TERMS, TERMS_BY_HEAD])
+def test_threads_and_heads_together_do_not_change_a_bit(monkeypatch, terms):
+    x = case(1, 300, 4000, heads=3, kind="power_law", dtype=FP32, d=16, dv=16, terms=terms)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n, together in ((1, 2**16), (2, 2**16), (4, 2**16), (2, 0), (2, 9000)):
+            torch.set_num_threads(n)
+            monkeypatch.setattr("fastgt.cpu.attention._TOGETHER", together)
+            found.append(evaluate(x, "torch"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        same_bits(found[0], other)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="threads are the CPU's")
+@pytest.mark.parametrize("terms", ["attr-key attr-value", "attr-key scores"])
+@pytest.mark.parametrize("dtype", [FP64, FP32], ids=str)
+@pytest.mark.parametrize(("nodes", "channels"), [(2000, 200), (30, 3), (2000, 1)])
+def test_threads_do_not_change_products_with_weights_of_attributes(nodes, channels, dtype, terms):
+    x = case(1, nodes, 3000, heads=1, d=17, dv=16, dtype=dtype, terms=terms)
+    generator = x.generator
+    sizes = {"edge_attr": (3000, channels)}
+    sizes |= {name: (channels, *t.shape[1:]) for name, t in x.terms.items() if name not in sizes}
+    made = {n: torch.randn(s, generator=generator, dtype=dtype) for n, s in sizes.items()}
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 4):
+            torch.set_num_threads(n)
+            found.append(evaluate(replace(x, terms=made), "torch"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        same_bits(found[0], other)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
+@pytest.mark.parametrize("terms", ["attr-key", "attr-value", "attr-key attr-value"])
+def test_attribute_gradients_of_some_edges_at_a_time(monkeypatch, terms):
+    x = case(5, 30, 200, heads=2, group=2, dtype=FP32, isolated=2, terms=terms)
+    whole = evaluate(x, "torch")
+    for size in (1, 7, 199, 200):
+        monkeypatch.setattr("fastgt.cpu.attention._SLICE", size)
+        same_bits(evaluate(x, "torch"), whole)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
+def test_rows_summed_in_pieces_are_the_same_rows(monkeypatch):
+    monkeypatch.setattr("fastgt.cpu.sparse._LONG", 4)
+    for terms in (ALL_TERMS, TERMS_BY_HEAD):
+        x = case(1, 6, 60, kind="hub", heads=3, group=2, eps=1e-6, terms=terms)
+        all_close(evaluate(x, "torch"), loops(x))
+
+
+@pytest.mark.parametrize("terms", ["scores gate", TERMS_BY_HEAD], ids=["gate", "others"])
+@pytest.mark.parametrize("impl", FAST)
+def test_compiles_whole_and_once(impl, terms):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(neighborhood_attention, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for seed, (n, e) in enumerate([(11, 20), (9, 31), (13, 15)]):
+        x, leaves = with_leaves(case(seed, n, e, heads=2, d=8, dv=8, dtype=FP32, terms=terms))
+        request = AuxRequest(lse=True, edge_scores=x.dscores is not None)
+        options = {"return_aux": request, "impl": impl}
+        if "drop" in terms:
+            key = torch.tensor([seed], device=DEVICE)
+            options |= {"dropout_p": 0.3, "dropout_seed": key}
+        found = []
+        for f in (compiled, neighborhood_attention):
+            o, aux = f(x.q, x.k, x.v, x.graph, edge_bias=x.bias, **x.terms, **options)
+            y = [o, *(t for t in aux if t is not None)]
+            upstream = (x.do, x.dlse, x.dscores)[: len(y)]
+            found.append([*y, *torch.autograd.grad(y, list(leaves.values()), upstream)])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        counts.append(counter.frame_count)
+    assert counts[0] > 0
+    assert counts == counts[:1] * 3
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_compiled_dropout_draws_anew(impl):
+    torch._dynamo.reset()
+    x = case(3, 8, 60, dtype=FP32)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def f(q):
+        return neighborhood_attention(q, x.k, x.v, x.graph, dropout_p=0.5, impl=impl)
+
+    torch.manual_seed(0)
+    first, second = f(x.q), f(x.q)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("terms", [ALL_TERMS, TERMS_BY_HEAD, "shared scores"])
+@pytest.mark.parametrize("impl", FAST)
+def test_lazily_negated_edge_tensors(impl, terms):
+    """What PyTorch's dispatcher resolves must not reach a kernel as it is stored."""
+    x = case(1, 6, 20, heads=2, d=8, dv=8, terms=terms)
+    lazy = {}
+    for name, t in x.terms.items():
+        lazy[name] = torch.complex(t, -t).conj().imag
+        assert lazy[name].is_neg()
+    if "shared" in terms:
+        lazy["edge_value"] = lazy["edge_key"]
+    all_close(evaluate(replace(x, terms=lazy), impl), evaluate(x, impl))
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_an_exported_module_runs_with_gradients_on(impl):
+    from fastgt.nn import EdgeGatedAttention
+
+    graph = random_graph(0, 6, 20, device=DEVICE)
+    module = EdgeGatedAttention(8, 2, impl=impl).to(DEVICE)
+
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x, e):
+            return self.inner(x, e, graph)
+
+    x, e = torch.randn(6, 8, device=DEVICE), torch.randn(20, 8, device=DEVICE)
+    exported = torch.export.export(Whole(), (x, e)).module()
+    for a, b in zip(exported(x, e), module(x, e, graph), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_compiled_reference_drops_out_at_every_size():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(philox.kept, fullgraph=True, dynamic=True, backend=counter)
+    key = torch.tensor([3])
+    for edges in (9, 20, 31, 14):
+        assert torch.equal(compiled(key, edges, 6, 0.4), philox.kept(key, edges, 6, 0.4))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("path", ["torch", "gather"] if DEVICE == "cpu" else ["gather"])
+def test_opcheck(path, shared):
+    x = case(0, 4, 9, cols=3, heads=1, group=2, d=4, dv=4, dtype=FP32, terms="gate key value")
+    graph = x.graph
+    rows = [graph.row_ptr, graph.col, graph.edge]
+    columns = list(graph.columns)
+    if path != "torch":
+        plan = graph.plan("gather").settled
+        rows, columns = list(graph.row_walk(plan)), list(graph.column_walk(plan))
+    attr = torch.randn(9, 3, generator=x.generator).to(DEVICE)
+    attr_q = torch.randn(4, 2, 3, generator=x.generator).to(DEVICE)
+    gate, key = x.terms["edge_gate"], x.terms["edge_key"]
+    gate = gate[..., 0] if shared else gate
+    value = None if shared else x.terms["edge_value"]
+    active = torch.rand(len(x.q), x.q.shape[1], device=DEVICE) < 0.7 if shared else None
+    call = {
+        "inputs": Inputs(x.q, x.k, x.v),
+        "terms": EdgeTerms(x.bias, gate, key, value, attr, attr_q if shared else None),
+        "mask": HeadMask(active, active),
+        "dropout": Dropout(torch.tensor([3], device=DEVICE), 0.3),
+        "logit": Logit(0.5, -1.0, 1.0, 1e-6),
+        "switches": Switches(
+            key_is_value=shared, make_weights=True, make_scores=not shared, make_attr_o=True
+        ),
+    }
+    fwd, bwd = torch.ops.fastgt.attention_fwd, torch.ops.fastgt.attention_bwd
+
+    def check(call):
+        flat = op_arguments(**call)
+        torch.library.opcheck(fwd.default, (path, 0, rows, *flat))
+        o, lse, _, scores, attr_o, exps = fwd(path, 0, rows, *flat)
+        upstream, saved = Upstream(o, lse, scores, attr_o), Saved(lse, None, exps)
+        needs = [t is not None for t in (*call["inputs"], *call["terms"])]
+        for some in (needs, [False, True, *needs[2:6], False, True, False]):
+            backward = path, 0, rows, columns, some, *upstream, *saved, *flat
+            torch.library.opcheck(bwd.default, backward)
+
+    check(call)
+    if path == "torch":
+        # a CPU keeps what it need not make again
+        call["terms"] = call["terms"]._replace(gate=None, attr_q=attr_q)
+        call["logit"] = Logit(0.5, -math.inf, math.inf, 1e-6)
+        call["switches"] = Switches(key_is_value=shared, make_attr_o=True, make_exps=True)
+        check(call)
+
+
+def test_shapes_beyond_two_to_the_31_on_meta_tensors():
+    from test_attention_execution import huge_graph
+
+    n, e, h, d, c = 3 * 2**30, 5 * 2**30, 8, 32, 16
+
+    def tensor(*shape):
+        return torch.empty(*shape, device="meta", requires_grad=True)
+
+    q, k, v = (tensor(n, h, d) for _ in range(3))
+    terms = {
+        "edge_gate": tensor(e, h),
+        "edge_key": tensor(e, h, d),
+        "edge_attr": tensor(e, c),
+        "edge_value_weight": tensor(c, h, d),
+    }
+    o = neighborhood_attention(q, k, v, huge_graph(n, e), **terms, dropout_p=0.5, impl="triton")
+    assert o.shape == (n, h, d)
+    leaves = [q, k, v, *terms.values()]
+    for leaf, grad in zip(leaves, torch.autograd.grad(o, leaves, o), strict=True):
+        assert leaf.shape == grad.shape
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not FAST, reason="needs an implementation")
+@pytest.mark.parametrize("impl", FAST)
+def test_autocast_casts_every_edge_tensor(impl):
+    for terms in ("gate key value attr-key scores", "factor shared attr-key attr-value"):
+        x = case(3, 8, 30, dtype=FP32, d=8, dv=8, terms=terms)
+        y, leaves = with_leaves(x)
+        with torch.autocast(DEVICE, BF16):
+            o = attend(y, impl)[0]
+        assert o.dtype == BF16
+        cast = {name: t.to(BF16) for name, t in x.terms.items()}
+        if "shared" in terms:
+            cast["edge_value"] = cast["edge_key"]
+        plain = {name: getattr(x, name).to(BF16) for name in ("q", "k", "v", "bias")}
+        assert torch.equal(o, attend(replace(x, **plain, terms=cast), impl)[0])
+        grads = torch.autograd.grad(o, list(leaves.values()), x.do.to(BF16), materialize_grads=True)
+        assert all(g.dtype == FP32 for g in grads)
+
+
+@pytest.mark.parametrize("impl", ["torch"] if DEVICE == "cpu" else ["triton"])
+def test_memory_of_the_low_rank_form_does_not_grow_with_the_width(impl):
+    """Peak beyond what is returned: O(N H D + E (H + C)), however wide the heads."""
+    n, e, h, c = 500, 60_000, 4, 8
+    graph, extra = random_graph(0, n, e, device=DEVICE), {}
+    graph.columns  # noqa: B018  built once for a graph
+    for d in (16, 128):
+        generator = torch.Generator().manual_seed(0)
+        q, k, v, do = (torch.randn(n, h, d, generator=generator).to(DEVICE) for _ in range(4))
+        a = torch.randn(e, c, generator=generator).to(DEVICE)
+        w = torch.randn(c, h, d, generator=generator).to(DEVICE)
+        leaves = [t.requires_grad_() for t in (q, k, v, a, w)]
+
+        def both(leaves=leaves, do=do):
+            q, k, v, a, w = leaves
+            terms = {"edge_attr": a, "edge_key_weight": w, "edge_value_weight": w}
+            o = neighborhood_attention(q, k, v, graph, **terms, impl=impl)
+            return torch.autograd.grad(o, leaves, do)
+
+        both()
+        extra[d] = peak_extra_memory(both, torch.device(DEVICE))
+        assert extra[d] < e * h * d * 4 or d == 16
+    # the difference is what nodes and weights have more, not edges
+    assert extra[128] - extra[16] < 16 * n * h * 128 * 4
+    assert extra[128] < e * h * 128 * 4 / 4

@@ -377,9 +377,9 @@ def test_a_test_has_the_same_name_in_every_process(request):
 
 
 # what a reader can hold: none of these numbers may grow
-MOST_PARAMETERS = {"fastgt": 16, "bench": 16, "kernels": 45}
-MOST_UNFORMATTED = {"fastgt": 1, "kernels": 18}  # "fmt: skip"
-LONGEST_FILE = {"fastgt": 545, "kernels": 537, "bench": 450, "tests": 904}
+MOST_PARAMETERS = {"fastgt": 16, "bench": 16, "kernels": 20}
+MOST_UNFORMATTED = {"fastgt": 0, "kernels": 0}  # "fmt: skip"
+LONGEST_FILE = {"fastgt": 450, "kernels": 450, "bench": 450, "tests": 700}
 
 
 def _sources(folder: str) -> list[Path]:

@@ -303,7 +303,9 @@ def _attend(
     rows = row_walk(graph, plan)
     if differentiable:
         columns = column_walk(graph, plan)
-        call = _Call(graph, plan, rows, columns, logit, dropout.p, switches)
+        # not the plan: compiled code would be made anew for every reason that a plan states
+        path, height, _ = plan
+        call = _Call(graph, path, height, rows, columns, logit, dropout.p, switches)
         results = _Attention.apply(call, dropout.seed, *mask, *inputs, *terms)
     else:
         results = attention_fwd(
@@ -319,7 +321,8 @@ class _Call(NamedTuple):
     """What autograd does not look into."""
 
     graph: Graph
-    plan: Plan
+    path: str
+    height: int
     rows: tuple[Tensor, ...]
     columns: tuple[Tensor, ...]
     logit: Logit
@@ -337,14 +340,13 @@ class _Attention(torch.autograd.Function):
         mask_cols: Tensor | None,
         *tensors: Tensor | None,  # Inputs, EdgeTerms
     ) -> tuple[Tensor | None, ...]:
-        path, height, _ = call.plan
         rest = mask_rows, mask_cols, seed, call.dropout_p
         results = attention_fwd(
-            path, height, call.rows, *tensors, *rest, *call.logit, *call.switches
+            call.path, call.height, call.rows, *tensors, *rest, *call.logit, *call.switches
         )
         o, lse, weights, _, _, exps = results
         # only windows need the output: a first guess at the row's mean gradient
-        saved = lse, o if height else None, exps
+        saved = lse, o if call.height else None, exps
         ctx.save_for_backward(seed, mask_rows, mask_cols, *saved, *tensors)
         ctx.call = call
         ctx.mark_non_differentiable(*(x for x in (weights, exps) if x is not None))
@@ -379,11 +381,12 @@ class _Attention(torch.autograd.Function):
         else:
             if do is None:
                 do = q.new_zeros(()).expand(*q.shape[:2], tensors[2].shape[2])
-            path, height, _ = call.plan
             rest = mask_rows, mask_cols, seed, call.dropout_p, *call.logit, *call.switches
             walks, upstream = (call.rows, call.columns), (do, dlse, dscores, dattr_o)
             saved = lse, o, exps
-            grads = attention_bwd(path, height, *walks, needs, *upstream, *saved, *tensors, *rest)
+            grads = attention_bwd(
+                call.path, call.height, *walks, needs, *upstream, *saved, *tensors, *rest
+            )
         return (None, None, None, None, *grads)
 
 

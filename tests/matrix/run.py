@@ -1,8 +1,9 @@
 """``make matrix``: the tests of versions, with the lowest and the highest versions declared.
 
 ``python tests/matrix/run.py lowest highest`` makes an environment of this Python for each name,
-from the requirements beside this file, and runs ``tests/test_versions.py`` there on this checkout.
-An environment takes several gigabytes, since PyTorch brings CUDA along. It is kept in the user's
+from the requirements beside this file. There it runs ``tests/test_versions.py`` on this
+checkout, and one test of compiled code, which versions of Dynamo guard in different ways. An
+environment takes several gigabytes, since PyTorch brings CUDA along. It is kept in the user's
 cache folder, under its Python and its requirements, and serves every checkout.
 """
 
@@ -20,6 +21,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgt-matrix"
+TESTS = (
+    "tests/test_versions.py",
+    "tests/test_plan.py::test_one_compilation_serves_every_graph[chosen]",
+)
 SAY = (
     "import platform, numpy, scipy, torch, triton;"
     "print(f'Python {platform.python_version()}, torch {torch.__version__}, triton "
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = time.monotonic()
         print(f"\n{name}: ", end="", flush=True)
         subprocess.run([python, "-c", SAY], check=True, cwd=HERE)
-        tests = (python, "-m", "pytest", "-q", "tests/test_versions.py", *pytest_options)
+        tests = (python, "-m", "pytest", "-q", *TESTS, *pytest_options)
         if subprocess.run(tests, cwd=ROOT).returncode:
             failed.append(name)
         end = time.monotonic()

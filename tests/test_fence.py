@@ -95,7 +95,7 @@ REACH = {
     "buckets.py": [ENDS["sum"][2], ENDS["attention"][4]],
     "channels.py": ENDS["softmax"][:1],
     "channelwise_attention.py": ENDS["channelwise"][1:2],
-    "channelwise_attention_backward.py": ENDS["channelwise"][:2],
+    "channelwise_attention_backward.py": ENDS["channelwise"][:3],
     "channelwise_tile.py": ENDS["channelwise"][:3],
     "head_projection.py": ENDS["projection"][::3],
     "linear_attention.py": ENDS["linear"][:1],

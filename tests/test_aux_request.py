@@ -28,6 +28,14 @@ def test_a_result_that_an_operator_lacks_is_refused_by_name():
         check_request("op", AuxRequest(lse=True, edge_scores=True), "lse", "weights")
 
 
+@pytest.mark.parametrize("wrong", ["yes", 1, None])
+@pytest.mark.parametrize("name", AuxRequest._fields)
+def test_a_field_that_is_no_bool_is_refused_by_name(name, wrong):
+    said = f"^return_aux: {name} must be a bool, got {type(wrong).__name__}$"
+    with pytest.raises(TypeError, match=said):
+        check_request("op", AuxRequest(**{name: wrong}), *AuxRequest._fields)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_request_is_checked_while_a_call_is_traced():
     @torch.compile(fullgraph=True, backend="eager")

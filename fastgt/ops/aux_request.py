@@ -21,6 +21,8 @@ def check_request(op: str, return_aux: AuxRequest | None, *allowed: str) -> AuxR
             f"AuxRequest({allowed[0]}=True)"
         )
     for name, asked in zip(AuxRequest._fields, return_aux, strict=True):
+        if not isinstance(asked, bool):
+            raise TypeError(f"return_aux: {name} must be a bool, got {type(asked).__name__}")
         if asked and name not in allowed:
             raise ValueError(f"return_aux: {op} has no {name}; it has {', '.join(allowed)}")
     return return_aux

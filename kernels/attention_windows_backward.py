@@ -370,4 +370,4 @@ def windows_bwd(
             None if mask.cols is None else head_rows(mask.cols),
             **meta,
         )
-    return PerInput(dq, dk, dv, dbias, *[None] * 5)
+    return PerInput(dq, dk, dv, dbias, *[None] * (len(PerInput._fields) - 4))

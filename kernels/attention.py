@@ -411,5 +411,5 @@ def _tile(size, shape, dtype, align, edge_align, clamp, shared):
         BLOCK_C=power_of_2(channels),
         ALIGN=align,
         EDGE_ALIGN=edge_align,
-        ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+        WIDE=dtype == torch.float64,
     )

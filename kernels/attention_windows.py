@@ -39,6 +39,8 @@ from fastgt.contract import Results
 
 from .attention import head_rows, on_edges
 from .configs import (
+    PRODUCT_DTYPE,
+    SUM_DTYPE,
     accumulator,
     alignment,
     clamps,
@@ -84,9 +86,12 @@ class WindowSizes(NamedTuple):
     BLOCK_D: int
     BLOCK_DV: int
     ALIGN: int  # channels that rows of q, k, v and do start at a multiple of
-    ACC: tl.dtype
-    DOT: tl.dtype  # what tiles are multiplied in
+    WIDE: bool  # sums are in float64
+    PRODUCTS: str  # the dtype that tiles are multiplied in
     PRECISION: str
+
+    ACC = SUM_DTYPE
+    DOT = PRODUCT_DTYPE
 
 
 @triton.jit
@@ -377,7 +382,7 @@ def _sizes(block_n, shape, kind, align, height, dense, clamp, gated):
         BLOCK_D=max(16, power_of_2(d)),
         BLOCK_DV=max(16, power_of_2(dv)),
         ALIGN=align,
-        ACC=tl.float64 if dtype == torch.float64 else tl.float32,
-        DOT=dot_type,
+        WIDE=dtype == torch.float64,
+        PRODUCTS=dot_type,
         PRECISION=precision,
     )

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .buckets import Walk, wholes_and_parts
-from .configs import FILLERS, accumulator, attention_tile, power_of_2
+from .configs import FILLERS, SUM_DTYPE, accumulator, attention_tile, power_of_2
 from .loads import load_channels, store_channels
 
 _BLOCK_S = 4  # segments at a time
@@ -37,7 +37,9 @@ class ChannelTile(NamedTuple):
     BLOCK_E: int
     BLOCK_D: int
     ALIGN: int  # channels that every gathered row starts at a multiple of
-    ACC: tl.dtype
+    WIDE: bool  # sums are in float64
+
+    ACC = SUM_DTYPE
 
 
 @triton.jit
@@ -129,7 +131,7 @@ def plan(walk, num_rows, width, tensors):
         BLOCK_E=tile.block_e,
         BLOCK_D=block_d,
         ALIGN=_alignment(given),
-        ACC=tl.float64 if given[0].dtype == torch.float64 else tl.float32,
+        WIDE=given[0].dtype == torch.float64,
     )
     grid = -(-counts[0] // tile.block_r) + counts[1] + counts[2], -(-width // block_d)
     meta = {"T": constants, "num_warps": tile.num_warps}

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .attention import head_rows
 from .buckets import Walk
-from .configs import FILLERS, attention_tile, clamps, power_of_2
+from .configs import FILLERS, SUM_DTYPE, attention_tile, clamps, power_of_2
 from .loads import Rows
 
 _WIDEST = 128  # channels of a program
@@ -32,7 +32,9 @@ class ChannelwiseTile(NamedTuple):
     S_ALIGN: int  # channels that every row and head of the logits starts at a multiple of
     ALIGN: int  # likewise of v and edge_value
     DO_ALIGN: int  # likewise of the output's gradient
-    ACC: tl.dtype
+    WIDE: bool  # sums are in float64
+
+    ACC = SUM_DTYPE
 
 
 class Gathered(NamedTuple):
@@ -161,7 +163,7 @@ def plan(walk, num_rows, active, logit, inputs, do=None, dlse=None):
         S_ALIGN=_alignment(s),
         ALIGN=_alignment(v, x),
         DO_ALIGN=_alignment(do_rows),
-        ACC=tl.float64 if logits.dtype == torch.float64 else tl.float32,
+        WIDE=logits.dtype == torch.float64,
     )
     programs = -(-counts[0] // tile.block_r) + counts[1] + counts[2]
     return Pass(

@@ -158,20 +158,19 @@ def accumulator(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-_DOT = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-
-
-def dot_dtype(x: torch.Tensor) -> tl.dtype:
+def dot_dtype(x: torch.Tensor) -> str:
     """What tiles of ``x`` are multiplied in: its own, but for bfloat16 in the interpreter, which
     holds it as integers."""
     if x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
-        return tl.float32
-    return _DOT[x.dtype]
+        return "float32"
+    return str(x.dtype).removeprefix("torch.")
+
+
+# Constants of a kernel have no dtype among them: Triton's hooks write them as JSON. A tuple of
+# constants has ``WIDE``, whether sums are in float64, and the name ``PRODUCTS``; these are what
+# kernels read.
+SUM_DTYPE = property(lambda constants: tl.float64 if constants.WIDE else tl.float32)
+PRODUCT_DTYPE = property(lambda constants: getattr(tl, constants.PRODUCTS))
 
 
 def dot_precision(x: torch.Tensor) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .configs import SUM_DTYPE
 from .loads import Rows, load_active, load_edge_heads, load_heads, load_own_heads, scalar
 
 
@@ -59,7 +60,9 @@ class Tile(NamedTuple):
     BLOCK_C: int
     ALIGN: int  # channels that rows of q, k, v and do start at a multiple of
     EDGE_ALIGN: int  # likewise of the contiguous tensors
-    ACC: tl.dtype
+    WIDE: bool  # sums are in float64
+
+    ACC = SUM_DTYPE
 
 
 @triton.jit

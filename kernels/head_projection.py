@@ -11,7 +11,15 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .configs import ProjectionTile, accumulator, dot_dtype, dot_precision, projection_tile
+from .configs import (
+    PRODUCT_DTYPE,
+    SUM_DTYPE,
+    ProjectionTile,
+    accumulator,
+    dot_dtype,
+    dot_precision,
+    projection_tile,
+)
 from .loads import Rows
 
 
@@ -21,12 +29,15 @@ class Sizes(NamedTuple):
     H: int
     D: int
     C: int
-    DOT: tl.dtype  # what tiles are multiplied in
-    ACC: tl.dtype  # and summed in
+    PRODUCTS: str  # the dtype that tiles are multiplied in
+    WIDE: bool  # sums are in float64
     PRECISION: str
     BLOCK_N: int
     BLOCK_J: int
     BLOCK_C: int
+
+    DOT = PRODUCT_DTYPE
+    ACC = SUM_DTYPE
 
 
 @triton.jit
@@ -224,7 +235,6 @@ def head_outer(y, x, heads):
 
 
 def _constants(x, h: int, d: int, c: int, tile: ProjectionTile) -> dict:
-    acc = tl.float64 if x.element_size() == 8 else tl.float32
     blocks = tile.block_n, tile.block_j, tile.block_c
-    sizes = Sizes(h, d, c, dot_dtype(x), acc, dot_precision(x), *blocks)
+    sizes = Sizes(h, d, c, dot_dtype(x), x.element_size() == 8, dot_precision(x), *blocks)
     return {"S": sizes, "num_warps": tile.num_warps, "num_stages": tile.num_stages}

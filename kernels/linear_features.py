@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .configs import SUM_DTYPE
 from .loads import load_rows, store_rows
 
 
@@ -26,7 +27,7 @@ class Sizes(NamedTuple):
     MAP: str
     RANDOM: bool  # features have a projection
     SMALL: bool  # the pass is over small graphs, in the quadratic form
-    ACC: tl.dtype  # what products and sums are kept in
+    WIDE: bool  # products and sums are in float64
     PRECISION: str
     ALIGN: int
     BLOCK_N: int
@@ -34,6 +35,8 @@ class Sizes(NamedTuple):
     BLOCK_DV: int
     BLOCK_M: int
     SLICE: int
+
+    ACC = SUM_DTYPE
 
 
 class Nodes(NamedTuple):

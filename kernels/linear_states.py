@@ -267,7 +267,6 @@ def linear_plan(inputs: Inputs, features: Features, ragged: Ragged) -> Plan:
         projection = projection.to(accumulator(q)).contiguous()
         if features.feature_map == "softmax":
             projection = projection * d**-0.25
-    acc = tl.float64 if q.element_size() == 8 else tl.float32
     precision, align = linear_precision(q), alignment(inputs)
     width = 1 if projection is None else d
     passes = []
@@ -281,7 +280,7 @@ def linear_plan(inputs: Inputs, features: Features, ragged: Ragged) -> Plan:
             MAP=features.feature_map,
             RANDOM=projection is not None,
             SMALL=whole,
-            ACC=acc,
+            WIDE=q.dtype == torch.float64,
             PRECISION=precision,
             ALIGN=align,
             BLOCK_N=tile.block_n,

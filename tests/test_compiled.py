@@ -22,20 +22,51 @@ REGISTER_SLACK = 24
 STACK_SLACK = 32  # bytes a thread: a few registers, outside the loops
 
 
+HOOKED = """
+import sys
+from unittest import mock
+import triton
+from triton.runtime import driver
+from fastgt.kernels.ahead import TARGETS, _Driver
+from fastgt.kernels.cases import CASES
+
+names = set()
+def note(*, fn, **rest):
+    names.add(fn.name)
+    return True  # nothing is compiled
+
+with (
+    mock.patch.object(driver, "_active", _Driver(TARGETS["sm_90"])),
+    mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note),
+):
+    for launch in CASES.values():
+        launch()
+print(len(names))
+"""
+
+
+def outside_the_interpreter(*command: str) -> str:
+    """What Python prints in a process of its own: here, Triton may be set to interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stdout
+
+
+def test_constants_of_every_kernel_are_such_as_hooks_of_triton_can_write():
+    """Triton makes JSON of a kernel's constants for whoever hooks into its cache."""
+    kernels = {name.partition("/")[2].removesuffix("_small") for name in BUDGET["sm_90"]}
+    assert int(outside_the_interpreter("-c", HOOKED)) == len(kernels)
+
+
 @pytest.fixture(scope="module", params=BUDGET)
 def report(request, tmp_path_factory):
     """-> (what this tree's kernels use, what they may use), for one target."""
-    # a process of its own: here, Triton may be set to interpret
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = tmp_path_factory.mktemp("report") / "kernels.json"
     options = ["--target", request.param, "--json", str(path)]
-    run = subprocess.run(
-        [sys.executable, "-m", "fastgt", "report", "kernels", *options],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    outside_the_interpreter("-m", "fastgt", "report", "kernels", *options)
     return json.loads(path.read_text())[request.param], BUDGET[request.param]
 
 

@@ -30,7 +30,8 @@ class Aux(NamedTuple):
     Attributes:
         lse: Logarithm of the sum of exponentials of each row's logits.
         weights: The attention weight of every edge, before dropout.
-        edge_scores: The logit of every edge before its sum over channels.
+        edge_scores: The logit of every edge, channel by channel: in attention before its sum over
+            channels, in ``gated_aggregate`` that of the gate.
     """
 
     lse: Tensor | None = None

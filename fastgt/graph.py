@@ -47,7 +47,7 @@ class Graph(Stored):
     Build one with :meth:`from_edge_index`, :meth:`from_csr`, :meth:`from_dense`,
     :meth:`from_scipy`, :meth:`from_pyg` or :meth:`batch`; the fields are for reading. A graph that
     is made under ``torch.inference_mode()`` may be trained with. If compiled code makes it there,
-    its ``copy.copy`` may, once it is taken outside compiled code.
+    train with ``copy.copy(graph)``, made outside compiled code.
 
     Attributes:
         num_rows, num_cols: Queries and keys; equal unless the graph is bipartite.
@@ -250,7 +250,7 @@ class Graph(Stored):
         where rows share columns. ``"graphs"`` does so with whole graphs of a batch, of up to 128
         nodes. Both take an edge bias; with any other tensor on edges, and with dropout, attention
         gathers. Results agree to rounding, each is the same bit for bit every time. What is
-        prepared is kept and shared with this graph: 24 bytes an edge at most, each way.
+        prepared is kept and shared with this graph: 24 bytes an edge at most for each walk.
 
         Without a call of this, every attention plans for itself: graphs of up to 65,536 edges,
         float32 and float64 and heads beyond 128 channels gather; otherwise a sample of the graph
@@ -430,7 +430,7 @@ class Graph(Stored):
         return Structure(self.num_rows, self.num_cols, self.row_ptr, self.col, self.edge, *ends)
 
     def _elsewhere(self) -> Graph:
-        # plans are made for a device, unless the user named one
+        """The graph on another device: plans are made for one, unless they are named."""
         self.prepared.plans.clear()
         named = self.settled is not None and self.settled.reason == "named"
         return self if named else self._replace(settled=None)

@@ -63,9 +63,9 @@ from .edge_tile import (
     Terms,
     Tile,
     clamp_of,
+    eps_share,
     gather_edge,
     kept,
-    kept_share,
     lane_rows,
     lanes,
     load_query,
@@ -81,7 +81,7 @@ class Outputs(NamedTuple):
 
     o: Any  # [N, H, DV]
     lse: Any  # [N, H]
-    norm: Any  # [N, H, 2]: pivot and factor of the weights
+    norm: Any  # [N, H, 2]: pivot of the logits, and what exp(s - pivot) is times
     scores: Any  # [E, H, D]
     attr_o: Any  # [N, H, C]
     part: Any  # of segments: [S, H, DV] sums
@@ -150,7 +150,7 @@ def _attention_fwd_kernel(
         attr_o = tl.sum(attr_acc * decay[:, :, :, None], 1)  # [R, H, C]
     if BUCKETS:
         if tl.program_id(0) < num_segments + num_middle:
-            # the lanes of all R "rows" belong to one
+            # one long row: all R x E lanes take its edges
             row_top = tl.max(top, 0)
             pivot_one = tl.where(row_top == float("-inf"), 0.0, row_top)
             decay_one = tl.exp(top - pivot_one[None, :])
@@ -170,7 +170,7 @@ def _attention_fwd_kernel(
             store_pairs(out.stat, segment, part, head, T.H, top, total)
     empty = total == 0.0
     lse = pivot + tl.log(tl.where(empty, 1.0, total))
-    norm = kept_share(lse, log_eps, T.ACC) / tl.where(empty, 1.0, total)
+    norm = eps_share(lse, log_eps, T.ACC) / tl.where(empty, 1.0, total)
     at, live = row[:, None], whole[:, None]
     o = tl.where(empty[:, :, None], 0.0, o * norm[:, :, None])
     store_heads(out.o, at, live, head, T.H, T.DV, T.BLOCK_DV, o[:, None])
@@ -201,7 +201,7 @@ def _attention_weights_kernel(
 ):
     """Grid (row groups, head blocks): the weights of BLOCK_R rows, or one, of BLOCK_H heads.
 
-    Not from the lse, which is rounded as the largest logit is, but from pivot and factor.
+    Not from the lse, which is rounded as the largest logit is, but from ``norm``.
     """
     row, mine, begin, end, stride = take(walk, num_rows, num_middle, num_segments, T)
     head = own_heads(T)
@@ -234,7 +234,7 @@ def store_pairs(ptr, row, live, head, H: tl.constexpr, first, second):
 def attention_fwd(row_walk, inputs, terms, mask, dropout, logit, switches):
     """-> Results, what stands on edges in the caller's order.
 
-    To heads that ``mask`` leaves out a row has no edges.
+    A row has no edges to a masked head.
     """
     q, _, v = inputs
     n, heads, width = q.shape
@@ -331,7 +331,7 @@ def edge_terms(q, terms, dropout, switches, upstream):
     factor, gate = (gate, None) if by_head else (None, gate)
     tensors = factor, gate, key, value, attr, attr_q
     pointers = Terms(*(None if x is None else x.contiguous() for x in tensors))
-    # rows of channels that all begin where 16 bytes do, or fewer
+    # the most channels, of 16 bytes at most, that divide every width
     rows = [x for x in (*pointers[1:], *upstream) if x is not None]
     return Edges(
         pointers,
@@ -348,8 +348,8 @@ def any_given(tensors):
 
 
 def on_edges(like, active, *shape):
-    """Room for what kernels write edge by edge, in the dtype of ``like``: not where a head is
-    masked."""
+    """Room for what kernels write edge by edge, in the dtype of ``like``. Where a head is masked
+    nothing is written: it holds zeros if heads may be."""
     return like.new_empty(shape) if active is None else like.new_zeros(shape)
 
 

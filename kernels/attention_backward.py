@@ -58,7 +58,7 @@ class RowGrads(NamedTuple):
     dq: Any  # [N, H, D]
     wgamma: Any  # [N, H, 2]: w and gamma
     attr_dq: Any  # [N, H, C]
-    part: Any  # of segments: [S, 2 or 3, H, D] sums of p k and p dp k, and through the scores
+    part: Any  # of segments: [S, 2 or 3, H, D] sums of p k, of p dp k, and dq through scores
     stat: Any  # of segments: [S, H, 2] sums of p and p dp
     attr_part: Any  # of segments: [S, 2, H, C]
 
@@ -222,7 +222,7 @@ def _attention_bwd_dkv_kernel(
     clamp = clamp_of(scale, low, high, T.ACC)
     read = mine
     if active is not None:
-        # heads of columns: no edge leaves its graph
+        # no edge leaves its graph: a column has the mask of its rows
         first = tl.max(kv_head, 0) * T.GROUP
         read = load_active(active, col, mine, first)
         for member in range(1, T.GROUP):
@@ -277,7 +277,7 @@ def _attention_bwd_dkv_kernel(
                 if out.dbias is not None:
                     tl.store(out.dbias + edge_at, ds.to(out.dbias.dtype.element_ty), mask=mask)
                 ds = tl.where(through, ds, 0.0)
-                dt = (ds * factor)[:, :, :, None]  # of every product of channels, but for scale
+                dt = (ds * factor)[:, :, :, None]  # the gradient of t_ij / scale
                 if up.dscores is not None:
                     dscores = load_edge_rows(up.dscores, edge, here, head, T.D, T.BLOCK_D, T)
                     dt = dt + dscores * factor[:, :, :, None]

@@ -1,4 +1,5 @@
-"""Rows that are too long for one program: their segments' sums, put together in a fixed order.
+"""How rows end: ``finish_row`` makes dq and gamma of a row's sums. The kernels here put the sums of
+rows that are too long for one program together, segment by segment, in a fixed order.
 
 The symbols are those of ``attention.py``. One program owns one row (or column) of BLOCK_H heads and
 takes BLOCK_S of its segments at a time.
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .configs import FILLERS, power_of_2
-from .edge_tile import kept_share
+from .edge_tile import eps_share
 from .loads import load_lse, load_own_heads, scalar, store_heads
 
 _BLOCK_S = 4
@@ -60,7 +61,7 @@ def _combine_outputs_kernel(
     o = tl.sum(acc * decay[:, :, None], 0)
     empty = total == 0.0
     lse = pivot + tl.log(tl.where(empty, 1.0, total))
-    norm = kept_share(lse, log_eps, ACC) / tl.where(empty, 1.0, total)
+    norm = eps_share(lse, log_eps, ACC) / tl.where(empty, 1.0, total)
     o = tl.where(empty[:, None], 0.0, o * norm[:, None])
     one = tl.zeros([1, 1], tl.int64) + row
     store_heads(o_ptr, one, one >= 0, head, H, DV, BLOCK_DV, o[None, None, :, :])
@@ -177,7 +178,7 @@ def finish_row(
     at = row[:, None] * H + head[None, :]
     mask = mine[:, None] & (head < H)[None, :]
     total = tl.where(sums.total == 0.0, 1.0, sums.total)
-    kept = kept_share(lse, log_eps, total.dtype)
+    kept = eps_share(lse, log_eps, total.dtype)
     w = kept / total
     gamma = kept * w * sums.delta
     if dlse is not None:

@@ -50,7 +50,7 @@ from .configs import (
     power_of_2,
     window_tile,
 )
-from .edge_tile import Operands, clamp_of, kept_share
+from .edge_tile import Operands, clamp_of, eps_share
 from .loads import dot, edge_slots, load_active, load_rows, rows_of, store_rows, tile_mask
 
 
@@ -139,7 +139,7 @@ def _windows_fwd_kernel(
     pivot = tl.where(top == float("-inf"), 0.0, top)
     empty = total == 0.0
     lse = pivot + tl.log(tl.where(empty, 1.0, total))
-    norm = kept_share(lse, log_eps, T.ACC) / tl.where(empty, 1.0, total)
+    norm = eps_share(lse, log_eps, T.ACC) / tl.where(empty, 1.0, total)
     o = tl.where(empty[:, None], 0.0, acc * norm[:, None])
     store_rows(o_ptr, row, mine, head, T.H, T.DV, T.BLOCK_DV, o)
     out = row * T.H + head

@@ -29,7 +29,7 @@ from .attention_windows import (
     zero_tile,
 )
 from .configs import clamps, log
-from .edge_tile import Operands, clamp_of, kept_share
+from .edge_tile import Operands, clamp_of, eps_share
 from .loads import dot, load_lse, load_rows, rows_of, store_rows
 
 
@@ -72,7 +72,7 @@ def _windows_bwd_dq_kernel(
     out = load_rows(o.ptr, o.stride, row, mine, head, T.DV, T.BLOCK_DV, 1)
     at_row = row * T.H + head
     lse = load_lse(saved.lse + at_row, mine)  # [M]
-    kept = kept_share(lse, log_eps, T.ACC)
+    kept = eps_share(lse, log_eps, T.ACC)
     g = zero_rows(T)
     if dlse is not None:
         at_dlse = dlse.ptr + row * dlse.stride[0] + head.to(tl.int64) * dlse.stride[1]

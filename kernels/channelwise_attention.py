@@ -36,7 +36,7 @@ from .buckets import COUNTS, joined, take, wholes_and_parts
 from .channelwise_attention_backward import EdgeResults, fill_edges
 from .channelwise_tile import active_channels, load_logits, load_messages, plan, store, table
 from .configs import FILLERS, accumulator, log, power_of_2
-from .edge_tile import kept_share
+from .edge_tile import eps_share
 from .loads import scalar
 
 _BLOCK_S = 4
@@ -217,7 +217,7 @@ def _finish_rows(out, top, total, acc, row, mine, channel, log_eps, T: tl.conste
     pivot = tl.where(empty, 0.0, top)
     norm = 1.0 / tl.where(empty, 1.0, total)
     lse = pivot - tl.log(norm)
-    o = tl.where(empty, 0.0, acc * norm * kept_share(lse, log_eps, total.dtype))
+    o = tl.where(empty, 0.0, acc * norm * eps_share(lse, log_eps, total.dtype))
     store(out.o, T.C, row, mine, channel, o, T)
     store(out.lse, T.C, row, mine, channel, tl.where(empty, float("-inf"), lse), T)
     if out.stat is not None:

@@ -23,7 +23,7 @@ from .channelwise_tile import (
     table,
 )
 from .configs import log
-from .edge_tile import kept_share
+from .edge_tile import eps_share
 from .loads import scalar
 
 
@@ -131,7 +131,7 @@ def _channelwise_attention_bwd_edges_kernel(
     # where no edge counts, neither do the upstream gradients, finite or not
     some = norm != 0.0
     lse = pivot - tl.log(tl.where(some, norm, 1.0))
-    u = tl.where(some, norm * kept_share(lse, log_eps, T.ACC) * u, 0.0)
+    u = tl.where(some, norm * eps_share(lse, log_eps, T.ACC) * u, 0.0)
     h = tl.zeros_like(u)
     if dlse is not None:
         h = tl.where(some, norm * load_values(dlse, own, there, channel, 1, T), 0.0)

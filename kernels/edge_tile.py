@@ -193,7 +193,7 @@ def logits(q, attr_q, k, attr, factor, x, terms, edge, live, head, clamp, T: tl.
     """clamp(factor scale (q . k + attr_q . attr), low, high) + bias.
 
     For q [R, E, H, D] (E may be 1) and k likewise: -> logit [R, E, H], -inf where not ``live``;
-    whether the clamp let it through; and what the factor multiplies.
+    whether the clamp let it through; and the scaled product before the factor.
     """
     bare = tl.sum(q * k, 3)
     if terms is not None:
@@ -233,6 +233,6 @@ def kept(seed_ptr, threshold, edge, head, ACC: tl.constexpr):
 
 
 @triton.jit
-def kept_share(lse, log_eps, ACC: tl.constexpr):
+def eps_share(lse, log_eps, ACC: tl.constexpr):
     """r = Z / (Z + eps), exactly 1 for eps = 0."""
     return 1.0 / (1.0 + tl.exp(scalar(log_eps, ACC) - lse))

@@ -4,7 +4,6 @@ arguments come from the type's fields."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 from torch import Tensor
@@ -52,8 +51,8 @@ class Logit(NamedTuple):
 class HeadMask(NamedTuple):
     """Which heads are active: of each row, and of each column. No edge leaves its graph."""
 
-    rows: Tensor | None  # [1 or N_rows, H] bool
-    cols: Tensor | None  # [1 or N_cols, H] bool
+    rows: Tensor | None = None  # [1 or N_rows, H] bool
+    cols: Tensor | None = None  # [1 or N_cols, H] bool
 
 
 class RowWalk(NamedTuple):
@@ -72,8 +71,8 @@ class Walks(NamedTuple):
 class Dropout(NamedTuple):
     """Each weight is dropped with probability ``p``, as ``seed``, its edge and its head say."""
 
-    seed: Tensor | None  # [1] int64; None where p is 0
-    p: float
+    seed: Tensor | None = None  # [1] int64; None where p is 0
+    p: float = 0.0
 
 
 class Inputs(NamedTuple):
@@ -310,18 +309,22 @@ _SCHEMA_TYPES = {
     tuple[Tensor, ...]: "Tensor[]",
     tuple[bool, ...]: "bool[]",
 }
+_MISSING = object()
 
 
 class Signature:
     """The arguments of a registered op: the fields of NamedTuples, one type after another.
 
+    The last fields keep their defaults: a call that leaves them out costs less, since PyTorch's
+    dispatcher neither makes nor hands over what equals a default.
+
     Example:
-        >>> from fastgt.contract import Logit, Signature
-        >>> signature = Signature(Logit)
+        >>> from fastgt.contract import Dropout, Logit, Signature
+        >>> signature = Signature(Logit, Dropout)
         >>> signature.schema
-        'float scale, float low, float high, float eps'
-        >>> signature.split([0.5, -5.0, 5.0, 0.0])
-        [Logit(scale=0.5, low=-5.0, high=5.0, eps=0.0)]
+        'float scale, float low, float high, float eps, Tensor? seed=None, float p=0.0'
+        >>> signature.split((0.5, -5.0, 5.0, 0.0))
+        [Logit(scale=0.5, low=-5.0, high=5.0, eps=0.0), Dropout(seed=None, p=0.0)]
     """
 
     def __init__(self, *types: type):
@@ -330,15 +333,38 @@ class Signature:
             raise ValueError(
                 f"fields must have different names, got {[name for name, _ in fields]}"
             )
-        self.schema = ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in fields)
+        defaults = [
+            kind._field_defaults.get(name, _MISSING)  # type: ignore[attr-defined]
+            for kind in types
+            for name in kind._fields  # type: ignore[attr-defined]
+        ]
+        last = max((i + 1 for i, x in enumerate(defaults) if x is _MISSING), default=0)
+        arguments = [f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in fields]
+        for i in range(last, len(arguments)):
+            arguments[i] += f"={defaults[i]}"
+        self.schema = ", ".join(arguments)
+        self.size = len(fields)
+        self._defaults = tuple(defaults[last:])
         self._places = []
+        self._left_out: dict[int, tuple[int, list[Any]]] = {}
         end = 0
-        for kind in types:
+        for i, kind in enumerate(types):
+            if end >= last:
+                self._left_out[end] = i, [kind() for kind in types[i:]]
             begin, end = end, end + len(kind._fields)  # type: ignore[attr-defined]
             self._places.append((kind, slice(begin, end)))
-        self.size = end
 
-    def split(self, flat: Sequence[Any]) -> list[Any]:
+    def split(self, flat: tuple[Any, ...]) -> list[Any]:
         """A value of each type, from the values of all fields in order."""
-        # not kind(*...): launches wait for this
-        return [tuple.__new__(kind, flat[place]) for kind, place in self._places]
+        # not kind(*...), and no type anew that a call has left out: launches wait for this
+        if len(flat) in self._left_out:
+            count, rest = self._left_out[len(flat)]
+            return [tuple.__new__(kind, flat[at]) for kind, at in self._places[:count]] + rest
+        if len(flat) < self.size:
+            flat += self._defaults[len(flat) - self.size :]
+        return [tuple.__new__(kind, flat[at]) for kind, at in self._places]
+
+
+def results_schema(kind: type) -> str:
+    """What a registered op gives: the fields of one type."""
+    return ", ".join(f"{_SCHEMA_TYPES[x]} {name}" for name, x in get_type_hints(kind).items())

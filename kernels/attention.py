@@ -51,7 +51,7 @@ from .buckets import COUNTS, Walk, joined, next_edges, take, wholes_and_parts
 from .configs import (
     FILLERS,
     accumulator,
-    alignment,
+    alignment_of,
     attention_tile,
     clamps,
     log,
@@ -231,7 +231,7 @@ def store_pairs(ptr, row, live, head, H: tl.constexpr, first, second):
     tl.store(ptr + at + 1, second, mask=mask)
 
 
-def attention_fwd(row_walk, inputs, terms, mask, dropout, logit, switches):
+def attention_fwd(row_walk, inputs, logit, terms, mask, dropout, switches):
     """-> Results, what stands on edges in the caller's order.
 
     A row has no edges to a masked head.
@@ -248,8 +248,8 @@ def attention_fwd(row_walk, inputs, terms, mask, dropout, logit, switches):
         q.new_empty(n, heads, channels, dtype=wide) if switches.make_attr_o else None,
     )
     if n and heads:
-        x = Operands(*map(rows_of, inputs), rows_of(terms.bias))
-        edges = edge_terms(inputs.q, terms, dropout, switches, ())
+        x = Operands(*map(rows_of, (*inputs, terms.bias)))
+        edges = edge_terms(q, terms, dropout, switches, ())
         _forward(x, results, row_walk, inputs, mask.rows, edges, logit)
     return results
 
@@ -260,7 +260,7 @@ def _forward(x, results, row_walk, inputs, mask, edges, logit):
     scale, low, high, eps = logit
     heads, clamp = q.shape[1], clamps(low, high)
     norm = None if weights is None else lse.new_empty(*lse.shape, 2)
-    call = attention_plan(inputs, inputs, row_walk, heads, edges, clamp, mask)
+    call = attention_plan(inputs, x[:3], row_walk, heads, edges, clamp, mask)
     part = stat = attr_part = None
     if call.split is not None:
         parts = call.counts[2]
@@ -291,7 +291,7 @@ def _forward(x, results, row_walk, inputs, mask, edges, logit):
         if terms is not None:
             attr = None if terms.attr_q is None else terms.attr
             terms = terms._replace(value=None, attr=attr)
-        call = attention_plan((q, k, k), (q, k), row_walk, heads, edges, clamp, mask)
+        call = attention_plan((q, k, k), x[:2], row_walk, heads, edges, clamp, mask)
         _attention_weights_kernel[call.grid](
             x._replace(v=None),
             terms,
@@ -323,10 +323,10 @@ _PLAIN = Edges()
 
 def edge_terms(q, terms, dropout, switches, upstream):
     """-> Edges; ``upstream`` gradients are aligned with them."""
-    _, gate, key, value, attr, attr_q = terms
-    tensors = gate, key, value, attr, attr_q
-    if not (dropout.p or switches.make_scores or switches.make_attr_o or any_given(tensors)):
+    given = [x for x in terms[1:] if x is not None]
+    if not (given or dropout.p or switches.make_scores or switches.make_attr_o):
         return _PLAIN
+    _, gate, key, value, attr, attr_q = terms
     by_head = gate is not None and gate.ndim == 2
     factor, gate = (gate, None) if by_head else (None, gate)
     tensors = factor, gate, key, value, attr, attr_q
@@ -341,10 +341,6 @@ def edge_terms(q, terms, dropout, switches, upstream):
         seed=dropout.seed,
         threshold=round(dropout.p * 2**24),
     )
-
-
-def any_given(tensors):
-    return any(x is not None for x in tensors)
 
 
 def on_edges(like, active, *shape):
@@ -365,22 +361,25 @@ class Call(NamedTuple):
 
 
 def attention_plan(inputs, aligned, walk, heads, edges, clamp, active):
-    """-> Call, of ``heads``: those of rows, or key heads of columns."""
+    """-> Call, of ``heads``: those of rows, or key heads of columns; ``aligned`` are the ``Rows``
+    that are loaded with what alignment they have in common."""
     q, k, v = inputs
     few, middle, segment, split = walk[3:] or (None,) * 4
     shape = q.shape[1], k.shape[1], q.shape[2], v.shape[2], edges.channels
-    width = max(map(power_of_2, shape[2:]))
+    width, itemsize = power_of_2(max(shape[2:])), q.element_size()
     together = heads if active is None else 1
     if edges.terms is None:
-        size = attention_tile(together, width, q.element_size())
+        size = attention_tile(together, width, itemsize)
     else:
-        size = attention_tile(together, width, q.element_size(), True, warp_lanes())
-    tile = _tile(size, shape, q.dtype, alignment(aligned), edges.align, clamp, edges.key_is_value)
-    counts = walk[0].shape[0] - 1, 0, 0
-    if few is not None:
-        counts = tuple(x.shape[0] - FILLERS for x in (few, middle, segment))
-    programs = -(-counts[0] // tile.BLOCK_R) + counts[1] + counts[2]
-    grid = programs, -(-heads // tile.BLOCK_H)
+        size = attention_tile(together, width, itemsize, True, warp_lanes())
+    align = alignment_of([rows.stride for rows in aligned], itemsize)
+    tile = _tile(size, shape, q.dtype, align, edges.align, clamp, edges.key_is_value)
+    if few is None:
+        counts = walk[0].shape[0] - 1, 0, 0
+    else:
+        counts = tuple([x.shape[0] - FILLERS for x in (few, middle, segment)])
+    programs = -(-counts[0] // size.block_r) + counts[1] + counts[2]
+    grid = programs, -(-heads // size.block_h)
     meta = {"T": tile, "num_warps": size.num_warps}
     on_heads = None if active is None else head_rows(active)
     return Call(Walk(*walk[:3], few, middle, segment), split, counts, grid, on_heads, meta)

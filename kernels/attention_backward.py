@@ -329,34 +329,34 @@ def _attention_bwd_dkv_kernel(
 
 
 def attention_bwd(
-    row_walk, column_walk, needs, upstream, saved, inputs, terms, mask, dropout, logit, switches
+    row_walk, column_walk, needs, upstream, saved, inputs, logit, terms, mask, dropout, switches
 ):
     """-> gradients of the inputs and of the edge terms: PerInput, None where not needed."""
     q, k, _ = inputs
     lse = saved.lse
     grads = PerInput(
-        *(
+        *[
             torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
             for x, need in zip(inputs, needs[:3], strict=True)
-        ),
-        *(
+        ],
+        *[
             on_edges(x, mask.rows, *x.shape) if need else None
             for x, need in zip(terms, needs[3:], strict=True)
-        ),
+        ],
     )
     dattr = grads.attr
     if dattr is not None and dattr.dtype != lse.dtype:
         dattr = on_edges(lse, mask.rows, *dattr.shape)
-    dscores, dattr_o = (None if x is None else x.contiguous() for x in upstream[2:])
+    dscores, dattr_o = [None if x is None else x.contiguous() for x in upstream[2:]]
     edges = edge_terms(q, terms, dropout, switches, (dscores, dattr_o))
-    x = Operands(*map(rows_of, inputs), rows_of(terms.bias))
+    x = Operands(*map(rows_of, (*inputs, terms.bias)))
     up = Received(rows_of(upstream.do), rows_of(upstream.dlse), dscores, dattr_o)
     wgamma = lse.new_empty(*lse.shape, 2)
     if lse.numel():
         _backward_of_rows(x, up, lse, wgamma, grads, row_walk, inputs, mask.rows, edges, logit)
     wanted = any(x is not None for x in grads[1:4]) or edges.terms is not None
     if k.shape[0] and k.shape[1] and wanted:
-        out = _columns_write(grads._replace(attr=dattr))
+        out = _columns_write(grads, dattr)
         _backward_of_columns(x, up, lse, wgamma, out, column_walk, inputs, mask.cols, edges, logit)
     if dattr is not None and dattr is not grads.attr:
         grads = grads._replace(attr=dattr.to(grads.attr.dtype))
@@ -364,7 +364,7 @@ def attention_bwd(
 
 
 def _backward_of_rows(x, up, lse, wgamma, grads, row_walk, inputs, mask, edges, logit):
-    q, aligned = inputs.q, (*inputs, up.do.ptr)
+    q, aligned = inputs.q, (*x[:3], up.do)
     dq, attr_dq, heads = grads.q, grads.attr_q, q.shape[1]
     call = attention_plan(inputs, aligned, row_walk, heads, edges, clamps(*logit[1:3]), mask)
     part = stat = attr_part = None
@@ -396,24 +396,15 @@ def _backward_of_rows(x, up, lse, wgamma, grads, row_walk, inputs, mask, edges, 
             combine_rows(attr_dq, wgamma, attr_part, *row)
 
 
-def _columns_write(grads):
-    by_head = grads.gate is not None and grads.gate.ndim == 2
-    return ColumnGrads(
-        dk=grads.k,
-        dv=grads.v,
-        dbias=grads.bias,
-        dk_part=None,
-        dv_part=None,
-        dfactor=grads.gate if by_head else None,
-        dgate=None if by_head else grads.gate,
-        dkey=grads.key,
-        dvalue=grads.value,
-        dattr=grads.attr,
-    )
+def _columns_write(grads, dattr):
+    _, dk, dv, dbias, dgate, dkey, dvalue, _, _ = grads
+    by_head = dgate is not None and dgate.ndim == 2
+    dfactor, dgate = (dgate, None) if by_head else (None, dgate)
+    return ColumnGrads(dk, dv, dbias, None, None, dfactor, dgate, dkey, dvalue, dattr)
 
 
 def _backward_of_columns(x, up, lse, wgamma, out, column_walk, inputs, mask, edges, logit):
-    k, v, aligned = inputs.k, inputs.v, (*inputs, up.do.ptr)
+    k, v, aligned = inputs.k, inputs.v, (*x[:3], up.do)
     heads = k.shape[1]
     call = attention_plan(inputs, aligned, column_walk, heads, edges, clamps(*logit[1:3]), mask)
     if call.split is not None:

@@ -324,7 +324,7 @@ def add_columns(acc, p, live, x, entry, col, span, head, D: tl.constexpr):
     return acc
 
 
-def windows_fwd(row_walk, height, dense, inputs, terms, mask, logit, switches):
+def windows_fwd(row_walk, height, dense, inputs, logit, terms, mask, switches):
     """-> Results, weights in the caller's edge order; of ``terms``, windows take the bias."""
     q, _, v = inputs
     n, heads, _ = q.shape

@@ -327,7 +327,7 @@ def _dkv_tile(
 
 
 def windows_bwd(
-    row_walk, column_walk, height, dense, needs, upstream, saved, inputs, terms, mask, logit
+    row_walk, column_walk, height, dense, needs, upstream, saved, inputs, logit, terms, mask
 ):
     """-> gradients of the inputs and of the bias: PerInput, None where not needed."""
     scale, low, high, eps = logit

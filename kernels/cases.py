@@ -178,11 +178,11 @@ def _launch_attention(case: AttentionCase) -> None:
         tables = window, index, index.long(), index, index
         walk, form, terms = (*walk, *tables), (case.height, case.dense), EdgeTerms(bias)
         switches = Switches(make_weights=case.weights)
-        o, lse, *_ = windows_fwd(walk, *form, inputs, terms, mask, logit, switches)
+        o, lse, *_ = windows_fwd(walk, *form, inputs, logit, terms, mask, switches)
         upstream = Upstream(o, lse if case.bias else None, None, None)
         needs = *(True,) * 3, case.bias
         saved = Saved(lse, o, None)
-        windows_bwd(walk, tables, *form, needs, upstream, saved, inputs, terms, mask, logit)
+        windows_bwd(walk, tables, *form, needs, upstream, saved, inputs, logit, terms, mask)
         return
     if case.buckets:
         rows, parts = index[: FILLERS + 2], index.new_zeros(FILLERS + 2, 3)
@@ -193,7 +193,7 @@ def _launch_attention(case: AttentionCase) -> None:
     dropout = Dropout(seed, 0.1 if "drop" in words else 0.0)
     attr_o, scores = terms.attr is not None, "scores" in words
     switches = Switches("shared" in words, case.weights, scores, attr_o)
-    call = inputs, terms, mask, dropout, logit, switches
+    call = inputs, logit, terms, mask, dropout, switches
     o, lse, _, scores, attr_o, _ = attention_fwd(walk, *call)
     attr_do = None if attr_o is None else torch.zeros_like(attr_o, dtype=case.dtype)
     upstream = Upstream(o, lse if case.bias and not words else None, scores, attr_do)

@@ -199,9 +199,13 @@ def warp_lanes() -> int:
 def alignment(tensors: tuple[torch.Tensor, ...]) -> int:
     """Channels that every row and head of all [N, H, D] tensors starts at a multiple of, up to 16
     bytes."""
-    align = 16 // tensors[0].element_size()
-    for x in tensors:
-        node, head, channel = x.stride()
+    return alignment_of([x.stride() for x in tensors], tensors[0].element_size())
+
+
+def alignment_of(strides: list[tuple[int, int, int]], itemsize: int) -> int:
+    """``alignment`` of tensors of these strides."""
+    align = 16 // itemsize
+    for node, head, channel in strides:
         align = math.gcd(align, node, head) if channel == 1 else 1
     return align
 

@@ -327,7 +327,7 @@ PLAIN = {
 def op_arguments(inputs, **changes):
     """What both registered ops take after what is theirs alone: a plain call's, with changes."""
     terms, mask, dropout, logit, switches = (PLAIN | changes).values()
-    return (*inputs, *terms, *mask, *dropout, *logit, *switches)
+    return (*inputs, *logit, *terms, *mask, *dropout, *switches)
 
 
 def close(actual, expected, name="", tolerance=1e-9):

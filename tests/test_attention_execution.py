@@ -267,8 +267,8 @@ def test_grids_stay_within_the_limits(heads, d, dtype, monkeypatch):
     q = torch.empty(n, heads, d, dtype=dtype, device="meta")
     lse = torch.empty(n, heads, device="meta")
     ptr = torch.empty(n + 1, dtype=torch.int64, device="meta")
-    logit, plain = Logit(1.0, -math.inf, math.inf, 0.0), (HeadMask(None, None), Dropout(None, 0.0))
-    call = Inputs(q, q, q), EdgeTerms(), *plain, logit, Switches()
+    logit = Logit(1.0, -math.inf, math.inf, 0.0)
+    call = Inputs(q, q, q), logit, EdgeTerms(), HeadMask(), Dropout(), Switches()
     upstream, saved = Upstream(q, lse, None, None), Saved(lse, None, None)
     needs = (*(True,) * 3, *[False] * 6)
     for edges in (0, n, 40 * n):

@@ -62,10 +62,10 @@ _SLICE = 2**15  # edges whose attributes' gradients are made at a time
 def attention_fwd(
     row_walk: Sequence[Tensor],
     inputs: Inputs,
+    logit: Logit,
     terms: EdgeTerms,
     mask: HeadMask,
     dropout: Dropout,
-    logit: Logit,
     switches: Switches,
 ) -> Results:
     """The results in the caller's edge order, but for ``exps``: exp(logit - a number of its row) in
@@ -178,10 +178,10 @@ def attention_bwd(
     upstream: Upstream,
     saved: Saved,
     inputs: Inputs,
+    logit: Logit,
     terms: EdgeTerms,
     mask: HeadMask,
     dropout: Dropout,
-    logit: Logit,
     switches: Switches,
 ) -> PerInput[Tensor | None]:
     """-> the gradients that are needed, None for the others.

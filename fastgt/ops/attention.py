@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -19,6 +20,8 @@ from fastgt.contract import (
     HeadMask,
     Inputs,
     Logit,
+    PerInput,
+    Signature,
     Switches,
 )
 from fastgt.graph import Graph
@@ -220,7 +223,8 @@ def neighborhood_attention(
     edges = EdgeTensors(
         edge_bias, edge_gate, edge_key, edge_value, edge_attr, edge_key_weight, edge_value_weight
     )
-    more_than_bias = any(x is not None for x in edges[1:]) or dropout_p != 0 or request.edge_scores
+    given = [x for x in edges[1:] if x is not None]
+    more_than_bias = bool(given) or dropout_p != 0 or request.edge_scores
     if isinstance(q, Tensor) and autocasts(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (autocast(x, dtype) for x in (q, k, v))
@@ -235,7 +239,7 @@ def neighborhood_attention(
     if more_than_bias:
         check_edges(edges, q, v, graph.num_edges)
     check_numbers(q, scale, denominator_eps, dropout_p)
-    mask = active = HeadMask(None, None)
+    mask = active = _NO_MASK
     if head_gate is not None:
         check_head_gate(head_gate, q.shape[1], q.device, graph.num_graphs)
         active = node_mask(head_gate, graph)
@@ -244,7 +248,10 @@ def neighborhood_attention(
     if logit_clamp is not None:
         low, high = (math.inf * x if abs(x) > largest(q) else x for x in (low, high))
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
-    seed = dropout_key(dropout_seed, q.device) if dropout_p or dropout_seed is not None else None
+    dropout = _NO_DROPOUT
+    if dropout_p or dropout_seed is not None:
+        seed = dropout_key(dropout_seed, q.device)
+        dropout = Dropout(seed, dropout_p) if dropout_p else dropout
     impl = resolve_impl(impl, q)
     o, aux = _attend(
         Inputs(q, k, v),
@@ -252,7 +259,7 @@ def neighborhood_attention(
         mask,
         graph,
         Logit(scale, low, high, denominator_eps),
-        Dropout(seed if dropout_p else None, dropout_p),
+        dropout,
         request,
         impl,
         more_than_bias,
@@ -261,6 +268,9 @@ def neighborhood_attention(
         o = gated(o, head_gate, graph.graph_ptr, dense_gate_grad, impl)
         aux = masked_aux(aux, active, graph) if dense_gate_grad else aux
     return o if return_aux is None else (o, aux)
+
+
+_NO_MASK, _NO_DROPOUT = HeadMask(), Dropout()
 
 
 def _attend(
@@ -297,20 +307,22 @@ def _attend(
         inputs = Inputs(q, k.view_as(k), v.view_as(v))
         terms = EdgeTerms(*(None if x is None else x.view_as(x) for x in terms))
         mask = HeadMask(mask.rows, None if mask.cols is None else mask.cols.view_as(mask.cols))
-    switches = Switches(
-        key_is_value, request.weights, request.edge_scores, value_weight is not None, exps
-    )
+    # most calls are plain and wait for every argument: what has its default is left out
+    rest: tuple[Tensor | None, ...] = () if terms.bias is None else (terms.bias,)
+    switches: tuple[Any, ...] = ()
+    if more_than_bias or mask.rows is not None or request.weights:
+        rest = *terms, *mask, dropout.seed
+        weigh_attr = value_weight is not None
+        switches = dropout.p, key_is_value, request.weights, request.edge_scores, weigh_attr, exps
     rows = row_walk(graph, plan)
     if differentiable:
         columns = column_walk(graph, plan)
         # not the plan: compiled code would be made anew for every reason that a plan states
         path, height, _ = plan
-        call = _Call(graph, path, height, rows, columns, logit, dropout.p, switches)
-        results = _Attention.apply(call, dropout.seed, *mask, *inputs, *terms)
+        call = _Call(graph, path, height, rows, columns, logit, switches)
+        results = _Attention.apply(call, *inputs, *rest)
     else:
-        results = attention_fwd(
-            plan.path, plan.height, rows, *inputs, *terms, *mask, *dropout, *logit, *switches
-        )
+        results = attention_fwd(plan.path, plan.height, rows, *inputs, *logit, *rest, *switches)
     o, lse, weights, scores, attr_o, _ = results
     if value_weight is not None:
         o = add_attributes(o, lse, attr_o, value_weight)
@@ -326,8 +338,7 @@ class _Call(NamedTuple):
     rows: tuple[Tensor, ...]
     columns: tuple[Tensor, ...]
     logit: Logit
-    dropout_p: float
-    switches: Switches
+    switches: tuple[Any, ...]  # the probability of dropout, and Switches; nothing in a plain call
 
 
 class _Attention(torch.autograd.Function):
@@ -335,21 +346,19 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: _Call,
-        seed: Tensor | None,
-        mask_rows: Tensor | None,
-        mask_cols: Tensor | None,
-        *tensors: Tensor | None,  # Inputs, EdgeTerms
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *rest: Tensor | None,  # nothing, the bias, or EdgeTerms, HeadMask and the seed of dropout
     ) -> tuple[Tensor | None, ...]:
-        rest = mask_rows, mask_cols, seed, call.dropout_p
-        results = attention_fwd(
-            call.path, call.height, call.rows, *tensors, *rest, *call.logit, *call.switches
-        )
+        _, path, height, rows, _, logit, switches = call
+        results = attention_fwd(path, height, rows, q, k, v, *logit, *rest, *switches)
         o, lse, weights, _, _, exps = results
         # only windows need the output: a first guess at the row's mean gradient
-        saved = lse, o if call.height else None, exps
-        ctx.save_for_backward(seed, mask_rows, mask_cols, *saved, *tensors)
+        ctx.save_for_backward(lse, o if height else None, exps, q, k, v, *rest)
         ctx.call = call
-        ctx.mark_non_differentiable(*(x for x in (weights, exps) if x is not None))
+        if switches:
+            ctx.mark_non_differentiable(*[x for x in (weights, exps) if x is not None])
         ctx.set_materialize_grads(False)
         return results
 
@@ -363,31 +372,47 @@ class _Attention(torch.autograd.Function):
         dattr_o: Tensor | None,
         __: None,
     ) -> tuple[Tensor | None, ...]:
-        seed, mask_rows, mask_cols, lse, o, exps, *tensors = ctx.saved_tensors
-        call, needs, q = ctx.call, ctx.needs_input_grad[4:], tensors[0]
+        lse, o, exps, q, k, v, *rest = ctx.saved_tensors
+        graph, path, height, rows, columns, logit, switches = ctx.call
+        given = ctx.needs_input_grad[1:]
+        needs = (given + _NO_NEEDS)[: len(_NO_NEEDS)]
         if dattr_o is not None:
             dattr_o = narrow(dattr_o, q)
+        upstream = do, dlse, dscores, dattr_o
+        grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable
-
-            def definition(*tensors: Any) -> tuple[Tensor, ...]:
-                inputs, terms = Inputs(*tensors[:3]), EdgeTerms(*tensors[3:])
-                dropout = Dropout(seed, call.dropout_p)
-                shared = call.switches.key_is_value
-                return define(inputs, terms, mask_rows, call.graph, call.logit, dropout, shared)
-
-            upstream = do, dlse, dscores, dattr_o
-            grads = differentiable_gradients(definition, tensors, upstream, needs)
+            terms, mask, dropout, switch = _REST.split((*rest, *switches))
+            call = graph, mask.rows, logit, dropout, switch.key_is_value
+            grads = _differentiable(call, (q, k, v, *terms), upstream, needs)
         else:
             if do is None:
-                do = q.new_zeros(()).expand(*q.shape[:2], tensors[2].shape[2])
-            rest = mask_rows, mask_cols, seed, call.dropout_p, *call.logit, *call.switches
-            walks, upstream = (call.rows, call.columns), (do, dlse, dscores, dattr_o)
+                upstream = q.new_zeros(()).expand(*q.shape[:2], v.shape[2]), *upstream[1:]
             saved = lse, o, exps
-            grads = attention_bwd(
-                call.path, call.height, *walks, needs, *upstream, *saved, *tensors, *rest
-            )
-        return (None, None, None, None, *grads)
+            flat = *upstream, *saved, q, k, v, *logit, *rest, *switches
+            grads = attention_bwd(path, height, rows, columns, needs, *flat)
+        # neither masks nor the seed have one
+        return (None, *grads, None, None, None)[: len(given) + 1]
+
+
+_REST = Signature(EdgeTerms, HeadMask, Dropout, Switches)
+_NO_NEEDS = (False,) * len(PerInput._fields)
+
+
+def _differentiable(
+    call: tuple[Graph, Tensor | None, Logit, Dropout, bool],
+    tensors: tuple[Tensor | None, ...],
+    upstream: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The gradients from the plain definition."""
+    graph, active, logit, dropout, key_is_value = call
+
+    def definition(*tensors: Any) -> tuple[Tensor, ...]:
+        inputs, terms = Inputs(*tensors[:3]), EdgeTerms(*tensors[3:])
+        return define(inputs, terms, active, graph, logit, dropout, key_is_value)
+
+    return differentiable_gradients(definition, tensors, upstream, needs)
 
 
 def _plan(impl: Impl, graph: Graph, inputs: Inputs, edge_terms: bool) -> Plan:

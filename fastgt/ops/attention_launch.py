@@ -25,15 +25,16 @@ from fastgt.contract import (
     Signature,
     Switches,
     Upstream,
+    results_schema,
 )
 from fastgt.ops.checks import accumulator
 from fastgt.ops.implementation import require_triton
 
-FORWARD = Signature(Inputs, EdgeTerms, HeadMask, Dropout, Logit, Switches)
-BACKWARD = Signature(Upstream, Saved, Inputs, EdgeTerms, HeadMask, Dropout, Logit, Switches)
+FORWARD = Signature(Inputs, Logit, EdgeTerms, HeadMask, Dropout, Switches)
+BACKWARD = Signature(Upstream, Saved, Inputs, Logit, EdgeTerms, HeadMask, Dropout, Switches)
 torch.library.define(
     "fastgt::attention_fwd",
-    f"(str path, int height, Tensor[] row_walk, {FORWARD.schema}) -> ({Signature(Results).schema})",
+    f"(str path, int height, Tensor[] row_walk, {FORWARD.schema}) -> ({results_schema(Results)})",
 )
 torch.library.define(
     "fastgt::attention_bwd",
@@ -44,7 +45,7 @@ torch.library.define(
 
 @torch.library.register_fake("fastgt::attention_fwd")
 def _(path: str, height: int, row_walk: Any, *flat: Any) -> tuple[Tensor | None, ...]:
-    inputs, terms, _, _, _, switches = FORWARD.split(flat)
+    inputs, _, terms, _, _, switches = FORWARD.split(flat)
     (n, heads, d), edges = inputs.q.shape, row_walk[1].shape[0]
     q, wide = inputs.q, accumulator(inputs.q)
     return (
@@ -61,13 +62,13 @@ def _(path: str, height: int, row_walk: Any, *flat: Any) -> tuple[Tensor | None,
 def _(
     path: str, height: int, row_walk: Any, column_walk: Any, needs: Any, *flat: Any
 ) -> tuple[Tensor | None, ...]:
-    _, _, inputs, terms, *_ = BACKWARD.split(flat)
+    _, _, inputs, _, terms, *_ = BACKWARD.split(flat)
     tensors = zip((*inputs, *terms), needs, strict=True)
     return tuple(x.new_empty(x.shape) if need else None for x, need in tensors)
 
 
 def _launch_fwd(path: str, height: int, row_walk: Any, *flat: Any) -> tuple[Tensor | None, ...]:
-    call = inputs, terms, mask, _, logit, switches = FORWARD.split(flat)
+    call = inputs, logit, terms, mask, _, switches = FORWARD.split(flat)
     if path == "torch":
         from fastgt.cpu import attention
 
@@ -77,7 +78,7 @@ def _launch_fwd(path: str, height: int, row_walk: Any, *flat: Any) -> tuple[Tens
         from fastgt.kernels.attention_windows import windows_fwd
 
         dense = path == "graphs"
-        return windows_fwd(row_walk, height, dense, inputs, terms, mask, logit, switches)
+        return windows_fwd(row_walk, height, dense, inputs, logit, terms, mask, switches)
     from fastgt.kernels.attention import attention_fwd
 
     return attention_fwd(row_walk, *call)
@@ -95,10 +96,8 @@ def _launch_bwd(
     if height:
         from fastgt.kernels.attention_windows_backward import windows_bwd
 
-        inputs, terms, mask, _, logit, _ = call
         dense = path == "graphs"
-        rest = needs, upstream, saved, inputs, terms, mask, logit
-        return windows_bwd(*walks, height, dense, *rest)
+        return windows_bwd(*walks, height, dense, needs, upstream, saved, *call[:4])
     from fastgt.kernels.attention_backward import attention_bwd
 
     return attention_bwd(*walks, needs, upstream, saved, *call)

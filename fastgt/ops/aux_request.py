@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fastgt.contract import AuxRequest
 
+_NOTHING = AuxRequest()
+
 
 def check_request(op: str, return_aux: AuxRequest | None, *allowed: str) -> AuxRequest:
     """``return_aux``, or one that asks for nothing where it is None.
@@ -14,7 +16,7 @@ def check_request(op: str, return_aux: AuxRequest | None, *allowed: str) -> AuxR
         allowed: The fields of :class:`fastgt.AuxRequest` that the operator has, at least one.
     """
     if return_aux is None:
-        return AuxRequest()
+        return _NOTHING
     if not isinstance(return_aux, AuxRequest):
         raise TypeError(
             f"return_aux must be an AuxRequest, got {type(return_aux).__name__}: pass "

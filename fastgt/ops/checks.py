@@ -90,23 +90,26 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, graph: Graph) -> None:
     if graph.device != q.device:
         raise ValueError(f"graph is on {graph.device} but q is on {q.device}: use graph.to()")
     rows, heads, width = q.shape
-    for name, found, wanted, what in (
-        ("q", rows, graph.num_rows, "rows"),
-        ("k", k.shape[0], graph.num_cols, "columns"),
-        ("v", v.shape[0], graph.num_cols, "columns"),
-    ):
-        if found != wanted:
-            raise ValueError(
-                f"{name} has {found} rows but the graph has {wanted} {what} (num_nodes of "
-                "Graph.from_edge_index says how many)"
-            )
-    if k.shape[2] != width:
-        raise ValueError(f"k has head width {k.shape[2]} but q has {width}")
-    if v.shape[1] != k.shape[1]:
-        raise ValueError(f"v has {v.shape[1]} heads but k has {k.shape[1]}")
-    if heads == 0 or k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(f"q's {heads} heads must be a multiple of k's {k.shape[1]} heads")
+    columns, kv_heads, k_width = k.shape
+    values, v_heads, _ = v.shape
+    _check_count("q", rows, graph.num_rows, "rows")
+    _check_count("k", columns, graph.num_cols, "columns")
+    _check_count("v", values, graph.num_cols, "columns")
+    if k_width != width:
+        raise ValueError(f"k has head width {k_width} but q has {width}")
+    if v_heads != kv_heads:
+        raise ValueError(f"v has {v_heads} heads but k has {kv_heads}")
+    if heads == 0 or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q's {heads} heads must be a multiple of k's {kv_heads} heads")
     check_widths(q, v)
+
+
+def _check_count(name: str, found: int, wanted: int, what: str) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"{name} has {found} rows but the graph has {wanted} {what} (num_nodes of "
+            "Graph.from_edge_index says how many)"
+        )
 
 
 def check_nodes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -115,8 +118,9 @@ def check_nodes(q: Tensor, k: Tensor, v: Tensor) -> None:
         check_float(name, x)
         if x.ndim != 3:
             raise ValueError(f"{name} must be [N, H, D], got {list(x.shape)}")
-    _check_like_q("k", k, q)
-    _check_like_q("v", v, q)
+    if not (k.dtype == v.dtype == q.dtype and k.device == v.device == q.device):
+        _check_like_q("k", k, q)
+        _check_like_q("v", v, q)
 
 
 def check_float(name: str, x: object) -> None:

@@ -73,7 +73,7 @@ _FINDER = _Finder()
 
 
 def _attention_fwd(path: str, height: int, rows: Any, *flat: Any, out_shape: Any) -> int:
-    inputs, terms, _, _, _, switches = FORWARD.split(flat)
+    inputs, _, terms, _, _, switches = FORWARD.split(flat)
     channels = 0
     if terms.attr is not None:
         channels = ((terms.attr_q is not None) + switches.make_attr_o) * terms.attr[1]
@@ -84,7 +84,7 @@ def _attention_fwd(path: str, height: int, rows: Any, *flat: Any, out_shape: Any
 def _attention_bwd(
     path: str, height: int, rows: Any, columns: Any, needs: Any, *flat: Any, out_shape: Any
 ) -> int:
-    upstream, _, inputs, terms, *_ = BACKWARD.split(flat)
+    upstream, _, inputs, _, terms, *_ = BACKWARD.split(flat)
     need = PerInput(*needs)
     logits = any(need._replace(v=False, value=False))
     # of width D: the logit again, the gradients of q and k; of width Dv: that of the weight, of v

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastgt import versions
 
 Impl = Literal["triton", "torch", "reference"]
+_NAMES = get_args(Impl)
 
 _forced: Impl | None = None
 
@@ -52,8 +53,8 @@ def resolve_impl(impl: Impl | None, x: Tensor) -> Impl:
 
 def check_impl(impl: Impl | None) -> None:
     """Refuse a name that is not one of an implementation."""
-    if impl is not None and impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {list(get_args(Impl))} or None, got {impl!r}")
+    if impl is not None and impl not in _NAMES:
+        raise ValueError(f"impl must be one of {list(_NAMES)} or None, got {impl!r}")
 
 
 def require_triton(x: Tensor) -> None:

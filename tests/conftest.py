@@ -1,5 +1,6 @@
 """What every test file stands on: the interpreter, poisoned memory, Hypothesis, the device."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -27,6 +28,14 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("fastgt")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter():
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from interpreter import keep_language_replaced
+
+        keep_language_replaced()
 
 
 @pytest.fixture(scope="session")

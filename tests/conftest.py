@@ -33,9 +33,9 @@ hypothesis.settings.load_profile("fastgt")
 @pytest.fixture(scope="session", autouse=True)
 def interpreter():
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        from interpreter import keep_language_replaced
+        from interpreter import remember_what_is_repeated
 
-        keep_language_replaced()
+        remember_what_is_repeated()
 
 
 @pytest.fixture(scope="session")

@@ -27,12 +27,13 @@ check: $(VENV)/test.stamp
 	$(BIN)/mypy fastgt
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 8 $(CHECKED)
 
-# a process for each core, which has whole files: threads of its own would stand in the others' way
+# a process for each core, which has whole files (tests/conftest.py): threads of its own would stand
+# in the others' way
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy fastgt
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 	$(BIN)/pytest tools --benchmark-disable
 
 # The lowest and the highest versions declared; each environment takes several gigabytes of cache.

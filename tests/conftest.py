@@ -30,6 +30,21 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fastgt")
 
 
+# what takes minutes begins first, so that no process is left alone with it at the end
+LONGEST = ("test_compiled", "test_wheel", "test_versions", "test_linear_attention")
+
+
+def pytest_collection_modifyitems(config, items):
+    """A process takes whole files, which share fixtures; each target is compiled for apart."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else 99)
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        target = getattr(item, "callspec", None) and item.callspec.params.get("report")
+        group = item.path.stem if target is None else f"{item.path.stem} {target}"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreter():
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):

@@ -13,7 +13,6 @@ import pytest
 import torch
 from attention_cases import (
     BF16,
-    DEVICE,
     FAST,
     FP16,
     FP32,
@@ -21,10 +20,9 @@ from attention_cases import (
     IMPLS,
     LAYOUTS,
     arrange,
-    planned,
 )
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from problems import DEVICE, GraphProblem, OpUnderTest, planned
 
 from fastgt import AuxRequest, Graph, aggregate, gated_aggregate, segment_softmax
 from fastgt.testing import random_edge_index, with_index_dtype
@@ -78,47 +76,28 @@ MESSAGES = [("x", "edge_value"), ("x",), ("edge_value",)]
 
 
 @dataclass(repr=False)
-class Case:
+class Case(GraphProblem):
     """One problem: inputs by name, upstream gradients and options."""
 
-    seed: int
     op: str
-    edge_index: torch.Tensor
-    graph: Graph
     inputs: dict
     do: torch.Tensor
     de: torch.Tensor | None
     options: dict = field(default_factory=dict)
-    made_by: str = ""
-    plan: str = "gather"
 
-    def __repr__(self):
-        return self.made_by
+    def tensors(self):
+        upstream = {"do": self.do} | ({} if self.de is None else {"de": self.de})
+        return self.inputs | upstream
 
-    @property
-    def generator(self):
-        return torch.Generator().manual_seed(self.seed + 1)
+    def having(self, **tensors):
+        upstream = {name: tensors.pop(name) for name in ("do", "de") if name in tensors}
+        return replace(self, inputs=self.inputs | tensors, **upstream)
 
-    @property
-    def source(self):
-        return self.edge_index[0]
-
-    @property
-    def target(self):
-        return self.edge_index[1]
-
-    def isolated(self):
-        """[N_rows], which rows have no edge."""
-        return torch.bincount(self.target, minlength=self.graph.num_rows) == 0
-
-    def onto(self, edge_index, **changes):
-        """The same rows and columns joined by other edges, planned likewise."""
-        size = self.graph.num_rows, self.graph.num_cols
-        graph = planned(Graph.from_edge_index(edge_index, size), self.plan)
-        return replace(self, edge_index=edge_index, graph=graph, **changes)
-
-    def having(self, **inputs):
-        return replace(self, inputs=self.inputs | inputs)
+    def over(self, name):
+        name = name.removeprefix("d")
+        if name in ("o", "e"):
+            return "edges" if name == "e" or self.op == "softmax" else "rows"
+        return OVER[name]
 
 
 def case(
@@ -169,7 +148,8 @@ def case(
         options = {"normalize": normalize, "eps": eps}
     do = tensor(sizes["edges" if op == "softmax" else "rows"])
     de = tensor(sizes["edges"]) if op == "gated" else None
-    return Case(seed, op, edge_index, graph, inputs, do, de, options, made_by, plan)
+    named = {"made_by": made_by, "plan": plan}
+    return Case(seed, edge_index, graph, op, inputs, do, de, options, **named)
 
 
 @st.composite
@@ -199,27 +179,9 @@ def cases(draw, impl, **fixed):
     return case(**{name: draw(s) for name, s in choices.items() if name not in fixed}, **fixed)
 
 
-def examples(count, impls=IMPLS, **fixed):
-    """Run ``check(impl, case)`` on drawn cases: fewer of them where the interpreter runs it."""
-
-    def wrap(check):
-        def test(impl):
-            few = impl == "triton" and DEVICE == "cpu"
-
-            @settings(
-                max_examples=max(6, count // 2) if few else 2 * count,
-                suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-            )
-            @given(case=cases(impl, **fixed))
-            def run(case):
-                check(impl, case)
-
-            run()
-
-        test.__name__, test.__doc__ = check.__name__, check.__doc__
-        return pytest.mark.parametrize("impl", impls)(test)
-
-    return wrap
+def draws(count, impl):
+    """Fewer where the interpreter runs them."""
+    return max(6, count // 2) if impl == "triton" and DEVICE == "cpu" else 2 * count
 
 
 def call(case, impl, **changes):
@@ -235,6 +197,11 @@ def call(case, impl, **changes):
         out, aux = gated_aggregate(x, case.graph, **inputs, **options, return_aux=request)
         return out, aux.edge_scores
     return (aggregate(x, case.graph, **inputs, **options),)
+
+
+def results(case, impl):
+    """Outputs by name, connected to the inputs."""
+    return dict(zip(("o", "e"), call(case, impl), strict=False))
 
 
 def evaluate(case, impl, dtype=None):
@@ -340,13 +307,6 @@ def _gated(mine, given, num_edges, *, normalize, eps):
     return {"o": o, "e": e_out} | grads
 
 
-def over(x, name):
-    """What an output or gradient has a row for."""
-    if name in ("o", "e"):
-        return "edges" if name == "e" or x.op == "softmax" else "rows"
-    return OVER[name[1:]]
-
-
 def walks(graph, impl):
     if impl == "torch":
         return [graph.row_ptr, graph.col, graph.edge], list(graph.columns)
@@ -366,3 +326,9 @@ def degrees(op, counts, cols, **options):
 
 def zeros(*shape, dtype=FP32, device=DEVICE):
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+# all three: which one is drawn, or fixed by its name in OPS
+AGGREGATE = OpUnderTest("aggregate", IMPLS, cases, draws, results, evaluate, loops)
+SOFTMAX = replace(AGGREGATE, name="segment_softmax", logit="logit")
+examples = AGGREGATE.examples

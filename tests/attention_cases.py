@@ -11,16 +11,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import oracle
-import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from problems import DEVICE, PLANS, GraphProblem, OpUnderTest, planned
 
 from fastgt import AuxRequest, Graph, neighborhood_attention, reference
 from fastgt.contract import Dropout, EdgeTerms, HeadMask, Logit, Switches
-from fastgt.testing import random_edge_index, with_buckets, with_index_dtype
+from fastgt.testing import random_edge_index, with_index_dtype
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = ["torch", "triton"] if DEVICE == "cpu" else ["triton"]
 IMPLS = ["reference", *FAST]
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -35,13 +33,20 @@ TERMS = ("gate factor", "key shared", "value", "attr-key", "attr-value", "drop",
 LAYOUTS = ("contiguous", "transposed", "reversed", "sliced", "expanded")
 
 
+# what a tensor, a result or a gradient has an entry for
+OVER = {
+    **dict.fromkeys(("q", "o", "lse"), "rows"),
+    **dict.fromkeys(("k", "v"), "cols"),
+    **dict.fromkeys(("bias", "weights", "scores"), "edges"),
+    **dict.fromkeys(("edge_gate", "edge_key", "edge_value", "edge_attr"), "edges"),
+    **dict.fromkeys(("edge_key_weight", "edge_value_weight"), "none"),
+}
+
+
 @dataclass(repr=False)
-class Case:
+class Case(GraphProblem):
     """One problem: inputs, upstream gradients and options."""
 
-    seed: int
-    edge_index: torch.Tensor
-    graph: Graph
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
@@ -49,35 +54,29 @@ class Case:
     do: torch.Tensor
     dlse: torch.Tensor
     options: dict
-    made_by: str = ""
-    plan: str = "gather"
     terms: dict = field(default_factory=dict)  # edge tensors by the public function's names
     dscores: torch.Tensor | None = None
 
-    def __repr__(self):
-        return self.made_by
-
     @property
-    def generator(self):
-        return torch.Generator().manual_seed(self.seed + 1)
+    def shared(self):
+        """Whether keys and values take one edge vector, which ``tensors`` has once."""
+        return "edge_key" in self.terms and self.terms.get("edge_value") is self.terms["edge_key"]
 
-    @property
-    def source(self):
-        return self.edge_index[0]
+    def tensors(self):
+        names = ("q", "k", "v", "bias", "do", "dlse", "dscores")
+        found = {name: t for name in names if (t := getattr(self, name)) is not None} | self.terms
+        if self.shared:
+            del found["edge_value"]
+        return found
 
-    @property
-    def target(self):
-        return self.edge_index[1]
+    def having(self, **tensors):
+        terms = self.terms | {name: tensors.pop(name) for name in self.terms if name in tensors}
+        if self.shared:
+            terms["edge_value"] = terms["edge_key"]
+        return replace(self, terms=terms, **tensors)
 
-    def isolated(self):
-        """[N_rows], which rows have no edge."""
-        return torch.bincount(self.target, minlength=self.graph.num_rows) == 0
-
-    def onto(self, edge_index, **changes):
-        """The same rows and columns joined by other edges, planned likewise."""
-        size = self.graph.num_rows, self.graph.num_cols
-        graph = planned(Graph.from_edge_index(edge_index, size), self.plan)
-        return replace(self, edge_index=edge_index, graph=graph, **changes)
+    def over(self, name):
+        return OVER[name.removeprefix("d")]
 
 
 def case(
@@ -153,23 +152,8 @@ def case(
         )  # fmt: skip
         options["logit_clamp"] = gap(aux.edge_scores.sum(-1))
     tensors = q, k, v, bias, do, dlse
-    return Case(seed, edge_index, graph, *tensors, options, made_by, plan, made, dscores)
-
-
-PLANS = ("gather", "buckets", "windows 16", "windows 32", "windows 64", "graphs 64")
-
-
-def planned(graph, plan):
-    """The graph with one of PLANS; "buckets" gathers with segments of a few edges."""
-    path, _, height = plan.partition(" ")
-    if path == "buckets":
-        return with_buckets(graph, few=4, segment=5)
-    if path == "gather":
-        return graph
-    try:
-        return graph.plan(path, height=int(height))
-    except ValueError:  # an edge stands there twice
-        return graph.plan("windows", height=int(height))
+    named = {"made_by": made_by, "plan": plan}
+    return Case(seed, edge_index, graph, *tensors, options, made, dscores, **named)
 
 
 def gap(logit):
@@ -239,27 +223,9 @@ def term_words(draw):
     return " ".join(word for word in words if word and not (word == "value" and "shared" in words))
 
 
-def examples(count, impls=IMPLS, **fixed):
-    """Run ``check(impl, case)`` on drawn cases: fewer of them where the interpreter runs it."""
-
-    def wrap(check):
-        def test(impl):
-            few = impl == "triton" and DEVICE == "cpu"
-
-            @settings(
-                max_examples=max(6, count // 2) if few else 2 * count,
-                suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-            )
-            @given(case=cases(impl, **fixed))
-            def run(case):
-                check(impl, case)
-
-            run()
-
-        test.__name__, test.__doc__ = check.__name__, check.__doc__
-        return pytest.mark.parametrize("impl", impls)(test)
-
-    return wrap
+def draws(count, impl):
+    """Fewer where the interpreter runs them."""
+    return max(6, count // 2) if impl == "triton" and DEVICE == "cpu" else 2 * count
 
 
 def attend(case, impl, **changes):
@@ -313,6 +279,13 @@ def evaluate(case, impl, dtype=None):
         found["scores"] = scores[0]
     found |= {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
     return {name: t.detach() for name, t in found.items()}
+
+
+def results(case, impl):
+    """Outputs by name, connected to the inputs."""
+    o, lse, weights, *scores = attend(case, impl)
+    found = {"o": o, "lse": lse, "weights": weights}
+    return found | ({"scores": scores[0]} if scores else {})
 
 
 PLAIN = {
@@ -379,3 +352,10 @@ def loops(case):
     if case.terms.get("edge_value") is case.terms.get("edge_key") and "edge_key" in case.terms:
         found["dedge_key"] += found.pop("dedge_value")
     return {name: torch.from_numpy(np.asarray(x)).to(DEVICE) for name, x in found.items()}
+
+
+ATTENTION = OpUnderTest(
+    "neighborhood_attention", IMPLS, cases, draws, results, evaluate, loops, logit="bias"
+)
+EDGE_TERMS = replace(ATTENTION, name="neighborhood_attention with edge terms")
+examples = ATTENTION.examples

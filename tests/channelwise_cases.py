@@ -7,11 +7,9 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pytest
 import torch
 from attention_cases import (
     BF16,
-    DEVICE,
     FAST,
     FP16,
     FP32,
@@ -20,15 +18,14 @@ from attention_cases import (
     LAYOUTS,
     arrange,
     gap,
-    planned,
 )
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from problems import DEVICE, GraphProblem, OpUnderTest, planned
 
 from fastgt import AuxRequest, Graph, channelwise_attention
 from fastgt.contract import Walks
 from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
-from fastgt.testing import assert_as_accurate, random_edge_index, with_index_dtype
+from fastgt.testing import random_edge_index, with_index_dtype
 
 NAMES = ("o", "lse", "weights", "dlogits", "dv", "dedge_value")
 PLANES = ("planes of heads", "planes of channels")
@@ -38,55 +35,34 @@ ALL = ["reference", *WAYS]
 PER_EDGE = ("weights", "dlogits", "dedge_value")
 
 
+# what a tensor, a result or a gradient has an entry for
+OVER = {
+    **dict.fromkeys(("o", "lse"), "rows"),
+    "v": "cols",
+    **dict.fromkeys(("logits", "edge_value", "weights"), "edges"),
+}
+
+
 @dataclass(repr=False)
-class Case:
+class Case(GraphProblem):
     """One problem: inputs, upstream gradients and options."""
 
-    seed: int
-    edge_index: torch.Tensor
-    graph: Graph
     logits: torch.Tensor
     v: torch.Tensor | None
     edge_value: torch.Tensor | None
     do: torch.Tensor
     dlse: torch.Tensor
     options: dict
-    made_by: str = ""
-    plan: str = "gather"
 
-    def __repr__(self):
-        return self.made_by
+    def tensors(self):
+        names = ("logits", "v", "edge_value", "do", "dlse")
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
 
-    @property
-    def generator(self):
-        return torch.Generator().manual_seed(self.seed + 1)
+    def having(self, **tensors):
+        return replace(self, **tensors)
 
-    @property
-    def source(self):
-        return self.edge_index[0]
-
-    @property
-    def target(self):
-        return self.edge_index[1]
-
-    def isolated(self):
-        """[N_rows], which rows have no edge."""
-        return torch.bincount(self.target, minlength=self.graph.num_rows) == 0
-
-    def onto(self, edge_index, **changes):
-        """The same rows and columns joined by other edges, planned likewise."""
-        size = self.graph.num_rows, self.graph.num_cols
-        graph = planned(Graph.from_edge_index(edge_index, size), self.plan)
-        return replace(self, edge_index=edge_index, graph=graph, **changes)
-
-    def taking(self, edges):
-        """The same problem with some of its edges, or in another order."""
-        parts = {
-            name: x[edges]
-            for name in ("logits", "edge_value")
-            if (x := getattr(self, name)) is not None
-        }
-        return self.onto(self.edge_index[:, edges], **parts)
+    def over(self, name):
+        return OVER[name.removeprefix("d")]
 
 
 def case(
@@ -127,7 +103,8 @@ def case(
     if clamped:
         options["logit_clamp"] = gap(logits.double())
     v, edge_value = (None if terms == "edge_value" else v), (None if terms == "v" else edge_value)
-    return Case(seed, edge_index, graph, logits, v, edge_value, do, dlse, options, made_by, plan)
+    tensors, named = (logits, v, edge_value, do, dlse), {"made_by": made_by, "plan": plan}
+    return Case(seed, edge_index, graph, *tensors, options, **named)
 
 
 def shared(logits, layout):
@@ -166,27 +143,9 @@ def cases(draw, impl, **fixed):
     return case(**drawn, **fixed)
 
 
-def examples(count, impls=IMPLS, **fixed):
-    """Run ``check(impl, case)`` on drawn cases: few of them where the interpreter runs it."""
-
-    def wrap(check):
-        def test(impl):
-            few = impl == "triton" and DEVICE == "cpu"
-
-            @settings(
-                max_examples=max(3, count // 5) if few else count,
-                suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-            )
-            @given(case=cases(impl, **fixed))
-            def run(case):
-                check(impl, case)
-
-            run()
-
-        test.__name__, test.__doc__ = check.__name__, check.__doc__
-        return pytest.mark.parametrize("impl", impls)(test)
-
-    return wrap
+def draws(count, impl):
+    """Few where the interpreter runs them."""
+    return max(3, count // 5) if impl == "triton" and DEVICE == "cpu" else count
 
 
 def attend(case, impl, **changes):
@@ -227,13 +186,9 @@ def evaluate(case, impl, dtype=None):
     return {name: x.detach() for name, x in found.items()}
 
 
-def accurate(x, impl):
-    """As near to float64 as plain PyTorch in the dtype of the case, twice or thrice its error."""
-    actual, eager = evaluate(x, impl), evaluate(x, "reference")
-    truth = evaluate(x, "reference", FP64)
-    for name, found in actual.items():
-        factor = 3.0 if name.startswith("d") else 2.0
-        assert_as_accurate(found, eager[name], truth[name], name, factor)
+def results(case, impl):
+    """Outputs by name, connected to the inputs."""
+    return dict(zip(("o", "lse", "weights"), attend(case, impl), strict=True))
 
 
 def loops(case):
@@ -281,3 +236,9 @@ def loops(case):
         if getattr(case, name) is None:
             del found[f"d{name}"]
     return {name: torch.from_numpy(x).reshape(-1, *shape).to(DEVICE) for name, x in found.items()}
+
+
+CHANNELWISE = OpUnderTest(
+    "channelwise_attention", IMPLS, cases, draws, results, evaluate, loops, logit="logits"
+)
+examples = CHANNELWISE.examples

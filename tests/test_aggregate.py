@@ -5,9 +5,11 @@ import itertools
 import math
 from dataclasses import replace
 
+import laws
 import pytest
 import torch
 from aggregate_cases import (
+    AGGREGATE,
     FAST_WAYS,
     KINDS,
     OVER,
@@ -18,7 +20,6 @@ from aggregate_cases import (
     evaluate,
     examples,
     loops,
-    over,
     zeros,
 )
 from attention_cases import (
@@ -29,23 +30,21 @@ from attention_cases import (
     FP32,
     FP64,
     IMPLS,
-    all_close,
     close,
     same_bits,
 )
 
 from fastgt import Graph, aggregate, gated_aggregate
-from fastgt.testing import PROBLEMS, assert_as_accurate, random_graph
+from fastgt.testing import PROBLEMS, random_graph
+
+test_reference_is_the_equations = AGGREGATE.obeys(
+    laws.equals_its_oracle, 30, ["reference"], dtype=FP64
+)
 
 
-@examples(30, impls=["reference"], dtype=FP64)
-def test_reference_is_the_equations(impl, case):
-    all_close(evaluate(case, impl), loops(case))
-
-
-@examples(30, impls=FAST, dtype=FP64)
-def test_implementations_agree_in_float64(impl, case):
-    all_close(evaluate(case, impl), loops(case))
+test_implementations_agree_in_float64 = AGGREGATE.obeys(
+    laws.equals_its_oracle, 30, FAST, dtype=FP64
+)
 
 
 @pytest.mark.parametrize("impl", WAYS)
@@ -53,41 +52,30 @@ def test_implementations_agree_in_float64(impl, case):
 def test_every_combination(impl, op, options):
     """No two sizes equal, no power of two."""
     x = case(op, 7, 6, 22, cols=5, kind="hub", isolated=2, **options)
-    all_close(evaluate(x, impl), loops(x))
+    laws.equals_its_oracle(AGGREGATE, impl, x)
+
+
+def as_accurate_as_eager(op, impl, x):
+    """Gradients of maxima of quarters only: rounding must not decide which edge is the largest."""
+    apart = x.op == "max" and "ties=False" in x.made_by
+    gradients = [f"d{name}" for name in x.inputs] if apart else []
+    laws.as_accurate_as_eager(op, impl, x, but=gradients)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("impl", FAST)
 def test_as_accurate_as_eager(impl, dtype):
-    """Maxima of quarters: rounding must not decide which edge is the largest."""
-
-    @examples(16, impls=[impl], dtype=dtype)
-    def check(impl, drawn):
-        truth = evaluate(drawn, "reference", FP64)
-        actual, eager = evaluate(drawn, impl), evaluate(drawn, "reference")
-        for name, x in actual.items():
-            if drawn.op == "max" and name != "o" and "ties=False" in drawn.made_by:
-                continue
-            factor = 3.0 if name.startswith("d") else 2.0
-            assert_as_accurate(x, eager[name], truth[name], name, factor)
-
-    check(impl)
+    AGGREGATE.check(as_accurate_as_eager, 16, impl, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("impl", FAST_WAYS)
 @each_family
 def test_half_precision_only_rounds_the_result(impl, op, options, dtype):
-    """Sums are kept in float32: a hub row must not drown in bfloat16."""
+    """The gradient of a softmax is taken at the rounded weights, as PyTorch's own."""
     edges = 3000 if impl == "torch" or DEVICE == "cuda" else 30
     x = case(op, 3, 3, edges, kind="hub", dtype=dtype, ties=op == "max", **options)
-    half, full = evaluate(x, impl), evaluate(x, impl, FP32)
-    step = torch.finfo(dtype).eps
-    for name, found in half.items():
-        assert found.dtype == dtype
-        if name != "dlogit":  # taken at the rounded weights, as PyTorch's own
-            expected = full[name].to(dtype)
-            torch.testing.assert_close(found, expected, rtol=step, atol=step * 0.01, msg=name)
+    laws.half_precision_only_rounds(AGGREGATE, impl, x, but=["dlogit"])
 
 
 @pytest.mark.parametrize("channels", [(1,), (12,), (13,), (130,), (2, 152)])
@@ -95,38 +83,19 @@ def test_half_precision_only_rounds_the_result(impl, op, options, dtype):
 def test_every_width(impl, channels):
     for op in ("softmax", "sum", "max", "gated"):
         x = case(op, 1, 4, 9, cols=6, channels=channels, dtype=FP32, ties=True)
-        truth, eager = evaluate(x, "reference", FP64), evaluate(x, "reference")
-        for name, found in evaluate(x, impl).items():
-            assert_as_accurate(found, eager[name], truth[name], name, 3.0)
+        laws.as_accurate_as_eager(AGGREGATE, impl, x, of_outputs=3.0)
 
 
-def moved(x, order):
-    """The same problem with node i renamed place[i], for a square graph."""
-    place = torch.argsort(order)
-    inputs = {n: t if OVER[n] == "edges" else t[order] for n, t in x.inputs.items()}
-    do = x.do if x.op == "softmax" else x.do[order]
-    return x.onto(place[x.edge_index], inputs=inputs, do=do)
-
-
-@examples(12, dtype=FP64, rows=8, cols=8)
-def test_renumbering_nodes_renumbers_the_result(impl, case):
-    order = torch.randperm(8, generator=case.generator).to(DEVICE)
-    found = evaluate(moved(case, order), impl)
-    for name, x in evaluate(case, impl).items():
-        close(found[name], x if over(case, name) == "edges" else x[order], name)
+test_renumbering_nodes_renumbers_the_result = AGGREGATE.obeys(
+    laws.renumbering_nodes_renumbers_the_result, 12, dtype=FP64, rows=8, cols=8
+)
 
 
 @examples(12, dtype=FP64, ties=False, layout="contiguous")
 def test_reordering_edges_reorders_only_edge_tensors(impl, case):
-    order = torch.randperm(case.edge_index.shape[1], generator=case.generator).to(DEVICE)
-    inputs = {n: t[order] if OVER[n] == "edges" else t for n, t in case.inputs.items()}
-    if case.op == "max" and "edge_value" not in inputs:
-        return  # edges of one column and row are equal
-    do = case.do[order] if case.op == "softmax" else case.do
-    de = None if case.de is None else case.de[order]
-    found = evaluate(case.onto(case.edge_index[:, order], inputs=inputs, do=do, de=de), impl)
-    for name, x in evaluate(case, impl).items():
-        close(found[name], x[order] if over(case, name) == "edges" else x, name)
+    if case.op == "max" and "edge_value" not in case.inputs:
+        return  # edges of one column and row are equal: the first of them takes the gradient
+    laws.reordering_edges_reorders_only_edge_tensors(AGGREGATE, impl, case)
 
 
 @pytest.mark.parametrize("impl", WAYS)
@@ -185,22 +154,15 @@ def test_unused_nodes_have_no_say(impl, op, options):
 
 def check_unused(impl, case):
     """Nodes without edges get 0, and what belongs to them is ignored: NaN, too."""
-    unused = torch.bincount(case.source, minlength=case.graph.num_cols) == 0
-    none = {"rows": case.isolated(), "cols": unused}
-    clean = evaluate(case, impl)
-    for name, x in clean.items():
-        assert not x.isnan().any(), name
-        if over(case, name) != "edges":
-            assert (x[none[over(case, name)]] == 0).all(), name
+    clean = laws.rows_without_edges_give_zero(AGGREGATE, impl, case)
     if case.op == "softmax" or impl == "reference":  # autograd multiplies 0 by NaN
         return
-    spoilt = replace(case, do=case.do.clone(), inputs=dict(case.inputs))
-    spoilt.do[none["rows"]] = torch.nan
-    for name, tensor in case.inputs.items():
-        if OVER[name] != "edges":
-            spoilt.inputs[name] = tensor.clone()
-            spoilt.inputs[name][none[OVER[name]]] = torch.nan
-    same_bits(evaluate(spoilt, impl), clean)
+    none, spoilt = {"rows": case.isolated(), "cols": case.unused()}, {}
+    for name, tensor in case.tensors().items():
+        if case.over(name) in none:
+            spoilt[name] = tensor.clone()
+            spoilt[name][none[case.over(name)]] = torch.nan
+    same_bits(evaluate(case.having(**spoilt), impl), clean)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(4, 4), (0, 0), (0, 3), (3, 0)])
@@ -209,33 +171,17 @@ def check_unused(impl, case):
 def test_no_edges_and_no_nodes(impl, op, options, rows, cols):
     for channels in ((5,), (0,), (2, 0)):
         x = case(op, 0, rows, 0, cols=cols, channels=channels, **options)
-        for name, found in evaluate(x, impl).items():
-            assert (found == 0).all(), name
-            sizes = {"rows": rows, "cols": cols, "edges": 0}
-            assert found.shape == (sizes[over(x, name)], *channels)
+        for found in laws.without_edges_all_is_zero(AGGREGATE, impl, x).values():
+            assert found.shape[1:] == channels
 
 
 @pytest.mark.parametrize("impl", WAYS)
 @each_family
 def test_a_batch_is_its_graphs_one_by_one(impl, op, options):
-    """Empty graphs inside and at the end; one neighbour full of NaN changes nothing."""
+    """Empty graphs inside and at the end."""
     sizes = [(4, 9), (0, 0), (3, 0), (3, 7), (2, 0), (0, 0)]
     singles = [case(op, i, n, e, **options) for i, (n, e) in enumerate(sizes)]
-    for tensor in (*singles[3].inputs.values(), singles[3].do):
-        tensor.fill_(torch.nan)
-    joined = {n: torch.cat([x.inputs[n] for x in singles]) for n in singles[0].inputs}
-    do = torch.cat([x.do for x in singles])
-    de = torch.cat([x.de for x in singles]) if op == "gated" else None
-    graph = Graph.batch([x.graph for x in singles])
-    whole = evaluate(replace(singles[0], graph=graph, inputs=joined, do=do, de=de), impl)
-    for name, found in whole.items():
-        per_edge = over(singles[0], name) == "edges"
-        parts = found.split([e if per_edge else n for n, e in sizes])
-        for i, x in enumerate(singles):
-            if i != 3:
-                close(parts[i], evaluate(x, impl)[name], name)
-            elif name == "o":
-                assert torch.equal(parts[i].isnan(), evaluate(x, "reference")[name].isnan())
+    laws.a_batch_is_its_graphs_one_by_one(AGGREGATE, impl, singles, 3)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -243,42 +189,15 @@ def test_a_batch_is_its_graphs_one_by_one(impl, op, options):
 @each_family
 def test_nan_and_infinity_stay_with_the_rows_that_use_them(impl, op, options, value):
     x = case(op, 4, 8, 20, cols=9, dtype=FP32, isolated=1, **options)
-    clean = evaluate(x, impl)
     for where in (*x.inputs, "do"):
-        kind = over(x, "o") if where == "do" else OVER[where]
-        at = {"edges": 0, "rows": int(x.target[0]), "cols": int(x.source[0])}[kind]
-        edges = {"edges": [0], "rows": x.target == at, "cols": x.source == at}[kind]
-        rows = torch.zeros(8, dtype=torch.bool, device=DEVICE)
-        rows[x.target[edges]] = True
-        cols = torch.zeros(9, dtype=torch.bool, device=DEVICE)
-        cols[x.source[rows[x.target]]] = True
-        hit = {"rows": rows, "cols": cols, "edges": rows[x.target]}
-        assert not rows.all()
-        tensor = (x.do if where == "do" else x.inputs[where]).clone()
-        tensor[at] = value
-        spoilt = replace(x, do=tensor) if where == "do" else x.having(**{where: tensor})
-        found = evaluate(spoilt, impl)
-        for name, y in found.items():
-            left = ~hit[over(x, name)]
-            assert torch.equal(y[left], clean[name][left]), (where, name)
+        found, hit = laws.a_value_stays_with_its_rows(AGGREGATE, impl, x, where, value)
         if math.isnan(value) and where != "do":
-            assert found["o"][hit[over(x, "o")]].isnan().all()
+            assert found["o"][hit[x.over("o")]].isnan().all()
 
 
-@examples(10, dtype=FP64, rows=7)
-def test_a_row_depends_on_its_neighbourhood_only(impl, case):
-    row = int(torch.randint(7, (1,), generator=case.generator))
-    edges = case.target == row
-    kept = edges if case.op == "softmax" else torch.arange(7, device=DEVICE) == row
-    do = torch.where(kept.view(-1, *[1] * (case.do.ndim - 1)), case.do, 0.0)
-    de = None if case.de is None else case.de * 0
-    found = evaluate(replace(case, do=do, de=de), impl)
-    near = torch.zeros(case.graph.num_cols, dtype=torch.bool, device=DEVICE)
-    near[case.source[edges]] = True
-    within = {"edges": edges, "cols": near, "rows": torch.arange(7, device=DEVICE) == row}
-    for name, x in found.items():
-        if name.startswith("d"):
-            assert (x[~within[over(case, name)]] == 0).all(), name
+test_a_row_depends_on_its_neighbourhood_only = AGGREGATE.obeys(
+    laws.a_row_depends_on_its_neighbourhood_only, 10, dtype=FP64, rows=7
+)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -309,16 +228,8 @@ def test_every_subset_of_gradients_of_messages(impl, twice):
 @pytest.mark.parametrize("impl", FAST)
 @each_family
 def test_double_backward_equals_the_reference(impl, op, options):
-    def second(impl):
-        x = case(op, 2, 8, 24, cols=9, isolated=1, **options)
-        leaves = [t.detach().requires_grad_() for t in (*x.inputs.values(), x.do)]
-        outputs = call(x.having(**dict(zip(x.inputs, leaves, strict=False))), impl)
-        loss = (outputs[0] * leaves[-1]).sum() + sum(y.square().sum() for y in outputs)
-        first = torch.autograd.grad(loss, leaves[:-1], create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-
-    for a, b in zip(second(impl), second("reference"), strict=True):
-        close(a, b)
+    x = case(op, 2, 8, 24, cols=9, isolated=1, **options)
+    laws.double_backward_equals_the_reference(AGGREGATE, impl, x)
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -333,14 +244,7 @@ def test_create_graph_where_one_input_was_made_from_another(impl):
             x, graph, edge_value=(x[query] - x[key]).sin(), activation="relu", **impl
         ),
     ):
-        found = []
-        for chosen in (impl, "reference"):
-            leaf = start.clone().requires_grad_()
-            o = f(leaf, impl=chosen)
-            first = torch.autograd.grad(o.square().sum(), leaf, create_graph=True)[0]
-            found.append((first, torch.autograd.grad(first.cos().sum(), leaf)[0]))
-        for a, b in zip(*found, strict=True):
-            close(a, b)
+        laws.gradients_through_one_tensor_equal_the_reference(f, impl, start)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -363,16 +267,7 @@ def test_autocast(impl, op, options):
 @pytest.mark.parametrize("impl", FAST)
 @each_family
 def test_forward_mode_is_refused_not_zero(impl, op, options):
-    x = case(op, 0, 5, 12, **options)
-    name, start = next(iter(x.inputs.items()))
-
-    def f(t, impl):
-        return call(x.having(**{name: t}), impl)[0]
-
-    tangent = torch.func.jvp(lambda t: f(t, "reference"), (start,), (start.cos(),))[1]
-    close(tangent, torch.autograd.functional.jvp(lambda t: f(t, impl), start, start.cos())[1])
-    with pytest.raises(NotImplementedError, match="impl='reference' only"):
-        torch.func.jvp(lambda t: f(t, impl), (start,), (start.cos(),))
+    laws.forward_mode_is_refused_not_zero(AGGREGATE, impl, case(op, 0, 5, 12, **options))
 
 
 @pytest.mark.parametrize("name", ["cora", "zinc"])
@@ -391,12 +286,10 @@ def test_real_graphs(name, op, options):
         return torch.randn(n, 4, generator=generator).to(DEVICE)
 
     inputs = {name: tensor(sizes[OVER[name]]) for name in x.inputs}
-    do, de = tensor(sizes[over(x, "o")]), tensor(sizes["edges"]) if op == "gated" else None
+    do, de = tensor(sizes[x.over("o")]), tensor(sizes["edges"]) if op == "gated" else None
     x = replace(x, graph=graph, inputs=inputs, do=do, de=de)
-    truth, eager = evaluate(x, "reference", FP64), evaluate(x, "reference")
-    for key, found in evaluate(x, FAST[0]).items():
-        if op != "max" or key == "o":
-            assert_as_accurate(found, eager[key], truth[key], key, 3.0)
+    gradients = [f"d{name}" for name in x.inputs] if op == "max" else []
+    laws.as_accurate_as_eager(AGGREGATE, FAST[0], x, of_outputs=3.0, but=gradients)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -3,9 +3,11 @@
 import itertools
 from dataclasses import replace
 
+import laws
 import pytest
 import torch
 from aggregate_cases import (
+    AGGREGATE,
     FAST_WAYS,
     KINDS,
     OPS,
@@ -29,12 +31,10 @@ from attention_cases import (
     IMPLS,
     LAYOUTS,
     all_close,
-    arrange,
     same_bits,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from fastgt import AuxRequest, Graph, aggregate, gated_aggregate, reference, segment_softmax
 from fastgt.bench.memory import peak_extra_memory
@@ -50,7 +50,6 @@ from fastgt.contract import (
     Reduction,
 )
 from fastgt.prepared import ColumnWalk, Prepared
-from fastgt.testing import assert_as_accurate, with_index_dtype
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -80,13 +79,8 @@ def test_nothing_is_computed_for_gradients_not_asked_for(impl):
 @pytest.mark.parametrize("impl", FAST)
 @each_family
 def test_strides_of_upstream_gradients(impl, op, options, layout):
-    x = case(op, 6, 7, 30, **options)
-    if layout == "scalar":
-        one = torch.ones((), dtype=FP64, device=DEVICE)
-        x = replace(x, do=one.expand(x.do.shape), de=x.de if x.de is None else one.expand_as(x.de))
-    else:
-        x = replace(x, do=arrange(x.do, layout), de=None if x.de is None else arrange(x.de, layout))
-    all_close(evaluate(x, impl), loops(x))
+    x = laws.with_upstream(case(op, 6, 7, 30, **options), layout)
+    laws.equals_its_oracle(AGGREGATE, impl, x)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -96,12 +90,7 @@ def test_strides_of_upstream_gradients(impl, op, options, layout):
 def test_strides_do_not_change_a_bit(impl, op, options, dtype, layout):
     for channels in ((8,), (2, 4)) if impl == "torch" else ((8,),):
         x = case(op, 4, 8, 20, cols=7, channels=channels, dtype=dtype, **options)
-        laid = {name: arrange(t, layout) for name, t in x.inputs.items()}
-        do, de = (None if t is None else arrange(t, layout) for t in (x.do, x.de))
-        plain = {name: t.contiguous() for name, t in laid.items()}
-        straight = [None if t is None else t.contiguous() for t in (do, de)]
-        expected = evaluate(replace(x, inputs=plain, do=straight[0], de=straight[1]), impl)
-        same_bits(evaluate(replace(x, inputs=laid, do=do, de=de), impl), expected)
+        laws.strides_do_not_change_a_bit(AGGREGATE, impl, laws.laid(x, layout))
 
 
 @pytest.mark.parametrize("impl", WAYS)
@@ -110,14 +99,7 @@ def test_inputs_are_left_alone_and_outputs_alias_nothing(impl, op, options):
     x = case(op, 5, 8, 30, dtype=FP32, **options)
     if op == "gated":  # one term only, so that e would be that term
         x = case(op, 5, 8, 30, dtype=FP32, takes=4)
-    kept = [x.graph.row_ptr, x.graph.col, x.graph.edge, *x.graph.columns]
-    inputs = [t for t in (*x.inputs.values(), x.do, x.de, *kept) if t is not None]
-    before = [t.clone() for t in inputs]
-    found = evaluate(x, impl)
-    for a, b in zip(inputs, before, strict=True):
-        assert torch.equal(a, b)
-    places = [t.untyped_storage().data_ptr() for t in (*inputs, *found.values())]
-    assert len(set(places)) == len(places)
+    laws.inputs_are_left_alone_and_outputs_alias_nothing(AGGREGATE, impl, x)
 
 
 @pytest.mark.parametrize("impl", FAST_WAYS)
@@ -126,25 +108,15 @@ def test_bitwise_repeatable(impl, op, options):
     interpreted = impl != "torch" and DEVICE == "cpu"
     size = (8, 30) if interpreted else (100, 2000)
     x = case(op, 1, *size, kind="hub", dtype=FP32, **options)
-    first = evaluate(x, impl)
-    for _ in range(1 if interpreted else 20):
-        same_bits(evaluate(x, impl), first)
-    wide = replace(x, graph=with_index_dtype(x.graph, torch.int64))
-    same_bits(evaluate(wide, impl), first)
+    laws.the_same_bits_every_time(AGGREGATE, impl, x, 1 if interpreted else 20)
+    laws.index_width_does_not_change_a_bit(AGGREGATE, impl, x)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="threads are the CPU's")
 @each_family
 def test_threads_do_not_change_a_bit(op, options):
     x = case(op, 1, 1000, 35_000, kind="hub", dtype=FP32, channels=(16,), **options)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            found.append(evaluate(x, "torch"))
-    finally:
-        torch.set_num_threads(threads)
-    same_bits(*found)
+    laws.threads_do_not_change_a_bit(AGGREGATE, x)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
@@ -190,10 +162,8 @@ def test_a_hub_is_like_any_other_node(impl, op, options, turned):
     if turned:
         y = case(op, 1, 7, x.graph.num_edges, cols=5, dtype=FP32, plan=x.plan, **options)
         x = y.onto(x.edge_index.flip(0))
-    truth, eager = evaluate(x, "reference", FP64), evaluate(x, "reference")
-    for name, found in evaluate(x, impl).items():
-        if op != "max" or name == "o":
-            assert_as_accurate(found, eager[name], truth[name], name, 3.0)
+    gradients = [f"d{name}" for name in x.inputs] if op == "max" else []
+    laws.as_accurate_as_eager(AGGREGATE, impl, x, of_outputs=3.0, but=gradients)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="runs on CPU tensors")
@@ -426,27 +396,14 @@ def test_compiles_whole_and_once(impl, op, options):
 @each_family
 def test_checkpointing(impl, op, options, reentrant):
     x = case(op, 3, 8, 30, dtype=FP32, **options)
-    names = list(x.inputs)
-    leaves = [t.detach().requires_grad_() for t in x.inputs.values()]
-
-    def f(*inputs):
-        inputs = {name: t.tanh() for name, t in zip(names, inputs, strict=True)}
-        return call(x.having(**inputs), impl)[0]
-
-    checkpoint(f, *leaves, use_reentrant=reentrant).backward(x.do)
-    plain = torch.autograd.grad(f(*leaves), leaves, x.do)
-    for leaf, b in zip(leaves, plain, strict=True):
-        assert torch.equal(leaf.grad, b)
+    laws.checkpointing_changes_no_gradient(AGGREGATE, impl, x, reentrant=reentrant)
 
 
 @pytest.mark.parametrize("impl", FAST)
 @each_family
 def test_inference_never_sorts_the_column_walk(impl, op, options):
     x = case(op, 0, 5, 12, dtype=FP32, **options)
-    call(x, impl)
-    with torch.no_grad():
-        call(x.having(**{n: t.requires_grad_() for n, t in x.inputs.items()}), impl)
-    assert vars(x.graph.prepared) == vars(Prepared())
+    laws.inference_never_sorts_the_column_walk(AGGREGATE, impl, x)
 
 
 def test_the_named_implementation_runs(monkeypatch):

@@ -4,12 +4,14 @@ import itertools
 import math
 from dataclasses import replace
 
+import laws
 import pytest
 import torch
 from attention_cases import (
     ALL_TERMS,
     BF16,
     DEVICE,
+    EDGE_TERMS,
     FAST,
     FP16,
     FP32,
@@ -23,7 +25,6 @@ from attention_cases import (
     case,
     close,
     evaluate,
-    examples,
     loops,
     same_bits,
     term_words,
@@ -33,23 +34,20 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from fastgt import Graph, neighborhood_attention, philox, reference
-from fastgt.testing import PROBLEMS, assert_as_accurate, random_graph
-
-EDGE_TENSORS = ("bias", "edge_gate", "edge_key", "edge_value", "edge_attr")
-
+from fastgt.testing import PROBLEMS, random_graph
 
 # the loops are slow, and a combination does not show by its size
 SMALL = {"rows": st.integers(0, 12), "edges": st.integers(0, 50), "heads": st.sampled_from([1, 2])}
 
 
-@examples(60, impls=["reference"], dtype=FP64, terms=term_words(), **SMALL)
-def test_reference_is_the_equations(impl, case):
-    all_close(evaluate(case, impl), loops(case))
+test_reference_is_the_equations = EDGE_TERMS.obeys(
+    laws.equals_its_oracle, 60, ["reference"], dtype=FP64, terms=term_words(), **SMALL
+)
 
 
-@examples(40, impls=FAST, dtype=FP64, terms=term_words(), **SMALL)
-def test_implementations_agree_in_float64(impl, case):
-    all_close(evaluate(case, impl), loops(case))
+test_implementations_agree_in_float64 = EDGE_TERMS.obeys(
+    laws.equals_its_oracle, 40, FAST, dtype=FP64, terms=term_words(), **SMALL
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:4])
@@ -59,7 +57,7 @@ def test_everything_at_once(impl, terms, layout):
     """No two sizes equal, no power of two, every option in use."""
     shape = {"heads": 3, "group": 2, "d": 5, "dv": 10, "layout": layout, "terms": terms}
     x = case(7, 9, 60, cols=7, kind="hub", isolated=2, clamped=True, eps=0.3, scale=0.7, **shape)
-    all_close(evaluate(x, impl), loops(x))
+    laws.equals_its_oracle(EDGE_TERMS, impl, x)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
@@ -67,16 +65,8 @@ def test_everything_at_once(impl, terms, layout):
 def test_as_accurate_as_eager(impl, dtype):
     # a logit's rounding grows with it: at scale 1, luck decides which of the two errs less
     ordinary = st.sampled_from([None, 0.3])
-
-    @examples(16, impls=[impl], dtype=dtype, terms=term_words(), scale=ordinary, **SMALL)
-    def check(impl, case):
-        actual, eager = evaluate(case, impl), evaluate(case, "reference")
-        truth = evaluate(case, "reference", FP64)
-        for name, x in actual.items():
-            factor = 3.0 if name.startswith("d") else 2.0
-            assert_as_accurate(x, eager[name], truth[name], name, factor)
-
-    check(impl)
+    fixed = {"dtype": dtype, "terms": term_words(), "scale": ordinary, **SMALL}
+    EDGE_TERMS.check(laws.as_accurate_as_eager, 16, impl, **fixed)
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -88,16 +78,14 @@ def test_every_pair_of_terms(impl):
         if pair in apart:
             continue
         x = case(5, 6, 18, cols=5, heads=1, group=2, d=3, dv=2, terms=" ".join(set(pair)), eps=0.1)
-        all_close(evaluate(x, impl), loops(x))
+        laws.equals_its_oracle(EDGE_TERMS, impl, x)
 
 
 @pytest.mark.parametrize("width", [1, 6, 13, 64, 100, 256])
 @pytest.mark.parametrize("impl", FAST)
 def test_every_width(impl, width):
     x = case(width, 5, 13, cols=6, d=width, dv=max(1, width - 3), dtype=FP32, terms=ALL_TERMS)
-    truth, eager = evaluate(x, "reference", FP64), evaluate(x, "reference")
-    for name, found in evaluate(x, impl).items():
-        assert_as_accurate(found, eager[name], truth[name], name, 3.0)
+    laws.as_accurate_as_eager(EDGE_TERMS, impl, x, of_outputs=3.0)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 17, 256])
@@ -111,73 +99,45 @@ def test_every_number_of_attributes(impl, channels):
 
     weights = {n: tensor(channels, *x.terms[n].shape[1:]) for n in x.terms if n.endswith("weight")}
     x = replace(x, terms=x.terms | weights | {"edge_attr": tensor(20, channels)})
-    all_close(evaluate(x, impl), loops(x))
+    laws.equals_its_oracle(EDGE_TERMS, impl, x)
 
 
 @pytest.mark.parametrize("impl", FAST)
 def test_more_heads_than_one_program_takes(impl):
     """Attributes are shared by heads that different programs compute."""
     x = case(3, 3, 6, heads=5, d=256, dv=256, dtype=FP32, terms="attr-key attr-value")
-    truth, eager = evaluate(x, "reference", FP64), evaluate(x, "reference")
-    for name, found in evaluate(x, impl).items():
-        assert_as_accurate(found, eager[name], truth[name], name, 3.0)
+    laws.as_accurate_as_eager(EDGE_TERMS, impl, x, of_outputs=3.0)
 
 
-@examples(12, dtype=FP64, terms=term_words(), cols=None, **SMALL)
-def test_renumbering_nodes_renumbers_the_result(impl, case):
-    n = case.graph.num_rows
-    order = torch.randperm(n, generator=case.generator).to(DEVICE)
-    place = torch.argsort(order)
-    moved = {name: getattr(case, name)[order] for name in ("q", "k", "v", "do", "dlse")}
-    found = evaluate(case.onto(place[case.edge_index], **moved), impl)
-    by_node = ("o", "lse", "dq", "dk", "dv")
-    for name, x in evaluate(case, impl).items():
-        close(found[name], x[order] if name in by_node else x, name)
+test_renumbering_nodes_renumbers_the_result = EDGE_TERMS.obeys(
+    laws.renumbering_nodes_renumbers_the_result,
+    12,
+    dtype=FP64,
+    terms=term_words(),
+    cols=None,
+    **SMALL,
+)
 
 
-@examples(12, dtype=FP64, terms=term_words().filter(lambda t: "drop" not in t), **SMALL)
-def test_reordering_edges_reorders_only_edge_tensors(impl, case):
-    order = torch.randperm(case.edge_index.shape[1], generator=case.generator).to(DEVICE)
+# dropout goes by an edge's number
+UNDROPPED = term_words().filter(lambda words: "drop" not in words)
 
-    def moved(name, x):
-        return x[order] if name in EDGE_TENSORS else x
-
-    terms = {name: moved(name, x) for name, x in case.terms.items()}
-    if (
-        case.terms.get("edge_value") is case.terms.get("edge_key")
-        and terms.get("edge_key") is not None
-    ):
-        terms["edge_value"] = terms["edge_key"]
-    other = case.onto(
-        case.edge_index[:, order],
-        bias=None if case.bias is None else case.bias[order],
-        terms=terms,
-        dscores=None if case.dscores is None else case.dscores[order],
-    )
-    found = evaluate(other, impl)
-    for name, x in evaluate(case, impl).items():
-        per_edge = name in ("weights", "scores") or name.removeprefix("d") in EDGE_TENSORS
-        close(found[name], x[order] if per_edge else x, name)
+test_reordering_edges_reorders_only_edge_tensors = EDGE_TERMS.obeys(
+    laws.reordering_edges_reorders_only_edge_tensors, 12, dtype=FP64, terms=UNDROPPED, **SMALL
+)
 
 
 @pytest.mark.parametrize("terms", [ALL_TERMS, TERMS_BY_HEAD])
 @pytest.mark.parametrize("impl", ["reference", *GATHERING])
 def test_no_edges_and_no_nodes(impl, terms):
     for rows, cols in ((4, 4), (0, 0), (0, 3), (3, 0)):
-        found = evaluate(case(0, rows, 0, cols=cols, terms=terms, eps=1e-6), impl)
-        assert (found.pop("lse") == -torch.inf).all()
-        for name, x in found.items():
-            assert (x == 0).all(), name
+        x = case(0, rows, 0, cols=cols, terms=terms, eps=1e-6)
+        laws.without_edges_all_is_zero(EDGE_TERMS, impl, x)
 
 
-@examples(12, dtype=FP32, isolated=3, terms=term_words(), **SMALL)
-def test_rows_without_edges_give_zero(impl, case):
-    found, alone = evaluate(case, impl), case.isolated()
-    assert (found["o"][alone] == 0).all()
-    assert (found["lse"][alone] == -torch.inf).all()
-    assert (found["dq"][alone] == 0).all()
-    for name, x in found.items():
-        assert not x.isnan().any(), name
+test_rows_without_edges_give_zero = EDGE_TERMS.obeys(
+    laws.rows_without_edges_give_zero, 12, dtype=FP32, isolated=3, terms=term_words(), **SMALL
+)
 
 
 @pytest.mark.parametrize("where", ["edge_gate", "edge_key", "edge_value", "edge_attr", "dscores"])
@@ -185,25 +145,9 @@ def test_rows_without_edges_give_zero(impl, case):
 @pytest.mark.parametrize("impl", ["reference", *GATHERING])
 def test_nan_on_an_edge_stays_with_its_row(impl, terms, where):
     x = case(4, 12, 30, cols=14, dtype=FP32, eps=1e-6, terms=terms)
-    clean = evaluate(x, impl)
-    if where == "dscores":
-        spoilt = replace(x, dscores=x.dscores.clone())
-        spoilt.dscores[0] = torch.nan
-    else:
-        spoilt = replace(x, terms=x.terms | {where: x.terms[where].clone()})
-        spoilt.terms[where][0] = torch.nan
-    found = evaluate(spoilt, impl)
-    row = torch.arange(12, device=DEVICE) == x.target[0]
-    col = torch.zeros(14, dtype=torch.bool, device=DEVICE)
-    col[x.source[row[x.target]]] = True
-    hit = {"o": row, "lse": row, "dq": row, "dk": col, "dv": col}
-    for name, y in found.items():
-        if name.endswith("weight"):  # a sum over all edges
-            continue
-        touched = hit.get(name, row[x.target])
-        assert torch.equal(y[~touched], clean[name][~touched]), name
+    found, hit = laws.a_value_stays_with_its_rows(EDGE_TERMS, impl, x, where, torch.nan)
     if where != "dscores" and where != "edge_value":
-        assert found["lse"][row].isnan().all()
+        assert found["lse"][hit["rows"]].isnan().all()
 
 
 @pytest.mark.parametrize("impl", ["reference", *GATHERING])
@@ -213,7 +157,7 @@ def test_logits_of_minus_infinity_leave_the_scores_their_gradient(impl):
     gone = torch.rand(x.bias.shape, generator=x.generator).to(DEVICE) < 0.3
     gone[x.target == x.target[0]] = True
     x = replace(x, bias=x.bias.masked_fill(gone, -torch.inf))
-    all_close(evaluate(x, impl), loops(x))
+    laws.equals_its_oracle(EDGE_TERMS, impl, x)
 
 
 @pytest.mark.parametrize("terms", ["", ALL_TERMS, TERMS_BY_HEAD + " scores", "attr-key attr-value"])
@@ -318,18 +262,8 @@ def test_gradcheck(impl, terms):
 )
 @pytest.mark.parametrize("impl", FAST)
 def test_double_backward_equals_the_reference(impl, terms):
-    def second(impl):
-        x = case(2, 8, 24, cols=9, heads=2, group=2, d=5, dv=3, clamped=True, eps=0.3, terms=terms)
-        x, leaves = with_leaves(x)
-        o, lse, _, *scores = attend(x, impl)
-        loss = (o * x.do).sum() + lse[~x.isolated()].square().sum()
-        loss = loss + sum((t * x.dscores).sum() for t in scores)
-        first = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
-        loss = sum(g.square().sum() for g in first)
-        return [*first, *torch.autograd.grad(loss, list(leaves.values()))]
-
-    for a, b in zip(second(impl), second("reference"), strict=True):
-        close(a, b)
+    x = case(2, 8, 24, cols=9, heads=2, group=2, d=5, dv=3, clamped=True, eps=0.3, terms=terms)
+    laws.double_backward_equals_the_reference(EDGE_TERMS, impl, x)
 
 
 @pytest.mark.parametrize("impl", ["reference", *GATHERING])
@@ -479,9 +413,7 @@ def test_real_graphs(name):
         x = replace(
             x, graph=graph, edge_index=graph.edge_index, terms=grown, dscores=dscores, **made
         )
-        truth, eager = evaluate(x, "reference", FP64), evaluate(x, "reference")
-        for found_name, found in evaluate(x, FAST[0]).items():
-            assert_as_accurate(found, eager[found_name], truth[found_name], found_name, 3.0)
+        laws.as_accurate_as_eager(EDGE_TERMS, FAST[0], x, of_outputs=3.0)
 
 
 REFUSALS = {

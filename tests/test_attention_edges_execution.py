@@ -3,12 +3,14 @@
 import math
 from dataclasses import replace
 
+import laws
 import pytest
 import torch
 from attention_cases import (
     ALL_TERMS,
     BF16,
     DEVICE,
+    EDGE_TERMS,
     FAST,
     FP32,
     FP64,
@@ -37,13 +39,7 @@ from fastgt.testing import random_graph
 @pytest.mark.parametrize("impl", GATHERING)
 def test_strides_of_upstream_gradients(impl, layout):
     x = case(6, 7, 30, heads=3, d=5, dv=6, terms="gate attr-value scores")
-    if layout == "scalar":
-        one = torch.ones((), dtype=FP64, device=DEVICE)
-        laid = {name: one.expand(getattr(x, name).shape) for name in ("do", "dlse", "dscores")}
-    else:
-        laid = {name: arrange(getattr(x, name), layout) for name in ("do", "dlse", "dscores")}
-    x = replace(x, **laid)
-    all_close(evaluate(x, impl), loops(x))
+    laws.equals_its_oracle(EDGE_TERMS, impl, laws.with_upstream(x, layout))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -52,21 +48,14 @@ def test_strides_of_upstream_gradients(impl, layout):
 def test_strides_do_not_change_a_bit(impl, dtype, layout):
     for terms in (ALL_TERMS, TERMS_BY_HEAD):
         x = case(4, 9, 30, heads=2, group=2, d=16, dv=8, dtype=dtype, terms=terms)
-        laid = {n: arrange(t, layout) for n, t in x.terms.items()}
-        plain = {n: t.contiguous() for n, t in laid.items()}
-        same_bits(evaluate(replace(x, terms=laid), impl), evaluate(replace(x, terms=plain), impl))
+        x = x.having(**{name: arrange(t, layout) for name, t in x.terms.items()})
+        laws.strides_do_not_change_a_bit(EDGE_TERMS, impl, x)
 
 
 @pytest.mark.parametrize("impl", GATHERING)
 def test_inputs_are_left_alone_and_outputs_alias_nothing(impl):
     x = case(5, 8, 30, heads=1, d=4, dv=4, terms="gate key value attr-value scores drop")
-    inputs = [x.q, x.k, x.v, x.bias, x.do, x.dlse, x.dscores, *x.terms.values()]
-    before = [t.clone() for t in inputs]
-    found = evaluate(x, impl)
-    for a, b in zip(inputs, before, strict=True):
-        assert torch.equal(a, b)
-    places = [t.untyped_storage().data_ptr() for t in (*inputs, *found.values())]
-    assert len(set(places)) == len(places)
+    laws.inputs_are_left_alone_and_outputs_alias_nothing(EDGE_TERMS, impl, x)
 
 
 @pytest.mark.parametrize("terms", [ALL_TERMS, TERMS_BY_HEAD])
@@ -75,9 +64,7 @@ def test_bitwise_repeatable(impl, terms):
     interpreted = impl != "torch" and DEVICE == "cpu"
     size = (16, 60) if interpreted else (100, 2000)
     x = case(1, *size, dtype=FP32, kind="hub", heads=1, terms=terms)
-    first = evaluate(x, impl)
-    for _ in range(2 if interpreted else 10):
-        same_bits(evaluate(x, impl), first)
+    laws.the_same_bits_every_time(EDGE_TERMS, impl, x, 2 if interpreted else 10)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="threads are the CPU's")

@@ -6,9 +6,11 @@ import math
 import pickle
 from dataclasses import replace
 
+import laws
 import pytest
 import torch
 from attention_cases import (
+    ATTENTION,
     BF16,
     DEVICE,
     FAST,
@@ -30,13 +32,12 @@ from attention_cases import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from fastgt import AuxRequest, Graph, neighborhood_attention
 from fastgt.bench.memory import peak_extra_memory
 from fastgt.contract import Dropout, EdgeTerms, HeadMask, Inputs, Logit, Saved, Switches, Upstream
 from fastgt.prepared import ColumnWalk, Prepared
-from fastgt.testing import assert_as_accurate, random_graph, with_index_dtype
+from fastgt.testing import random_graph
 
 
 @pytest.fixture(
@@ -106,17 +107,13 @@ def test_a_hub_is_like_any_other_node(impl, turned):
     if turned:
         y = case(1, 7, x.graph.num_edges, cols=5, dtype=FP32, eps=1e-6)
         x = y.onto(x.edge_index.flip(0))
-    truth, eager = evaluate(x, "reference", FP64), evaluate(x, "reference")
-    for name, found in evaluate(x, impl).items():
-        assert_as_accurate(found, eager[name], truth[name], name, 3.0)
+    laws.as_accurate_as_eager(ATTENTION, impl, x, of_outputs=3.0)
 
 
 @pytest.mark.parametrize("impl", FAST_WAYS)
 def test_index_width_does_not_change_a_bit(impl):
     x = case(3, 12, 40, kind="hub", dtype=FP32)
-    wide = replace(x, graph=with_index_dtype(x.graph, torch.int64))
-    assert wide.graph.columns.slot.dtype == torch.int64
-    same_bits(evaluate(wide, impl), evaluate(x, impl))
+    laws.index_width_does_not_change_a_bit(ATTENTION, impl, x)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -124,10 +121,7 @@ def test_index_width_does_not_change_a_bit(impl):
 @pytest.mark.parametrize("impl", FAST_WAYS)
 def test_strides_do_not_change_a_bit(impl, dtype, layout):
     x = case(4, 9, 30, heads=2, group=2, d=16, dv=8, dtype=dtype)
-    names = ("q", "k", "v", "bias", "do", "dlse")
-    laid = {name: arrange(getattr(x, name), layout) for name in names}
-    plain = {name: t.contiguous() for name, t in laid.items()}
-    same_bits(evaluate(replace(x, **laid), impl), evaluate(replace(x, **plain), impl))
+    laws.strides_do_not_change_a_bit(ATTENTION, impl, laws.laid(x, layout))
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -147,41 +141,22 @@ def test_slices_of_one_projection(impl):
 @pytest.mark.parametrize("impl", ["reference", *FAST_WAYS])
 def test_inputs_are_left_alone_and_outputs_alias_nothing(impl, dtype):
     x = case(5, 8, 30, dtype=dtype, heads=1, d=4, dv=4, clamped=True, eps=1e-6)
-    walks = [x.graph.row_ptr, x.graph.col, x.graph.edge, *x.graph.columns]
-    inputs = [x.q, x.k, x.v, x.bias, x.do, x.dlse, *walks]
-    before = [t.clone() for t in inputs]
-    found = evaluate(x, impl)
-    for a, b in zip(inputs, before, strict=True):
-        assert torch.equal(a, b)
-    places = [t.untyped_storage().data_ptr() for t in (*inputs, *found.values())]
-    assert len(set(places)) == len(places)
+    laws.inputs_are_left_alone_and_outputs_alias_nothing(ATTENTION, impl, x)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("impl", FAST_WAYS)
 def test_bitwise_repeatable(impl, dtype):
     interpreted = impl != "torch" and DEVICE == "cpu"
-    x = (
-        case(1, 16, 60, dtype=dtype)
-        if interpreted
-        else case(1, 100, 2000, kind="hub", dtype=dtype, heads=1)
-    )
-    first = evaluate(x, impl)
-    for _ in range(2 if interpreted else 100):
-        same_bits(evaluate(x, impl), first)
+    large = {"kind": "hub", "heads": 1}
+    x = case(1, 16, 60, dtype=dtype) if interpreted else case(1, 100, 2000, dtype=dtype, **large)
+    laws.the_same_bits_every_time(ATTENTION, impl, x, 2 if interpreted else 100)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="threads are the CPU's")
 def test_threads_do_not_change_a_bit():
     x = case(1, 3000, 40_000, kind="power_law", dtype=FP32, d=16, dv=16)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            found.append(evaluate(x, "torch"))
-    finally:
-        torch.set_num_threads(threads)
-    same_bits(*found)
+    laws.threads_do_not_change_a_bit(ATTENTION, x)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter's memory is not the kernel's")
@@ -345,22 +320,7 @@ def test_compiles_whole_and_once(impl, options):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_casts_the_inputs(impl):
-    x = case(3, 8, 30, dtype=FP32)
-    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.bias)]
-    with torch.autocast(DEVICE, BF16):
-        o = neighborhood_attention(*leaves[:3], x.graph, edge_bias=leaves[3], impl=impl)
-    cast = [t.detach().to(BF16).requires_grad_() for t in leaves]
-    plain = neighborhood_attention(*cast[:3], x.graph, edge_bias=cast[3], impl=impl)
-    assert o.dtype == BF16
-    assert torch.equal(o, plain)
-    grads = torch.autograd.grad(o, leaves, x.do.to(BF16))
-    expected = torch.autograd.grad(plain, cast, x.do.to(BF16))
-    for a, b in zip(grads, expected, strict=True):
-        assert a.dtype == FP32
-        assert torch.equal(a, b.float())
-    with torch.autocast(DEVICE, BF16):
-        double = [t.detach().double() for t in leaves]
-        assert neighborhood_attention(*double[:3], x.graph, impl=impl).dtype == FP64
+    laws.autocast_casts_the_inputs(ATTENTION, impl, case(3, 8, 30, dtype=FP32))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
@@ -386,16 +346,7 @@ def test_a_copied_graph_gives_the_same(impl, how):
 @pytest.mark.parametrize("impl", FAST)
 def test_checkpointing(impl, reentrant):
     x = case(3, 8, 30, dtype=FP32)
-    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.bias)]
-
-    def f(q, k, v, bias):
-        return neighborhood_attention(q.tanh(), k, v, x.graph, edge_bias=bias, impl=impl)
-
-    kept = checkpoint(f, *leaves, use_reentrant=reentrant)
-    kept.backward(x.do)
-    plain = torch.autograd.grad(f(*leaves), leaves, x.do)
-    for leaf, b in zip(leaves, plain, strict=True):
-        assert torch.equal(leaf.grad, b)
+    laws.checkpointing_changes_no_gradient(ATTENTION, impl, x, reentrant=reentrant)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["node", "head", "channel"])
@@ -491,31 +442,18 @@ def test_the_last_tile_of_two_to_the_31_edges(tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS[1:4])
 @pytest.mark.parametrize("impl", FAST)
 def test_one_tensor_in_other_strides_does_not_change_a_bit(impl, layout):
-    """Amid aligned ones: the kernels' vector loads rely on what all of them have in common."""
     x = case(4, 7, 20, heads=2, d=8, dv=8, dtype=BF16)
-    plain = evaluate(x, impl)
-    for name in ("q", "k", "v", "bias", "do", "dlse"):
-        laid = arrange(getattr(x, name), layout)
-        same_bits(evaluate(replace(x, **{name: laid}), impl), plain)
+    laws.one_tensor_in_other_strides_does_not_change_a_bit(ATTENTION, impl, x, [layout])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_casts_the_other_half_too(impl):
-    x = case(3, 8, 30, dtype=FP16)
-    with torch.autocast(DEVICE, BF16):
-        o = neighborhood_attention(x.q, x.k, x.v, x.graph, edge_bias=x.bias, impl=impl)
-    q, k, v, bias = (t.to(BF16) for t in (x.q, x.k, x.v, x.bias))
-    assert o.dtype == BF16
-    assert torch.equal(o, neighborhood_attention(q, k, v, x.graph, edge_bias=bias, impl=impl))
+    laws.autocast_casts_the_other_half_too(ATTENTION, impl, case(3, 8, 30, dtype=FP16))
 
 
 @pytest.mark.parametrize("impl", FAST)
 def test_inference_never_sorts_the_column_walk(impl):
-    x = case(0, 5, 12, dtype=FP32)
-    neighborhood_attention(x.q, x.k, x.v, x.graph, impl=impl)
-    with torch.no_grad():
-        neighborhood_attention(x.q.requires_grad_(), x.k, x.v, x.graph, impl=impl)
-    assert vars(x.graph.prepared) == vars(Prepared())
+    laws.inference_never_sorts_the_column_walk(ATTENTION, impl, case(0, 5, 12, dtype=FP32))
 
 
 def test_compiles_where_dynamo_cannot_ask_for_autocast(monkeypatch):
@@ -569,10 +507,7 @@ def test_sums_over_a_huge_hub_are_accurate(edges, seed, turned):
     index = x.edge_index.clone()
     index[0 if turned else 1] = 0
     x = x.onto(index)
-    truth, eager = evaluate(x, "reference", FP64), evaluate(x, "reference")
-    for name, found in evaluate(x, FAST[0]).items():
-        factor = 2.0 if name in ("o", "lse", "weights") else 3.0
-        assert_as_accurate(found, eager[name], truth[name], name, factor)
+    laws.as_accurate_as_eager(ATTENTION, FAST[0], x)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -3,9 +3,11 @@
 import itertools
 from dataclasses import replace
 
+import laws
 import pytest
 import torch
 from attention_cases import (
+    ATTENTION,
     BF16,
     DEVICE,
     FAST,
@@ -14,13 +16,9 @@ from attention_cases import (
     FP32,
     FP64,
     LAYOUTS,
-    all_close,
-    arrange,
     attend,
     case,
-    close,
     evaluate,
-    loops,
     op_arguments,
     same_bits,
 )
@@ -51,40 +49,12 @@ def test_gradcheck(impl):
 @pytest.mark.parametrize("upstream", ["o", "lse", "both"])
 @pytest.mark.parametrize("impl", ["reference", *FAST_WAYS])
 def test_every_subset_of_gradients(impl, upstream, twice):
-    """Asked for alone or together, through the output, the LSE or both: always the same."""
-    x = case(
-        9, 5, 14, heads=1, group=2, cols=4, d=4, dv=3, clamped=True, eps=0.2, isolated=1, scale=0.7
-    )
-    zero = {"o": {"dlse": x.dlse * 0}, "lse": {"do": x.do * 0}, "both": {}}[upstream]
-    expected = loops(replace(x, **zero))
-    for wanted in itertools.product([False, True], repeat=4):
-        few = impl == "triton" and DEVICE == "cpu" and sum(wanted) in (2, 3)
-        if not any(wanted) or few:
-            continue
-        leaves = dict(zip(("q", "k", "v", "bias"), wanted, strict=True))
-        leaves = {
-            name: getattr(x, name).detach().clone().requires_grad_(need)
-            for name, need in leaves.items()
-        }
-        o, lse, _ = attend(replace(x, **leaves), impl)
-        pairs = {"o": [(o, x.do)], "lse": [(lse, x.dlse)], "both": [(o, x.do), (lse, x.dlse)]}[
-            upstream
-        ]
-        inputs = {name: t for name, t in leaves.items() if t.requires_grad}
-        if impl == "reference":  # in plain autograd the LSE has no connection to v
-            pairs = [(y, dy) for y, dy in pairs if y.requires_grad]
-            if not pairs:
-                continue
-        outputs, upstreams = zip(*pairs, strict=True)
-        found = torch.autograd.grad(
-            outputs,
-            list(inputs.values()),
-            upstreams,
-            create_graph=twice,
-            materialize_grads=impl == "reference",
-        )
-        for name, grad in zip(inputs, found, strict=True):
-            close(grad, expected[f"d{name}"], f"d{name} of {list(inputs)}")
+    shape = {"heads": 1, "group": 2, "cols": 4, "d": 4, "dv": 3}
+    x = case(9, 5, 14, clamped=True, eps=0.2, isolated=1, scale=0.7, **shape)
+    outputs = ["o", "lse"] if upstream == "both" else [upstream]
+    few = impl == "triton" and DEVICE == "cpu"
+    skip = (2, 3) if few else ()
+    laws.every_subset_of_gradients(ATTENTION, impl, x, outputs, twice=twice, skip=skip)
 
 
 @pytest.mark.parametrize("path", ["torch", "gather", "windows"] if DEVICE == "cpu" else ["gather"])
@@ -108,42 +78,16 @@ def test_nothing_is_computed_for_gradients_not_asked_for(path):
 
 @pytest.mark.parametrize("impl", FAST)
 def test_double_backward_equals_the_reference(impl):
-    def second(impl):
-        x = case(
-            2,
-            8,
-            24,
-            cols=9,
-            heads=2,
-            group=2,
-            d=5,
-            dv=3,
-            clamped=True,
-            eps=0.3,
-            isolated=1,
-            scale=0.7,
-        )
-        leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.bias, x.do)]
-        o, lse, _ = attend(replace(x, q=leaves[0], k=leaves[1], v=leaves[2], bias=leaves[3]), impl)
-        loss = (o * leaves[4]).sum() + lse[~x.isolated()].square().sum()
-        first = torch.autograd.grad(loss, leaves[:4], create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-
-    for a, b in zip(second(impl), second("reference"), strict=True):
-        close(a, b)
+    shape = {"heads": 2, "group": 2, "cols": 9, "d": 5, "dv": 3}
+    x = case(2, 8, 24, clamped=True, eps=0.3, isolated=1, scale=0.7, **shape)
+    laws.double_backward_equals_the_reference(ATTENTION, impl, x)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "scalar"])
 @pytest.mark.parametrize("impl", FAST_WAYS)
 def test_strides_of_upstream_gradients(impl, layout):
-    x = case(6, 7, 30, heads=3, d=5, dv=6)
-    if layout == "scalar":
-        one = torch.ones((), dtype=FP64, device=DEVICE)
-        do, dlse = one.expand(x.do.shape), one.expand(x.dlse.shape)
-    else:
-        do, dlse = arrange(x.do, layout), arrange(x.dlse, layout)
-    x = replace(x, do=do, dlse=dlse)
-    all_close(evaluate(x, impl), loops(x))
+    x = laws.with_upstream(case(6, 7, 30, heads=3, d=5, dv=6), layout)
+    laws.equals_its_oracle(ATTENTION, impl, x)
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -157,15 +101,12 @@ def test_create_graph_where_one_input_was_made_from_another(impl):
         lambda x: (x, 2 * x, x.sin(), None),
         lambda x: (x, x, x, (x[query] - x[key]).square().sum(-1)),
     ):
-        found = []
-        for chosen in (impl, "reference"):
-            leaf = x.clone().requires_grad_()
-            q, k, v, bias = make(leaf)
-            o = neighborhood_attention(q, k, v, graph, edge_bias=bias, impl=chosen)
-            first = torch.autograd.grad(o.square().sum(), leaf, create_graph=True)[0]
-            found.append((first, torch.autograd.grad(first.cos().sum(), leaf)[0]))
-        for a, b in zip(*found, strict=True):
-            close(a, b)
+
+        def f(x, impl, make=make):
+            q, k, v, bias = make(x)
+            return neighborhood_attention(q, k, v, graph, edge_bias=bias, impl=impl)
+
+        laws.gradients_through_one_tensor_equal_the_reference(f, impl, x)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
@@ -187,16 +128,7 @@ def test_create_graph_keeps_its_sums_in_float32(impl, dtype):
 
 @pytest.mark.parametrize("impl", FAST)
 def test_forward_mode_is_refused_not_zero(impl):
-    graph = random_graph(0, 6, 20, device=DEVICE)
-    x = torch.randn(6, 2, 4, dtype=FP64, device=DEVICE)
-
-    def f(q, impl):
-        return neighborhood_attention(q, q, q, graph, impl=impl)
-
-    tangent = torch.func.jvp(lambda q: f(q, "reference"), (x,), (x.cos(),))[1]
-    close(tangent, torch.autograd.functional.jvp(lambda q: f(q, impl), x, x.cos())[1])
-    with pytest.raises(NotImplementedError, match="impl='reference' only"):
-        torch.func.jvp(lambda q: f(q, impl), (x,), (x.cos(),))
+    laws.forward_mode_is_refused_not_zero(ATTENTION, impl, case(0, 6, 20, d=4))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

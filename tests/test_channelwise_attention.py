@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import laws
 import pytest
 import torch
 from attention_cases import (
@@ -14,39 +15,34 @@ from attention_cases import (
     FP64,
     IMPLS,
     LAYOUTS,
-    all_close,
     close,
     same_bits,
 )
 from channelwise_cases import (
     ALL,
+    CHANNELWISE,
     NAMES,
-    PER_EDGE,
     PLANES,
     TERMS,
     WAYS,
     Case,
-    accurate,
-    attend,
     case,
     evaluate,
     examples,
-    loops,
 )
 from torch import nn
 
 from fastgt import AuxRequest, Graph, channelwise_attention, neighborhood_attention
 from fastgt.testing import PROBLEMS
 
+test_reference_is_the_equations = CHANNELWISE.obeys(
+    laws.equals_its_oracle, 40, ["reference"], dtype=FP64
+)
 
-@examples(40, impls=["reference"], dtype=FP64)
-def test_reference_is_the_equations(impl, case):
-    all_close(evaluate(case, impl), loops(case))
 
-
-@examples(40, impls=FAST, dtype=FP64)
-def test_implementations_agree_in_float64(impl, case):
-    all_close(evaluate(case, impl), loops(case))
+test_implementations_agree_in_float64 = CHANNELWISE.obeys(
+    laws.equals_its_oracle, 40, FAST, dtype=FP64
+)
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[3], *PLANES])
@@ -56,80 +52,41 @@ def test_everything_at_once(impl, layout):
     channels = (5, 27) if layout in PLANES else (135,)
     x = case(7, 6, 30, cols=7, kind="hub", isolated=2, clamped=True, eps=0.3, channels=channels,
              layout=layout)  # fmt: skip
-    all_close(evaluate(x, impl), loops(x))
+    laws.equals_its_oracle(CHANNELWISE, impl, x)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("impl", FAST)
 def test_as_accurate_as_eager(impl, dtype):
-    @examples(16, impls=[impl], dtype=dtype)
-    def check(impl, case):
-        accurate(case, impl)
-
-    check(impl)
+    CHANNELWISE.check(laws.as_accurate_as_eager, 16, impl, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("impl", WAYS)
 def test_half_precision_only_rounds_the_result(impl, dtype):
-    """Sums are kept in float32: a hub row must not drown in bfloat16."""
     edges = 3000 if impl == "torch" or DEVICE == "cuda" else 90
     x = case(3, 4, edges, kind="hub", dtype=dtype, eps=1e-3, channels=(8,))
-    half, full = evaluate(x, impl), evaluate(x, impl, FP32)
-    assert half["lse"].dtype == FP32
-    close(half["lse"], full["lse"], "lse", 1e-6)
-    for name in half.keys() - {"lse"}:
-        assert half[name].dtype == dtype
-        step = torch.finfo(dtype).eps
-        torch.testing.assert_close(
-            half[name], full[name].to(dtype), rtol=step, atol=step * 0.01, msg=name
-        )
+    laws.half_precision_only_rounds(CHANNELWISE, impl, x)
 
 
-@examples(8, dtype=FP64, cols=None)
-def test_renumbering_nodes_renumbers_the_result(impl, case):
-    order = torch.randperm(case.graph.num_rows, generator=case.generator).to(DEVICE)
-    place = torch.argsort(order)
-    moved = {"do": case.do[order], "dlse": case.dlse[order]}
-    moved |= {} if case.v is None else {"v": case.v[order]}
-    found = evaluate(case.onto(place[case.edge_index], **moved), impl)
-    for name, x in evaluate(case, impl).items():
-        close(found[name], x if name in PER_EDGE else x[order], name)
+test_renumbering_nodes_renumbers_the_result = CHANNELWISE.obeys(
+    laws.renumbering_nodes_renumbers_the_result, 8, dtype=FP64, cols=None
+)
 
 
-@examples(8, dtype=FP64)
-def test_reordering_edges_reorders_only_edge_tensors(impl, case):
-    order = torch.randperm(case.graph.num_edges, generator=case.generator).to(DEVICE)
-    found = evaluate(case.taking(order), impl)
-    for name, x in evaluate(case, impl).items():
-        close(found[name], x[order] if name in PER_EDGE else x, name)
+test_reordering_edges_reorders_only_edge_tensors = CHANNELWISE.obeys(
+    laws.reordering_edges_reorders_only_edge_tensors, 8, dtype=FP64
+)
 
 
-@examples(8, dtype=FP64, clamped=False)
-def test_a_duplicate_edge_adds_log_2_to_its_logits(impl, case):
-    every = torch.arange(case.graph.num_edges, device=DEVICE)
-    twice = (torch.rand(len(every), generator=case.generator) < 0.5).to(DEVICE)
-    doubled = evaluate(case.taking(torch.cat([every, every[twice]])), impl)
-    more = math.log(2) * twice.double().view(-1, *[1] * (case.logits.ndim - 1))
-    found = evaluate(replace(case, logits=case.logits + more), impl)
-    for name, x in doubled.items():
-        if name in PER_EDGE:
-            single = x[: len(every)]
-            single[twice] += x[len(every) :]
-            x = single
-        close(x, found[name], name)
+test_a_duplicate_edge_adds_log_2_to_its_logits = CHANNELWISE.obeys(
+    laws.a_duplicate_edge_adds_log_2_to_its_logits, 8, dtype=FP64, clamped=False
+)
 
 
-@examples(8, dtype=FP32, isolated=3)
-def test_rows_without_edges_give_zero(impl, case):
-    found, alone = evaluate(case, impl), case.isolated()
-    assert (found["o"][alone] == 0).all()
-    assert (found["lse"][alone] == -torch.inf).all()
-    for name, x in found.items():
-        assert not x.isnan().any(), name
-    if case.v is not None:
-        unused = torch.bincount(case.source, minlength=case.graph.num_cols) == 0
-        assert (found["dv"][unused] == 0).all()
+test_rows_without_edges_give_zero = CHANNELWISE.obeys(
+    laws.rows_without_edges_give_zero, 8, dtype=FP32, isolated=3
+)
 
 
 @pytest.mark.parametrize("terms", TERMS)
@@ -137,30 +94,17 @@ def test_rows_without_edges_give_zero(impl, case):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_edges_and_no_nodes(impl, rows, cols, terms):
     x = case(0, rows, 0, cols=cols, terms=terms, eps=1e-6, clamped=True, channels=(2, 3))
-    found = evaluate(x, impl)
-    assert (found.pop("lse") == -torch.inf).all()
-    for name, y in found.items():
-        assert (y == 0).all(), name
+    found = laws.without_edges_all_is_zero(CHANNELWISE, impl, x)
     assert found["o"].shape == (rows, 2, 3)
     assert found["weights"].shape == (0, 2, 3)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_batch_is_its_graphs_one_by_one(impl):
-    """Empty graphs inside and at the end; one neighbour full of NaN changes nothing."""
+    """Empty graphs inside and at the end."""
     sizes = [(5, 14), (0, 0), (3, 0), (4, 9), (2, 0), (0, 0)]
     singles = [case(i, n, e, eps=1e-6) for i, (n, e) in enumerate(sizes)]
-    names = ("logits", "v", "edge_value", "do", "dlse")
-    for name in names:
-        getattr(singles[3], name).fill_(torch.nan)
-    joined = {name: torch.cat([getattr(x, name) for x in singles]) for name in names}
-    graph = Graph.batch([x.graph for x in singles])
-    whole = evaluate(replace(singles[0], graph=graph, **joined), impl)
-    for name, found in whole.items():
-        parts = found.split([e if name in PER_EDGE else n for n, e in sizes])
-        for i, x in enumerate(singles):
-            if i != 3:
-                close(parts[i], evaluate(x, impl)[name], name)
+    laws.a_batch_is_its_graphs_one_by_one(CHANNELWISE, impl, singles, 3)
 
 
 @examples(8, dtype=FP64)
@@ -200,39 +144,16 @@ def test_a_row_and_a_channel_depend_on_nothing_else(impl, case):
 @pytest.mark.parametrize("impl", ["torch", "triton"] if DEVICE == "cpu" else FAST)
 def test_nan_and_infinity_stay_with_the_rows_and_channels_that_use_them(impl, where, value):
     x = case(4, 9, 20, cols=10, dtype=FP32, eps=1e-6, isolated=1, channels=(4,))
-    clean = evaluate(x, impl)
-    at = int(x.target[0]) if where in ("do", "dlse") else 0
-    at = int(x.source[0]) if where == "v" else at
-    spoilt = getattr(x, where).clone()
-    spoilt[at, 2] = value
-    found = evaluate(replace(x, **{where: spoilt}), impl)
-    rows = torch.zeros(9, dtype=torch.bool, device=DEVICE)
-    rows[x.target[x.source == at] if where == "v" else x.target[0]] = True
-    cols = torch.zeros(10, dtype=torch.bool, device=DEVICE)
-    cols[x.source[rows[x.target]]] = True
-    assert not rows.all()
-    for name, y in found.items():
-        hit = rows[x.target] if name in PER_EDGE else cols if name == "dv" else rows
-        hit = hit[:, None] & (torch.arange(4, device=DEVICE) == 2)
-        assert torch.equal(y[~hit], clean[name][~hit]), name
+    found, hit = laws.a_value_stays_with_its_rows(CHANNELWISE, impl, x, where, value, channel=2)
     if where in ("logits", "v", "edge_value"):
-        assert not found["o"][rows, 2].isfinite().all()
+        assert not found["o"][hit["rows"], 2].isfinite().all()
 
 
 @examples(8, dtype=FP64, eps=0.0)
 def test_weights_sum_to_one_and_the_output_is_their_mean(impl, case):
-    found, (source, target) = evaluate(case, impl), case.edge_index
-    mass = torch.zeros_like(found["o"]).index_add(0, target, found["weights"])
-    used = ~case.isolated()
-    close(mass, used.to(mass).view(-1, *[1] * (mass.ndim - 1)).expand_as(mass))
-    value = sum(x for x in (None if case.v is None else case.v[source], case.edge_value)
-                if x is not None)  # fmt: skip
-    mean = torch.zeros_like(found["o"]).index_add(0, target, found["weights"] * value)
-    close(found["o"], mean)
-    index = target.view(-1, *[1] * (mass.ndim - 1)).expand_as(value)
-    for pick, sign in (("amin", 1), ("amax", -1)):
-        edge = torch.zeros_like(mean).scatter_reduce(0, index, value, pick, include_self=False)
-        assert (sign * (found["o"] - edge) >= -1e-12).all()
+    value = (None if case.v is None else case.v[case.source]), case.edge_value
+    value = sum(t for t in value if t is not None)
+    laws.weights_sum_to_one(CHANNELWISE, impl, case, value)
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=str)
@@ -240,71 +161,39 @@ def test_weights_sum_to_one_and_the_output_is_their_mean(impl, case):
 @pytest.mark.parametrize("impl", WAYS)
 def test_constant_values_give_no_gradient_to_logits(impl, size, dtype):
     x = case(5, 8, 40, dtype=dtype, terms="v")
-    v, dlse = torch.full_like(x.v, 1.7), torch.zeros_like(x.dlse)
-    x = replace(x, v=v, logits=x.logits * size, dlse=dlse)
-    found = evaluate(x, impl)
-    used, wide = ~x.isolated(), FP64 if dtype == FP64 else FP32
-    close(found["o"][used], v[:1].expand_as(found["o"][used]), "o", 8 * torch.finfo(dtype).eps)
+    x = replace(x, v=torch.full_like(x.v, 1.7), logits=x.logits * size)
     # a float32 logit of 1e3 is off by 6e-5: any trace of it here would be far over the bound
-    assert found["dlogits"].abs().max() <= 100 * torch.finfo(wide).eps
+    bound = 100 * torch.finfo(FP64 if dtype == FP64 else FP32).eps
+    laws.constant_values_give_no_gradient_to_logits(CHANNELWISE, impl, x, {"dlogits": bound})
 
 
 @pytest.mark.parametrize("impl", WAYS)
 def test_a_rounded_output_does_not_shift_the_gradient(impl):
-    """Values far from 0 that differ little: the output is rounded as coarsely as they differ."""
     x = case(5, 8, 40, dtype=BF16, terms="v")
     v = (64 + 2 * torch.randn(x.v.shape, generator=x.generator)).to(DEVICE, BF16)
     x = replace(x, v=v, do=x.do.abs(), dlse=torch.zeros_like(x.dlse))
-    truth = evaluate(x, "reference", FP64)["dlogits"]
-    error = (evaluate(x, impl)["dlogits"] - truth).abs().max()
-    assert error < 0.02 * truth.abs().max(), float(error / truth.abs().max())
+    laws.a_rounded_output_does_not_shift_the_gradient(CHANNELWISE, impl, x, ["dlogits"])
 
 
-@examples(8, dtype=FP64, eps=0.0, clamped=False)
-def test_a_constant_added_to_a_rows_logits_changes_only_the_lse(impl, case):
-    shift = torch.randn(case.dlse.shape, generator=case.generator, dtype=FP64).to(DEVICE) * 20
-    moved = evaluate(replace(case, logits=case.logits + shift[case.target]), impl)
-    plain = evaluate(case, impl)
-    plain["lse"] = plain["lse"] + shift
-    all_close(moved, plain)
+test_a_constant_added_to_a_rows_logits_changes_only_the_lse = CHANNELWISE.obeys(
+    laws.a_constant_added_to_a_rows_logits_changes_only_the_lse,
+    8,
+    dtype=FP64,
+    eps=0.0,
+    clamped=False,
+)
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("impl", ALL)
 def test_a_single_edge_copies_its_value(impl, dtype):
     x = case(1, 9, 9, dtype=dtype, terms="v")
-    order = torch.randperm(9, generator=x.generator).to(DEVICE)
-    x = x.onto(torch.stack([order, torch.arange(9, device=DEVICE)]))
-    o, _, weights = attend(x, impl)
-    assert torch.equal(o, x.v[order])
-    assert (weights == 1).all()
+    laws.a_single_edge_copies_its_value(CHANNELWISE, impl, x, x.v)
 
 
-@examples(8, dtype=FP64, eps=0.0)
-def test_partitions_of_the_edges_merge_through_the_lse(impl, case):
-    """As partial results on several devices do; values and gradients."""
-    part = torch.randint(3, (case.graph.num_edges,), generator=case.generator).to(DEVICE) == 0
-    leaves = {
-        name: x.detach().requires_grad_()
-        for name in ("logits", "v", "edge_value")
-        if (x := getattr(case, name)) is not None
-    }
-    whole, pieces = evaluate(case, impl), []
-    for some in (part, ~part):
-        edges = some.nonzero().flatten()
-        pieces.append(attend(replace(case, **leaves).taking(edges), impl)[:2])
-    o, lse = (torch.stack(x) for x in zip(*pieces, strict=True))
-    none = lse == -torch.inf
-    finite = lse.masked_fill(none, -1e5)  # blocks the gradient where there is nothing to merge
-    total = finite.logsumexp(0).masked_fill(none.all(0), -torch.inf)
-    merged = (finite.softmax(0) * o).sum(0)
-    grads = torch.autograd.grad(
-        (merged, total), list(leaves.values()), (case.do, case.dlse), materialize_grads=True
-    )
-    found = {"o": merged, "lse": total}
-    found |= {f"d{name}": x for name, x in zip(leaves, grads, strict=True)}
-    for name, x in found.items():
-        close(x, whole[name], name)
+test_partitions_of_the_edges_merge_through_the_lse = CHANNELWISE.obeys(
+    laws.partitions_of_the_edges_merge_through_the_lse, 8, dtype=FP64, eps=0.0
+)
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
@@ -315,36 +204,15 @@ def test_huge_logits(impl, size, eps):
     x = case(2, 7, 30, dtype=FP32, eps=eps, isolated=1, channels=(3,))
     logits = x.logits + size
     logits[:, 0] = (x.logits[:, 0] * size).round()
-    x = replace(x, logits=logits)
-    for name, found in evaluate(x, impl).items():
-        assert not found.isnan().any(), name
-    accurate(x, impl)
+    laws.huge_logits_leave_no_nan(CHANNELWISE, impl, replace(x, logits=logits))
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, FP16], ids=str)
 @pytest.mark.parametrize("eps", [0.0, 0.5])
 @pytest.mark.parametrize("impl", ALL)
 def test_edges_of_minus_infinity_do_not_exist(impl, eps, dtype):
-    """Single ones, one channel of a row, and whole rows, which are then as rows without edges."""
     x = case(7, 7, 40, dtype=dtype, eps=eps, channels=(2,))
-    gone = torch.rand(x.logits.shape, generator=x.generator).to(DEVICE) < 0.3
-    gone[x.target == 2] = True
-    gone[x.target == 5, 1] = True
-    found = evaluate(replace(x, logits=x.logits.masked_fill(gone, -torch.inf)), impl)
-    for name, value in found.items():
-        assert not value.isnan().any(), name
-    for name in PER_EDGE:
-        assert (found[name][gone] == 0).all()
-    assert (found["o"][2] == 0).all()
-    assert (found["lse"][2] == -torch.inf).all()
-    assert found["o"][5, 1] == 0
-    if dtype == FP64 and impl != "buckets":
-        for c in range(2):
-            expected = evaluate(x.taking(~gone[:, c]), impl)
-            for name in ("o", "lse", "dv"):
-                close(found[name][:, c], expected[name][:, c], name)
-            for name in PER_EDGE:
-                close(found[name][~gone[:, c], c], expected[name][:, c], name)
+    laws.edges_of_minus_infinity_do_not_exist(CHANNELWISE, impl, x)
 
 
 @pytest.mark.parametrize("impl", WAYS)
@@ -386,22 +254,14 @@ def test_clamp_holds_at_exactly_five(impl, clamp):
 @pytest.mark.parametrize("clamp", [(-math.inf, 0.2), (-0.2, math.inf), 0.0])
 @pytest.mark.parametrize("impl", ALL)
 def test_one_sided_and_closed_clamps(impl, clamp):
-    x = case(6, 7, 25)
-    wanted = clamp if isinstance(clamp, tuple) else (-clamp, clamp)
-    found = evaluate(replace(x, options=x.options | {"logit_clamp": clamp}), impl)
-    all_close(found, loops(replace(x, options=x.options | {"logit_clamp": wanted})))
+    laws.clamps(CHANNELWISE, impl, case(6, 7, 25), clamp)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e6])
 @pytest.mark.parametrize("impl", ALL)
 def test_eps_is_added_to_the_sum_of_the_plain_exponentials(impl, eps):
     x = case(8, 7, 25, eps=eps, isolated=1)
-    o, lse, weights = attend(x, impl)
-    bare = attend(x, impl, denominator_eps=0.0)
-    share = bare[1].exp() / (bare[1].exp() + eps)
-    close(lse, bare[1])
-    close(o, bare[0] * share)
-    close(weights, bare[2] * share[x.target])
+    laws.eps_is_added_to_the_sum_of_the_plain_exponentials(CHANNELWISE, impl, x)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -482,4 +342,5 @@ def test_real_graphs(name):
     generator = torch.Generator().manual_seed(0)
     sizes = graph.num_edges, graph.num_cols, graph.num_edges, graph.num_rows, graph.num_rows
     tensors = [torch.randn(n, 16, generator=generator).to(DEVICE) for n in sizes]
-    accurate(Case(0, graph.edge_index, graph, *tensors, {"denominator_eps": 0.0}), FAST[0])
+    x = Case(0, graph.edge_index, graph, *tensors, {"denominator_eps": 0.0})
+    laws.as_accurate_as_eager(CHANNELWISE, FAST[0], x)

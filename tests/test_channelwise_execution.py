@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import laws
 import pytest
 import torch
 from attention_cases import (
@@ -14,15 +15,14 @@ from attention_cases import (
     IMPLS,
     LAYOUTS,
     all_close,
-    arrange,
     close,
     same_bits,
 )
 from channelwise_cases import (
     ALL,
+    CHANNELWISE,
     PLANES,
     WAYS,
-    accurate,
     attend,
     case,
     evaluate,
@@ -31,7 +31,6 @@ from channelwise_cases import (
     walks,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
 
 from fastgt import AuxRequest, Graph, channelwise_attention, reference
 from fastgt.bench.memory import peak_extra_memory
@@ -47,20 +46,13 @@ from fastgt.testing import with_buckets
 @pytest.mark.parametrize("impl", FAST)
 def test_strides_do_not_change_a_bit(impl, dtype, layout):
     x = case(4, 8, 24, dtype=dtype, channels=(3, 8), layout=layout)
-    names = ("logits", "v", "edge_value", "do", "dlse")
-    plain = {name: getattr(x, name).contiguous() for name in names}
-    same_bits(evaluate(x, impl), evaluate(replace(x, **plain), impl))
+    laws.strides_do_not_change_a_bit(CHANNELWISE, impl, x)
 
 
 @pytest.mark.parametrize("impl", FAST)
 def test_one_tensor_in_other_strides_does_not_change_a_bit(impl):
-    """Amid aligned ones: the kernels' vector loads rely on what each of them has."""
-    x = case(4, 7, 20, channels=(2, 8), dtype=BF16)
-    plain = evaluate(x, impl)
-    for name in ("logits", "v", "edge_value", "do", "dlse"):
-        for layout in ("reversed", "sliced"):
-            laid = arrange(getattr(x, name), layout)
-            same_bits(evaluate(replace(x, **{name: laid}), impl), plain)
+    x, layouts = case(4, 7, 20, channels=(2, 8), dtype=BF16), ["reversed", "sliced"]
+    laws.one_tensor_in_other_strides_does_not_change_a_bit(CHANNELWISE, impl, x, layouts)
 
 
 @pytest.mark.parametrize("layout", PLANES)
@@ -79,14 +71,7 @@ def test_shared_planes_receive_the_sum_of_their_gradients(impl, layout):
 @pytest.mark.parametrize("impl", ALL)
 def test_inputs_are_left_alone_and_outputs_alias_nothing(impl, dtype):
     x = case(5, 7, 24, dtype=dtype, channels=(1,), clamped=True, eps=1e-6)
-    walks = [x.graph.row_ptr, x.graph.col, x.graph.edge, *x.graph.columns]
-    inputs = [x.logits, x.v, x.edge_value, x.do, x.dlse, *walks]
-    before = [t.clone() for t in inputs]
-    found = evaluate(x, impl)
-    for a, b in zip(inputs, before, strict=True):
-        assert torch.equal(a, b)
-    places = [t.untyped_storage().data_ptr() for t in (*inputs, *found.values())]
-    assert len(set(places)) == len(places)
+    laws.inputs_are_left_alone_and_outputs_alias_nothing(CHANNELWISE, impl, x)
 
 
 def test_the_output_may_be_changed_in_place():
@@ -105,22 +90,13 @@ def test_bitwise_repeatable(impl, dtype):
     interpreted = impl != "torch" and DEVICE == "cpu"
     n, edges = (8, 40) if interpreted else (100, 2000)
     x = case(1, n, edges, kind="hub", dtype=dtype)
-    first = evaluate(x, impl)
-    for _ in range(2 if interpreted else 20):
-        same_bits(evaluate(x, impl), first)
+    laws.the_same_bits_every_time(CHANNELWISE, impl, x, 2 if interpreted else 20)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="threads are the CPU's")
 def test_threads_do_not_change_a_bit():
     x = case(1, 1000, 20_000, kind="power_law", dtype=FP32, channels=(24,))
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            found.append(evaluate(x, "torch"))
-    finally:
-        torch.set_num_threads(threads)
-    same_bits(*found)
+    laws.threads_do_not_change_a_bit(CHANNELWISE, x)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
@@ -143,7 +119,7 @@ def test_sums_over_a_huge_hub_are_accurate(turned):
     x = case(0, edges=edges, dtype=FP32, channels=(4,), **shape)
     index = x.edge_index.clone()
     index[0 if turned else 1] = 0
-    accurate(x.onto(index), FAST[0])
+    laws.as_accurate_as_eager(CHANNELWISE, FAST[0], x.onto(index))
 
 
 def test_a_huge_hub_of_equal_terms_does_not_drift():
@@ -298,34 +274,23 @@ def test_opcheck(impl, edges, layout, terms):
 @pytest.mark.parametrize("impl", FAST)
 def test_checkpointing(impl, reentrant):
     x = case(3, 7, 24, dtype=FP32)
-    leaves = [t.detach().requires_grad_() for t in (x.logits, x.v, x.edge_value)]
-
-    def f(logits, v, edge_value):
-        return channelwise_attention(logits.tanh(), v, x.graph, edge_value=edge_value, impl=impl)
-
-    checkpoint(f, *leaves, use_reentrant=reentrant).backward(x.do)
-    plain = torch.autograd.grad(f(*leaves), leaves, x.do)
-    for leaf, b in zip(leaves, plain, strict=True):
-        assert torch.equal(leaf.grad, b)
+    laws.checkpointing_changes_no_gradient(CHANNELWISE, impl, x, reentrant=reentrant)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_casts_the_inputs(impl):
-    x = case(3, 7, 24, dtype=FP32)
-    leaves = [t.detach().requires_grad_() for t in (x.logits, x.v, x.edge_value)]
-    cast = [t.detach().to(BF16).requires_grad_() for t in leaves]
-    with torch.autocast(DEVICE, BF16):
-        o = channelwise_attention(*leaves[:2], x.graph, edge_value=leaves[2], impl=impl)
-    plain = channelwise_attention(*cast[:2], x.graph, edge_value=cast[2], impl=impl)
-    assert o.dtype == BF16
-    assert torch.equal(o, plain)
-    grads = torch.autograd.grad(o, leaves, x.do.to(BF16))
-    for a, b in zip(grads, torch.autograd.grad(plain, cast, x.do.to(BF16)), strict=True):
-        assert a.dtype == FP32
-        assert torch.equal(a, b.float())
-    with torch.autocast(DEVICE, BF16):
-        double = x.logits.double(), x.v.double()
-        assert channelwise_attention(*double, x.graph, impl=impl).dtype == FP64
+    laws.autocast_casts_the_inputs(CHANNELWISE, impl, case(3, 7, 24, dtype=FP32))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_casts_the_other_half_too(impl):
+    laws.autocast_casts_the_other_half_too(CHANNELWISE, impl, case(3, 7, 24, dtype=FP16))
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_index_width_does_not_change_a_bit(impl):
+    x = case(3, 8, 24, kind="hub", dtype=FP32)
+    laws.index_width_does_not_change_a_bit(CHANNELWISE, impl, x)
 
 
 @pytest.mark.parametrize("impl", FAST)

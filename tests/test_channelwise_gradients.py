@@ -4,10 +4,11 @@ import itertools
 import math
 from dataclasses import replace
 
+import laws
 import pytest
 import torch
-from attention_cases import DEVICE, FAST, FP32, FP64, close
-from channelwise_cases import ALL, attend, case, loops, walks
+from attention_cases import DEVICE, FAST, FP32, FP64
+from channelwise_cases import ALL, CHANNELWISE, attend, case, walks
 
 from fastgt import channelwise_attention
 from fastgt.contract import ChannelwiseLogit, ChannelwiseUpstream, HeadMask
@@ -38,35 +39,9 @@ def test_gradcheck(impl):
 @pytest.mark.parametrize("upstream", ["o", "lse", "both"])
 @pytest.mark.parametrize("impl", ALL)
 def test_every_subset_of_gradients(impl, upstream, twice):
-    """Asked for alone or together, through the output, the LSE or both: always the same."""
     x = case(9, 5, 14, cols=4, clamped=True, eps=0.2, isolated=1, channels=(3,))
-    zero = {"o": {"dlse": x.dlse * 0}, "lse": {"do": x.do * 0}, "both": {}}[upstream]
-    expected = loops(replace(x, **zero))
-    for wanted in itertools.product([False, True], repeat=3):
-        if not any(wanted):
-            continue
-        leaves = {
-            name: getattr(x, name).detach().clone().requires_grad_(need)
-            for name, need in zip(("logits", "v", "edge_value"), wanted, strict=True)
-        }
-        o, lse, _ = attend(replace(x, **leaves), impl)
-        pairs = {"o": [(o, x.do)], "lse": [(lse, x.dlse)], "both": [(o, x.do), (lse, x.dlse)]}
-        pairs = pairs[upstream]
-        if impl == "reference":  # in plain autograd the LSE depends on the logits alone
-            pairs = [(y, dy) for y, dy in pairs if y.requires_grad]
-            if not pairs:
-                continue
-        inputs = {name: t for name, t in leaves.items() if t.requires_grad}
-        outputs, upstreams = zip(*pairs, strict=True)
-        found = torch.autograd.grad(
-            outputs,
-            list(inputs.values()),
-            upstreams,
-            create_graph=twice,
-            materialize_grads=impl == "reference",
-        )
-        for name, grad in zip(inputs, found, strict=True):
-            close(grad, expected[f"d{name}"], f"d{name} of {list(inputs)}")
+    outputs = ["o", "lse"] if upstream == "both" else [upstream]
+    laws.every_subset_of_gradients(CHANNELWISE, impl, x, outputs, twice=twice)
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -100,37 +75,21 @@ def test_inference_never_sorts_the_column_walk(impl):
 
 @pytest.mark.parametrize("impl", FAST)
 def test_double_backward_equals_the_reference(impl):
-    def second(impl):
-        x = case(2, 7, 24, cols=8, clamped=True, eps=0.3, isolated=1, channels=(2, 2))
-        leaves = [t.detach().requires_grad_() for t in (x.logits, x.v, x.edge_value, x.do)]
-        y = replace(x, logits=leaves[0], v=leaves[1], edge_value=leaves[2])
-        o, lse, _ = attend(y, impl)
-        loss = (o * leaves[3]).sum() + lse[~x.isolated()].square().sum()
-        first = torch.autograd.grad(loss, leaves[:3], create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-
-    for a, b in zip(second(impl), second("reference"), strict=True):
-        close(a, b)
+    x = case(2, 7, 24, cols=8, clamped=True, eps=0.3, isolated=1, channels=(2, 2))
+    laws.double_backward_equals_the_reference(CHANNELWISE, impl, x)
 
 
 @pytest.mark.parametrize("impl", FAST)
 def test_create_graph_where_one_input_was_made_from_another(impl):
     graph = random_graph(0, 6, 20, device=DEVICE)
     x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0), dtype=FP64).to(DEVICE)
-    found = []
-    for chosen in (impl, "reference"):
-        leaf = x.clone().requires_grad_()
-        o = channelwise_attention(leaf, None, graph, edge_value=leaf.sin(), impl=chosen)
-        first = torch.autograd.grad(o.square().sum(), leaf, create_graph=True)[0]
-        found.append((first, torch.autograd.grad(first.cos().sum(), leaf)[0]))
-    for a, b in zip(*found, strict=True):
-        close(a, b)
+
+    def f(x, impl):
+        return channelwise_attention(x, None, graph, edge_value=x.sin(), impl=impl)
+
+    laws.gradients_through_one_tensor_equal_the_reference(f, impl, x)
 
 
 @pytest.mark.parametrize("impl", FAST)
 def test_forward_mode_is_refused_not_zero(impl):
-    x = case(0, 6, 20)
-    with pytest.raises(NotImplementedError, match="impl='reference' only"):
-        torch.func.jvp(
-            lambda v: channelwise_attention(x.logits, v, x.graph, impl=impl), (x.v,), (x.v,)
-        )
+    laws.forward_mode_is_refused_not_zero(CHANNELWISE, impl, case(0, 6, 20))

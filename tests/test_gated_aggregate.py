@@ -1,18 +1,18 @@
 """gated_aggregate: what is particular to it. Laws that it shares are in ``test_aggregate.py``."""
 
-import itertools
 import math
 from dataclasses import replace
 
+import laws
 import pytest
 import torch
 from aggregate_cases import (
+    AGGREGATE,
     FAST_WAYS,
     WAYS,
     call,
     case,
     evaluate,
-    loops,
     zeros,
 )
 from attention_cases import (
@@ -31,14 +31,11 @@ from fastgt.testing import random_graph
 
 @pytest.mark.parametrize("impl", FAST_WAYS)
 def test_a_rounded_output_does_not_shift_the_gates_gradient(impl):
-    """Values far from 0 that differ little: the output is rounded as coarsely as they differ."""
     x = case("gated", 5, 8, 60, dtype=BF16, eps=0.0)
     v = torch.randint(2, x.inputs["x"].shape, generator=x.generator).to(DEVICE, BF16) / 2 + 64
     x = replace(x.having(x=v), do=torch.ones_like(x.do), de=x.de * 0)
-    truth, found = evaluate(x, "reference", FP64), evaluate(x, impl)
-    for name in ("dgate", "dgate_row", "dgate_col"):
-        error = (found[name] - truth[name]).abs().max()
-        assert error < 0.02 * truth[name].abs().max(), name
+    gates = ["dgate", "dgate_row", "dgate_col"]
+    laws.a_rounded_output_does_not_shift_the_gradient(AGGREGATE, impl, x, gates)
 
 
 @pytest.mark.parametrize("impl", WAYS)
@@ -58,32 +55,13 @@ def test_gates_far_out(impl):
 @pytest.mark.parametrize("impl", WAYS)
 def test_every_subset_of_gradients_of_the_gated_mean(impl, upstream, twice):
     x = case("gated", 9, 4, 12, cols=3, isolated=1)
-    zero = {"o": {"de": x.de * 0}, "e": {"do": x.do * 0}, "both": {}}[upstream]
-    expected = loops(replace(x, **zero))
-    for wanted in itertools.product([False, True], repeat=4):
-        if impl in ("triton", "buckets") and DEVICE == "cpu" and sum(wanted) in (2, 3):
-            continue
-        leaves = {
-            name: t.detach().clone().requires_grad_(need)
-            for (name, t), need in zip(x.inputs.items(), wanted, strict=True)
-        }
-        inputs = {name: t for name, t in leaves.items() if t.requires_grad}
-        o, e = call(replace(x, inputs=leaves), impl)
-        pairs = {"o": [(o, x.do)], "e": [(e, x.de)], "both": [(o, x.do), (e, x.de)]}[upstream]
-        pairs = [(y, dy) for y, dy in pairs if y.requires_grad]
-        if not pairs:
-            continue
-        found = torch.autograd.grad(
-            *(
-                [y for y, _ in pairs],
-                list(inputs.values()),
-                [dy for _, dy in pairs],
-            ),
-            create_graph=twice,
-            materialize_grads=True,
-        )
-        for name, grad in zip(inputs, found, strict=True):
-            close(grad, expected[f"d{name}"], f"d{name} of {list(inputs)}")
+    outputs = ["o", "e"] if upstream == "both" else [upstream]
+    some = {
+        "twice": twice,
+        "skip": (2, 3) if impl in ("triton", "buckets") and DEVICE == "cpu" else (),
+        "connected": False,
+    }
+    laws.every_subset_of_gradients(AGGREGATE, impl, x, outputs, **some)
 
 
 @pytest.mark.parametrize("impl", FAST)

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import laws
 import pytest
 import torch
-from aggregate_cases import FAST_WAYS, WAYS, call, case, evaluate, zeros
+from aggregate_cases import FAST_WAYS, SOFTMAX, WAYS, call, case, evaluate, zeros
 from attention_cases import BF16, DEVICE, FP16, FP32, FP64, IMPLS, close
 
 from fastgt import segment_softmax
@@ -19,6 +20,14 @@ def test_softmax_sums_to_one_and_ignores_constants(impl):
     close(mass, (~x.isolated()).to(mass)[:, None].expand_as(mass))
     shift = 300.0 * torch.arange(6, device=DEVICE, dtype=FP64)[x.target, None]
     close(call(x.having(logit=x.inputs["logit"] + shift), impl)[0], y)
+
+
+test_a_duplicate_edge_adds_log_2_to_its_logits = SOFTMAX.obeys(
+    laws.a_duplicate_edge_adds_log_2_to_its_logits, 12, dtype=FP64, op="softmax"
+)
+test_a_constant_added_to_a_rows_logits_changes_nothing = SOFTMAX.obeys(
+    laws.a_constant_added_to_a_rows_logits_changes_only_the_lse, 12, dtype=FP64, op="softmax"
+)
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=str)

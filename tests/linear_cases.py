@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from attention_cases import BF16, DEVICE, FP16, FP32, FP64, LAYOUTS, arrange
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from problems import OpUnderTest
 
 from fastgt import linear_attention
 
@@ -110,27 +110,9 @@ def cases(draw, form, **fixed):
     return case(**drawn, **fixed)
 
 
-def examples(count, **fixed):
-    """Run ``check(form, case)`` on drawn cases, for every form."""
-
-    def wrap(check):
-        def test(form):
-            few = form in ("triton", "pieces") and DEVICE == "cpu"
-
-            @settings(
-                max_examples=max(6, count // 3) if few else count,
-                suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-            )
-            @given(case=cases(form, **fixed))
-            def run(case):
-                check(form, case)
-
-            run()
-
-        test.__name__, test.__doc__ = check.__name__, check.__doc__
-        return pytest.mark.parametrize("form", FORMS)(test)
-
-    return wrap
+def draws(count, form):
+    """Fewer where the interpreter runs them."""
+    return max(6, count // 3) if form in ("triton", "pieces") and DEVICE == "cpu" else count
 
 
 @contextmanager
@@ -178,3 +160,18 @@ def terms(x):
     den = attend(ones, "reference", normalize=False).detach() + x.options["eps"]
     grads = torch.autograd.grad(num / den, leaves, x.do.double(), materialize_grads=True)
     return {name: g.abs() for name, g in zip(("dq", "dk"), grads, strict=True)}
+
+
+def results(x, form):
+    """The output by name, connected to the inputs."""
+    return {"o": attend(x, form)}
+
+
+def quadratic(x):
+    """The reference, which is judged by loops on a few problems: these are too slow for more."""
+    return evaluate(x, "reference")
+
+
+LINEAR = OpUnderTest(
+    "linear_attention", FORMS, cases, draws, results, evaluate, quadratic, tolerance=1e-8
+)

@@ -1,5 +1,6 @@
 """head_projection against the layer whose masked heads are gone, in every implementation."""
 
+import laws
 import pytest
 import torch
 from attention_cases import (
@@ -15,8 +16,8 @@ from attention_cases import (
     close,
     same_bits,
 )
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from problems import OpUnderTest
 from test_attention_execution import Calls
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear
@@ -89,40 +90,23 @@ def cases(draw, impl, **fixed):
     return case(**{name: draw(s) for name, s in choices.items() if name not in fixed}, **fixed)
 
 
-def drawn(count, **fixed):
-    """Run ``check(impl, inputs)`` on drawn cases, for every implementation."""
-
-    def wrap(check):
-        def test(impl):
-            @settings(max_examples=count, suppress_health_check=list(HealthCheck))
-            @given(inputs=cases(impl, **fixed))
-            def run(inputs):
-                check(impl, inputs)
-
-            run()
-
-        test.__name__, test.__doc__ = check.__name__, check.__doc__
-        return pytest.mark.parametrize("impl", IMPLS)(test)
-
-    return wrap
+def results(inputs, impl):
+    """The output by name, connected to the inputs."""
+    return {"out": head_projection(*inputs[:4], impl=impl)}
 
 
-@drawn(60, dtype=FP64)
-def test_masked_is_removed(impl, inputs):
-    all_close(evaluate(inputs, impl), without(inputs))
+HEAD_PROJECTION = OpUnderTest(
+    "head_projection", IMPLS, cases, lambda count, impl: count, results, evaluate, without
+)
+
+
+test_masked_is_removed = HEAD_PROJECTION.obeys(laws.equals_its_oracle, 60, dtype=FP64)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("impl", FAST)
 def test_as_accurate_as_eager(impl, dtype):
-    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
-    @given(inputs=cases(impl, dtype=dtype))
-    def check(inputs):
-        eager, truth = evaluate(inputs, "reference"), evaluate(inputs, "reference", FP64)
-        for name, found in evaluate(inputs, impl).items():
-            assert_as_accurate(found, eager[name], truth[name], name, 2.0 + (name != "out"))
-
-    check()
+    HEAD_PROJECTION.check(laws.as_accurate_as_eager, 25, impl, dtype=dtype)
 
 
 @pytest.mark.parametrize("into", [True, False])
@@ -220,12 +204,8 @@ def test_all_masked_or_none(impl):
 def test_a_sum_over_many_nodes_is_made_in_chunks(impl, dtype):
     """Of which the last one is not full; and the same bits every time."""
     inputs = case(3, 1203, (1, 0, 1), 5, 6, dtype=dtype)
-    found = evaluate(inputs, impl)
-    truth, eager = evaluate(inputs, "reference", FP64), evaluate(inputs, "reference")
-    for name, x in found.items():
-        assert_as_accurate(x, eager[name], truth[name], name, 2.0 + (name != "out"))
-    for _ in range(3):
-        same_bits(evaluate(inputs, impl), found)
+    laws.as_accurate_as_eager(HEAD_PROJECTION, impl, inputs)
+    laws.the_same_bits_every_time(HEAD_PROJECTION, impl, inputs, 3)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU path")

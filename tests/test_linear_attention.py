@@ -5,10 +5,11 @@ import math
 from dataclasses import replace
 from typing import get_args
 
+import laws
 import pytest
 import torch
 from attention_cases import BF16, DEVICE, FAST, FP16, FP32, FP64, all_close, close, same_bits
-from linear_cases import FORMS, MAPS, attend, case, evaluate, examples, run_as, terms
+from linear_cases import FORMS, LINEAR, MAPS, attend, case, evaluate, run_as, terms
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -79,9 +80,7 @@ def test_reference_is_the_quadratic_form(name, normalize):
         close(attend(x, "reference").cpu(), loops(x), name)
 
 
-@examples(90, dtype=FP64)
-def test_agrees_with_the_reference_in_float64(form, case):
-    all_close(evaluate(case, form), evaluate(case, "reference"), 1e-8)
+test_agrees_with_the_reference_in_float64 = LINEAR.obeys(laws.equals_its_oracle, 90, dtype=FP64)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -91,28 +90,25 @@ def test_every_map_with_several_tiles_and_graphs_on_both_sides(form, name, norma
     """No two sizes equal, no power of two; graphs below and above the quadratic form's limit."""
     shape = {"heads": 2, "d": 21, "dv": 19, "m": 37, "layout": "sliced"}
     x = case(3, (5, 0, 50, 18, 23), feature_map=name, normalize=normalize, eps=0.1, **shape)
-    all_close(evaluate(x, form), evaluate(x, "reference"), 1e-8)
+    laws.equals_its_oracle(LINEAR, form, x)
+
+
+def as_accurate_as_eager(op, form, x):
+    """But for what cancels: a row whose features are small has a large quotient."""
+    laws.as_accurate_as_eager(op, form, x, terms=terms(x))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_as_accurate_as_eager(form, dtype):
-    @examples(24, dtype=dtype)
-    def check(form, case):
-        actual, eager = evaluate(case, form), evaluate(case, "reference")
-        truth, sizes = evaluate(case, "reference", FP64), terms(case)
-        for name, x in actual.items():
-            factor = 3.0 if name.startswith("d") else 2.0
-            assert_as_accurate(x, eager[name], truth[name], name, factor, sizes.get(name))
-
-    check(form)
+    LINEAR.check(as_accurate_as_eager, 24, form, dtype=dtype)
 
 
 @pytest.mark.parametrize("size", range(1, 20))
 @pytest.mark.parametrize("form", FORMS)
 def test_every_size_around_a_tile(form, size):
     x = case(size, (size, 15, 16 + size), heads=1, d=20, dv=17, dtype=FP64)
-    all_close(evaluate(x, form), evaluate(x, "reference"), 1e-8)
+    laws.equals_its_oracle(LINEAR, form, x)
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -143,7 +139,7 @@ def test_stabilisers_are_those_of_products_alone(form, m):
     x = case(7, (5, 24), d=4, dv=3, feature_map="softmax", m=m, eps=0.01)
     x = replace(x, q=-6 * x.q.abs(), k=-6 * x.k.abs())
     x.options["projection"].abs_()
-    all_close(evaluate(x, form), evaluate(x, "reference"), 1e-8)
+    laws.equals_its_oracle(LINEAR, form, x)
 
 
 def test_a_graph_is_either_small_or_in_pieces(monkeypatch):
@@ -281,19 +277,14 @@ def test_stabilised_features_reach_far(impl):
     """Products of a thousand: exp() stays in range, and the largest weights are exact."""
     x = case(3, (4, 30), d=8, dv=4, feature_map="softmax", m=16, dtype=FP32)
     x = replace(x, q=x.q * 30, k=x.k * 30)
-    found = evaluate(x, impl)
-    assert all(t.isfinite().all() for t in found.values())
-    truth, eager = evaluate(x, "reference", FP64), evaluate(x, "reference")
-    for name, t in found.items():
-        assert_as_accurate(t, eager[name], truth[name], name, 3.0)
+    assert all(t.isfinite().all() for t in evaluate(x, impl).values())
+    laws.as_accurate_as_eager(LINEAR, impl, x, of_outputs=3.0)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_bits_every_time(form):
     x = case(0, (40, 3, 90), d=16, dv=16, dtype=FP32, feature_map="softmax", m=20)
-    first = evaluate(x, form)
-    for _ in range(2 if DEVICE == "cpu" else 100):
-        same_bits(evaluate(x, form), first)
+    laws.the_same_bits_every_time(LINEAR, form, x, 2 if DEVICE == "cpu" else 100)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="threads are the CPU's")

@@ -290,13 +290,13 @@ class Graph(Stored):
         self.column_walk(settled or plans.SMALL)
         return self._replace(settled=settled)
 
-    def plan_for(self, width: int, dtype: torch.dtype, *, edge_terms: bool = False) -> Plan:
+    def plan_for(self, width: int, dtype: torch.dtype, *, more_than_bias: bool = False) -> Plan:
         """How attention with heads of that width and dtype goes through the graph, and why.
 
-        ``edge_terms``: with tensors on edges other than a bias, or dropout.
+        ``more_than_bias``: with edge terms other than a bias, or dropout.
         """
-        if edge_terms:
-            return plans.EDGE_TERMS
+        if more_than_bias:
+            return plans.MORE_THAN_BIAS
         if self.settled is not None:
             return self.settled
         if self.num_edges <= plans.LAUNCH_BOUND:

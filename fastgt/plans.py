@@ -39,7 +39,7 @@ class Plan(NamedTuple):
 
 
 SMALL = Plan("gather", 0, f"auto: at most {LAUNCH_BOUND} edges")
-EDGE_TERMS = Plan("gather", 0, "edge vectors, gates, attributes and dropout are gathered")
+MORE_THAN_BIAS = Plan("gather", 0, "edge vectors, gates, attributes and dropout are gathered")
 UNPREPARED = Plan("gather", 0, "auto: nothing was prepared before compiling")
 
 

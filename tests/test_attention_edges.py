@@ -513,7 +513,7 @@ def test_windows_take_a_bias_and_gather_the_rest():
     x = case(3, 20, 90, dtype=FP32, d=8, dv=8, terms="gate scores")
     graph = x.graph.plan("windows", height=16)
     assert graph.plan_for(8, FP32).path == "windows"
-    chosen = graph.plan_for(8, FP32, edge_terms=True)
+    chosen = graph.plan_for(8, FP32, more_than_bias=True)
     assert chosen.path == "gather"
     assert "gather" in str(chosen)
     assert "gather with edge vectors" in repr(graph)

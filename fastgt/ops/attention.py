@@ -415,11 +415,11 @@ def _differentiable(
     return differentiable_gradients(definition, tensors, upstream, needs)
 
 
-def _plan(impl: Impl, graph: Graph, inputs: Inputs, edge_terms: bool) -> Plan:
+def _plan(impl: Impl, graph: Graph, inputs: Inputs, more_than_bias: bool) -> Plan:
     if impl == "triton":
         q, _, v = inputs
         width = max(q.shape[2], v.shape[2])
-        plan = graph.plan_for(width, q.dtype, edge_terms=edge_terms)
+        plan = graph.plan_for(width, q.dtype, more_than_bias=more_than_bias)
         if plan.height and plan.height > (height := tallest(width, q.element_size())):
             other = f"a height of {height}" if height else "path='gather'"
             raise RuntimeError(

@@ -18,7 +18,7 @@ os.environ.setdefault("FASTGT_DATA", str(Path(__file__).resolve().parents[2] / "
 # the import mode "importlib" leaves this folder off the path; helper modules are imported from it
 sys.path.append(os.path.dirname(__file__))
 sys.path.append(os.path.join(os.path.dirname(__file__), "..", "tools"))
-pytest.register_assert_rewrite("attention_cases", "graph_cases")
+pytest.register_assert_rewrite("attention_cases", "graph_cases", "laws")
 
 hypothesis.settings.register_profile(
     "fastgt",

@@ -109,7 +109,7 @@ def _attention_fwd_kernel(
 ):
     """Grid (row groups, head blocks): one program owns BLOCK_R rows, or one, of BLOCK_H heads."""
     BUCKETS: tl.constexpr = walk.few is not None
-    NUMBERED: tl.constexpr = x.bias is not None or terms is not None
+    NUMBERED: tl.constexpr = x.bias is not None or T.TERMS
     WEIGH_ATTR: tl.constexpr = out.attr_o is not None
     row, mine, begin, end, stride = take(walk, num_rows, num_middle, num_segments, T)
     head = own_heads(T)
@@ -372,8 +372,9 @@ def attention_plan(inputs, aligned, walk, heads, edges, clamp, active):
         size = attention_tile(together, width, itemsize)
     else:
         size = attention_tile(together, width, itemsize, True, warp_lanes())
-    align = alignment_of([rows.stride for rows in aligned], itemsize)
-    tile = _tile(size, shape, q.dtype, align, edges.align, clamp, edges.key_is_value)
+    align = alignment_of([rows.stride for rows in aligned], itemsize), edges.align
+    switches = clamp, edges.terms is not None, edges.key_is_value
+    tile = _tile(size, shape, q.dtype, align, switches)
     if few is None:
         counts = walk[0].shape[0] - 1, 0, 0
     else:
@@ -392,8 +393,9 @@ def head_rows(active):
 
 
 @cache
-def _tile(size, shape, dtype, align, edge_align, clamp, shared):
+def _tile(size, shape, dtype, align, switches):
     heads, kv_heads, d, dv, channels = shape
+    clamp, terms, shared = switches
     return Tile(
         H=heads,
         GROUP=heads // max(kv_heads, 1),
@@ -401,6 +403,7 @@ def _tile(size, shape, dtype, align, edge_align, clamp, shared):
         DV=dv,
         C=channels,
         CLAMP=clamp,
+        TERMS=terms,
         SHARED=shared,
         BLOCK_R=size.block_r,
         BLOCK_E=size.block_e,
@@ -408,7 +411,7 @@ def _tile(size, shape, dtype, align, edge_align, clamp, shared):
         BLOCK_D=power_of_2(d),
         BLOCK_DV=power_of_2(dv),
         BLOCK_C=power_of_2(channels),
-        ALIGN=align,
-        EDGE_ALIGN=edge_align,
+        ALIGN=align[0],
+        EDGE_ALIGN=align[1],
         WIDE=dtype == torch.float64,
     )

@@ -103,7 +103,7 @@ def _attention_bwd_dq_kernel(
     One walk gives all: dq = scale (w sum_j p dp k - gamma sum_j p k), and likewise for attr_q.
     """
     BUCKETS: tl.constexpr = walk.few is not None
-    NUMBERED: tl.constexpr = x.bias is not None or terms is not None
+    NUMBERED: tl.constexpr = x.bias is not None or T.TERMS
     NEED_Q: tl.constexpr = out.dq is not None
     ATTR_DQ: tl.constexpr = out.attr_dq is not None
     DSCORES: tl.constexpr = up.dscores is not None and NEED_Q
@@ -215,7 +215,7 @@ def _attention_bwd_dkv_kernel(
     The query heads that share a key head come one after another.
     """
     BUCKETS: tl.constexpr = walk.few is not None
-    NUMBERED: tl.constexpr = x.bias is not None or out.dbias is not None or terms is not None
+    NUMBERED: tl.constexpr = x.bias is not None or out.dbias is not None or T.TERMS
     H_KV: tl.constexpr = T.H // T.GROUP
     col, mine, begin, end, stride = take(walk, num_rows, num_middle, num_segments, T)
     kv_head = own_heads(T) + first_block * T.BLOCK_H
@@ -265,7 +265,7 @@ def _attention_bwd_dkv_kernel(
             dvalue = a * do
             if out.dv is not None:
                 dv += dvalue
-            if out.dk is not None or out.dbias is not None or terms is not None:
+            if out.dk is not None or out.dbias is not None or T.TERMS:
                 gamma = tl.load(wgamma_ptr + 2 * at + 1, mask=mask, other=0.0)
                 dp = tl.sum(do * value, 3)
                 if up.attr_do is not None:

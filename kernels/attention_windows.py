@@ -188,7 +188,7 @@ def _fwd_tile(
     if EXACT:
         acc = add_columns(acc, p, live, x.v, entry, col, span, head // T.GROUP, T.DV)
     else:
-        acc = dot(p.to(v.dtype), v, acc, T.ACC, T.DOT, T.PRECISION)
+        acc = dot(p.to(v.dtype), v, acc, T)
     return new_top, total, acc
 
 
@@ -274,7 +274,7 @@ def window_logits(
     -> and whether there is one, whether the clamp let it through, the edges' numbers if
     ``NUMBERED``.
     """
-    s = dot(a, tl.trans(b), None, T.ACC, T.DOT, T.PRECISION) * clamp.scale
+    s = dot(a, tl.trans(b), None, T) * clamp.scale
     live = tl.full(s.shape, True, tl.int1)
     edge = entry[None, :]
     if MASKED or bias is not None or NUMBERED:

@@ -172,7 +172,7 @@ def _dq_tile(
         own.q, k, entry, within, head, x.bias, table, clamp, MASKED, False, T
     )
     p = tl.exp(s - own.lse[:, None])  # [M, N]
-    dp = tl.where(live, dot(own.do, tl.trans(v), None, T.ACC, T.DOT, T.PRECISION), 0.0)
+    dp = tl.where(live, dot(own.do, tl.trans(v), None, T), 0.0)
     total += tl.sum(p, 1)
     delta += tl.sum(p * dp, 1)
     if NEED_Q:
@@ -182,8 +182,8 @@ def _dq_tile(
             dsk = add_columns(dsk, ds, live, x.k, entry, col, span, kv_head, T.D)
             pk = add_columns(pk, p, live, x.k, entry, col, span, kv_head, T.D)
         else:
-            dsk = dot(ds.to(k.dtype), k, dsk, T.ACC, T.DOT, T.PRECISION)
-            pk = dot(p.to(k.dtype), k, pk, T.ACC, T.DOT, T.PRECISION)
+            dsk = dot(ds.to(k.dtype), k, dsk, T)
+            pk = dot(p.to(k.dtype), k, pk, T)
     return total, delta, dsk, pk
 
 
@@ -309,10 +309,10 @@ def _dkv_tile(
         if EXACT:
             dv = add_columns(dv, a, live, do, entry, row, span, head, T.DV)
         else:
-            dv = dot(a.to(up.dtype), up, dv, T.ACC, T.DOT, T.PRECISION)
+            dv = dot(a.to(up.dtype), up, dv, T)
     if out.dk is not None or out.dbias is not None:
         gamma = tl.load(saved.wgamma + 2 * at_row + 1, mask=within, other=0.0)
-        dp = dot(v, tl.trans(up), None, T.ACC, T.DOT, T.PRECISION)
+        dp = dot(v, tl.trans(up), None, T)
         ds = tl.where(live, p * (w[None, :] * dp - gamma[None, :]), 0.0)
         if out.dbias is not None:
             place = out.dbias + edge.to(tl.int64) * T.H + head
@@ -322,7 +322,7 @@ def _dkv_tile(
             if EXACT:
                 dk = add_columns(dk, ds, live, x.q, entry, row, span, head, T.D)
             else:
-                dk = dot(ds.to(q.dtype), q, dk, T.ACC, T.DOT, T.PRECISION)
+                dk = dot(ds.to(q.dtype), q, dk, T)
     return dk, dv
 
 

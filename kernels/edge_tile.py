@@ -51,6 +51,7 @@ class Tile(NamedTuple):
     DV: int
     C: int  # channels of the attributes
     CLAMP: bool
+    TERMS: bool  # there are ``Terms``: Triton 3.6 compares no tuple that holds a None
     SHARED: bool  # edge keys are edge values, too
     BLOCK_R: int
     BLOCK_E: int
@@ -104,7 +105,7 @@ def load_query(x, terms, row, live, head, T: tl.constexpr):
     """Of each of ``row`` [R, E]: -> q [R, E, H, D], and what attributes are multiplied with."""
     q = load_heads(x.q, row, live, head, T.H, T.D, T.BLOCK_D, T.ALIGN).to(T.ACC)
     attr_q = 0.0
-    if terms is not None:
+    if T.TERMS:
         if terms.attr_q is not None:
             attr_q = load_attr_heads(terms.attr_q, row, live, head, T)
     return q, attr_q
@@ -145,7 +146,7 @@ def add_edge(k, v, terms, edge, live, head, T: tl.constexpr):
     Where ``T.SHARED``, the edge's value is its key.
     """
     gate = 1.0
-    if terms is not None:
+    if T.TERMS:
         edge_key = 0.0
         if terms.key is not None:
             edge_key = load_edge_rows(terms.key, edge, live, head, T.D, T.BLOCK_D, T)
@@ -163,7 +164,7 @@ def add_edge(k, v, terms, edge, live, head, T: tl.constexpr):
 def load_attr(terms, edge, live, T: tl.constexpr):
     """The attributes, which all heads share: [R, E, 1, C]."""
     attr = 0.0
-    if terms is not None:
+    if T.TERMS:
         if terms.attr is not None:
             attr = load_shared(terms.attr, edge, live, T, T.EDGE_ALIGN).to(T.ACC)
     return attr
@@ -180,7 +181,7 @@ def load_shared(ptr, edge, live, T: tl.constexpr, ALIGN: tl.constexpr):
 def load_factor(terms, edge, live, head, T: tl.constexpr):
     """The gate of each head, [R, E, H]."""
     factor = 1.0
-    if terms is not None:
+    if T.TERMS:
         factor = tl.full([edge.shape[0], edge.shape[1], head.shape[0]], 1.0, T.ACC)
         if terms.factor is not None:
             factors = Rows(terms.factor, (T.H, 1))
@@ -196,7 +197,7 @@ def logits(q, attr_q, k, attr, factor, x, terms, edge, live, head, clamp, T: tl.
     whether the clamp let it through; and the scaled product before the factor.
     """
     bare = tl.sum(q * k, 3)
-    if terms is not None:
+    if T.TERMS:
         if terms.attr_q is not None:
             bare += tl.sum(attr_q * attr, 3)
     bare *= clamp.scale

@@ -20,7 +20,7 @@ from .configs import (
     dot_precision,
     projection_tile,
 )
-from .loads import Rows
+from .loads import Rows, dot
 
 
 class Sizes(NamedTuple):
@@ -47,12 +47,6 @@ def head_channels(heads_ptr, first, S: tl.constexpr):
     there = j < S.H * S.D
     head = tl.load(heads_ptr + j // S.D, mask=there, other=0).to(tl.int64)
     return head, j % S.D, there, j < tl.load(heads_ptr + S.H) * S.D
-
-
-@triton.jit
-def dot(a, b, acc, S: tl.constexpr):
-    """acc + a b"""
-    return tl.dot(a.to(S.DOT), b.to(S.DOT), acc, input_precision=S.PRECISION, out_dtype=S.ACC)
 
 
 @triton.jit(do_not_specialize=["n"])

@@ -179,9 +179,9 @@ def edge_slots(edge_ptr, bits, base, mask, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a b, multiplied in ``DOT``, the operands' dtype wherever the hardware has it."""
-    return tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
+def dot(a, b, acc, T: tl.constexpr):
+    """acc + a b, multiplied in ``T.DOT``, the operands' dtype wherever the hardware has it."""
+    return tl.dot(a.to(T.DOT), b.to(T.DOT), acc, input_precision=T.PRECISION, out_dtype=T.ACC)
 
 
 @triton.jit

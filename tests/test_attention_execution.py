@@ -395,9 +395,9 @@ def test_outputs_beyond_two_to_the_31(tmp_path):
     o, dq, dk, dv = (t.as_strided((4, 2, 4), (4 * heads, 4, 1)) for t in wide)
     graph, columns = x.graph, x.graph.columns
     clamp = 0.5, -math.inf, math.inf
-    sizes = {"H": heads, "GROUP": 1, "D": 4, "DV": 4, "C": 1, "CLAMP": False, "SHARED": False}
+    sizes = {"H": heads, "GROUP": 1, "D": 4, "DV": 4, "C": 1, "CLAMP": False}
     sizes |= {"BLOCK_R": 4, "BLOCK_E": 4, "BLOCK_H": 2, "BLOCK_D": 4, "BLOCK_DV": 4, "BLOCK_C": 1}
-    tile = edge_tile.Tile(**sizes, ALIGN=1, EDGE_ALIGN=1, WIDE=False)
+    tile = edge_tile.Tile(**sizes, TERMS=False, SHARED=False, ALIGN=1, EDGE_ALIGN=1, WIDE=False)
     inputs = edge_tile.Operands(*map(rows_of, (x.q, x.k, x.v, None)))
     rows = buckets.Walk(graph.row_ptr, graph.col, graph.edge, None, None, None)
     columns = buckets.Walk(columns.ptr, columns.row, columns.edge, None, None, None)

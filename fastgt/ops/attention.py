@@ -224,7 +224,7 @@ def neighborhood_attention(
         edge_bias, edge_gate, edge_key, edge_value, edge_attr, edge_key_weight, edge_value_weight
     )
     given = [x for x in edges[1:] if x is not None]
-    more_than_bias = bool(given) or dropout_p != 0 or request.edge_scores
+    more_than_bias = len(given) > 0 or dropout_p != 0 or request.edge_scores
     if isinstance(q, Tensor) and autocasts(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (autocast(x, dtype) for x in (q, k, v))

@@ -46,6 +46,7 @@ def as_accurate_as_eager(
     sizes = terms or {}
     truth = op.evaluate(x, "reference", FP64)
     actual, eager = op.evaluate(x, impl), op.evaluate(x, "reference")
+    assert actual.keys() == eager.keys() >= set(but)
     for name in actual.keys() - set(but):
         factor = 3.0 if name.startswith("d") else of_outputs
         assert_as_accurate(actual[name], eager[name], truth[name], name, factor, sizes.get(name))
@@ -131,6 +132,7 @@ def a_batch_is_its_graphs_one_by_one(
     the plain definition are."""
     for tensor in parts[spoilt].tensors().values():
         tensor.fill_(torch.nan)
+    assert all(tensor.isnan().all() for tensor in parts[spoilt].tensors().values())
     whole = op.evaluate(joined(parts), impl)
     for i, x in enumerate(parts):
         alone = op.evaluate(x, "reference" if i == spoilt else impl)

@@ -27,7 +27,7 @@ from .channels import (
     store_sums,
     store_table,
 )
-from .loads import rows_of, store_channels
+from .loads import rows_of, store_channels, sum_dtype
 
 
 def aggregate_fwd(messages, rows, reduction):
@@ -146,7 +146,7 @@ def _aggregate_fwd_kernel(
         acc += m
     total = sum_lanes(acc, num_middle, num_segments, walk.few is not None)  # [R, C]
     if MEAN:
-        total /= _degree(walk.ptr, row, mine, T.ACC)[:, None]
+        total /= _degree(walk.ptr, row, mine, sum_dtype(T.WIDE))[:, None]
     store_sums(o_ptr, part_ptr, walk, row, mine, num_middle, num_segments, channel, total, T)
 
 
@@ -224,7 +224,7 @@ def _aggregate_bwd_kernel(
             edge = load_index(walk.edge, slot, live)
         dm = gather(do, row, live, channel, T)
         if MEAN:
-            dm /= _degree(degree_ptr, row, live, T.ACC)[:, :, None]
+            dm /= _degree(degree_ptr, row, live, sum_dtype(T.WIDE))[:, :, None]
         if first_ptr is not None:
             first = load_table(first_ptr, row, live, channel, T.D)
             dm = tl.where(first == edge[:, :, None], dm, 0.0)

@@ -73,7 +73,7 @@ from .edge_tile import (
     own_heads,
     unmasked,
 )
-from .loads import Rows, rows_of, store_heads
+from .loads import Rows, rows_of, store_heads, sum_dtype
 
 
 class Outputs(NamedTuple):
@@ -114,7 +114,7 @@ def _attention_fwd_kernel(
     row, mine, begin, end, stride = take(walk, num_rows, num_middle, num_segments, T)
     head = own_heads(T)
     read, end = unmasked(active, row, mine, head, begin, end)
-    clamp = clamp_of(scale, low, high, T.ACC)
+    clamp = clamp_of(scale, low, high, sum_dtype(T.WIDE))
     q, attr_q = load_query(x, terms, row[:, None], read[:, None], head, T)  # [R, 1, H, D or C]
 
     lane_max = lanes(float("-inf"), T)
@@ -134,7 +134,7 @@ def _attention_fwd_kernel(
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
         decay = tl.exp(lane_max - pivot)
         p = tl.exp(s - pivot)  # [R, E, H]
-        used = p * kept(seed_ptr, threshold, edge, head, T.ACC)
+        used = p * kept(seed_ptr, threshold, edge, head, sum_dtype(T.WIDE))
         acc = acc * decay[:, :, :, None] + used[:, :, :, None] * v
         if WEIGH_ATTR:
             attr_acc = attr_acc * decay[:, :, :, None] + used[:, :, :, None] * attr
@@ -170,7 +170,7 @@ def _attention_fwd_kernel(
             store_pairs(out.stat, segment, part, head, T.H, top, total)
     empty = total == 0.0
     lse = pivot + tl.log(tl.where(empty, 1.0, total))
-    norm = eps_share(lse, log_eps, T.ACC) / tl.where(empty, 1.0, total)
+    norm = eps_share(lse, log_eps, sum_dtype(T.WIDE)) / tl.where(empty, 1.0, total)
     at, live = row[:, None], whole[:, None]
     o = tl.where(empty[:, :, None], 0.0, o * norm[:, :, None])
     store_heads(out.o, at, live, head, T.H, T.DV, T.BLOCK_DV, o[:, None])
@@ -206,7 +206,7 @@ def _attention_weights_kernel(
     row, mine, begin, end, stride = take(walk, num_rows, num_middle, num_segments, T)
     head = own_heads(T)
     read, end = unmasked(active, row, mine, head, begin, end)
-    clamp = clamp_of(scale, low, high, T.ACC)
+    clamp = clamp_of(scale, low, high, sum_dtype(T.WIDE))
     q, attr_q = load_query(x, terms, row[:, None], read[:, None], head, T)
     at = row[:, None] * T.H + head[None, :]
     mask = mine[:, None] & (head < T.H)[None, :]

@@ -40,7 +40,7 @@ from .edge_tile import (
     own_heads,
     unmasked,
 )
-from .loads import load_active, load_heads, load_lse, rows_of, store_heads
+from .loads import load_active, load_heads, load_lse, rows_of, store_heads, sum_dtype
 
 
 class Received(NamedTuple):
@@ -111,10 +111,10 @@ def _attention_bwd_dq_kernel(
     row, mine, begin, end, stride = take(walk, num_rows, num_middle, num_segments, T)
     head = own_heads(T)
     read, end = unmasked(active, row, mine, head, begin, end)
-    clamp = clamp_of(scale, low, high, T.ACC)
+    clamp = clamp_of(scale, low, high, sum_dtype(T.WIDE))
     own, reads = row[:, None], read[:, None]
     q, attr_q = load_query(x, terms, own, reads, head, T)  # [R, 1, H, D or C]
-    do = load_heads(up.do, own, reads, head, T.H, T.DV, T.BLOCK_DV, T.ALIGN).to(T.ACC)
+    do = load_heads(up.do, own, reads, head, T.H, T.DV, T.BLOCK_DV, T.ALIGN).to(sum_dtype(T.WIDE))
     if up.attr_do is not None:
         attr_do = load_attr_heads(up.attr_do, own, reads, head, T)
     row_at = own * T.H + head[None, :]
@@ -135,7 +135,7 @@ def _attention_bwd_dq_kernel(
         dp = tl.sum(do * v, 3)
         if up.attr_do is not None:
             dp += tl.sum(attr_do * attr, 3)
-        pdp = p * dp * kept(seed_ptr, threshold, edge, head, T.ACC)
+        pdp = p * dp * kept(seed_ptr, threshold, edge, head, sum_dtype(T.WIDE))
         sum_p += p
         sum_pdp += pdp
         flow, flow_dp = tl.where(through, p, 0.0) * factor, tl.where(through, pdp, 0.0) * factor
@@ -219,7 +219,7 @@ def _attention_bwd_dkv_kernel(
     H_KV: tl.constexpr = T.H // T.GROUP
     col, mine, begin, end, stride = take(walk, num_rows, num_middle, num_segments, T)
     kv_head = own_heads(T) + first_block * T.BLOCK_H
-    clamp = clamp_of(scale, low, high, T.ACC)
+    clamp = clamp_of(scale, low, high, sum_dtype(T.WIDE))
     read = mine
     if active is not None:
         # no edge leaves its graph: a column has the mask of its rows
@@ -230,22 +230,24 @@ def _attention_bwd_dkv_kernel(
         end = tl.where(read, end, begin)
 
     own, reads = col[:, None], read[:, None]
-    k = load_heads(x.k, own, reads, kv_head, H_KV, T.D, T.BLOCK_D, T.ALIGN).to(T.ACC)
-    v = load_heads(x.v, own, reads, kv_head, H_KV, T.DV, T.BLOCK_DV, T.ALIGN).to(T.ACC)
+    k = load_heads(x.k, own, reads, kv_head, H_KV, T.D, T.BLOCK_D, T.ALIGN).to(sum_dtype(T.WIDE))
+    v = load_heads(x.v, own, reads, kv_head, H_KV, T.DV, T.BLOCK_DV, T.ALIGN).to(sum_dtype(T.WIDE))
     dk = lane_rows(T.BLOCK_D, T)
     dv = lane_rows(T.BLOCK_DV, T)
     for step in range(0, tl.max(end - begin), stride):
         live, row, edge = next_edges(walk, begin, end, step, NUMBERED, T)  # [R, E]
         attr = load_attr(terms, edge, live, T)
         if out.dattr is not None:
-            dattr = tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_C], 0.0, T.ACC)
+            dattr = tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_C], 0.0, sum_dtype(T.WIDE))
         for member in range(T.GROUP):
             head = kv_head * T.GROUP + member  # H and beyond for the padded ones
             here = live
             if active is not None:
                 here = live & load_active(active, col, mine, tl.max(head, 0))[:, None]
             q, attr_q = load_query(x, terms, row, here, head, T)
-            do = load_heads(up.do, row, here, head, T.H, T.DV, T.BLOCK_DV, T.ALIGN).to(T.ACC)
+            do = load_heads(up.do, row, here, head, T.H, T.DV, T.BLOCK_DV, T.ALIGN).to(
+                sum_dtype(T.WIDE)
+            )
             key, gate, value = add_edge(k, v, terms, edge, here, head, T)
             factor = load_factor(terms, edge, here, head, T)
             at = row.to(tl.int64)[:, :, None] * T.H + head[None, None, :]
@@ -260,7 +262,7 @@ def _attention_bwd_dkv_kernel(
                 q, attr_q, gated, attr, factor, x, terms, edge, here, head, clamp, T
             )
             p = tl.exp(s - lse)
-            keep = kept(seed_ptr, threshold, edge, head, T.ACC)
+            keep = kept(seed_ptr, threshold, edge, head, sum_dtype(T.WIDE))
             a = (w * p * keep)[:, :, :, None]
             dvalue = a * do
             if out.dv is not None:

@@ -39,8 +39,6 @@ from fastgt.contract import Results
 
 from .attention import head_rows, on_edges
 from .configs import (
-    PRODUCT_DTYPE,
-    SUM_DTYPE,
     accumulator,
     alignment,
     clamps,
@@ -51,7 +49,16 @@ from .configs import (
     window_tile,
 )
 from .edge_tile import Operands, clamp_of, eps_share
-from .loads import dot, edge_slots, load_active, load_rows, rows_of, store_rows, tile_mask
+from .loads import (
+    dot,
+    edge_slots,
+    load_active,
+    load_rows,
+    rows_of,
+    store_rows,
+    sum_dtype,
+    tile_mask,
+)
 
 
 class Table(NamedTuple):
@@ -90,9 +97,6 @@ class WindowSizes(NamedTuple):
     PRODUCTS: str  # the dtype that tiles are multiplied in
     PRECISION: str
 
-    ACC = SUM_DTYPE
-    DOT = PRODUCT_DTYPE
-
 
 @triton.jit
 def _windows_fwd_kernel(
@@ -110,10 +114,10 @@ def _windows_fwd_kernel(
 ):
     """Grid (windows x heads): one program owns a window of rows and a head."""
     row, mine, read, head, span, masked_from = own_rows(table, active, T)
-    clamp = clamp_of(scale, low, high, T.ACC)
+    clamp = clamp_of(scale, low, high, sum_dtype(T.WIDE))
     q = load_rows(x.q.ptr, x.q.stride, row, read, head, T.D, T.BLOCK_D, T.ALIGN)  # [M, D]
 
-    top = tl.full([T.BLOCK_M], float("-inf"), T.ACC)
+    top = tl.full([T.BLOCK_M], float("-inf"), sum_dtype(T.WIDE))
     total = zero_rows(T)
     acc = zero_tile(T.BLOCK_DV, T)
     for at in range(span.start, masked_from, T.BLOCK_N):
@@ -125,7 +129,7 @@ def _windows_fwd_kernel(
             q, top, total, acc, at, span, head, x, table, clamp, True, False, T
         )
     if spoilt(acc, read):
-        top = tl.full([T.BLOCK_M], float("-inf"), T.ACC)
+        top = tl.full([T.BLOCK_M], float("-inf"), sum_dtype(T.WIDE))
         total = zero_rows(T)
         acc = zero_tile(T.BLOCK_DV, T)
         for at in range(span.start, span.stop, 16):
@@ -139,7 +143,7 @@ def _windows_fwd_kernel(
     pivot = tl.where(top == float("-inf"), 0.0, top)
     empty = total == 0.0
     lse = pivot + tl.log(tl.where(empty, 1.0, total))
-    norm = eps_share(lse, log_eps, T.ACC) / tl.where(empty, 1.0, total)
+    norm = eps_share(lse, log_eps, sum_dtype(T.WIDE)) / tl.where(empty, 1.0, total)
     o = tl.where(empty[:, None], 0.0, acc * norm[:, None])
     store_rows(o_ptr, row, mine, head, T.H, T.DV, T.BLOCK_DV, o)
     out = row * T.H + head
@@ -195,13 +199,13 @@ def _fwd_tile(
 @triton.jit
 def zero_rows(T: tl.constexpr):
     """Zeros for each row, [M]."""
-    return tl.full([T.BLOCK_M], 0.0, T.ACC)
+    return tl.full([T.BLOCK_M], 0.0, sum_dtype(T.WIDE))
 
 
 @triton.jit
 def zero_tile(BLOCK_D: tl.constexpr, T: tl.constexpr):
     """Zeros for each row and channel, [M, D]."""
-    return tl.full([T.BLOCK_M, BLOCK_D], 0.0, T.ACC)
+    return tl.full([T.BLOCK_M, BLOCK_D], 0.0, sum_dtype(T.WIDE))
 
 
 @triton.jit

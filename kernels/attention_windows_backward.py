@@ -30,7 +30,7 @@ from .attention_windows import (
 )
 from .configs import clamps, log
 from .edge_tile import Operands, clamp_of, eps_share
-from .loads import dot, load_lse, load_rows, rows_of, store_rows
+from .loads import dot, load_lse, load_rows, rows_of, store_rows, sum_dtype
 
 
 class Stored(NamedTuple):
@@ -66,18 +66,18 @@ def _windows_bwd_dq_kernel(
 ):
     """Grid (windows x heads): dq, w and gamma of a window's rows."""
     row, mine, read, head, span, masked_from = own_rows(table, active, T)
-    clamp = clamp_of(scale, low, high, T.ACC)
+    clamp = clamp_of(scale, low, high, sum_dtype(T.WIDE))
     q = load_head(x.q, row, read, head, T.D, T.BLOCK_D, T)  # [M, D]
     up = load_head(do, row, read, head, T.DV, T.BLOCK_DV, T)  # [M, DV]
     out = load_rows(o.ptr, o.stride, row, mine, head, T.DV, T.BLOCK_DV, 1)
     at_row = row * T.H + head
     lse = load_lse(saved.lse + at_row, mine)  # [M]
-    kept = eps_share(lse, log_eps, T.ACC)
+    kept = eps_share(lse, log_eps, sum_dtype(T.WIDE))
     g = zero_rows(T)
     if dlse is not None:
         at_dlse = dlse.ptr + row * dlse.stride[0] + head.to(tl.int64) * dlse.stride[1]
-        g = tl.load(at_dlse, mask=mine, other=0.0).to(T.ACC)
-    guess = kept * tl.sum(up.to(T.ACC) * out.to(T.ACC), 1) - g
+        g = tl.load(at_dlse, mask=mine, other=0.0).to(sum_dtype(T.WIDE))
+    guess = kept * tl.sum(up.to(sum_dtype(T.WIDE)) * out.to(sum_dtype(T.WIDE)), 1) - g
     # any finite number will do
     guess = tl.where(tl.abs(guess) < float("inf"), guess, 0.0)
     own = RowTile(q, up, lse, kept, guess)
@@ -209,7 +209,7 @@ def _windows_bwd_dkv_kernel(
     first, last, span, full = own_window(table, tl.program_id(0) // H_KV)
     col = first + tl.arange(0, T.BLOCK_M)
     mine = col < last
-    clamp = clamp_of(scale, low, high, T.ACC)
+    clamp = clamp_of(scale, low, high, sum_dtype(T.WIDE))
     k = load_head(x.k, col, mine, kv_head, T.D, T.BLOCK_D, T)  # [M, D]
     v = load_head(x.v, col, mine, kv_head, T.DV, T.BLOCK_DV, T)
     masked_from = span.start + full // T.BLOCK_N * T.BLOCK_N

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 
 from .buckets import Walk, wholes_and_parts
-from .configs import FILLERS, SUM_DTYPE, accumulator, attention_tile, power_of_2
-from .loads import load_channels, store_channels
+from .configs import FILLERS, accumulator, attention_tile, power_of_2
+from .loads import load_channels, store_channels, sum_dtype
 
 _BLOCK_S = 4  # segments at a time
 _CHANNELS = 128  # of a program, at most
@@ -39,8 +39,6 @@ class ChannelTile(NamedTuple):
     ALIGN: int  # channels that every gathered row starts at a multiple of
     WIDE: bool  # sums are in float64
 
-    ACC = SUM_DTYPE
-
 
 @triton.jit
 def own_channels(T: tl.constexpr):
@@ -51,7 +49,7 @@ def own_channels(T: tl.constexpr):
 @triton.jit
 def lanes(value, T: tl.constexpr):
     """``value`` for each lane and channel, [R, E, C]."""
-    return tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_D], value, T.ACC)
+    return tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_D], value, sum_dtype(T.WIDE))
 
 
 @triton.jit
@@ -70,7 +68,7 @@ def load_index(ptr, slot, live):
 @triton.jit
 def gather(x, row, live, channel, T: tl.constexpr):
     """``Rows`` of each of ``row`` [R, E], in the accumulator's dtype: -> [R, E, C]."""
-    return load_channels(x.ptr, x.stride, row, live, channel, T.D, T.ALIGN).to(T.ACC)
+    return load_channels(x.ptr, x.stride, row, live, channel, T.D, T.ALIGN).to(sum_dtype(T.WIDE))
 
 
 @triton.jit

@@ -37,7 +37,7 @@ from .channelwise_attention_backward import EdgeResults, fill_edges
 from .channelwise_tile import active_channels, load_logits, load_messages, plan, store, table
 from .configs import FILLERS, accumulator, log, power_of_2
 from .edge_tile import eps_share
-from .loads import scalar
+from .loads import scalar, sum_dtype
 
 _BLOCK_S = 4
 _COMBINED = 256  # channels of a program that combines: a row is split seldom
@@ -127,11 +127,11 @@ def _channelwise_attention_fwd_kernel(
     if active is not None:
         on = active_channels(active, row, mine, channel, T)  # [R, C]
         end = tl.where(tl.max(on.to(tl.int32), 1) > 0, end, begin)
-    low, high = scalar(low, T.ACC), scalar(high, T.ACC)
+    low, high = scalar(low, sum_dtype(T.WIDE)), scalar(high, sum_dtype(T.WIDE))
 
-    lane_max = tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_C], float("-inf"), T.ACC)
-    lane_sum = tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_C], 0.0, T.ACC)
-    acc = tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_C], 0.0, T.ACC)
+    lane_max = tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_C], float("-inf"), sum_dtype(T.WIDE))
+    lane_sum = tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_C], 0.0, sum_dtype(T.WIDE))
+    acc = tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_C], 0.0, sum_dtype(T.WIDE))
     for step in range(0, tl.max(end - begin), stride):
         slot = begin[:, None] + step + tl.arange(0, T.BLOCK_E)[None, :]  # [R, E]
         live = slot < end[:, None]

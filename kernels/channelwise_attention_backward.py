@@ -24,7 +24,7 @@ from .channelwise_tile import (
 )
 from .configs import log
 from .edge_tile import eps_share
-from .loads import scalar
+from .loads import scalar, sum_dtype
 
 
 class EdgeResults(NamedTuple):
@@ -120,7 +120,7 @@ def _channelwise_attention_bwd_edges_kernel(
     if active is not None:
         on = active_channels(active, row, mine, channel, T)  # [R, C]
         end = tl.where(tl.max(on.to(tl.int32), 1) > 0, end, begin)
-    low, high = scalar(low, T.ACC), scalar(high, T.ACC)
+    low, high = scalar(low, sum_dtype(T.WIDE)), scalar(high, sum_dtype(T.WIDE))
 
     own, there = row[:, None], mine[:, None, None]
     at, mask = table(3 * T.C, own, there, channel, T)
@@ -131,7 +131,7 @@ def _channelwise_attention_bwd_edges_kernel(
     # where no edge counts, neither do the upstream gradients, finite or not
     some = norm != 0.0
     lse = pivot - tl.log(tl.where(some, norm, 1.0))
-    u = tl.where(some, norm * eps_share(lse, log_eps, T.ACC) * u, 0.0)
+    u = tl.where(some, norm * eps_share(lse, log_eps, sum_dtype(T.WIDE)) * u, 0.0)
     h = tl.zeros_like(u)
     if dlse is not None:
         h = tl.where(some, norm * load_values(dlse, own, there, channel, 1, T), 0.0)
@@ -185,8 +185,8 @@ def _channelwise_attention_bwd_columns_kernel(
     if active is not None:
         on = active_channels(active, col, mine, channel, T)  # [R, C]
         end = tl.where(tl.max(on.to(tl.int32), 1) > 0, end, begin)
-    low, high = scalar(low, T.ACC), scalar(high, T.ACC)
-    acc = tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_C], 0.0, T.ACC)
+    low, high = scalar(low, sum_dtype(T.WIDE)), scalar(high, sum_dtype(T.WIDE))
+    acc = tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_C], 0.0, sum_dtype(T.WIDE))
     for step in range(0, tl.max(end - begin), stride):
         slot = begin[:, None] + step + tl.arange(0, T.BLOCK_E)[None, :]  # [R, E]
         live = slot < end[:, None]

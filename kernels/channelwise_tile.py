@@ -13,8 +13,8 @@ import triton.language as tl
 
 from .attention import head_rows
 from .buckets import Walk
-from .configs import FILLERS, SUM_DTYPE, attention_tile, clamps, power_of_2
-from .loads import Rows
+from .configs import FILLERS, attention_tile, clamps, power_of_2
+from .loads import Rows, sum_dtype
 
 _WIDEST = 128  # channels of a program
 
@@ -33,8 +33,6 @@ class ChannelwiseTile(NamedTuple):
     ALIGN: int  # likewise of v and edge_value
     DO_ALIGN: int  # likewise of the output's gradient
     WIDE: bool  # sums are in float64
-
-    ACC = SUM_DTYPE
 
 
 class Gathered(NamedTuple):
@@ -96,7 +94,7 @@ def load_messages(x, col, edge, live, channel, T: tl.constexpr):
 def load_values(x, row, live, channel, ALIGN: tl.constexpr, T: tl.constexpr):
     """Channels [C] of ``row`` [R, E] in the accumulator's dtype, 0 where not ``live``."""
     at, mask = _address(x.stride, row, live, channel, T.C, T.D, T.BLOCK_C, ALIGN)
-    return tl.load(x.ptr + at, mask=mask, other=0.0).to(T.ACC)
+    return tl.load(x.ptr + at, mask=mask, other=0.0).to(sum_dtype(T.WIDE))
 
 
 @triton.jit

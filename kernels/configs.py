@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from triton.runtime import driver
 
 # channels (heads x padded width) of one program -> edges in flight
@@ -164,13 +163,6 @@ def dot_dtype(x: torch.Tensor) -> str:
     if x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
         return "float32"
     return str(x.dtype).removeprefix("torch.")
-
-
-# Constants of a kernel have no dtype among them: Triton's hooks write them as JSON. A tuple of
-# constants has ``WIDE``, whether sums are in float64, and the name ``PRODUCTS``; these are what
-# kernels read.
-SUM_DTYPE = property(lambda constants: tl.float64 if constants.WIDE else tl.float32)
-PRODUCT_DTYPE = property(lambda constants: getattr(tl, constants.PRODUCTS))
 
 
 def dot_precision(x: torch.Tensor) -> str:

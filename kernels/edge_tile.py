@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .configs import SUM_DTYPE
-from .loads import Rows, load_active, load_edge_heads, load_heads, load_own_heads, scalar
+from .loads import Rows, load_active, load_edge_heads, load_heads, load_own_heads, scalar, sum_dtype
 
 
 class Operands(NamedTuple):
@@ -63,8 +62,6 @@ class Tile(NamedTuple):
     EDGE_ALIGN: int  # likewise of the contiguous tensors
     WIDE: bool  # sums are in float64
 
-    ACC = SUM_DTYPE
-
 
 @triton.jit
 def clamp_of(scale, low, high, ACC: tl.constexpr):
@@ -81,13 +78,13 @@ def own_heads(T: tl.constexpr):
 @triton.jit
 def lanes(value, T: tl.constexpr):
     """``value`` for each lane and head, [R, E, H]."""
-    return tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_H], value, T.ACC)
+    return tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_H], value, sum_dtype(T.WIDE))
 
 
 @triton.jit
 def lane_rows(BLOCK_D: tl.constexpr, T: tl.constexpr):
     """Zeros for each lane, head and channel, [R, E, H, D]."""
-    return tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_H, BLOCK_D], 0.0, T.ACC)
+    return tl.full([T.BLOCK_R, T.BLOCK_E, T.BLOCK_H, BLOCK_D], 0.0, sum_dtype(T.WIDE))
 
 
 @triton.jit
@@ -103,7 +100,7 @@ def unmasked(active, row, mine, head, begin, end):
 @triton.jit
 def load_query(x, terms, row, live, head, T: tl.constexpr):
     """Of each of ``row`` [R, E]: -> q [R, E, H, D], and what attributes are multiplied with."""
-    q = load_heads(x.q, row, live, head, T.H, T.D, T.BLOCK_D, T.ALIGN).to(T.ACC)
+    q = load_heads(x.q, row, live, head, T.H, T.D, T.BLOCK_D, T.ALIGN).to(sum_dtype(T.WIDE))
     attr_q = 0.0
     if T.TERMS:
         if terms.attr_q is not None:
@@ -114,13 +111,17 @@ def load_query(x, terms, row, live, head, T: tl.constexpr):
 @triton.jit
 def load_attr_heads(ptr, row, live, head, T: tl.constexpr):
     """What belongs to the attributes, of a contiguous [N, H, C] tensor: -> [R, E, H, C]."""
-    return load_own_heads(ptr, row, live, head, T.H, T.C, T.BLOCK_C, T.EDGE_ALIGN).to(T.ACC)
+    return load_own_heads(ptr, row, live, head, T.H, T.C, T.BLOCK_C, T.EDGE_ALIGN).to(
+        sum_dtype(T.WIDE)
+    )
 
 
 @triton.jit
 def load_edge_rows(ptr, edge, live, head, D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr):
     """Vectors of edges, of a contiguous [E, H, D] tensor: -> [R, E, H, D]."""
-    return load_own_heads(ptr, edge, live, head, T.H, D, BLOCK_D, T.EDGE_ALIGN).to(T.ACC)
+    return load_own_heads(ptr, edge, live, head, T.H, D, BLOCK_D, T.EDGE_ALIGN).to(
+        sum_dtype(T.WIDE)
+    )
 
 
 @triton.jit
@@ -129,10 +130,12 @@ def gather_edge(x, terms, col, edge, live, head, T: tl.constexpr):
     [R, E, H, DV], 0.0 without ``x.v``, attributes and factors."""
     H_KV: tl.constexpr = T.H // T.GROUP
     kv_head = head // T.GROUP
-    k = load_heads(x.k, col, live, kv_head, H_KV, T.D, T.BLOCK_D, T.ALIGN).to(T.ACC)
+    k = load_heads(x.k, col, live, kv_head, H_KV, T.D, T.BLOCK_D, T.ALIGN).to(sum_dtype(T.WIDE))
     v = 0.0
     if x.v is not None:
-        v = load_heads(x.v, col, live, kv_head, H_KV, T.DV, T.BLOCK_DV, T.ALIGN).to(T.ACC)
+        v = load_heads(x.v, col, live, kv_head, H_KV, T.DV, T.BLOCK_DV, T.ALIGN).to(
+            sum_dtype(T.WIDE)
+        )
     k, gate, v = add_edge(k, v, terms, edge, live, head, T)
     attr = load_attr(terms, edge, live, T)
     factor = load_factor(terms, edge, live, head, T)
@@ -166,7 +169,7 @@ def load_attr(terms, edge, live, T: tl.constexpr):
     attr = 0.0
     if T.TERMS:
         if terms.attr is not None:
-            attr = load_shared(terms.attr, edge, live, T, T.EDGE_ALIGN).to(T.ACC)
+            attr = load_shared(terms.attr, edge, live, T, T.EDGE_ALIGN).to(sum_dtype(T.WIDE))
     return attr
 
 
@@ -182,10 +185,10 @@ def load_factor(terms, edge, live, head, T: tl.constexpr):
     """The gate of each head, [R, E, H]."""
     factor = 1.0
     if T.TERMS:
-        factor = tl.full([edge.shape[0], edge.shape[1], head.shape[0]], 1.0, T.ACC)
+        factor = tl.full([edge.shape[0], edge.shape[1], head.shape[0]], 1.0, sum_dtype(T.WIDE))
         if terms.factor is not None:
             factors = Rows(terms.factor, (T.H, 1))
-            factor = load_edge_heads(factors, edge, live, head, T.H, T.ACC)
+            factor = load_edge_heads(factors, edge, live, head, T.H, sum_dtype(T.WIDE))
     return factor
 
 

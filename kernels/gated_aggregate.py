@@ -33,7 +33,7 @@ from .channels import (
     store_table,
 )
 from .configs import accumulator
-from .loads import rows_of, scalar, store_channels
+from .loads import rows_of, scalar, store_channels, sum_dtype
 
 
 def gated_aggregate_fwd(gated, rows, mean, results):
@@ -294,7 +294,7 @@ def _gated_combine_kernel(
 @triton.jit
 def _own_gate(gate, row, mine, channel, T: tl.constexpr):
     """The gate of the program's own rows (or columns), [R, 1, C]; 0 where there is none."""
-    own = tl.full([T.BLOCK_R, 1, T.BLOCK_D], 0.0, T.ACC)
+    own = tl.full([T.BLOCK_R, 1, T.BLOCK_D], 0.0, sum_dtype(T.WIDE))
     if gate is not None:
         own += gather(gate, row[:, None], mine[:, None], channel, T)
     return own

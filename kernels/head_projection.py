@@ -12,15 +12,13 @@ import triton
 import triton.language as tl
 
 from .configs import (
-    PRODUCT_DTYPE,
-    SUM_DTYPE,
     ProjectionTile,
     accumulator,
     dot_dtype,
     dot_precision,
     projection_tile,
 )
-from .loads import Rows, dot
+from .loads import Rows, dot, sum_dtype
 
 
 class Sizes(NamedTuple):
@@ -35,9 +33,6 @@ class Sizes(NamedTuple):
     BLOCK_N: int
     BLOCK_J: int
     BLOCK_C: int
-
-    DOT = PRODUCT_DTYPE
-    ACC = SUM_DTYPE
 
 
 @triton.jit
@@ -64,7 +59,7 @@ def _head_expand_kernel(
     live = (row < n)[:, None]
     first = tl.program_id(1) * S.BLOCK_J
     head, d, there, active = head_channels(heads_ptr, first, S)
-    acc = tl.full([S.BLOCK_N, S.BLOCK_J], 0.0, S.ACC)
+    acc = tl.full([S.BLOCK_N, S.BLOCK_J], 0.0, sum_dtype(S.WIDE))
     if first < tl.load(heads_ptr + S.H) * S.D:
         weight_row = head * weight.stride[0] + d * weight.stride[1]
         for start in range(0, S.C, S.BLOCK_C):
@@ -82,7 +77,7 @@ def _head_expand_kernel(
             acc = dot(a, w, acc, S)
         if bias.ptr is not None:
             at = bias.ptr + head * bias.stride[0] + d * bias.stride[1]
-            acc += tl.load(at, mask=active, other=0.0).to(S.ACC)[None, :]
+            acc += tl.load(at, mask=active, other=0.0).to(sum_dtype(S.WIDE))[None, :]
     y = tl.where(active[None, :], acc, 0.0).to(y_ptr.dtype.element_ty)
     tl.store(
         y_ptr + row[:, None] * (S.H * S.D) + (head * S.D + d)[None, :],
@@ -105,7 +100,7 @@ def _head_contract_kernel(
     row = tl.program_id(0).to(tl.int64) * S.BLOCK_N + tl.arange(0, S.BLOCK_N)
     c = tl.program_id(1) * S.BLOCK_C + tl.arange(0, S.BLOCK_C)
     live = (row < n)[:, None]
-    acc = tl.full([S.BLOCK_N, S.BLOCK_C], 0.0, S.ACC)
+    acc = tl.full([S.BLOCK_N, S.BLOCK_C], 0.0, sum_dtype(S.WIDE))
     for first in range(0, tl.load(heads_ptr + S.H) * S.D, S.BLOCK_J):
         head, d, _there, active = head_channels(heads_ptr, first, S)
         a = tl.load(
@@ -121,7 +116,9 @@ def _head_contract_kernel(
         )
         acc = dot(a, w, acc, S)
     if bias.ptr is not None:
-        acc += tl.load(bias.ptr + c * bias.stride[0], mask=c < S.C, other=0.0).to(S.ACC)[None, :]
+        acc += tl.load(bias.ptr + c * bias.stride[0], mask=c < S.C, other=0.0).to(
+            sum_dtype(S.WIDE)
+        )[None, :]
     z = acc.to(z_ptr.dtype.element_ty)
     tl.store(z_ptr + row[:, None] * S.C + c[None, :], z, mask=live & (c < S.C)[None, :])
 
@@ -144,7 +141,7 @@ def _head_outer_kernel(
     end = tl.minimum(begin + chunk, n)
     # nothing to add up where no head is active
     end = tl.where(first < tl.load(heads_ptr + S.H) * S.D, end, begin)
-    acc = tl.full([S.BLOCK_J, S.BLOCK_C], 0.0, S.ACC)
+    acc = tl.full([S.BLOCK_J, S.BLOCK_C], 0.0, sum_dtype(S.WIDE))
     for step in range(0, end - begin, S.BLOCK_N):
         row = begin + step + tl.arange(0, S.BLOCK_N)
         live = row < end

@@ -40,7 +40,7 @@ from .linear_states import (
     take_nodes,
     take_part,
 )
-from .loads import Rows, scalar, store_rows
+from .loads import Rows, scalar, store_rows, sum_dtype
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -61,7 +61,7 @@ def _linear_top_kernel(
     turns, stride = find_turns(batch.piece_ptr, num_graphs, S.SMALL)
     for turn in range(tl.program_id(0), turns, stride):
         part = take_part(batch, head, turn, num_graphs, piece, small, S.SMALL)
-        top = tl.full([S.BLOCK_N], float("-inf"), S.ACC)
+        top = tl.full([S.BLOCK_N], float("-inf"), sum_dtype(S.WIDE))
         for step in range(0, part.end - part.begin, S.BLOCK_N):
             nodes = take_nodes(part, step, head, S)
             _held, largest = hold_stabilised(k, nodes, projection_ptr, tiles, S)
@@ -91,8 +91,8 @@ def _linear_top_of_graph_kernel(
 @triton.jit
 def attend(inputs, projection_ptr, held, top, key_top, nodes, part, state, tiles, S: tl.constexpr):
     """phi(q) S [N, DV] and phi(q) z [N]: from a state, or key by key where ``SMALL``."""
-    num = tl.full([S.BLOCK_N, S.BLOCK_DV], 0.0, S.ACC)
-    den = tl.full([S.BLOCK_N], 0.0, S.ACC)
+    num = tl.full([S.BLOCK_N, S.BLOCK_DV], 0.0, sum_dtype(S.WIDE))
+    den = tl.full([S.BLOCK_N], 0.0, sum_dtype(S.WIDE))
     if not S.SMALL:
         for tile in range(tiles):
             f, _f_inner = features(inputs.q, held, top, nodes, tile, projection_ptr, S)
@@ -103,7 +103,7 @@ def attend(inputs, projection_ptr, held, top, key_top, nodes, part, state, tiles
         for step in range(0, part.end - part.begin, S.BLOCK_N):
             keys = take_nodes(part, step, nodes.head, S)
             held_keys = hold(inputs.k, keys, S)
-            a = tl.full([S.BLOCK_N, S.BLOCK_N], 0.0, S.ACC)
+            a = tl.full([S.BLOCK_N, S.BLOCK_N], 0.0, sum_dtype(S.WIDE))
             for tile in range(tiles):
                 f, _f_inner = features(inputs.q, held, top, nodes, tile, projection_ptr, S)
                 g, _g_inner = features(inputs.k, held_keys, key_top, keys, tile, projection_ptr, S)
@@ -143,7 +143,7 @@ def _linear_fwd_kernel(
                 inputs, projection_ptr, held, top, key_top, nodes, part, state, tiles, S
             )
             if NORMALIZE:
-                num = num / (den + scalar(eps, S.ACC))[:, None]
+                num = num / (den + scalar(eps, sum_dtype(S.WIDE)))[:, None]
             store_rows(o_ptr, nodes.row, nodes.live, head, S.H, S.DV, S.BLOCK_DV, num)
 
 

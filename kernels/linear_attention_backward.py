@@ -43,7 +43,7 @@ from .linear_states import (
     take_nodes,
     take_part,
 )
-from .loads import Rows, scalar, store_rows
+from .loads import Rows, scalar, store_rows, sum_dtype
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -75,13 +75,13 @@ def _linear_bwd_dq_kernel(
         for step in range(0, part.end - part.begin, S.BLOCK_N):
             nodes = take_nodes(part, step, head, S)
             held, top = hold_stabilised(inputs.q, nodes, projection_ptr, tiles, S)
-            share = tl.full([S.BLOCK_N], 1.0, S.ACC)
-            down = tl.full([S.BLOCK_N], 0.0, S.ACC)
+            share = tl.full([S.BLOCK_N], 1.0, sum_dtype(S.WIDE))
+            down = tl.full([S.BLOCK_N], 0.0, sum_dtype(S.WIDE))
             if NORMALIZE:
                 num, den = attend(
                     inputs, projection_ptr, held, top, key_top, nodes, part, state, tiles, S
                 )
-                share = 1 / (den + scalar(eps, S.ACC))
+                share = 1 / (den + scalar(eps, sum_dtype(S.WIDE)))
                 upstream = load_wide(do, nodes, S.DV, S.BLOCK_DV, S)
                 down = -share * tl.sum(upstream * share[:, None] * num, 1)
             at = stat_ptr + (nodes.row * S.H + head) * 3
@@ -90,10 +90,10 @@ def _linear_bwd_dq_kernel(
             tl.store(at + 2, top, mask=nodes.live)
             if NEED_Q:
                 flow = load_held(do, nodes, S.DV, S.BLOCK_DV, S)
-                dx = tl.full([S.BLOCK_N, S.BLOCK_D], 0.0, S.ACC)
-                total = tl.full([S.BLOCK_N], 0.0, S.ACC)
+                dx = tl.full([S.BLOCK_N, S.BLOCK_D], 0.0, sum_dtype(S.WIDE))
+                total = tl.full([S.BLOCK_N], 0.0, sum_dtype(S.WIDE))
                 for tile in range(tiles):
-                    df = tl.full([S.BLOCK_N, S.BLOCK_M], 0.0, S.ACC)
+                    df = tl.full([S.BLOCK_N, S.BLOCK_M], 0.0, sum_dtype(S.WIDE))
                     if not S.SMALL:
                         m, inside = state_rows(part.slot, head, tile, S)
                         df += times_matrix(
@@ -162,9 +162,9 @@ def _linear_bwd_dkv_kernel(
             nodes = take_nodes(part, step, head, S)
             held = hold(inputs.k, nodes, S)
             v = load_held(inputs.v, nodes, S.DV, S.BLOCK_DV, S)
-            dv = tl.full([S.BLOCK_N, S.BLOCK_DV], 0.0, S.ACC)
-            dx = tl.full([S.BLOCK_N, S.BLOCK_D], 0.0, S.ACC)
-            total = tl.full([S.BLOCK_N], 0.0, S.ACC)
+            dv = tl.full([S.BLOCK_N, S.BLOCK_DV], 0.0, sum_dtype(S.WIDE))
+            dx = tl.full([S.BLOCK_N, S.BLOCK_D], 0.0, sum_dtype(S.WIDE))
+            total = tl.full([S.BLOCK_N], 0.0, sum_dtype(S.WIDE))
             for tile in range(tiles):
                 if NEED_V:
                     g, inner = features(inputs.k, held, key_top, nodes, tile, projection_ptr, S)
@@ -181,7 +181,7 @@ def _linear_bwd_dkv_kernel(
                             upstream = load_wide(do, queries, S.DV, S.BLOCK_DV, S)
                             dv = dot(b, upstream, dv, S)
                 if NEED_K:
-                    dg = tl.full([S.BLOCK_N, S.BLOCK_M], 0.0, S.ACC)
+                    dg = tl.full([S.BLOCK_N, S.BLOCK_M], 0.0, sum_dtype(S.WIDE))
                     if not S.SMALL:
                         m, inside = state_rows(part.slot, head, tile, S)
                         dz = tl.load(dstate.z_ptr + m, mask=inside, other=0.0)

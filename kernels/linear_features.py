@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .configs import SUM_DTYPE
-from .loads import load_rows, store_rows
+from .loads import load_rows, store_rows, sum_dtype
 
 
 class Sizes(NamedTuple):
@@ -35,8 +34,6 @@ class Sizes(NamedTuple):
     BLOCK_DV: int
     BLOCK_M: int
     SLICE: int
-
-    ACC = SUM_DTYPE
 
 
 class Nodes(NamedTuple):
@@ -111,7 +108,7 @@ def hold(x, nodes, S: tl.constexpr):
         if S.BLOCK_D <= S.SLICE:
             half = tl.sum(held * held, 1)
         else:
-            half = tl.full([nodes.row.shape[0]], 0.0, S.ACC)
+            half = tl.full([nodes.row.shape[0]], 0.0, sum_dtype(S.WIDE))
             for first in range(0, S.D, S.SLICE):
                 part = load_wide(x, nodes, S.D, S.SLICE, S, first)
                 half += tl.sum(part * part, 1)
@@ -131,7 +128,7 @@ def store_inputs(dx_ptr, x, nodes, dx, total, S: tl.constexpr):
 def hold_stabilised(x, nodes, projection_ptr, tiles, S: tl.constexpr):
     """-> ``Held``, and the largest product of each row with the projection, [N]."""
     held = hold(x, nodes, S)
-    top = tl.full([S.BLOCK_N], 0.0, S.ACC)
+    top = tl.full([S.BLOCK_N], 0.0, sum_dtype(S.WIDE))
     if S.MAP == "softmax":
         top += float("-inf")
         for tile in range(tiles):
@@ -146,7 +143,7 @@ def hold_stabilised(x, nodes, projection_ptr, tiles, S: tl.constexpr):
 def load_wide(x, nodes, D: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr, first=0):
     """BLOCK_D channels, from the ``first`` on, of rows [N, D] of one head."""
     row = load_rows(x.ptr, x.stride, nodes.row, nodes.live, nodes.head, D, BLOCK_D, S.ALIGN, first)
-    return row.to(S.ACC)
+    return row.to(sum_dtype(S.WIDE))
 
 
 @triton.jit
@@ -168,7 +165,7 @@ def times_matrix(
         w = load_matrix(matrix_ptr, m, there, 0, D, BLOCK_D)
         product = dot(held, tl.trans(w), None, S)
     else:
-        product = tl.full([nodes.row.shape[0], m.shape[0]], 0.0, S.ACC)
+        product = tl.full([nodes.row.shape[0], m.shape[0]], 0.0, sum_dtype(S.WIDE))
         for first in range(0, D, S.SLICE):
             part = load_wide(x, nodes, D, S.SLICE, S, first)
             w = load_matrix(matrix_ptr, m, there, first, D, S.SLICE)
@@ -183,7 +180,7 @@ def times_rows(held, x, nodes, y, others, D: tl.constexpr, BLOCK_D: tl.constexpr
     if BLOCK_D <= S.SLICE:
         product = dot(held, tl.trans(load_wide(y, others, D, BLOCK_D, S)), None, S)
     else:
-        product = tl.full([nodes.row.shape[0], others.row.shape[0]], 0.0, S.ACC)
+        product = tl.full([nodes.row.shape[0], others.row.shape[0]], 0.0, sum_dtype(S.WIDE))
         for first in range(0, D, S.SLICE):
             part = load_wide(x, nodes, D, S.SLICE, S, first)
             other_part = load_wide(y, others, D, S.SLICE, S, first)
@@ -211,7 +208,8 @@ def load_matrix(ptr, m, there, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def dot(a, b, acc, S: tl.constexpr):
     """acc + a b. States outgrow 16 bits, and so what is multiplied is as wide as the sums."""
-    return tl.dot(a.to(S.ACC), b.to(S.ACC), acc, input_precision=S.PRECISION, out_dtype=S.ACC)
+    ACC: tl.constexpr = sum_dtype(S.WIDE)
+    return tl.dot(a.to(ACC), b.to(ACC), acc, input_precision=S.PRECISION, out_dtype=ACC)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from fastgt.contract import Features, Inputs, Ragged
 
 from .configs import accumulator, alignment, linear_precision, linear_tile, power_of_2
 from .linear_features import Nodes, Sizes, dot, features, hold, load_matrix, load_wide
-from .loads import Rows
+from .loads import Rows, sum_dtype
 
 COUNTS = ["num_graphs", "piece", "small", "tiles"]
 
@@ -130,7 +130,7 @@ def take_nodes(part, step, head, S: tl.constexpr):
 @triton.jit
 def load_key_top(top_ptr, graph, head, S: tl.constexpr):
     """The stabiliser of a graph's keys, for each of N nodes."""
-    top = tl.full([S.BLOCK_N], 0.0, S.ACC)
+    top = tl.full([S.BLOCK_N], 0.0, sum_dtype(S.WIDE))
     if S.MAP == "softmax":
         top += tl.load(top_ptr + graph * S.H + head)
     return top
@@ -190,16 +190,16 @@ def _linear_state_kernel(
     for turn in range(tl.program_id(0), turns, stride):
         slot = tl.full((), turn, tl.int64)
         part = take_piece(batch, head, slot, num_graphs, piece)
-        key_top = tl.full([S.BLOCK_N], 0.0, S.ACC)
+        key_top = tl.full([S.BLOCK_N], 0.0, sum_dtype(S.WIDE))
         if stat_ptr is None:
             key_top = load_key_top(top_ptr, part.graph, head, S)
-        s = tl.full([S.BLOCK_M, S.BLOCK_DV], 0.0, S.ACC)
-        z = tl.full([S.BLOCK_M], 0.0, S.ACC)
+        s = tl.full([S.BLOCK_M, S.BLOCK_DV], 0.0, sum_dtype(S.WIDE))
+        z = tl.full([S.BLOCK_M], 0.0, sum_dtype(S.WIDE))
         for step in range(0, part.end - part.begin, S.BLOCK_N):
             nodes = take_nodes(part, step, head, S)
             held = hold(x, nodes, S)
             values = load_wide(y, nodes, S.DV, S.BLOCK_DV, S)
-            last = tl.full([S.BLOCK_N], 1.0, S.ACC)
+            last = tl.full([S.BLOCK_N], 1.0, sum_dtype(S.WIDE))
             top = key_top
             if stat_ptr is not None:
                 stat = load_stat(stat_ptr, nodes, S)

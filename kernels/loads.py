@@ -178,10 +178,26 @@ def edge_slots(edge_ptr, bits, base, mask, BLOCK_M: tl.constexpr):
     return tl.load(edge_ptr + base[None, :] + count, mask=mask, other=0)
 
 
+# A kernel's constants have no dtype among them, since Triton's hooks write them as JSON. A tuple of
+# constants has ``WIDE``, whether sums are in float64, and the name ``PRODUCTS``.
+@triton.constexpr_function
+def sum_dtype(wide):
+    """The dtype that sums are kept in."""
+    return tl.float64 if wide else tl.float32
+
+
+@triton.constexpr_function
+def product_dtype(name):
+    """The dtype of that name."""
+    return getattr(tl, name)
+
+
 @triton.jit
 def dot(a, b, acc, T: tl.constexpr):
-    """acc + a b, multiplied in ``T.DOT``, the operands' dtype wherever the hardware has it."""
-    return tl.dot(a.to(T.DOT), b.to(T.DOT), acc, input_precision=T.PRECISION, out_dtype=T.ACC)
+    """acc + a b, multiplied in ``T.PRODUCTS``, the operands' dtype wherever the hardware has it."""
+    DOT: tl.constexpr = product_dtype(T.PRODUCTS)
+    ACC: tl.constexpr = sum_dtype(T.WIDE)
+    return tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=T.PRECISION, out_dtype=ACC)
 
 
 @triton.jit

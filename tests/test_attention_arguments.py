@@ -84,6 +84,10 @@ def zeros(*shape, dtype=FP32, device=DEVICE):
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
+def nested(rows):
+    return torch.nested.nested_tensor([zeros(4, 8)] * rows)
+
+
 REFUSALS = {
     "rows of q": ({"q": zeros(4, 4, 8)}, ValueError, "q has 4 rows but the graph has 5 rows"),
     "rows of k": ({"k": zeros(5, 2, 8)}, ValueError, "k has 5 rows but the graph has 3 columns"),
@@ -162,6 +166,12 @@ REFUSALS = {
         {"q": zeros(5, 4, 8).to_sparse()},
         TypeError,
         "q must be a strided tensor, got torch.sparse_coo",
+    ),
+    "nested k": ({"k": nested(5)}, TypeError, "k must be a strided tensor, got a nested one"),
+    "nested bias": (
+        {"edge_bias": nested(6)},
+        TypeError,
+        "edge_bias must be a strided tensor, got a nested one",
     ),
     "scale inf": ({"scale": -math.inf}, ValueError, "scale must be finite, got -inf"),
     "negative eps": ({"denominator_eps": -1.0}, ValueError, "denominator_eps .* got -1.0"),

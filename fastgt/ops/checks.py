@@ -129,8 +129,9 @@ def check_float(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a strided tensor, got {x.layout}")
+    if x.layout != torch.strided or x.is_nested:
+        found = "a nested one" if x.is_nested else x.layout
+        raise TypeError(f"{name} must be a strided tensor, got {found}")
 
 
 def check_widths(q: Tensor, v: Tensor) -> None:
@@ -275,7 +276,6 @@ def _check_like_q(name: str, x: object, q: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype != q.dtype:
         raise TypeError(f"{name} is {x.dtype} but q is {q.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a strided tensor, got {x.layout}")
+    check_float(name, x)
     if x.device != q.device:
         raise ValueError(f"{name} is on {x.device} but q is on {q.device}")

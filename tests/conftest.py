@@ -34,15 +34,22 @@ hypothesis.settings.load_profile("fastgt")
 LONGEST = ("test_compiled", "test_wheel", "test_versions", "test_linear_attention")
 
 
-def pytest_collection_modifyitems(config, items):
-    """A process takes whole files, which share fixtures; each target is compiled for apart."""
+def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else 99)
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        target = getattr(item, "callspec", None) and item.callspec.params.get("report")
-        group = item.path.stem if target is None else f"{item.path.stem} {target}"
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A process takes whole files, which share fixtures; each target is compiled for apart."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            targets = [x for x in nodeid.strip("]").split("[")[1:] if "test_compiled" in file]
+            return " ".join([file, *targets])
+
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

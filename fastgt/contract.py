@@ -315,8 +315,8 @@ _MISSING = object()
 class Signature:
     """The arguments of a registered op: the fields of NamedTuples, one type after another.
 
-    The last fields keep their defaults: a call that leaves them out costs less, since PyTorch's
-    dispatcher neither makes nor hands over what equals a default.
+    The last fields keep their defaults. A call that leaves them out costs less: PyTorch's
+    dispatcher hands over no last argument that equals its default.
 
     Example:
         >>> from fastgt.contract import Dropout, Logit, Signature

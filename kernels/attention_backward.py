@@ -399,10 +399,10 @@ def _backward_of_rows(x, up, lse, wgamma, grads, row_walk, inputs, mask, edges, 
 
 
 def _columns_write(grads, dattr):
-    _, dk, dv, dbias, dgate, dkey, dvalue, _, _ = grads
-    by_head = dgate is not None and dgate.ndim == 2
-    dfactor, dgate = (dgate, None) if by_head else (None, dgate)
-    return ColumnGrads(dk, dv, dbias, None, None, dfactor, dgate, dkey, dvalue, dattr)
+    gate, key, value = grads.gate, grads.key, grads.value
+    by_head = gate is not None and gate.ndim == 2
+    factor, gate = (gate, None) if by_head else (None, gate)
+    return ColumnGrads(grads.k, grads.v, grads.bias, None, None, factor, gate, key, value, dattr)
 
 
 def _backward_of_columns(x, up, lse, wgamma, out, column_walk, inputs, mask, edges, logit):

@@ -50,7 +50,7 @@ class Tile(NamedTuple):
     DV: int
     C: int  # channels of the attributes
     CLAMP: bool
-    TERMS: bool  # there are ``Terms``: Triton 3.6 compares no tuple that holds a None
+    TERMS: bool  # ``Terms`` are given; Triton 3.6 compares no tuple that holds a None
     SHARED: bool  # edge keys are edge values, too
     BLOCK_R: int
     BLOCK_E: int

@@ -45,9 +45,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid):
-            file = super()._split_scope(nodeid)
-            targets = [x for x in nodeid.strip("]").split("[")[1:] if "test_compiled" in file]
-            return " ".join([file, *targets])
+            file, target = super()._split_scope(nodeid), nodeid.partition("[")[2]
+            return file + target if "test_compiled" in file else file
 
     return Files(config, log)
 

@@ -307,22 +307,24 @@ def _attend(
         inputs = Inputs(q, k.view_as(k), v.view_as(v))
         terms = EdgeTerms(*(None if x is None else x.view_as(x) for x in terms))
         mask = HeadMask(mask.rows, None if mask.cols is None else mask.cols.view_as(mask.cols))
-    # most calls are plain and wait for every argument: what has its default is left out
+    # a plain call leaves out what has its default: the host waits for every argument
     rest: tuple[Tensor | None, ...] = () if terms.bias is None else (terms.bias,)
-    switches: tuple[Any, ...] = ()
+    settings: tuple[Any, ...] = ()
     if more_than_bias or mask.rows is not None or request.weights:
         rest = *terms, *mask, dropout.seed
-        weigh_attr = value_weight is not None
-        switches = dropout.p, key_is_value, request.weights, request.edge_scores, weigh_attr, exps
+        switches = Switches(
+            key_is_value, request.weights, request.edge_scores, value_weight is not None, exps
+        )
+        settings = dropout.p, *switches
     rows = row_walk(graph, plan)
     if differentiable:
         columns = column_walk(graph, plan)
         # not the plan: compiled code would be made anew for every reason that a plan states
         path, height, _ = plan
-        call = _Call(graph, path, height, rows, columns, logit, switches)
+        call = _Call(graph, path, height, rows, columns, logit, settings)
         results = _Attention.apply(call, *inputs, *rest)
     else:
-        results = attention_fwd(plan.path, plan.height, rows, *inputs, *logit, *rest, *switches)
+        results = attention_fwd(plan.path, plan.height, rows, *inputs, *logit, *rest, *settings)
     o, lse, weights, scores, attr_o, _ = results
     if value_weight is not None:
         o = add_attributes(o, lse, attr_o, value_weight)
@@ -338,7 +340,7 @@ class _Call(NamedTuple):
     rows: tuple[Tensor, ...]
     columns: tuple[Tensor, ...]
     logit: Logit
-    switches: tuple[Any, ...]  # the probability of dropout, and Switches; nothing in a plain call
+    settings: tuple[Any, ...]  # dropout's probability, then Switches; empty in a plain call
 
 
 class _Attention(torch.autograd.Function):
@@ -351,13 +353,13 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         *rest: Tensor | None,  # nothing, the bias, or EdgeTerms, HeadMask and the seed of dropout
     ) -> tuple[Tensor | None, ...]:
-        _, path, height, rows, _, logit, switches = call
-        results = attention_fwd(path, height, rows, q, k, v, *logit, *rest, *switches)
+        _, path, height, rows, _, logit, settings = call
+        results = attention_fwd(path, height, rows, q, k, v, *logit, *rest, *settings)
         o, lse, weights, _, _, exps = results
         # only windows need the output: a first guess at the row's mean gradient
         ctx.save_for_backward(lse, o if height else None, exps, q, k, v, *rest)
         ctx.call = call
-        if switches:
+        if settings:
             ctx.mark_non_differentiable(*[x for x in (weights, exps) if x is not None])
         ctx.set_materialize_grads(False)
         return results
@@ -373,7 +375,7 @@ class _Attention(torch.autograd.Function):
         __: None,
     ) -> tuple[Tensor | None, ...]:
         lse, o, exps, q, k, v, *rest = ctx.saved_tensors
-        graph, path, height, rows, columns, logit, switches = ctx.call
+        graph, path, height, rows, columns, logit, settings = ctx.call
         given = ctx.needs_input_grad[1:]
         needs = (given + _NO_NEEDS)[: len(_NO_NEEDS)]
         if dattr_o is not None:
@@ -382,14 +384,14 @@ class _Attention(torch.autograd.Function):
         grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable
-            terms, mask, dropout, switch = _REST.split((*rest, *switches))
-            call = graph, mask.rows, logit, dropout, switch.key_is_value
+            terms, mask, dropout, switches = _REST.split((*rest, *settings))
+            call = graph, mask.rows, logit, dropout, switches.key_is_value
             grads = _differentiable(call, (q, k, v, *terms), upstream, needs)
         else:
             if do is None:
                 upstream = q.new_zeros(()).expand(*q.shape[:2], v.shape[2]), *upstream[1:]
             saved = lse, o, exps
-            flat = *upstream, *saved, q, k, v, *logit, *rest, *switches
+            flat = *upstream, *saved, q, k, v, *logit, *rest, *settings
             grads = attention_bwd(path, height, rows, columns, needs, *flat)
         # neither masks nor the seed have one
         return (None, *grads, None, None, None)[: len(given) + 1]

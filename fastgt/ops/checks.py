@@ -118,6 +118,7 @@ def check_nodes(q: Tensor, k: Tensor, v: Tensor) -> None:
         check_float(name, x)
         if x.ndim != 3:
             raise ValueError(f"{name} must be [N, H, D], got {list(x.shape)}")
+    # nearly every call fits, and the host waits for its checks
     if not (k.dtype == v.dtype == q.dtype and k.device == v.device == q.device):
         _check_like_q("k", k, q)
         _check_like_q("v", v, q)

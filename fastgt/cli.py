@@ -91,7 +91,7 @@ def _add_where(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="default: cuda where there is one, else cpu")
     command.add_argument(
         "--impl",
-        choices=["triton", "torch", "reference"],
+        choices=["triton", "cpp", "reference"],
         help="implementation of the operator; default: by device",
     )
 

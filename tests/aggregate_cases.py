@@ -308,7 +308,7 @@ def _gated(mine, given, num_edges, *, normalize, eps):
 
 
 def walks(graph, impl):
-    if impl == "torch":
+    if impl == "cpp":
         return [graph.row_ptr, graph.col, graph.edge], list(graph.columns)
     plan = graph.plan("gather").settled
     return list(graph.row_walk(plan)), list(graph.column_walk(plan))

@@ -19,7 +19,7 @@ from fastgt import AuxRequest, Graph, neighborhood_attention, reference
 from fastgt.contract import Dropout, EdgeTerms, HeadMask, Logit, Switches
 from fastgt.testing import random_edge_index, with_index_dtype
 
-FAST = ["torch", "triton"] if DEVICE == "cpu" else ["triton"]
+FAST = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
 IMPLS = ["reference", *FAST]
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # every way through the kernels, where a test does not draw one

@@ -163,7 +163,7 @@ def attend(case, impl, **changes):
 
 def walks(graph, impl):
     """The edges of a graph, as the op takes them for one implementation."""
-    plan = CPU if impl == "torch" else GATHER
+    plan = CPU if impl == "cpp" else GATHER
     return Walks(row_walk(graph, plan), column_walk(graph, plan))
 
 

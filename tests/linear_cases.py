@@ -20,7 +20,7 @@ RANDOM = ["softmax", "relu_random"]
 MAPS = [*ELEMENTWISE, *RANDOM]
 # "slices" is the CPU path with several slices to a graph; "pieces" are Triton's kernels with
 # several tiles of features and pieces to a graph
-FORMS = ["torch", "slices", "triton", "pieces"] if DEVICE == "cpu" else ["triton", "pieces"]
+FORMS = ["cpp", "slices", "triton", "pieces"] if DEVICE == "cpu" else ["triton", "pieces"]
 
 
 @dataclass(repr=False)
@@ -128,7 +128,7 @@ def run_as(form):
             patch.setattr(linear_states, "linear_tile", lambda *args: LinearTile(16, 16, 16, 4))
             patch.setattr(linear_states, "_PROGRAMS", 2**40)
             patch.setattr(linear_states, "_programs", lambda pieces, others: min(pieces, 2))
-        yield {"slices": "torch", "pieces": "triton"}.get(form, form)
+        yield {"slices": "cpp", "pieces": "triton"}.get(form, form)
 
 
 def attend(x, form, **changes):

@@ -73,7 +73,7 @@ def test_as_accurate_as_eager(impl, dtype):
 @each_family
 def test_half_precision_only_rounds_the_result(impl, op, options, dtype):
     """The gradient of a softmax is taken at the rounded weights, as PyTorch's own."""
-    edges = 3000 if impl == "torch" or DEVICE == "cuda" else 30
+    edges = 3000 if impl == "cpp" or DEVICE == "cuda" else 30
     x = case(op, 3, 3, edges, kind="hub", dtype=dtype, ties=op == "max", **options)
     laws.half_precision_only_rounds(AGGREGATE, impl, x, but=["dlogit"])
 

@@ -88,7 +88,7 @@ def test_strides_of_upstream_gradients(impl, op, options, layout):
 @pytest.mark.parametrize("impl", FAST)
 @each_family
 def test_strides_do_not_change_a_bit(impl, op, options, dtype, layout):
-    for channels in ((8,), (2, 4)) if impl == "torch" else ((8,),):
+    for channels in ((8,), (2, 4)) if impl == "cpp" else ((8,),):
         x = case(op, 4, 8, 20, cols=7, channels=channels, dtype=dtype, **options)
         laws.strides_do_not_change_a_bit(AGGREGATE, impl, laws.laid(x, layout))
 
@@ -105,7 +105,7 @@ def test_inputs_are_left_alone_and_outputs_alias_nothing(impl, op, options):
 @pytest.mark.parametrize("impl", FAST_WAYS)
 @each_family
 def test_bitwise_repeatable(impl, op, options):
-    interpreted = impl != "torch" and DEVICE == "cpu"
+    interpreted = impl != "cpp" and DEVICE == "cpu"
     size = (8, 30) if interpreted else (100, 2000)
     x = case(op, 1, *size, kind="hub", dtype=FP32, **options)
     laws.the_same_bits_every_time(AGGREGATE, impl, x, 1 if interpreted else 20)
@@ -127,11 +127,11 @@ def test_chunks_and_pieces_of_rows_are_the_same_rows(monkeypatch, op, options, e
     monkeypatch.setattr("fastgt.cpu.sparse._LONG", 4)
     monkeypatch.setattr("fastgt.cpu.chunks._ELEMENTS", elements)
     x = degrees(op, [0, 1, 3, 4, 5, 0, 17, 8, 0], 5, **options)
-    all_close(evaluate(x, "torch"), loops(x))
+    all_close(evaluate(x, "cpp"), loops(x))
     with_graph = replace(x, inputs=dict(x.inputs))
     half = {name: t.to(BF16) for name, t in x.inputs.items()}
     do, de = (None if t is None else t.to(BF16) for t in (x.do, x.de))
-    found = evaluate(replace(with_graph, inputs=half, do=do, de=de), "torch")
+    found = evaluate(replace(with_graph, inputs=half, do=do, de=de), "cpp")
     assert not any(y.isnan().any() for y in found.values())
 
 
@@ -155,7 +155,7 @@ def test_any_tile_gives_the_same(monkeypatch, op, options, plan, tile):
 @each_family
 def test_a_hub_is_like_any_other_node(impl, op, options, turned):
     """More edges than a piece on the CPU, than a program's share in the kernels."""
-    big = impl == "torch" or DEVICE == "cuda"
+    big = impl == "cpp" or DEVICE == "cuda"
     x = degrees(op, [2, 20_000 if big else 60, 0, 1, 3], 7, dtype=FP32, **options)
     x = x if big else replace(x, plan="buckets")
     x = x.onto(x.edge_index)
@@ -173,7 +173,7 @@ def test_memory_of_the_cpu_path(monkeypatch, op, options):
     monkeypatch.setattr("fastgt.cpu.chunks._ELEMENTS", chunk)
     n, edges, d = 50, 20_000, 64
     x = case(op, 0, n, edges, channels=(d,), dtype=FP32, **options)
-    evaluate(x, "torch")  # the column walk and other first-time costs
+    evaluate(x, "cpp")  # the column walk and other first-time costs
     wide = edges * d * 4
     # results of that size: the softmax and its gradient, the gradients of edges and e
     asked = {"softmax": 2, "gated": 2}.get(op, 1) * wide
@@ -181,7 +181,7 @@ def test_memory_of_the_cpu_path(monkeypatch, op, options):
     allowed = asked + 4 * (20 * n * d + 8 * chunk + 12 * edges)
     assert allowed < asked + 0.6 * wide
     device = torch.device(DEVICE)
-    peak = peak_extra_memory(lambda: evaluate(x, "torch"), device)
+    peak = peak_extra_memory(lambda: evaluate(x, "cpp"), device)
     assert peak <= allowed, (peak - asked) / wide
     assert peak_extra_memory(lambda: evaluate(x, "reference"), device) > asked + wide
     if op == "softmax":
@@ -412,9 +412,9 @@ def test_the_named_implementation_runs(monkeypatch):
 
     seen = []
     for name, module, function in (
-        ("torch", fastgt.cpu.aggregate, "aggregate_fwd"),
+        ("cpp", fastgt.cpu.aggregate, "aggregate_fwd"),
         ("triton", fastgt.kernels.aggregate, "aggregate_fwd"),
-        ("torch", fastgt.cpu.aggregate, "aggregate_bwd"),
+        ("cpp", fastgt.cpu.aggregate, "aggregate_bwd"),
         ("triton", fastgt.kernels.aggregate, "aggregate_bwd"),
         ("reference", reference, "aggregate"),
     ):

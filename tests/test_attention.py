@@ -61,7 +61,7 @@ def test_as_accurate_as_eager(impl, dtype):
 @pytest.mark.parametrize("impl", [*FAST, "buckets"])
 def test_half_precision_only_rounds_the_result(impl, dtype):
     """Windows round the weights too, before the tensor cores multiply them: they are not here."""
-    edges = 3000 if impl == "torch" or DEVICE == "cuda" else 200
+    edges = 3000 if impl == "cpp" or DEVICE == "cuda" else 200
     x = case(3, 6, edges, kind="hub", dtype=dtype, eps=1e-3, d=16, dv=5)
     laws.half_precision_only_rounds(ATTENTION, impl, x)
 

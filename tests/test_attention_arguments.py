@@ -20,9 +20,9 @@ def ran(monkeypatch):
 
     seen = []
     for name, module, function in (
-        ("torch", fastgt.cpu.attention, "attention_fwd"),
+        ("cpp", fastgt.cpu.attention, "attention_fwd"),
         ("triton", fastgt.kernels.attention, "attention_fwd"),
-        ("torch", fastgt.cpu.attention, "attention_bwd"),
+        ("cpp", fastgt.cpu.attention, "attention_bwd"),
         ("triton", fastgt.kernels.attention_backward, "attention_bwd"),
         ("reference", reference, "masked_attention"),
     ):
@@ -70,8 +70,8 @@ def test_an_implementation_that_cannot_run_says_why(monkeypatch):
         with pytest.raises(ValueError, match=r"impl must be one of \['triton', .* got 'cuda'"):
             call()
     meta = [t.to("meta") for t in (x.q, x.k, x.v)]
-    with pytest.raises(RuntimeError, match="impl='torch' runs on CPU tensors, got meta"):
-        neighborhood_attention(*meta, x.graph.to("meta"), impl="torch")
+    with pytest.raises(RuntimeError, match="impl='cpp' runs on CPU tensors, got meta"):
+        neighborhood_attention(*meta, x.graph.to("meta"), impl="cpp")
     if DEVICE == "cpu":
         import triton
 

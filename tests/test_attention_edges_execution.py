@@ -61,7 +61,7 @@ def test_inputs_are_left_alone_and_outputs_alias_nothing(impl):
 @pytest.mark.parametrize("terms", [ALL_TERMS, TERMS_BY_HEAD])
 @pytest.mark.parametrize("impl", GATHERING)
 def test_bitwise_repeatable(impl, terms):
-    interpreted = impl != "torch" and DEVICE == "cpu"
+    interpreted = impl != "cpp" and DEVICE == "cpu"
     size = (16, 60) if interpreted else (100, 2000)
     x = case(1, *size, dtype=FP32, kind="hub", heads=1, terms=terms)
     laws.the_same_bits_every_time(EDGE_TERMS, impl, x, 2 if interpreted else 10)
@@ -76,7 +76,7 @@ def test_threads_and_heads_together_do_not_change_a_bit(monkeypatch, terms):
         for n, together in ((1, 2**16), (2, 2**16), (4, 2**16), (2, 0), (2, 9000)):
             torch.set_num_threads(n)
             monkeypatch.setattr("fastgt.cpu.attention._TOGETHER", together)
-            found.append(evaluate(x, "torch"))
+            found.append(evaluate(x, "cpp"))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
@@ -97,7 +97,7 @@ def test_threads_do_not_change_products_with_weights_of_attributes(nodes, channe
     try:
         for n in (1, 2, 4):
             torch.set_num_threads(n)
-            found.append(evaluate(replace(x, terms=made), "torch"))
+            found.append(evaluate(replace(x, terms=made), "cpp"))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
@@ -108,10 +108,10 @@ def test_threads_do_not_change_products_with_weights_of_attributes(nodes, channe
 @pytest.mark.parametrize("terms", ["attr-key", "attr-value", "attr-key attr-value"])
 def test_attribute_gradients_of_some_edges_at_a_time(monkeypatch, terms):
     x = case(5, 30, 200, heads=2, group=2, dtype=FP32, isolated=2, terms=terms)
-    whole = evaluate(x, "torch")
+    whole = evaluate(x, "cpp")
     for size in (1, 7, 199, 200):
         monkeypatch.setattr("fastgt.cpu.attention._SLICE", size)
-        same_bits(evaluate(x, "torch"), whole)
+        same_bits(evaluate(x, "cpp"), whole)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
@@ -119,7 +119,7 @@ def test_rows_summed_in_pieces_are_the_same_rows(monkeypatch):
     monkeypatch.setattr("fastgt.cpu.sparse._LONG", 4)
     for terms in (ALL_TERMS, TERMS_BY_HEAD):
         x = case(1, 6, 60, kind="hub", heads=3, group=2, eps=1e-6, terms=terms)
-        all_close(evaluate(x, "torch"), loops(x))
+        all_close(evaluate(x, "cpp"), loops(x))
 
 
 @pytest.mark.parametrize("terms", ["scores gate", TERMS_BY_HEAD], ids=["gate", "others"])
@@ -209,13 +209,13 @@ def test_the_compiled_reference_drops_out_at_every_size():
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("path", ["torch", "gather"] if DEVICE == "cpu" else ["gather"])
+@pytest.mark.parametrize("path", ["cpp", "gather"] if DEVICE == "cpu" else ["gather"])
 def test_opcheck(path, shared):
     x = case(0, 4, 9, cols=3, heads=1, group=2, d=4, dv=4, dtype=FP32, terms="gate key value")
     graph = x.graph
     rows = [graph.row_ptr, graph.col, graph.edge]
     columns = list(graph.columns)
-    if path != "torch":
+    if path != "cpp":
         plan = graph.plan("gather").settled
         rows, columns = list(graph.row_walk(plan)), list(graph.column_walk(plan))
     attr = torch.randn(9, 3, generator=x.generator).to(DEVICE)
@@ -247,7 +247,7 @@ def test_opcheck(path, shared):
             torch.library.opcheck(bwd.default, backward)
 
     check(call)
-    if path == "torch":
+    if path == "cpp":
         # a CPU keeps what it need not make again
         call["terms"] = call["terms"]._replace(gate=None, attr_q=attr_q)
         call["logit"] = Logit(0.5, -math.inf, math.inf, 1e-6)
@@ -295,7 +295,7 @@ def test_autocast_casts_every_edge_tensor(impl):
         assert all(g.dtype == FP32 for g in grads)
 
 
-@pytest.mark.parametrize("impl", ["torch"] if DEVICE == "cpu" else ["triton"])
+@pytest.mark.parametrize("impl", ["cpp"] if DEVICE == "cpu" else ["triton"])
 def test_memory_of_the_low_rank_form_does_not_grow_with_the_width(impl):
     """Peak beyond what is returned: O(N H D + E (H + C)), however wide the heads."""
     n, e, h, c = 500, 60_000, 4, 8

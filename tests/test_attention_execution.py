@@ -102,7 +102,7 @@ def test_windows_of_several_tiles(monkeypatch, columns, plan):
 @pytest.mark.parametrize("turned", [False, True], ids=["row", "column"])
 @pytest.mark.parametrize("impl", FAST_WAYS)
 def test_a_hub_is_like_any_other_node(impl, turned):
-    hub = 5000 if impl == "torch" or DEVICE == "cuda" else 120
+    hub = 5000 if impl == "cpp" or DEVICE == "cuda" else 120
     x = degrees_case([2, hub, 0, 1, 3], 7, dtype=FP32, eps=1e-6)
     if turned:
         y = case(1, 7, x.graph.num_edges, cols=5, dtype=FP32, eps=1e-6)
@@ -147,7 +147,7 @@ def test_inputs_are_left_alone_and_outputs_alias_nothing(impl, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("impl", FAST_WAYS)
 def test_bitwise_repeatable(impl, dtype):
-    interpreted = impl != "torch" and DEVICE == "cpu"
+    interpreted = impl != "cpp" and DEVICE == "cpu"
     large = {"kind": "hub", "heads": 1}
     x = case(1, 16, 60, dtype=dtype) if interpreted else case(1, 100, 2000, dtype=dtype, **large)
     laws.the_same_bits_every_time(ATTENTION, impl, x, 2 if interpreted else 100)
@@ -166,7 +166,7 @@ def test_memory_of_the_kernels():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="runs on CPU tensors")
 def test_memory_of_the_cpu_path():
-    check_memory("torch")
+    check_memory("cpp")
 
 
 def check_memory(impl):
@@ -186,10 +186,10 @@ def check_memory(impl):
 @pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
 def test_heads_together_or_one_by_one_give_the_same_bits(monkeypatch):
     x = case(5, 30, 200, heads=5, group=2, dtype=FP32, clamped=True, eps=1e-6, isolated=2)
-    together = evaluate(x, "torch")
+    together = evaluate(x, "cpp")
     for limit in (0, 600):  # one by one; two and a rest
         monkeypatch.setattr("fastgt.cpu.attention._TOGETHER", limit)
-        same_bits(evaluate(x, "torch"), together)
+        same_bits(evaluate(x, "cpp"), together)
 
 
 def huge_graph(rows, edges):
@@ -262,13 +262,13 @@ def test_grids_stay_within_the_limits(heads, d, dtype, monkeypatch):
     [(9, "contiguous", FP32), (9, "reversed", BF16), (0, "contiguous", FP32)],
     ids=["plain", "strided", "empty"],
 )
-@pytest.mark.parametrize("path", ["torch", "gather", "windows"] if DEVICE == "cpu" else ["gather"])
+@pytest.mark.parametrize("path", ["cpp", "gather", "windows"] if DEVICE == "cpu" else ["gather"])
 def test_opcheck(path, edges, layout, dtype):
     x = case(0, 4, edges, cols=3, heads=1, group=2, d=4, dv=2, dtype=dtype, layout=layout)
     x = replace(x, k=arrange(x.k, layout))
     height = 16 if path == "windows" else 0
     rows, columns = (x.graph.row_ptr, x.graph.col, x.graph.edge), list(x.graph.columns)
-    if path != "torch":
+    if path != "cpp":
         plan = x.graph.plan(path, height=height or None).settled
         rows, columns = x.graph.row_walk(plan), list(x.graph.column_walk(plan))
     flat = op_arguments(
@@ -492,10 +492,10 @@ def test_rows_summed_in_pieces_are_the_same_rows(monkeypatch):
     """Rows and columns around the length of a piece; several heads at once, or one by one."""
     monkeypatch.setattr("fastgt.cpu.sparse._LONG", 4)
     x = degrees_case([0, 1, 3, 4, 5, 0, 17, 8, 0], 5, heads=3, group=2, eps=1e-6)
-    together = evaluate(x, "torch")
+    together = evaluate(x, "cpp")
     all_close(together, loops(x))
     monkeypatch.setattr("fastgt.cpu.attention._TOGETHER", 0)
-    same_bits(evaluate(x, "torch"), together)
+    same_bits(evaluate(x, "cpp"), together)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_masked_is_sliced_away():
     gate = torch.tensor([1.0, 0.0, 0.0, 0.0, 2.0, 0.5], dtype=FP64, device=DEVICE)
     query, key = [0, 4, 5], [0, 2]
     # one query head reads the first key head, two the last: each pair by itself
-    found = evaluate_gated(x, gate, "torch" if DEVICE == "cpu" else "triton")
+    found = evaluate_gated(x, gate, "cpp" if DEVICE == "cpu" else "triton")
     assert not found["dk"][:, 1].any()
     for kv, mine in zip(key, ([0], [4, 5]), strict=True):
         terms = {name: t if name == "edge_attr" else t[:, mine] for name, t in x.terms.items()} | {
@@ -260,7 +260,7 @@ def test_none_masked_is_ungated(way):
     x = in_graphs(case(4, heads=3, group=2, d=8, dtype=FP32))
     plain = evaluate(x, way)
     found = evaluate_gated(x, torch.ones(6, dtype=torch.bool, device=DEVICE), way)
-    if way in ("torch", "reference"):
+    if way in ("cpp", "reference"):
         same_bits(found, plain)
     all_close(found, plain, 1e-5)
 
@@ -314,11 +314,11 @@ def test_second_derivatives(impl):
 @pytest.mark.parametrize("impl", FAST)
 def test_opcheck(impl):
     x = in_graphs(case(0, heads=2, dtype=FP32))
-    ops, path = torch.ops.fastgt, "torch" if impl == "torch" else "gather"
+    ops, path = torch.ops.fastgt, "cpp" if impl == "cpp" else "gather"
     active = torch.tensor([[True, False]], device=DEVICE).expand(x.graph.num_rows, -1).contiguous()
     rows = (x.graph.row_ptr, x.graph.col, x.graph.edge)
     columns = tuple(x.graph.columns)
-    columns = columns if impl == "torch" else (columns[0], columns[1], columns[3])
+    columns = columns if impl == "cpp" else (columns[0], columns[1], columns[3])
     changes = {"mask": HeadMask(active, active), "switches": Switches(make_weights=True)}
     flat = op_arguments(Inputs(x.q, x.k, x.v), terms=EdgeTerms(x.bias), **changes)
     torch.library.opcheck(ops.attention_fwd.default, (path, 0, rows, *flat))

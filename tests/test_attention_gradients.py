@@ -57,12 +57,12 @@ def test_every_subset_of_gradients(impl, upstream, twice):
     laws.every_subset_of_gradients(ATTENTION, impl, x, outputs, twice=twice, skip=skip)
 
 
-@pytest.mark.parametrize("path", ["torch", "gather", "windows"] if DEVICE == "cpu" else ["gather"])
+@pytest.mark.parametrize("path", ["cpp", "gather", "windows"] if DEVICE == "cpu" else ["gather"])
 def test_nothing_is_computed_for_gradients_not_asked_for(path):
     x = case(0, 5, 12)
     graph, height = x.graph, 16 if path == "windows" else 0
     rows, columns = (graph.row_ptr, graph.col, graph.edge), tuple(graph.columns)
-    if path != "torch":
+    if path != "cpp":
         graph = graph.plan(path, height=height or None)
         rows, columns = graph.row_walk(graph.settled), graph.column_walk(graph.settled)
     flat = op_arguments(Inputs(x.q, x.k, x.v), terms=EdgeTerms(x.bias))

@@ -183,7 +183,7 @@ def test_checks_are_right_at_the_size_of_a_session(monkeypatch):
 
     def by_torch(problem, how, graph, dtype, impl):
         how = how._replace(plan="gather")
-        return call(problem, how, graph, dtype, "torch" if impl == "triton" else impl)
+        return call(problem, how, graph, dtype, "cpp" if impl == "triton" else impl)
 
     monkeypatch.setattr(gpu_correctness, "_call", by_torch)
     groups = list(gpu_correctness.groups(False))

@@ -64,7 +64,7 @@ def test_as_accurate_as_eager(impl, dtype):
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("impl", WAYS)
 def test_half_precision_only_rounds_the_result(impl, dtype):
-    edges = 3000 if impl == "torch" or DEVICE == "cuda" else 90
+    edges = 3000 if impl == "cpp" or DEVICE == "cuda" else 90
     x = case(3, 4, edges, kind="hub", dtype=dtype, eps=1e-3, channels=(8,))
     laws.half_precision_only_rounds(CHANNELWISE, impl, x)
 
@@ -141,7 +141,7 @@ def test_a_row_and_a_channel_depend_on_nothing_else(impl, case):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["logits", "v", "edge_value", "do", "dlse"])
-@pytest.mark.parametrize("impl", ["torch", "triton"] if DEVICE == "cpu" else FAST)
+@pytest.mark.parametrize("impl", ["cpp", "triton"] if DEVICE == "cpu" else FAST)
 def test_nan_and_infinity_stay_with_the_rows_and_channels_that_use_them(impl, where, value):
     x = case(4, 9, 20, cols=10, dtype=FP32, eps=1e-6, isolated=1, channels=(4,))
     found, hit = laws.a_value_stays_with_its_rows(CHANNELWISE, impl, x, where, value, channel=2)

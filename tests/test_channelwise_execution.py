@@ -87,7 +87,7 @@ def test_the_output_may_be_changed_in_place():
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("impl", WAYS)
 def test_bitwise_repeatable(impl, dtype):
-    interpreted = impl != "torch" and DEVICE == "cpu"
+    interpreted = impl != "cpp" and DEVICE == "cpu"
     n, edges = (8, 40) if interpreted else (100, 2000)
     x = case(1, n, edges, kind="hub", dtype=dtype)
     laws.the_same_bits_every_time(CHANNELWISE, impl, x, 2 if interpreted else 20)
@@ -104,12 +104,12 @@ def test_threads_do_not_change_a_bit():
 def test_chunks_and_blocks_do_not_change_a_bit(monkeypatch, layout):
     x = case(5, 12, 100, kind="hub", dtype=FP32, channels=(4, 6), isolated=2, eps=1e-6,
              layout=layout)  # fmt: skip
-    whole = evaluate(x, "torch")
+    whole = evaluate(x, "cpp")
     for chunk, wide, narrow in ((2000, 8, 4), (400, 64, 5)):
         monkeypatch.setattr("fastgt.cpu.channelwise_attention._CHUNK", chunk)
         monkeypatch.setattr("fastgt.cpu.channelwise_attention._WIDE", wide)
         monkeypatch.setattr("fastgt.cpu.channelwise_attention._NARROW", narrow)
-        same_bits(evaluate(x, "torch"), whole)
+        same_bits(evaluate(x, "cpp"), whole)
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["row", "column"])
@@ -177,7 +177,7 @@ def test_memory_of_the_kernels():
 @pytest.mark.skipif(DEVICE != "cpu", reason="runs on CPU tensors")
 @pytest.mark.parametrize("kind", ["uniform", "hub"])
 def test_memory_of_the_cpu_path(kind):
-    check_memory("torch", 1, kind)
+    check_memory("cpp", 1, kind)
 
 
 def check_memory(impl, temporaries, kind="uniform"):
@@ -369,7 +369,7 @@ def test_the_named_implementation_runs(monkeypatch):
 
     seen = []
     for name, module, functions in (
-        ("torch", fastgt.cpu.channelwise_attention, ("fwd", "bwd")),
+        ("cpp", fastgt.cpu.channelwise_attention, ("fwd", "bwd")),
         ("triton", fastgt.kernels.channelwise_attention, ("fwd",)),
         ("triton", fastgt.kernels.channelwise_attention_backward, ("bwd",)),
         ("reference", reference, ("",)),

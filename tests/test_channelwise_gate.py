@@ -95,7 +95,7 @@ def test_many_chunks(monkeypatch):
     monkeypatch.setattr(cpu, "_CHUNK", 128)
     x = in_graphs(case(1, 40, 200, channels=(3, 4)))
     gate = torch.tensor([[1.0, 0.0, 2.0]] * 2 + [[0.0, 1.0, 0.5]] * 2, dtype=FP64)
-    all_close(evaluate_gated(x, gate, "torch"), without(x, gate), 1e-8)
+    all_close(evaluate_gated(x, gate, "cpp"), without(x, gate), 1e-8)
 
 
 @pytest.mark.parametrize("per_graph", [False, True])

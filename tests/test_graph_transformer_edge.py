@@ -407,7 +407,7 @@ def test_isolated_node_gets_only_biases_and_its_own_features():
 
 
 def test_same_bits_every_time():
-    batch, model = zinc("torch"), small()
+    batch, model = zinc("cpp"), small()
     found = []
     for _ in range(3):
         again = copy.deepcopy(model)
@@ -420,7 +420,7 @@ def test_same_bits_every_time():
 
 
 def test_encodings_flip_signs_only_in_training():
-    model, batch = small("layer"), zinc("torch")
+    model, batch = small("layer"), zinc("cpp")
     inputs = batch.node_type, batch.edge_type, batch.graph, batch.pe
     assert 2 <= len({model(*inputs).sum().item() for _ in range(20)}) <= 8
     model.eval()
@@ -562,6 +562,6 @@ def test_state_dict_round_trip():
     for p in again.parameters():
         nn.init.normal_(p)
     again.load_state_dict(model.state_dict())
-    batch = zinc("torch")
+    batch = zinc("cpp")
     inputs = batch.node_type, batch.edge_type, batch.graph, batch.pe
     torch.testing.assert_close(again(*inputs), model(*inputs))

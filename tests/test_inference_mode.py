@@ -180,7 +180,7 @@ OPERATORS: dict[str, Callable[[Graph, Tensor, Tensor, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_train_on_a_graph_of_a_validation(name: str, impl: str) -> None:
     """Made and first used in inference mode, as by a sanity check before the first epoch."""

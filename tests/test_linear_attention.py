@@ -288,7 +288,7 @@ def test_the_same_bits_every_time(form):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="threads are the CPU's")
-@pytest.mark.parametrize("form", ["torch", "slices"])
+@pytest.mark.parametrize("form", ["cpp", "slices"])
 def test_threads_change_rounding_only(form):
     x = case(0, (400, 30, 900), d=16, dv=16, dtype=FP32, feature_map="softmax", m=20)
     threads, found = torch.get_num_threads(), []
@@ -380,7 +380,7 @@ def test_memory_does_not_grow_with_the_features(sizes):
     features = 4 * n * h * m
     device = torch.device("cpu")
     # the output and three gradients, and as much again to work in
-    assert peak_extra_memory(lambda: evaluate(x, "torch"), device) < 8 * linear
+    assert peak_extra_memory(lambda: evaluate(x, "cpp"), device) < 8 * linear
     assert 8 * linear < features
     assert peak_extra_memory(lambda: evaluate(x, "reference"), device) > features
 
@@ -409,7 +409,7 @@ def test_states_take_no_more_memory_than_the_inputs():
             assert plan.pieces * heads >= 4 * 132
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["cpp", "triton"])
 def test_shapes_beyond_two_to_the_31_on_meta_tensors(impl):
     n, h, d = 3 * 2**30, 8, 32
     q, k, v = (torch.empty(n, h, d, device="meta", requires_grad=True) for _ in range(3))

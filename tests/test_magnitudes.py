@@ -109,7 +109,7 @@ def test_states_of_linear_attention_are_not_kept_in_float16(impl, feature_map):
 
 
 # in the interpreter, triton would take minutes
-@pytest.mark.parametrize("impl", ["torch", "reference"] if DEVICE == "cpu" else IMPLS)
+@pytest.mark.parametrize("impl", ["cpp", "reference"] if DEVICE == "cpu" else IMPLS)
 def test_a_row_of_more_edges_than_float16_counts(impl):
     edges = 70_000
     index = torch.stack([torch.arange(edges) % 3, torch.zeros(edges, dtype=torch.int64)])

@@ -102,7 +102,7 @@ def test_model_is_equivariant():
     )
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
 def test_a_model_learns(impl):
     """One implementation for the whole model; a small task is fitted."""
     torch.manual_seed(0)
@@ -261,7 +261,7 @@ def test_dropout_stands_where_the_paper_has_it():
         assert dropped["x0"] == dropped["out0"] == 0
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
 def test_module_hands_its_options_to_the_operator(impl, monkeypatch):
     seen = []
     real = nn_attention.neighborhood_attention

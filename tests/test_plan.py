@@ -524,23 +524,23 @@ def inputs(graph: Graph, width: int = 8, dtype: torch.dtype = FP32) -> Inputs:
     return Inputs(*(t.to(DEVICE, dtype).requires_grad_() for t in x))
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="impl='torch' runs on CPU tensors")
+@pytest.mark.skipif(DEVICE != "cpu", reason="impl='cpp' runs on CPU tensors")
 def test_the_cpu_path_refuses_a_plan_that_it_has_not() -> None:
     graph = complete(5, 3)
     x = inputs(graph)
-    expected = neighborhood_attention(*x, graph, impl="torch")
+    expected = neighborhood_attention(*x, graph, impl="cpp")
     for path in ("windows", "graphs"):
         planned = graph.plan(path)
-        for impl in ("torch", None):
-            message = rf"planned for '{path}'.*impl='torch' .*graph\.plan\(\)"
+        for impl in ("cpp", None):
+            message = rf"planned for '{path}'.*impl='cpp' .*graph\.plan\(\)"
             with pytest.raises(RuntimeError, match=message):
                 neighborhood_attention(*x, planned, impl=impl)
         actual = neighborhood_attention(*x, planned, impl="reference")
         torch.testing.assert_close(actual, expected)
-        again = neighborhood_attention(*x, planned.plan(), impl="torch")
+        again = neighborhood_attention(*x, planned.plan(), impl="cpp")
         assert torch.equal(again, expected)
     for planned in (graph.plan("gather"), graph.plan(width=64)):
-        assert torch.equal(neighborhood_attention(*x, planned, impl="torch"), expected)
+        assert torch.equal(neighborhood_attention(*x, planned, impl="cpp"), expected)
 
 
 @pytest.mark.parametrize(

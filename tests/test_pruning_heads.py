@@ -113,7 +113,7 @@ def test_nan_weights_of_a_masked_head_change_nothing(name):
             close(x, clean[key], key)
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"] if DEVICE == "cpu" else ["triton"])
+@pytest.mark.parametrize("impl", ["cpp", "reference"] if DEVICE == "cpu" else ["triton"])
 def test_an_edge_bias_has_all_heads_where_some_are_masked(impl):
     gated = module("neighborhood", HeadGate(torch.tensor([0.0, 1.0, 0.0, 0.5])), impl=impl)
     bias = torch.randn(28, HEADS, dtype=FP64, device=DEVICE, requires_grad=True)

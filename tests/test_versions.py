@@ -25,7 +25,7 @@ from fastgt import AuxRequest, Graph
 from fastgt.testing import assert_as_accurate, random_edge_index
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = ["torch", "triton"] if DEVICE == "cpu" else ["triton"]
+IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
 H, D = 2, 8
 
 

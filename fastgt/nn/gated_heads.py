@@ -35,7 +35,7 @@ class Gate:
 
     def scaled(self, x: Tensor) -> Tensor:
         """``[N, A, D]`` times the gates of its heads."""
-        return x if self.scale is None else gated(x, self.scale, None, True, "torch")
+        return x if self.scale is None else gated(x, self.scale, None, True, "cpp")
 
 
 class GatedHeads(nn.Module):
@@ -91,7 +91,7 @@ class GatedHeads(nn.Module):
         if head_gate.ndim > 1:
             return Gate(head_gate, active=(head_gate != 0).any(0))
         if (
-            resolve_impl(self.impl, x) == "torch"
+            resolve_impl(self.impl, x) == "cpp"
             and readable(head_gate)
             and (found := self._present(head_gate)) is not None
         ):

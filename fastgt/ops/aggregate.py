@@ -153,7 +153,7 @@ class _Upstream(NamedTuple):
 
 
 def _implementation(impl: str, x: Tensor) -> Any:
-    if impl == "torch":
+    if impl == "cpp":
         from fastgt.cpu import aggregate as cpu
 
         return cpu

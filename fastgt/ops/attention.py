@@ -182,7 +182,7 @@ def neighborhood_attention(
             float64), with its gradient, eps is not part of it; ``weights=True`` for ``a_ij``,
             ``[E, H]`` before dropout, without gradient; ``edge_scores=True`` for ``t_ij``,
             ``[E, H, D]``, with its gradient.
-        impl: ``"triton"`` (GPU), ``"torch"`` (CPU), ``"reference"`` (plain definition,
+        impl: ``"triton"`` (GPU), ``"cpp"`` (CPU), ``"reference"`` (plain definition,
             O(E H D) memory), or None to follow the device.
 
     Returns:
@@ -300,7 +300,7 @@ def _attend(
         # reads it
         simple = terms.gate is None and not by_channel and logit[1:3] == (-math.inf, math.inf)
         several = terms.attr is not None or terms.key is not None
-        exps = plan.path == "torch" and differentiable and simple and several
+        exps = plan.path == "cpp" and differentiable and simple and several
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
         q, k, v = inputs
@@ -431,7 +431,7 @@ def _plan(impl: Impl, graph: Graph, inputs: Inputs, more_than_bias: bool) -> Pla
         return plan
     if graph.settled is not None and graph.settled.height:
         raise RuntimeError(
-            f"the graph is planned for {graph.settled.path!r}, which impl='torch' on a CPU does "
+            f"the graph is planned for {graph.settled.path!r}, which impl='cpp' on a CPU does "
             "not have: use graph.plan() there"
         )
     return CPU

@@ -1,7 +1,7 @@
 """The registered ops of neighborhood_attention: their schemas, what fake tensors get from them, and
 the launchers that they call.
 
-``path`` is "torch" (on a CPU) or one of Triton's, ``height`` that of its windows, 0 without; the
+``path`` is "cpp" (on a CPU) or one of Triton's, ``height`` that of its windows, 0 without; the
 walks are what it goes through. The other arguments are the fields of types in
 ``fastgt/contract.py``, one after the other.
 """
@@ -69,7 +69,7 @@ def _(
 
 def _launch_fwd(path: str, height: int, row_walk: Any, *flat: Any) -> tuple[Tensor | None, ...]:
     call = inputs, logit, terms, mask, _, switches = FORWARD.split(flat)
-    if path == "torch":
+    if path == "cpp":
         from fastgt.cpu import attention
 
         return attention.attention_fwd(row_walk, *call)
@@ -89,7 +89,7 @@ def _launch_bwd(
 ) -> tuple[Tensor | None, ...]:
     upstream, saved, *call = BACKWARD.split(flat)
     walks = row_walk, column_walk
-    if path == "torch":
+    if path == "cpp":
         from fastgt.cpu import attention
 
         return attention.attention_bwd(*walks, PerInput(*needs), upstream, saved, *call)

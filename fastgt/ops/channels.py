@@ -10,7 +10,7 @@ from fastgt.graph import Graph
 from fastgt.ops.checks import FLOATS, autocast, autocasts, check_graph
 from fastgt.ops.walks import CPU, GATHER
 
-PLANS = {"torch": CPU, "triton": GATHER}
+PLANS = {"cpp": CPU, "triton": GATHER}
 """By implementation: channels never meet, so edges are gathered."""
 
 

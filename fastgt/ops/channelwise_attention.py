@@ -198,7 +198,7 @@ def _attend(
         x = ChannelwiseInputs(x.logits, _alias(x.v), _alias(x.edge_value))
         mask = mask._replace(cols=_alias(mask.cols))
     refuse_forward_mode(*given)
-    plan = CPU if impl == "torch" else GATHER
+    plan = CPU if impl == "cpp" else GATHER
     rows = row_walk(graph, plan)
     if needs_gradient(*given):
         columns = column_walk(graph, plan) if x.v is not None and x.v.requires_grad else ()
@@ -337,7 +337,7 @@ def _(impl: str, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _launch_fwd(impl: str, *flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = FORWARD.split(flat)
-    if impl == "torch":
+    if impl == "cpp":
         from fastgt.cpu import channelwise_attention as cpu
 
         return cpu.channelwise_attention_fwd(*arguments)
@@ -349,7 +349,7 @@ def _launch_fwd(impl: str, *flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _launch_bwd(impl: str, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     arguments = BACKWARD.split(flat)
-    if impl == "torch":
+    if impl == "cpp":
         from fastgt.cpu import channelwise_attention as cpu
 
         return cpu.channelwise_attention_bwd(*arguments)

@@ -227,7 +227,7 @@ class _GatedAggregate(torch.autograd.Function):
 
 
 def _implementation(impl: str, x: Tensor) -> Any:
-    if impl == "torch":
+    if impl == "cpp":
         from fastgt.cpu import gated_aggregate as cpu
 
         return cpu

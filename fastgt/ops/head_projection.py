@@ -188,7 +188,7 @@ def _(impl, y, x, heads):  # type: ignore[no-untyped-def]
 
 def _launch(name: str) -> Any:
     def launch(impl: str, x: Tensor, *args: Any) -> Tensor:
-        if impl == "torch":
+        if impl == "cpp":
             from fastgt.cpu import head_projection as cpu
 
             return getattr(cpu, name)(x, *args)

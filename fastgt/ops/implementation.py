@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from fastgt import versions
 
-Impl = Literal["triton", "torch", "reference"]
+Impl = Literal["triton", "cpp", "reference"]
 _NAMES = get_args(Impl)
 
 _forced: Impl | None = None
@@ -45,10 +47,30 @@ def resolve_impl(impl: Impl | None, x: Tensor) -> Impl:
         versions.check("torch", torch.__version__)
     impl = impl or _forced
     if impl is None:
-        return "torch" if x.device.type == "cpu" else "triton"
-    if impl == "torch" and x.device.type != "cpu":
-        raise RuntimeError(f"impl='torch' runs on CPU tensors, got {x.device}")
+        return _on_cpu() if x.device.type == "cpu" else "triton"
+    if impl == "cpp" and x.device.type != "cpu":
+        raise RuntimeError(f"impl='cpp' runs on CPU tensors, got {x.device}")
     return impl
+
+
+def _on_cpu() -> Impl:
+    """The compiled kernels; where there are none, the definitions, and a warning says why, once."""
+    return "cpp" if _missing() is None else "reference"
+
+
+# as torch.compiler.assume_constant_result does, which imports Triton: no tracing of a file's search
+_on_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _missing() -> str | None:
+    from fastgt.cpu import library
+
+    loaded = library.load()
+    if not isinstance(loaded, str):
+        return None
+    warnings.warn(f"fastgt runs its slow reference on this CPU: {loaded}", stacklevel=2)
+    return loaded
 
 
 def check_impl(impl: Impl | None) -> None:

@@ -351,7 +351,7 @@ def _(impl: str, do: Tensor, tops: Tensor, *flat: Any) -> tuple[Tensor, ...]:
 
 def _launch_fwd(impl: str, *flat: Any) -> tuple[Tensor, Tensor]:
     inputs, features, ragged, quotient = FORWARD.split(flat)
-    if impl == "torch":
+    if impl == "cpp":
         from fastgt.cpu import linear_attention as cpu
 
         return cpu.linear_attention_fwd(inputs, features, ragged, quotient)
@@ -363,7 +363,7 @@ def _launch_fwd(impl: str, *flat: Any) -> tuple[Tensor, Tensor]:
 
 def _launch_bwd(impl: str, do: Tensor, tops: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, features, ragged, quotient, needs = BACKWARD.split(flat)
-    if impl == "torch":
+    if impl == "cpp":
         from fastgt.cpu import linear_attention as cpu
 
         return cpu.linear_attention_bwd(do, inputs, features, ragged, quotient, needs)

@@ -1,6 +1,6 @@
 """Registered ops whose launcher and fake take typed values.
 
-The first argument of every such op is the implementation that runs, "torch" or "triton".
+The first argument of every such op is the implementation that runs, "cpp" or "triton".
 """
 
 from __future__ import annotations

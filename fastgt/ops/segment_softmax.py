@@ -98,7 +98,7 @@ class _Weights(NamedTuple):
 
 
 def _implementation(impl: str, x: Tensor) -> Any:
-    if impl == "torch":
+    if impl == "cpp":
         from fastgt.cpu import segment_softmax as cpu
 
         return cpu

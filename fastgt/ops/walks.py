@@ -7,17 +7,17 @@ from torch import Tensor
 from fastgt.graph import Graph
 from fastgt.plans import Plan
 
-CPU = Plan("torch", 0, "")
+CPU = Plan("cpp", 0, "")
 GATHER = Plan("gather", 0, "channels that never meet have no use for tensor cores")
 
 
 def row_walk(graph: Graph, plan: Plan) -> tuple[Tensor, ...]:
     """The edges grouped by row, with what Triton's kernels need besides."""
-    if plan.path == "torch":
+    if plan.path == "cpp":
         return graph.row_ptr, graph.col, graph.edge
     return graph.row_walk(plan)
 
 
 def column_walk(graph: Graph, plan: Plan) -> tuple[Tensor, ...]:
     """The same edges grouped by column."""
-    return graph.columns if plan.path == "torch" else graph.column_walk(plan)
+    return graph.columns if plan.path == "cpp" else graph.column_walk(plan)

@@ -1,0 +1,141 @@
+"""The compiled kernels: finding, checking and calling them.
+
+A kernel is a C function that takes one struct of numbers of 8 bytes each. :func:`run` makes the
+struct from a call's values, one after another, and the library says how large it has to be.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import platform
+import struct
+import sys
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FOLDER = Path(__file__).parent
+_VARIANTS = {"AVX512": "v4", "AVX2": "v3"}
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+class Library:
+    """One build of the kernels."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
+        self._library.fastgt_version.restype = ctypes.c_char_p
+        self.version = self._library.fastgt_version().decode()
+        self._functions: dict[str, tuple[Any, struct.Struct]] = {}
+        _check_version(self)
+        suffix = "dylib" if sys.platform == "darwin" else "so"
+        from_torch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
+        threads = ctypes.cast(from_torch.torch_parallel_for, ctypes.c_void_p)
+        self._library.fastgt_use_threads(threads)
+
+    def run(self, op: str, function: str, *values: Any) -> int:
+        """Call ``op_function`` with a struct of ``values``."""
+        flat = flatten(values)
+        try:
+            call, layout = self._functions[op + function]
+        except KeyError:
+            call, layout = self._functions[op + function] = self._find(op, function, flat)
+        return call(layout.pack(*flat))
+
+    def _find(self, op: str, function: str, flat: list[Any]) -> tuple[Any, struct.Struct]:
+        layout = struct.Struct("".join("d" if type(x) is float else "q" for x in flat))
+        size = getattr(self._library, f"{op}_size")
+        size.restype = ctypes.c_int64
+        if size() != layout.size:
+            raise RuntimeError(
+                f"{self.path.name}: {op} takes {size()} bytes, this version of fastgt gives "
+                f"{layout.size}; install fastgt again"
+            )
+        call = getattr(self._library, f"{op}_{function}")
+        call.argtypes, call.restype = [ctypes.c_char_p], ctypes.c_int64
+        return call, layout
+
+
+def flatten(values: Any) -> list[Any]:
+    """A tensor is its address and its first two strides; None is three zeros; tuples are spliced."""
+    flat: list[Any] = []
+    for x in values:
+        if x is None:
+            flat += (0, 0, 0)
+        elif isinstance(x, Tensor):
+            strides = x.stride()
+            flat += (x.data_ptr(), strides[0], strides[1]) if x.ndim > 1 else (x.data_ptr(), 1, 0)
+        elif isinstance(x, tuple):
+            flat += flatten(x) if any(isinstance(y, Tensor | tuple) or y is None for y in x) else x
+        else:
+            flat.append(x)
+    return flat
+
+
+def walk(ptr: Tensor, other: Tensor | None, edge: Tensor) -> tuple[int, ...]:
+    """The fields of a walk through the edges."""
+    return (
+        ptr.data_ptr(),
+        0 if other is None else other.data_ptr(),
+        edge.data_ptr(),
+        ptr.shape[0] - 1,
+        int(ptr.dtype == torch.int64),
+    )
+
+
+def dtype_number(x: Tensor) -> int:
+    return _DTYPES[x.dtype]
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``x``, copied where its last dimension is not contiguous."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def variant() -> str:
+    """Which build this CPU runs."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return "baseline"
+    return _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+
+
+@cache
+def load() -> Library | str:
+    """The kernels for this CPU, or why there are none."""
+    path = _FOLDER / f"kernels_{variant()}.so"
+    if not path.exists():
+        log = _FOLDER / "not_built.txt"
+        reason = log.read_text().strip() if log.exists() else f"{path} does not exist"
+        return f"the CPU kernels were not built: {reason}"
+    try:
+        return Library(path)
+    except (OSError, AttributeError, RuntimeError) as error:
+        return f"the CPU kernels cannot be loaded: {error}"
+
+
+def kernels() -> Library:
+    """The kernels for this CPU; RuntimeError says why there are none."""
+    loaded = load()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded
+
+
+def _check_version(library: Library) -> None:
+    number, _, built_from = library.version.partition(" ")
+    if number != version("fastgt"):
+        raise RuntimeError(f"{library.path.name} is of fastgt {number}, this is {version('fastgt')}")
+    sources = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
+    if not sources:  # an installed package has none
+        return
+    text = b"".join(path.read_bytes() for path in sources)
+    if built_from != hashlib.sha256(text).hexdigest()[:12]:
+        raise RuntimeError(
+            f"{library.path.name} was built from other sources: run pip install -e . again"
+        )

@@ -29,7 +29,7 @@ NOT_BUILT = "not_built.txt"
 
 # -ffast-math would set flush-to-zero for the whole process, -march=native run on one machine only
 FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math"
+    "-std=c++17 -O2 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math"
     " -ffp-contract=fast -Wall -Wextra -Wno-psabi"
 ).split()
 VARIANTS = {"baseline": []}

@@ -113,7 +113,6 @@ class Switches(NamedTuple):
     make_weights: bool = False
     make_scores: bool = False
     make_attr_o: bool = False  # the weighted sums of attr
-    make_exps: bool = False  # what spares the backward the logits
 
 
 class Results(NamedTuple):
@@ -124,7 +123,6 @@ class Results(NamedTuple):
     weights: Tensor | None = None  # [E, H]
     scores: Tensor | None = None  # [E, H, D]
     attr_o: Tensor | None = None  # [N_rows, H, C]
-    exps: Tensor | None = None  # [H, E]
 
 
 class Upstream(NamedTuple):
@@ -141,7 +139,6 @@ class Saved(NamedTuple):
 
     lse: Tensor
     o: Tensor | None  # where windows run
-    exps: Tensor | None  # where a CPU made it
 
 
 T = TypeVar("T")

@@ -256,7 +256,7 @@ def attention_fwd(row_walk, inputs, logit, terms, mask, dropout, switches):
 
 def _forward(x, results, row_walk, inputs, mask, edges, logit):
     q, k, v = inputs
-    o, lse, weights, scores, attr_o, _ = results
+    o, lse, weights, scores, attr_o = results
     scale, low, high, eps = logit
     heads, clamp = q.shape[1], clamps(low, high)
     norm = None if weights is None else lse.new_empty(*lse.shape, 2)

@@ -181,7 +181,7 @@ def _launch_attention(case: AttentionCase) -> None:
         o, lse, *_ = windows_fwd(walk, *form, inputs, logit, terms, mask, switches)
         upstream = Upstream(o, lse if case.bias else None, None, None)
         needs = *(True,) * 3, case.bias
-        saved = Saved(lse, o, None)
+        saved = Saved(lse, o)
         windows_bwd(walk, tables, *form, needs, upstream, saved, inputs, logit, terms, mask)
         return
     if case.buckets:
@@ -194,11 +194,11 @@ def _launch_attention(case: AttentionCase) -> None:
     attr_o, scores = terms.attr is not None, "scores" in words
     switches = Switches("shared" in words, case.weights, scores, attr_o)
     call = inputs, logit, terms, mask, dropout, switches
-    o, lse, _, scores, attr_o, _ = attention_fwd(walk, *call)
+    o, lse, _, scores, attr_o = attention_fwd(walk, *call)
     attr_do = None if attr_o is None else torch.zeros_like(attr_o, dtype=case.dtype)
     upstream = Upstream(o, lse if case.bias and not words else None, scores, attr_do)
     needs = [x is not None for x in (*inputs, *terms)]
-    attention_bwd(walk, walk, needs, upstream, Saved(lse, None, None), *call)
+    attention_bwd(walk, walk, needs, upstream, Saved(lse, None), *call)
 
 
 def _edge_terms(case: AttentionCase, words: list[str], inputs: Inputs, bias) -> EdgeTerms:

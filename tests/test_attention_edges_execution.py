@@ -69,13 +69,12 @@ def test_bitwise_repeatable(impl, terms):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="threads are the CPU's")
 @pytest.mark.parametrize("terms", [ALL_TERMS, TERMS_BY_HEAD])
-def test_threads_and_heads_together_do_not_change_a_bit(monkeypatch, terms):
+def test_threads_do_not_change_a_bit(terms):
     x = case(1, 300, 4000, heads=3, kind="power_law", dtype=FP32, d=16, dv=16, terms=terms)
     threads, found = torch.get_num_threads(), []
     try:
-        for n, together in ((1, 2**16), (2, 2**16), (4, 2**16), (2, 0), (2, 9000)):
+        for n in (1, 2, 3, 8):
             torch.set_num_threads(n)
-            monkeypatch.setattr("fastgt.cpu.attention._TOGETHER", together)
             found.append(evaluate(x, "cpp"))
     finally:
         torch.set_num_threads(threads)
@@ -104,22 +103,11 @@ def test_threads_do_not_change_products_with_weights_of_attributes(nodes, channe
         same_bits(found[0], other)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
-@pytest.mark.parametrize("terms", ["attr-key", "attr-value", "attr-key attr-value"])
-def test_attribute_gradients_of_some_edges_at_a_time(monkeypatch, terms):
-    x = case(5, 30, 200, heads=2, group=2, dtype=FP32, isolated=2, terms=terms)
-    whole = evaluate(x, "cpp")
-    for size in (1, 7, 199, 200):
-        monkeypatch.setattr("fastgt.cpu.attention._SLICE", size)
-        same_bits(evaluate(x, "cpp"), whole)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
-def test_rows_summed_in_pieces_are_the_same_rows(monkeypatch):
-    monkeypatch.setattr("fastgt.cpu.sparse._LONG", 4)
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's lengths")
+def test_rows_longer_than_a_chunk():
     for terms in (ALL_TERMS, TERMS_BY_HEAD):
-        x = case(1, 6, 60, kind="hub", heads=3, group=2, eps=1e-6, terms=terms)
-        all_close(evaluate(x, "cpp"), loops(x))
+        x = case(1, 6, 900, kind="hub", heads=3, group=2, eps=1e-6, terms=terms)
+        all_close(evaluate(x, "cpp"), evaluate(x, "reference"))
 
 
 @pytest.mark.parametrize("terms", ["scores gate", TERMS_BY_HEAD], ids=["gate", "others"])
@@ -239,20 +227,14 @@ def test_opcheck(path, shared):
     def check(call):
         flat = op_arguments(**call)
         torch.library.opcheck(fwd.default, (path, 0, rows, *flat))
-        o, lse, _, scores, attr_o, exps = fwd(path, 0, rows, *flat)
-        upstream, saved = Upstream(o, lse, scores, attr_o), Saved(lse, None, exps)
+        o, lse, _, scores, attr_o = fwd(path, 0, rows, *flat)
+        upstream, saved = Upstream(o, lse, scores, attr_o), Saved(lse, None)
         needs = [t is not None for t in (*call["inputs"], *call["terms"])]
         for some in (needs, [False, True, *needs[2:6], False, True, False]):
             backward = path, 0, rows, columns, some, *upstream, *saved, *flat
             torch.library.opcheck(bwd.default, backward)
 
     check(call)
-    if path == "cpp":
-        # a CPU keeps what it need not make again
-        call["terms"] = call["terms"]._replace(gate=None, attr_q=attr_q)
-        call["logit"] = Logit(0.5, -math.inf, math.inf, 1e-6)
-        call["switches"] = Switches(key_is_value=shared, make_attr_o=True, make_exps=True)
-        check(call)
 
 
 def test_shapes_beyond_two_to_the_31_on_meta_tensors():

@@ -323,7 +323,7 @@ def test_opcheck(impl):
     flat = op_arguments(Inputs(x.q, x.k, x.v), terms=EdgeTerms(x.bias), **changes)
     torch.library.opcheck(ops.attention_fwd.default, (path, 0, rows, *flat))
     o, lse, *_ = ops.attention_fwd(path, 0, rows, *flat)
-    given = *Upstream(o, lse, None, None), *Saved(lse, None, None)
+    given = *Upstream(o, lse, None, None), *Saved(lse, None)
     needs = [True] * 4 + [False] * 5
     backward = path, 0, rows, columns, needs, *given, *flat
     torch.library.opcheck(ops.attention_bwd.default, backward)

@@ -47,6 +47,35 @@ template <class I> struct Walk {
           edges(w.segments ? int64_t(ptr[w.segments]) : 0) {}
 };
 
+// Indices of either width, where a copy of some of them is what loops read.
+struct Indices {
+    const void* data;
+    bool wide;
+
+    int64_t operator[](int64_t i) const {
+        return wide ? ((const int64_t*)data)[i] : ((const int32_t*)data)[i];
+    }
+    void copy(int64_t from, int64_t count, int64_t* to) const {
+        if (wide)
+            std::copy_n((const int64_t*)data + from, count, to);
+        else
+            std::copy_n((const int32_t*)data + from, count, to);
+    }
+};
+
+// A walk of either width.
+struct AnyWalk {
+    Indices ptr, other, edge;
+    int64_t segments, edges;
+
+    explicit AnyWalk(const WalkArrays& w)
+        : ptr{w.ptr, w.wide != 0},
+          other{w.other, w.wide != 0},
+          edge{w.edge, w.wide != 0},
+          segments(w.segments),
+          edges(w.segments ? ptr[w.segments] : 0) {}
+};
+
 typedef void (*Body)(int64_t begin, int64_t end, void* context);
 typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Body, void* context);
 extern ParallelFor parallel_for;  // torch_parallel_for, handed over when the library is loaded
@@ -76,12 +105,12 @@ template <class F> void each_task(int64_t threads, int64_t tasks, const F& f) {
 
 constexpr int64_t TASK = 4096;  // edges and segments of a task, more where one segment has more
 
-template <class I> int64_t count_tasks(const Walk<I>& walk) {
+template <class W> int64_t count_tasks(const W& walk) {
     return std::max<int64_t>(1, (walk.edges + walk.segments) / TASK);
 }
 
 // the first segment of task t, where edges and segments are shared out evenly
-template <class I> int64_t first_segment(const Walk<I>& walk, int64_t t, int64_t tasks) {
+template <class W> int64_t first_segment(const W& walk, int64_t t, int64_t tasks) {
     if (t >= tasks) return walk.segments;
     const int64_t share = (walk.edges + walk.segments) * t / tasks;
     int64_t low = 0, high = walk.segments;
@@ -96,7 +125,7 @@ template <class I> int64_t first_segment(const Walk<I>& walk, int64_t t, int64_t
 }
 
 // f(begin, end, thread) for ranges of segments that share out the edges
-template <class I, class F> void each_range(int64_t threads, const Walk<I>& walk, const F& f) {
+template <class W, class F> void each_range(int64_t threads, const W& walk, const F& f) {
     const int64_t tasks = count_tasks(walk);
     each_task(threads, tasks, [&](int64_t t, int64_t thread) {
         const int64_t begin = first_segment(walk, t, tasks), end = first_segment(walk, t + 1, tasks);
@@ -104,15 +133,19 @@ template <class I, class F> void each_range(int64_t threads, const Walk<I>& walk
     });
 }
 
+// f(T{}) for the type that a call names
+template <class F> void with_type(int64_t dtype, const F& f) {
+    switch (dtype) {
+        case FLOAT32: f(float{}); break;
+        case FLOAT64: f(double{}); break;
+        case FLOAT16: f(Half{}); break;
+        default: f(BFloat{}); break;
+    }
+}
+
 // f(T{}, I{}) for the types that a call names
 template <class F> void with_types(int64_t dtype, bool wide, const F& f) {
-    auto with_index = [&](auto t) { wide ? f(t, int64_t{}) : f(t, int32_t{}); };
-    switch (dtype) {
-        case FLOAT32: with_index(float{}); break;
-        case FLOAT64: with_index(double{}); break;
-        case FLOAT16: with_index(Half{}); break;
-        default: with_index(BFloat{}); break;
-    }
+    with_type(dtype, [&](auto t) { wide ? f(t, int64_t{}) : f(t, int32_t{}); });
 }
 
 // room for `count` numbers of type A at the next cache line; `place` moves on

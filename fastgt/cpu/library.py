@@ -21,6 +21,7 @@ from torch import Tensor
 
 _FOLDER = Path(__file__).parent
 _VARIANTS = {"AVX512": "v4", "AVX2": "v3"}
+_EMPTY = 64
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
@@ -35,7 +36,9 @@ class Library:
         self._functions: dict[str, tuple[Any, struct.Struct]] = {}
         _check_version(self)
         suffix = "dylib" if sys.platform == "darwin" else "so"
-        from_torch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
+        from_torch = ctypes.CDLL(
+            str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}")
+        )
         threads = ctypes.cast(from_torch.torch_parallel_for, ctypes.c_void_p)
         self._library.fastgt_use_threads(threads)
 
@@ -69,8 +72,9 @@ def flatten(values: Any) -> list[Any]:
         if x is None:
             flat += (0, 0, 0)
         elif isinstance(x, Tensor):
-            strides = x.stride()
-            flat += (x.data_ptr(), strides[0], strides[1]) if x.ndim > 1 else (x.data_ptr(), 1, 0)
+            # an empty tensor has no address, and is not None
+            strides, address = x.stride(), x.data_ptr() or _EMPTY
+            flat += (address, strides[0], strides[1]) if x.ndim > 1 else (address, 1, 0)
         elif isinstance(x, tuple):
             flat += flatten(x) if any(isinstance(y, Tensor | tuple) or y is None for y in x) else x
         else:
@@ -130,7 +134,9 @@ def kernels() -> Library:
 def _check_version(library: Library) -> None:
     number, _, built_from = library.version.partition(" ")
     if number != version("fastgt"):
-        raise RuntimeError(f"{library.path.name} is of fastgt {number}, this is {version('fastgt')}")
+        raise RuntimeError(
+            f"{library.path.name} is of fastgt {number}, this is {version('fastgt')}"
+        )
     sources = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
     if not sources:  # an installed package has none
         return

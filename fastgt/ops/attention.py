@@ -290,17 +290,11 @@ def _attend(
     refuse_forward_mode(*tensors)
     differentiable = needs_gradient(*tensors)
     plan = _plan(impl, graph, inputs, more_than_bias)
-    terms, key_is_value, value_weight, exps = EdgeTerms(edges.edge_bias), False, None, False
+    terms, key_is_value, value_weight = EdgeTerms(edges.edge_bias), False, None
     if more_than_bias:
-        by_channel = request.edge_scores
         terms, key_is_value, value_weight = make_terms(
-            inputs, edges, mask, graph, by_channel=by_channel
+            inputs, edges, mask, graph, by_channel=request.edge_scores, path=plan.path
         )
-        # a logit of several products is kept on a CPU, which makes it anew more slowly than it
-        # reads it
-        simple = terms.gate is None and not by_channel and logit[1:3] == (-math.inf, math.inf)
-        several = terms.attr is not None or terms.key is not None
-        exps = plan.path == "cpp" and differentiable and simple and several
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places of a Function, as in self-attention on x itself
         q, k, v = inputs
@@ -313,7 +307,7 @@ def _attend(
     if more_than_bias or mask.rows is not None or request.weights:
         rest = *terms, *mask, dropout.seed
         switches = Switches(
-            key_is_value, request.weights, request.edge_scores, value_weight is not None, exps
+            key_is_value, request.weights, request.edge_scores, value_weight is not None
         )
         settings = dropout.p, *switches
     rows = row_walk(graph, plan)
@@ -325,7 +319,7 @@ def _attend(
         results = _Attention.apply(call, *inputs, *rest)
     else:
         results = attention_fwd(plan.path, plan.height, rows, *inputs, *logit, *rest, *settings)
-    o, lse, weights, scores, attr_o, _ = results
+    o, lse, weights, scores, attr_o = results
     if value_weight is not None:
         o = add_attributes(o, lse, attr_o, value_weight)
     return o, Aux(lse if request.lse else None, weights, scores)
@@ -355,12 +349,12 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         _, path, height, rows, _, logit, settings = call
         results = attention_fwd(path, height, rows, q, k, v, *logit, *rest, *settings)
-        o, lse, weights, _, _, exps = results
+        o, lse, weights, _, _ = results
         # only windows need the output: a first guess at the row's mean gradient
-        ctx.save_for_backward(lse, o if height else None, exps, q, k, v, *rest)
+        ctx.save_for_backward(lse, o if height else None, q, k, v, *rest)
         ctx.call = call
         if settings:
-            ctx.mark_non_differentiable(*[x for x in (weights, exps) if x is not None])
+            ctx.mark_non_differentiable(*[] if weights is None else [weights])
         ctx.set_materialize_grads(False)
         return results
 
@@ -372,14 +366,13 @@ class _Attention(torch.autograd.Function):
         _: None,
         dscores: Tensor | None,
         dattr_o: Tensor | None,
-        __: None,
     ) -> tuple[Tensor | None, ...]:
-        lse, o, exps, q, k, v, *rest = ctx.saved_tensors
+        lse, o, q, k, v, *rest = ctx.saved_tensors
         graph, path, height, rows, columns, logit, settings = ctx.call
         given = ctx.needs_input_grad[1:]
         needs = (given + _NO_NEEDS)[: len(_NO_NEEDS)]
         if dattr_o is not None:
-            dattr_o = narrow(dattr_o, q)
+            dattr_o = narrow(dattr_o, q, path)
         upstream = do, dlse, dscores, dattr_o
         grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():
@@ -390,7 +383,7 @@ class _Attention(torch.autograd.Function):
         else:
             if do is None:
                 upstream = q.new_zeros(()).expand(*q.shape[:2], v.shape[2]), *upstream[1:]
-            saved = lse, o, exps
+            saved = lse, o
             flat = *upstream, *saved, q, k, v, *logit, *rest, *settings
             grads = attention_bwd(path, height, rows, columns, needs, *flat)
         # neither masks nor the seed have one

@@ -54,7 +54,6 @@ def _(path: str, height: int, row_walk: Any, *flat: Any) -> tuple[Tensor | None,
         q.new_empty(edges, heads) if switches.make_weights else None,
         q.new_empty(edges, heads, d) if switches.make_scores else None,
         q.new_empty(n, heads, terms.attr.shape[1], dtype=wide) if switches.make_attr_o else None,
-        q.new_empty(heads, edges, dtype=wide) if switches.make_exps else None,
     )
 
 

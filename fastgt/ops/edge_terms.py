@@ -22,14 +22,15 @@ from fastgt.ops.wide_product import wide_product
 
 
 def make_terms(
-    inputs: Inputs, edges: EdgeTensors, mask: HeadMask, graph: Graph, *, by_channel: bool
+    inputs: Inputs, edges: EdgeTensors, mask: HeadMask, graph: Graph, *, by_channel: bool, path: str
 ) -> tuple[EdgeTerms, bool, Tensor | None]:
     """-> the terms, whether the key is added to the values too, and the weight of the attributes'
     sum.
 
     The low-rank form becomes one more row vector, ``attr_q = W_k q [N, H, C]``, whose product with
     an edge's attributes joins the logit, and one more output, the weighted sum of the attributes,
-    which :func:`add_attributes` multiplies with W_v. ``by_channel``: edge scores are made.
+    which :func:`add_attributes` multiplies with W_v. ``by_channel``: edge scores are made. ``path`` is
+    the way that the op takes.
     """
     bias, gate, key, value, attr, key_weight, value_weight = edges
     key_is_value = value is key and key is not None
@@ -51,7 +52,7 @@ def make_terms(
             unused = (graph.row_degree == 0)[:, None, None]
             unused = unused if mask.rows is None else unused | ~mask.rows[..., None]
             by_head = key_weight.permute(1, 2, 0)  # [H, D, C]
-            attr_q = narrow(wide_product(inputs.q.masked_fill(unused, 0), by_head), inputs.q)
+            attr_q = narrow(wide_product(inputs.q.masked_fill(unused, 0), by_head), inputs.q, path)
     if attr_q is None and value_weight is None:
         attr = None
     terms = EdgeTerms(bias, gate, key, None if key_is_value else value, attr, attr_q)
@@ -65,10 +66,10 @@ def add_attributes(o: Tensor, lse: Tensor, attr_o: Tensor, weight: Tensor) -> Te
     return projected.add_(o).to(o.dtype)
 
 
-def narrow(x: Tensor, like: Tensor) -> Tensor:
-    """Row vectors that kernels gather for every edge: in bfloat16 where the inputs are, whose range
-    is float32's; float16 could overflow."""
-    return x.to(like.dtype) if like.dtype == torch.bfloat16 else x
+def narrow(x: Tensor, like: Tensor, path: str) -> Tensor:
+    """Row vectors that Triton's kernels gather for every edge: in bfloat16 where the inputs are,
+    whose range is float32's; float16 could overflow."""
+    return x.to(like.dtype) if like.dtype == torch.bfloat16 and path != "cpp" else x
 
 
 def autocast_edges(edges: EdgeTensors, dtype: torch.dtype) -> EdgeTensors:

@@ -1,0 +1,227 @@
+// Sampled products (SDDMM) and weighted sums (SPMM) of rows that edges point at.
+//
+// A group of heads goes together: HG of them, a power of two. The numbers of a group lie edge by
+// edge: that of edge e and the group's head v at [e * HG + v]. W such numbers come from one tree of
+// additions. Its order is the same in every lane, so results do not depend on where an edge lies.
+#pragma once
+
+#include <type_traits>
+
+#include "call.h"
+
+namespace fastgt {
+
+template <class A> constexpr int GROUP = WIDTH<A> < 8 ? WIDTH<A> : 8;  // heads of a group, at most
+
+constexpr int64_t BLOCK = 64;  // terms that are added one after another before they join a sum
+
+template <class A> constexpr int64_t padded(int64_t width) {
+    return (width + WIDTH<A> - 1) / WIDTH<A> * WIDTH<A>;
+}
+
+inline int power_of_two(int count) {
+    int x = 1;
+    while (x < count) x *= 2;
+    return x;
+}
+
+// Which row of a tensor each edge points at, and where the heads of a group lie in such a row.
+// `reach` index entries may be read ahead, from index[0] on.
+template <class T> struct Pointed {
+    const T* base;
+    int64_t stride;
+    int64_t offset[8];
+    int64_t width;
+    const int64_t* index;
+    int64_t reach;
+
+    const T* at(int64_t e) const { return base + index[e] * stride; }
+};
+
+constexpr int64_t AHEAD = 6;  // edges; what they point at is asked for early
+
+template <int LINES, class T>
+FASTGT_INLINE void ask(const Pointed<T>& x, int64_t e, int heads) {
+    const T* row = x.at(std::min(e + AHEAD, x.reach - 1));
+    for (int v = 0; v < heads; v++) {
+        const char* line = (const char*)(row + x.offset[v]);
+        if constexpr (LINES == 1) {
+            __builtin_prefetch(line);
+        } else {
+            for (int64_t i = 0; i < x.width * int64_t(sizeof(T)); i += 64)
+                __builtin_prefetch(line + i);
+        }
+    }
+}
+
+// Vectors of rows, in A, as products read them: [rows][HG][padded width]; folded, [rows][HG * width].
+template <class A> struct Vectors {
+    A* data;
+    int64_t stride;  // of a row
+    int64_t head;    // of a head
+};
+
+// out[e * HG + v] = the sum of the lanes that `leaf(e, v, real)` gives, for n edges. F heads share a
+// vector: v counts vectors. Past the last edge leaves are those of the last, with real = false.
+template <class A, int HG, int F, class Leaf, class Ask>
+FASTGT_INLINE void products(int64_t n, bool add, A* out, Leaf leaf, Ask ask_for) {
+    constexpr int W = WIDTH<A>, LEAVES = W / F, A_EDGE = HG / F, EDGES = W / HG;
+    for (int64_t e0 = 0; e0 < n; e0 += EDGES) {
+        for (int u = 0; u < EDGES; u++) ask_for(std::min(e0 + u, n - 1));
+        Vec<A> s = tree<A, LEAVES>([&](int p) __attribute__((always_inline)) {
+            const int64_t e = e0 + p / A_EDGE;
+            return leaf(std::min(e, n - 1), p % A_EDGE, e < n);
+        });
+        if constexpr (F > 1) {
+            const VecInt<A> l = lane_numbers<A>();
+            s = __builtin_shuffle(s, (l & (F - 1)) * LEAVES + l / F);
+        }
+        A* to = out + e0 * HG;
+        const int count = int(std::min<int64_t>(W, (n - e0) * HG));
+        if (add) s += load_some(to, count);
+        store_some(to, s, count);
+    }
+}
+
+// FULL: a head's part is one whole vector, or a fold of F heads is. Else vectors and a rest.
+template <class T, int HG, bool FULL, int F>
+void sddmm(Vectors<Accumulator<T>> a, const int32_t* row, const Pointed<T>& b, int64_t n,
+           bool add, Accumulator<T>* out) {
+    using A = Accumulator<T>;
+    constexpr int W = WIDTH<A>;
+    const int64_t whole = b.width / W * W;
+    const int rest = int(b.width - whole);
+    products<A, HG, F>(
+        n, add, out,
+        [&](int64_t e, int v, bool) __attribute__((always_inline)) {
+            const A* x = a.data + row[e] * a.stride + v * a.head;
+            const T* y = b.at(e) + b.offset[v * F];
+            if constexpr (FULL) {
+                return load(x) * load(y);
+            } else {
+                Vec<A> s{};
+                int64_t c = 0;
+                for (; c < whole; c += W) s += load(x + c) * load(y + c);
+                if (rest) s += load(x + c) * load(y + c, rest);
+                return s;
+            }
+        },
+        [&](int64_t e) __attribute__((always_inline)) { ask<FULL ? 1 : 0>(b, e, HG / F); });
+}
+
+// The weights of one edge for the heads of vector v.
+template <class A, int F> FASTGT_INLINE Vec<A> weights_of(const A* w, int v) {
+    if constexpr (F == 1) {
+        return splat(w[v]);
+    } else {
+        constexpr int RUN = WIDTH<A> / F;
+        Vec<A> some = load(w + v * F);  // buffers of weights end with room for a vector
+        return __builtin_shuffle(some, lane_numbers<A>() / RUN);
+    }
+}
+
+// out[r][v] += the sum over row r's edges of weight[e * HG + v] times what e points at. Every form
+// adds in one order, so neither strides nor the other heads change a bit.
+// Row r has the edges ptr[r] to ptr[r + 1].
+template <class T, int HG, bool FULL, int F>
+void spmm(const Accumulator<T>* weight, const int64_t* ptr, int64_t rows, const Pointed<T>& b,
+          int heads, Vectors<Accumulator<T>> out) {
+    using A = Accumulator<T>;
+    using V = Vec<A>;
+    constexpr int W = WIDTH<A>, VECTORS = HG / F;
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t from = ptr[r], to = ptr[r + 1];
+        A* o = out.data + r * out.stride;
+        if constexpr (FULL) {
+            V total[VECTORS] = {};
+            for (int64_t e = from; e < to;) {
+                V sum[VECTORS] = {};
+                for (const int64_t stop = std::min(to, e + BLOCK); e < stop; e++) {
+                    ask<1>(b, e, VECTORS);
+                    const T* y = b.at(e);
+                    for (int v = 0; v < VECTORS; v++)
+                        sum[v] +=
+                            weights_of<A, F>(weight + e * HG, v) * load(y + b.offset[v * F]);
+                }
+                for (int v = 0; v < VECTORS; v++) total[v] += sum[v];
+            }
+            for (int v = 0; v < VECTORS; v++) {
+                A* to_v = o + v * out.head;
+                store(to_v, load(to_v) + total[v]);
+            }
+        } else {
+            for (int v = 0; v < heads; v++) {
+                int64_t c = 0;
+                auto columns = [&](auto count, int rest) __attribute__((always_inline)) {
+                    constexpr int N = decltype(count)::value;
+                    V total[N] = {};
+                    for (int64_t e = from; e < to;) {
+                        V sum[N] = {};
+                        for (const int64_t stop = std::min(to, e + BLOCK); e < stop; e++) {
+                            const T* y = b.at(e) + b.offset[v] + c;
+                            const T* next =
+                                b.at(std::min(e + AHEAD, b.reach - 1)) + b.offset[v] + c;
+                            const V w = splat(weight[e * HG + v]);
+                            for (int i = 0; i < N; i++) {
+                                if (i * W * sizeof(T) % 64 == 0) __builtin_prefetch(next + i * W);
+                                sum[i] += w * (rest ? load(y + i * W, rest) : load(y + i * W));
+                            }
+                        }
+                        for (int i = 0; i < N; i++) total[i] += sum[i];
+                    }
+                    A* to_v = o + v * out.head + c;
+                    for (int i = 0; i < N; i++) store(to_v + i * W, load(to_v + i * W) + total[i]);
+                    c += N * W;
+                };
+                const std::integral_constant<int, 4> four;
+                const std::integral_constant<int, 1> one;
+                while (c + 4 * W <= b.width) columns(four, 0);
+                while (c + W <= b.width) columns(one, 0);
+                if (c < b.width) columns(one, int(b.width - c));
+            }
+        }
+    }
+}
+
+// The two for a group of HG heads whose parts have `width` numbers.
+template <class T> struct Products {
+    using A = Accumulator<T>;
+    void (*sddmm)(Vectors<A>, const int32_t*, const Pointed<T>&, int64_t, bool, A*);
+    void (*spmm)(const A*, const int64_t*, int64_t, const Pointed<T>&, int, Vectors<A>);
+    int fold;
+};
+
+template <class T, int HG, bool FULL, int F> Products<T> products_of() {
+    return {sddmm<T, HG, FULL, F>, spmm<T, HG, FULL, F>, F};
+}
+
+// `adjacent`: the heads of a row lie one behind the other, so that narrow ones may share a vector.
+template <class T>
+Products<T> choose_products(int group, int64_t width, bool adjacent) {
+    using A = Accumulator<T>;
+    constexpr int W = WIDTH<A>;
+    auto of_group = [&](auto g) -> Products<T> {
+        constexpr int HG = decltype(g)::value;
+        if constexpr (HG <= GROUP<A>) {
+            // other types have the general form alone: each form is code
+            if constexpr (sizeof(T) == 4) {
+                if (width == W) return products_of<T, HG, true, 1>();
+                if constexpr (HG >= 2)
+                    if (width * 2 == W && adjacent) return products_of<T, HG, true, 2>();
+                if constexpr (HG >= 4 && W >= 8)
+                    if (width * 4 == W && adjacent) return products_of<T, HG, true, 4>();
+            }
+            return products_of<T, HG, false, 1>();
+        } else {
+            return {};
+        }
+    };
+    switch (group) {
+        case 1: return of_group(std::integral_constant<int, 1>{});
+        case 2: return of_group(std::integral_constant<int, 2>{});
+        case 4: return of_group(std::integral_constant<int, 4>{});
+        default: return of_group(std::integral_constant<int, 8>{});
+    }
+}
+
+}  // namespace fastgt

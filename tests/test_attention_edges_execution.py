@@ -1,6 +1,5 @@
 """neighborhood_attention with terms on edges: strides, repeatability, compiled code, memory."""
 
-import math
 from dataclasses import replace
 
 import laws
@@ -22,7 +21,6 @@ from attention_cases import (
     attend,
     case,
     evaluate,
-    loops,
     op_arguments,
     same_bits,
     with_leaves,

@@ -66,7 +66,7 @@ class Library:
 
 
 def flatten(values: Any) -> list[Any]:
-    """A tensor is its address and its first two strides; None is three zeros; tuples are spliced."""
+    """A tensor is its address and its first two strides, None is three zeros. Tuples are spliced."""
     flat: list[Any] = []
     for x in values:
         if x is None:

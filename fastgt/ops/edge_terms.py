@@ -29,8 +29,8 @@ def make_terms(
 
     The low-rank form becomes one more row vector, ``attr_q = W_k q [N, H, C]``, whose product with
     an edge's attributes joins the logit, and one more output, the weighted sum of the attributes,
-    which :func:`add_attributes` multiplies with W_v. ``by_channel``: edge scores are made. ``path`` is
-    the way that the op takes.
+    which :func:`add_attributes` multiplies with W_v. ``by_channel``: edge scores are made. ``path``
+    is the way that the op takes.
     """
     bias, gate, key, value, attr, key_weight, value_weight = edges
     key_is_value = value is key and key is not None

@@ -34,7 +34,7 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 # what is built for: on a Mac it may be another machine than this one
 MACHINE = sysconfig.get_platform().rpartition("-")[2].replace("universal2", platform.machine())
-VARIANTS = {"baseline": []}
+VARIANTS: dict[str, list[str]] = {"baseline": []}
 if MACHINE in ("x86_64", "amd64"):
     VARIANTS |= {
         "v3": ["-march=x86-64-v3"],

@@ -64,7 +64,8 @@ class BuildKernels(build_ext):
             reason = str(error)
             if isinstance(error, subprocess.CalledProcessError):
                 lines = error.stderr.strip().splitlines()
-                reason = "\n".join([f"{shlex.join(error.cmd)} failed:", *lines[:20]])
+                command = shlex.join(error.cmd)
+                reason = "\n".join([f"{error.cmd[0]} failed", *lines[:20], command])
             for variant in VARIANTS:
                 library(folder, variant).unlink(missing_ok=True)
             (folder / NOT_BUILT).write_text(reason + "\n")

@@ -17,7 +17,7 @@ BUILT = if [ -f $(NOT_BUILT) ]; then echo "the CPU kernels were not built, the s
 CHECKED = tests/test_package.py tests/test_versions.py::test_values_and_gradients \
   tests/test_versions.py::test_every_public_operator_is_here tests/test_versions.py::test_graphs_travel
 
-.PHONY: setup test-setup demo check test matrix matrix-lowest matrix-highest bench gpu budget lint clean
+.PHONY: setup test-setup demo check test sanitize matrix matrix-lowest matrix-highest bench gpu budget lint clean
 
 setup: $(VENV)/demo.stamp
 
@@ -41,6 +41,10 @@ test: $(VENV)/test.stamp
 	$(BIN)/mypy fastgt
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest tools --benchmark-disable
+
+# memory, undefined behaviour and races of the compiled kernels
+sanitize: $(VENV)/test.stamp
+	$(BIN)/python tests/sanitize/run.py address threads
 
 # The lowest and the highest versions declared; each environment takes several gigabytes of cache.
 matrix: matrix-lowest matrix-highest
@@ -76,7 +80,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

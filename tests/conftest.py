@@ -97,6 +97,14 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def compiled_kernels():
+    """For a test of what impl=None does with them: without them, it is skipped."""
+    from fastgt.cpu import library
+
+    return library.kernels()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poison():
     from fastgt.testing import poisoned_memory

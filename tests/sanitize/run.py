@@ -90,7 +90,7 @@ def test(name: str, package: Path, capability: str | None, pytest_options: list[
     # ahead of what pip installed, and of the plugin beside this file
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (package, HERE)))
     environment["LD_PRELOAD"] = " ".join(map(_runtime, RUNTIMES[name]))
-    environment["OMP_NUM_THREADS"] = "3"
+    environment |= {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "passive"}
     if capability:
         environment["ATEN_CPU_CAPABILITY"] = capability
     # the sanitizer writes to the process's own stderr and ends it

@@ -8,10 +8,16 @@ SHAPES = gt_zinc gt_sbm gps_cluster gps_wide gps_zinc scene_graphs one_head
 TARGETS = sm_80 sm_90 sm_100 gfx942
 ORDERED = cora mesh amazon_computers tolokers debian moby power_law
 
+# what the installation compiles; without a compiler it says so, and only CI fails
+KERNELS = setup.py $(wildcard fastgt/cpu/*.cpp fastgt/cpu/*.h)
+NOT_BUILT = fastgt/cpu/not_built.txt
+BUILT = if [ -f $(NOT_BUILT) ]; then echo "the CPU kernels were not built, the slow reference runs:"; \
+  cat $(NOT_BUILT); [ "$$CI" != true ]; fi
+
 CHECKED = tests/test_package.py tests/test_versions.py::test_values_and_gradients \
   tests/test_versions.py::test_every_public_operator_is_here tests/test_versions.py::test_graphs_travel
 
-.PHONY: setup test-setup demo check test matrix matrix-lowest matrix-highest bench gpu budget lint clean
+.PHONY: setup test-setup demo check test sanitize matrix matrix-lowest matrix-highest bench gpu budget lint clean
 
 setup: $(VENV)/demo.stamp
 
@@ -35,6 +41,10 @@ test: $(VENV)/test.stamp
 	$(BIN)/mypy fastgt
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest tools --benchmark-disable
+
+# memory, undefined behaviour and races of the compiled kernels
+sanitize: $(VENV)/test.stamp
+	$(BIN)/python tests/sanitize/run.py address threads
 
 # The lowest and the highest versions declared; each environment takes several gigabytes of cache.
 matrix: matrix-lowest matrix-highest
@@ -70,19 +80,21 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip setuptools wheel
 
-$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/demo.stamp: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[demo]'
+	@$(BUILT)
 	touch $@
 
 # torch-scatter compiles against the torch installed before it; without a compiler its tests say so
-$(VENV)/test.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/test.stamp: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	@$(BUILT)
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation torch-scatter \
 	  || { [ "$$CI" != true ] && echo "torch-scatter could not be built: its tests will be skipped"; }
 	touch $@ $(VENV)/demo.stamp

@@ -12,6 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,20 +21,21 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 FOLDER = Path("fastgt", "cpu")
 SOURCES = sorted((ROOT / FOLDER).glob("*.cpp"))
 HEADERS = sorted((ROOT / FOLDER).glob("*.h"))
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 NOT_BUILT = "not_built.txt"
+EXTRA = ("CXXFLAGS", "ARCHFLAGS")  # flags from outside: the second says for which Mac
 
 # -ffast-math would set flush-to-zero for the whole process, -march=native run on one machine only
-FLAGS = (
-    "-std=c++17 -O2 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math"
-    " -ffp-contract=fast -Wall -Wextra -Wno-psabi"
-).split()
-VARIANTS = {"baseline": []}
-if platform.machine() in ("x86_64", "AMD64"):
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+# what is built for: on a Mac it may be another machine than this one
+MACHINE = sysconfig.get_platform().rpartition("-")[2].replace("universal2", platform.machine())
+VARIANTS: dict[str, list[str]] = {"baseline": []}
+if MACHINE in ("x86_64", "amd64"):
     VARIANTS |= {
         "v3": ["-march=x86-64-v3"],
         "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
@@ -53,27 +55,29 @@ class BuildKernels(build_ext):
         return str(Path(*name.split("."))) + ".so"
 
     def run(self) -> None:
-        folder = ROOT / FOLDER if self.inplace else Path(self.build_lib, FOLDER)
+        folder = self.folder()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / NOT_BUILT).unlink(missing_ok=True)
         try:
             self.build_all(folder)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
             reason = str(error)
             if isinstance(error, subprocess.CalledProcessError):
                 lines = error.stderr.strip().splitlines()
-                reason = "\n".join([f"{shlex.join(error.cmd)} failed:", *lines[:20]])
-            for extension in self.extensions:
-                self.library(folder, extension).unlink(missing_ok=True)
+                command = shlex.join(error.cmd)
+                reason = "\n".join([f"{error.cmd[0]} failed", *lines[:20], command])
+            for variant in VARIANTS:
+                library(folder, variant).unlink(missing_ok=True)
             (folder / NOT_BUILT).write_text(reason + "\n")
             print(f"fastgt: the CPU kernels were not built: {reason}", file=sys.stderr)
 
-    def library(self, folder: Path, extension: Extension) -> Path:
-        return folder / f"{extension.name.rpartition('.')[2]}.so"
+    def folder(self) -> Path:
+        return ROOT / FOLDER if self.inplace else Path(self.build_lib, FOLDER)
 
     def build_all(self, folder: Path) -> None:
-        compiler = shlex.split(os.environ.get("CXX", "c++"))
-        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
+        extra = [x for name in EXTRA for x in shlex.split(os.environ.get(name, ""))]
+        strip = ["-Wl,-s"] if sys.platform == "linux" and "-g" not in extra else []
         temp = Path(self.build_temp).resolve()
         temp.mkdir(parents=True, exist_ok=True)
         version = f'-DFASTGT_VERSION="{VERSION} {digest()}"'
@@ -86,38 +90,44 @@ class BuildKernels(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = {v: [pool.submit(compiled, v, s) for s in SOURCES] for v in VARIANTS}
-            for extension in self.extensions:
-                objects = [job.result() for job in jobs[extension.variant]]
-                library = str(self.library(folder, extension))
-                strip = ["-Wl,-s"] if sys.platform == "linux" else []
-                checked([*compiler, "-shared", *strip, *extra, *objects, "-o", library])
+            for variant in VARIANTS:
+                objects = [job.result() for job in jobs[variant]]
+                path = library(folder, variant)
+                made = path.with_suffix(".new")  # a process that runs keeps the file it has
+                checked([*compiler, "-shared", *strip, *extra, *objects, "-o", str(made)])
+                made.replace(path)
 
     def get_outputs(self) -> list[str]:
-        folder = ROOT / FOLDER if self.inplace else Path(self.build_lib, FOLDER)
-        made = [self.library(folder, extension) for extension in self.extensions]
+        folder = self.folder()
+        made = [library(folder, variant) for variant in VARIANTS]
         return [str(path) for path in [*made, folder / NOT_BUILT] if path.exists()]
 
 
+def library(folder: Path, variant: str) -> Path:
+    return folder / f"kernels_{variant}.so"
+
+
 def checked(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
 
 
 class Wheel(bdist_wheel):
-    """For every Python 3 of this platform."""
+    """For every Python 3: of this platform, or of any where nothing was built."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        made = self.get_finalized_command("build_ext").get_outputs()
+        if not any(path.endswith(".so") for path in made):
+            self.root_is_pure = True
+            return "py3", "none", "any"
+        return "py3", "none", super().get_tag()[2].replace("universal2", MACHINE)
 
 
-class Kernels(Extension):
-    def __init__(self, variant: str):
-        sources = [str(path.relative_to(ROOT)) for path in SOURCES]
-        super().__init__(f"fastgt.cpu.kernels_{variant}", sources)
-        self.depends = [str(path.relative_to(ROOT)) for path in HEADERS]
-        self.variant = variant
+def extension(variant: str) -> Extension:
+    sources, headers = ([str(path.relative_to(ROOT)) for path in x] for x in (SOURCES, HEADERS))
+    return Extension(f"fastgt.cpu.kernels_{variant}", sources, depends=headers)
 
 
 setup(
-    ext_modules=[Kernels(variant) for variant in VARIANTS],
+    ext_modules=[extension(variant) for variant in VARIANTS],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
 )

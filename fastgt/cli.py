@@ -82,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
         "them in turns. Time means something on a quiet machine only.",
     )
     _add_bench(bench)
+    doctor = commands.add_parser(
+        "doctor",
+        help="what runs on this machine, and why",
+        description="Say which compiled kernels this CPU runs, and try one. The exit status is 1 "
+        "where there are none: operators then run their slow definitions.",
+    )
+    doctor.set_defaults(run=_doctor)
     report = commands.add_parser("report", help="what is known of the kernels without a GPU")
     _add_reports(report.add_subparsers(required=True, metavar="kind"))
     return parser
@@ -209,6 +216,12 @@ def _add_reports(kinds: Any) -> None:
         )
         module.arguments(kind)
         kind.set_defaults(run=module.run)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from fastgt import doctor
+
+    return doctor.run()
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -36,6 +36,39 @@ LONGEST = ("test_compiled", "test_wheel", "test_versions", "test_linear_attentio
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else 99)
+    if reason := why_no_kernels():
+        for item in items:
+            given = item.callspec.params if hasattr(item, "callspec") else {}
+            if any(isinstance(x, str) and x == "cpp" for x in given.values()):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def why_no_kernels() -> str:
+    """Why impl="cpp" cannot run here, in one line; empty where it can."""
+    from fastgt.cpu import library
+
+    loaded = library.load()
+    return loaded.partition("\n")[0] if isinstance(loaded, str) else ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup():
+    return (yield from skipped_without_kernels())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    return (yield from skipped_without_kernels())
+
+
+def skipped_without_kernels():
+    """What asks for kernels inside is skipped where there are none, with the reason."""
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if (reason := why_no_kernels()) and reason in str(error):
+            pytest.skip(reason)
+        raise
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -62,6 +95,14 @@ def interpreter():
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def compiled_kernels():
+    """For a test of what impl=None does with them: without them, it is skipped."""
+    from fastgt.cpu import library
+
+    return library.kernels()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -406,7 +406,7 @@ def test_inference_never_sorts_the_column_walk(impl, op, options):
     laws.inference_never_sorts_the_column_walk(AGGREGATE, impl, x)
 
 
-def test_the_named_implementation_runs(monkeypatch):
+def test_the_named_implementation_runs(monkeypatch, compiled_kernels):
     import fastgt.cpu.aggregate
     import fastgt.kernels.aggregate
 

@@ -36,7 +36,7 @@ def ran(monkeypatch):
     return seen
 
 
-def test_the_named_implementation_runs(ran):
+def test_the_named_implementation_runs(ran, compiled_kernels):
     x = case(0, 3, 5, dtype=FP32)
     default = FAST[0]
 

@@ -52,7 +52,7 @@ def rehearsal(tmp_path_factory):
     return printed, out
 
 
-def test_a_rehearsal_goes_through_every_step(rehearsal):
+def test_a_rehearsal_goes_through_every_step(rehearsal, compiled_kernels):
     printed, out = rehearsal
     assert {x.name for x in out.iterdir()} == FILES
     assert len(FILES) <= 8

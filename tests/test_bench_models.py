@@ -174,7 +174,7 @@ def test_a_provider_that_fails_has_its_reason(monkeypatch):
 
 
 @pytest.mark.parametrize("model", TINY)
-def test_torch_geometric_runs_nothing_of_ours(model):
+def test_torch_geometric_runs_nothing_of_ours(model, compiled_kernels):
     pytest.importorskip("torch_geometric")
 
     class Seen(TorchDispatchMode):

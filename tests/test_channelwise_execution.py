@@ -122,7 +122,7 @@ def test_sums_over_a_huge_hub_are_accurate(turned):
     laws.as_accurate_as_eager(CHANNELWISE, FAST[0], x.onto(index))
 
 
-def test_a_huge_hub_of_equal_terms_does_not_drift():
+def test_a_huge_hub_of_equal_terms_does_not_drift(compiled_kernels):
     """Added one after the other, 200,000 times 0.1 is off by 2e-3 in float32."""
     edges = 200_000
     graph = Graph.from_edge_index(torch.zeros(2, edges, dtype=torch.int64, device=DEVICE), 1)
@@ -362,7 +362,7 @@ def test_nothing_waits_for_the_device():
     assert "new_empty" in calls.names
 
 
-def test_the_named_implementation_runs(monkeypatch):
+def test_the_named_implementation_runs(monkeypatch, compiled_kernels):
     import fastgt.cpu.channelwise_attention
     import fastgt.kernels.channelwise_attention
     import fastgt.kernels.channelwise_attention_backward

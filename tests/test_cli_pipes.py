@@ -58,7 +58,7 @@ def run(command: list[str], *, errors_too: bool = False) -> subprocess.Completed
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_closed_pipe_ends_a_command_quietly(name: str) -> None:
+def test_a_closed_pipe_ends_a_command_quietly(name: str, compiled_kernels) -> None:
     found = run(COMMANDS[name])
     assert found.returncode == 141, found.stderr
     assert found.stderr == ""

@@ -19,7 +19,8 @@ def items(text: str) -> list[str]:
 
 def sources() -> str:
     folders = ("fastgt", "kernels", "bench", "tests")
-    return "\n".join(p.read_text() for f in folders for p in sorted((ROOT / f).rglob("*.py")))
+    files = (p for folder in folders for p in sorted((ROOT / folder).rglob("*.*")))
+    return "\n".join(p.read_text() for p in files if p.suffix in (".py", ".cpp", ".h"))
 
 
 def test_the_places_of_an_edge_term_are_few_and_exist():
@@ -38,7 +39,7 @@ def test_the_places_of_an_edge_term_are_few_and_exist():
 
 def test_files_that_contributing_names_exist():
     for name in CODE.findall(CONTRIBUTING):
-        if re.fullmatch(r"[\w/]+\.(py|json|md)", name) and "STEM" not in name:
+        if re.fullmatch(r"[\w/]+\.(py|cpp|h|json|md)", name) and "STEM" not in name:
             assert (ROOT / name).is_file(), name
 
 

@@ -122,7 +122,7 @@ def test_every_path_of_the_kernels_counts_the_same():
         ("qkvb", 3 * D + 2 * DV),
     ],
 )
-def test_a_backward_counts_what_is_asked_for(needed, wanted):
+def test_a_backward_counts_what_is_asked_for(needed, wanted, compiled_kernels):
     q, k, v = draw(N, H, D), draw(N, H, D), draw(N, H, DV)
     tensors = {"q": q, "k": k, "v": v, "b": draw(E, H)}
     for name, x in tensors.items():
@@ -240,7 +240,7 @@ def test_sums_and_softmaxes_count_nothing(impl):
     assert named == {"aggregate_fwd", "segment_softmax_fwd"}
 
 
-def test_a_module_counts_its_layers_and_its_edges():
+def test_a_module_counts_its_layers_and_its_edges(compiled_kernels):
     attention = NeighborhoodAttention(12, 4).to(DEVICE)
     with FlopCounterMode(display=False) as counter:
         attention(draw(N, 12), graph())
@@ -278,7 +278,7 @@ NO_TRITON = "import sys; sys.modules['triton'] = None\n"
     [OURS + LOOK + THEIRS, THEIRS + OURS + RELOAD, NO_TRITON + OURS + THEIRS],
     ids=["after", "before", "without triton"],
 )
-def test_whichever_is_imported_first(imports):
+def test_whichever_is_imported_first(imports, compiled_kernels):
     run = subprocess.run(
         [sys.executable, "-c", imports + USE],
         capture_output=True,

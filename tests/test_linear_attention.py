@@ -591,7 +591,7 @@ def test_sgformer_takes_several_dtypes_within_autocast():
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU path")
-def test_strided_inputs_are_copied_once_not_for_every_group(monkeypatch):
+def test_strided_inputs_are_copied_once_not_for_every_group(monkeypatch, compiled_kernels):
     monkeypatch.setattr("fastgt.cpu.linear_attention._NUMBERS", 128)
     q, k, v = torch.randn(200, 3, 2, 8).unbind(1)
     copies = []
@@ -614,7 +614,7 @@ def test_strided_inputs_are_copied_once_not_for_every_group(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU path")
-def test_a_small_graph_of_many_features_has_no_state():
+def test_a_small_graph_of_many_features_has_no_state(compiled_kernels):
     """Its features are more numbers than a group may have, its state would be many times more."""
     q, k, v = (torch.randn(5, 64, d) for d in (4, 4, 256))
     w = torch.randn(1024, 4)

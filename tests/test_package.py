@@ -43,7 +43,7 @@ LAYERS = {
     "encodings": {"graph"},
     "philox": set(),
     "reference": {"contract", "graph", "philox"},
-    "cpu": {"contract", "philox"},
+    "cpu": {"contract", "philox", "__init__"},  # the version
     "kernels": {"contract"},
     "ops": {
         "contract",
@@ -97,7 +97,8 @@ LAYERS = {
         "testing",
         "bench",
     },
-    "cli": {"options", "ops", "demo", "training", "bench", "__init__"},
+    "doctor": {"cpu", "graph", "ops", "__init__"},
+    "cli": {"options", "ops", "demo", "training", "bench", "doctor", "__init__"},
     "__main__": {"cli"},
     "data": set(),
     "__init__": {"contract", "graph", "ops", "encodings", "pruning"},

@@ -511,7 +511,7 @@ def test_hooks_of_all_modules_see_every_layer(name, gate, hook):
 
 @pytest.mark.parametrize("change", [lora, forward_hook, parametrized], ids=lambda c: c.__name__)
 @pytest.mark.parametrize(("name", "gate"), [c for c in CASES if c[1] in ("no gate", "[H]")])
-def test_called_layers_compile_whole(name, gate, change):
+def test_called_layers_compile_whole(name, gate, change, compiled_kernels):
     torch._dynamo.reset()
     module, call = changed(name, change), MODULES[name].call
     x, e, graph = batch()

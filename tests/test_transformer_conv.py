@@ -371,7 +371,7 @@ def rows(monkeypatch):
     return measured
 
 
-def test_benchmark_rows_are_complete(rows):
+def test_benchmark_rows_are_complete(rows, compiled_kernels):
     found = rows()
     assert list(found) == ["fastgt", "pyg", "pyg, compiled"]
     for row in found.values():
@@ -421,7 +421,7 @@ def test_an_absent_peer_is_listed(rows, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="measures the CPU path")
-def test_no_tensor_of_edges_by_width_is_made():
+def test_no_tensor_of_edges_by_width_is_made(compiled_kernels):
     """The peak hardly grows with the width of the heads, where theirs does by whole tensors."""
     nodes, edges, heads = 100, 20_000, 4
     edge_index = torch.randint(nodes, (2, edges))

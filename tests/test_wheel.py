@@ -1,9 +1,14 @@
-"""What users install: the wheel, in an environment that has nothing of this checkout."""
+"""What users install: the wheel, in an environment that has nothing of this checkout.
 
+It is built from the source distribution, which therefore has all that a build needs.
+"""
+
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,14 +18,15 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 CLIENTS = ["typed_client.py", "typed_aux.py"]
 pytestmark = pytest.mark.slow
-SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "fastgt", "kernels", "bench")
+SHIPPED = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
+SHIPPED += ("fastgt", "kernels", "bench", "tests")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def sdist(tmp_path_factory) -> Path:
     """Built from a copy: building writes beside its sources."""
     pytest.importorskip("setuptools", "77")
-    folder = tmp_path_factory.mktemp("wheel")
+    folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"
     source.mkdir()
     for name in SHIPPED:
@@ -29,13 +35,23 @@ def wheel(tmp_path_factory) -> Path:
             shutil.copytree(ROOT / name, source / name, ignore=ignored)
         else:
             shutil.copy(ROOT / name, source / name)
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    ended = run([sys.executable, "-c", code], source)
+    assert ended.returncode == 0, ended.stderr
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    return build(sdist, tmp_path_factory.mktemp("wheel"))
+
+
+def build(sdist: Path, folder: Path, **environment: str) -> Path:
     options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(folder)]
-    run = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *options, str(source)],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(sdist)]
+    ended = run(command, folder, **environment)
+    assert ended.returncode == 0, ended.stderr
     (path,) = folder.glob("*.whl")
     return path
 
@@ -55,8 +71,10 @@ def installed(wheel, tmp_path_factory) -> Path:
     return python
 
 
-def run(command: list, folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+def run(command: list, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=os.environ | environment
+    )
 
 
 def test_the_first_example_of_the_readme_runs_from_the_wheel(installed, tmp_path):
@@ -68,7 +86,9 @@ def test_the_first_example_of_the_readme_runs_from_the_wheel(installed, tmp_path
     assert Path(file.strip()).is_relative_to(installed.parent.parent)
 
 
-@pytest.mark.parametrize("command", ["demo", "train zinc", "train dd", "bench", "report kernels"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train zinc", "train dd", "bench", "doctor", "report kernels"]
+)
 def test_the_commands_are_installed(installed, tmp_path, command):
     ended = run([installed.parent / "fastgt", *command.split(), "--help"], tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -83,6 +103,48 @@ def test_the_wheel_has_what_users_run_and_nothing_else(wheel):
     tests = [name for name in inside if "test_" in name or "conftest" in name]
     assert not tests
     assert not [name for name in inside if "results" in name or "render" in name]
+
+
+def test_the_sdist_has_what_a_build_needs_and_no_build(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "fastgt" / "cpu").glob("*.[ch]*")}
+    assert {"setup.py", "pyproject.toml", "fastgt/cpu/library.cpp", *sources} <= names
+    built = (".so", "not_built.txt", ".pyc")
+    assert not [name for name in names if name.endswith(built) or name.startswith("tests")]
+
+
+def test_the_wheel_has_kernels_for_every_python_of_this_platform(wheel):
+    why_not_built = read(wheel, "fastgt/cpu/not_built.txt")
+    if why_not_built:
+        pytest.skip(why_not_built.partition("\n")[0])
+    tag = wheel.stem.split("-", 2)[2]
+    assert re.fullmatch(r"py3-none-(linux|macosx)_\w+", tag)
+    names = set(zipfile.ZipFile(wheel).namelist())
+    found = {name for name in names if name.endswith(".so")}
+    variants = ("baseline", "v3", "v4") if tag.endswith("x86_64") else ("baseline",)
+    assert found == {f"fastgt/cpu/kernels_{variant}.so" for variant in variants}
+    assert not [name for name in names if name.endswith((".cpp", ".h"))]
+
+
+def test_the_kernels_of_the_wheel_run(wheel, installed, tmp_path):
+    if why_not_built := read(wheel, "fastgt/cpu/not_built.txt"):
+        pytest.skip(why_not_built.partition("\n")[0])
+    ended = run([installed.parent / "fastgt", "doctor"], tmp_path)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert str(installed.parent.parent) in ended.stdout
+
+
+def test_without_a_compiler_the_wheel_is_for_every_platform_and_says_why(sdist, tmp_path):
+    wheel = build(sdist, tmp_path, CXX="no-such-compiler")
+    assert wheel.stem.endswith("-py3-none-any")
+    assert "no-such-compiler" in read(wheel, "fastgt/cpu/not_built.txt")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+
+def read(wheel: Path, name: str) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(name).decode() if name in archive.namelist() else ""
 
 
 @pytest.mark.parametrize("client", CLIENTS)

@@ -103,7 +103,10 @@ template <class F> void each_task(int64_t threads, int64_t tasks, const F& f) {
     });
 }
 
-constexpr int64_t TASK = 4096;  // edges and segments of a task, more where one segment has more
+#ifndef FASTGT_TASK
+#define FASTGT_TASK 4096
+#endif
+constexpr int64_t TASK = FASTGT_TASK;  // edges and segments of a task; a segment is never cut
 
 template <class W> int64_t count_tasks(const W& walk) {
     return std::max<int64_t>(1, (walk.edges + walk.segments) / TASK);

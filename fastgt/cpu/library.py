@@ -10,9 +10,7 @@ import ctypes
 import hashlib
 import platform
 import struct
-import sys
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,10 @@ from torch import Tensor
 _FOLDER = Path(__file__).parent
 _VARIANTS = {"AVX512": "v4", "AVX2": "v3"}
 _EMPTY = 64
+_AGAIN = (
+    "with a C++17 compiler (GCC 11, Clang 12 or newer) install fastgt again, from its sources: "
+    "pip install --force-reinstall --no-cache-dir"
+)
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
@@ -35,12 +37,11 @@ class Library:
         self.version = self._library.fastgt_version().decode()
         self._functions: dict[str, tuple[Any, struct.Struct]] = {}
         _check_version(self)
-        suffix = "dylib" if sys.platform == "darwin" else "so"
-        from_torch = ctypes.CDLL(
-            str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}")
-        )
+        # the libraries that PyTorch's module is linked with are searched too
+        from_torch = ctypes.CDLL(torch._C.__file__)
         threads = ctypes.cast(from_torch.torch_parallel_for, ctypes.c_void_p)
         self._library.fastgt_use_threads(threads)
+        self.vector_bytes = int(self._library.fastgt_vector_bytes())
 
     def run(self, op: str, function: str, *values: Any) -> int:
         """Call ``op_function`` with a struct of ``values``."""
@@ -53,20 +54,24 @@ class Library:
 
     def _find(self, op: str, function: str, flat: list[Any]) -> tuple[Any, struct.Struct]:
         layout = struct.Struct("".join("d" if type(x) is float else "q" for x in flat))
-        size = getattr(self._library, f"{op}_size")
+        try:
+            size = getattr(self._library, f"{op}_size")
+            call = getattr(self._library, f"{op}_{function}")
+        except AttributeError:
+            message = f"{self.path.name} has no {op}_{function}: install fastgt again"
+            raise RuntimeError(message) from None
         size.restype = ctypes.c_int64
         if size() != layout.size:
             raise RuntimeError(
                 f"{self.path.name}: {op} takes {size()} bytes, this version of fastgt gives "
-                f"{layout.size}; install fastgt again"
+                f"{layout.size}: install fastgt again"
             )
-        call = getattr(self._library, f"{op}_{function}")
         call.argtypes, call.restype = [ctypes.c_char_p], ctypes.c_int64
         return call, layout
 
 
 def flatten(values: Any) -> list[Any]:
-    """A tensor is its address and its first two strides, None is three zeros. Tuples are spliced."""
+    """A tensor is its address and first two strides, None is three zeros, tuples are spliced."""
     flat: list[Any] = []
     for x in values:
         if x is None:
@@ -113,14 +118,14 @@ def variant() -> str:
 def load() -> Library | str:
     """The kernels for this CPU, or why there are none."""
     path = _FOLDER / f"kernels_{variant()}.so"
-    if not path.exists():
+    try:
+        if path.exists():
+            return Library(path)
         log = _FOLDER / "not_built.txt"
         reason = log.read_text().strip() if log.exists() else f"{path} does not exist"
-        return f"the CPU kernels were not built: {reason}"
-    try:
-        return Library(path)
     except (OSError, AttributeError, RuntimeError) as error:
         return f"the CPU kernels cannot be loaded: {error}"
+    return f"the CPU kernels were not built: {reason}\n{_AGAIN}"
 
 
 def kernels() -> Library:
@@ -132,10 +137,12 @@ def kernels() -> Library:
 
 
 def _check_version(library: Library) -> None:
+    from fastgt import __version__
+
     number, _, built_from = library.version.partition(" ")
-    if number != version("fastgt"):
+    if number != __version__:
         raise RuntimeError(
-            f"{library.path.name} is of fastgt {number}, this is {version('fastgt')}"
+            f"{library.path.name} is of fastgt {number}, not {__version__}: install fastgt again"
         )
     sources = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
     if not sources:  # an installed package has none

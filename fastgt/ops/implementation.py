@@ -48,29 +48,37 @@ def resolve_impl(impl: Impl | None, x: Tensor) -> Impl:
     impl = impl or _forced
     if impl is None:
         return _on_cpu() if x.device.type == "cpu" else "triton"
-    if impl == "cpp" and x.device.type != "cpu":
-        raise RuntimeError(f"impl='cpp' runs on CPU tensors, got {x.device}")
+    if impl == "cpp":
+        if x.device.type != "cpu":
+            raise RuntimeError(f"impl='cpp' runs on CPU tensors, got {x.device}")
+        if reason := _why_not_cpp():
+            raise RuntimeError(f"impl='cpp' cannot run: {reason}")
     return impl
 
 
 def _on_cpu() -> Impl:
     """The compiled kernels; where there are none, the definitions, and a warning says why, once."""
-    return "cpp" if _missing() is None else "reference"
+    if reason := _why_not_cpp():
+        _warn_once(reason)
+        return "reference"
+    return "cpp"
+
+
+def _why_not_cpp() -> str:
+    from fastgt.cpu import library
+
+    loaded = library.load()
+    return loaded if isinstance(loaded, str) else ""
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"fastgt runs its slow reference on this CPU: {reason}", stacklevel=2)
 
 
 # as torch.compiler.assume_constant_result does, which imports Triton: no tracing of a file's search
 _on_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@cache
-def _missing() -> str | None:
-    from fastgt.cpu import library
-
-    loaded = library.load()
-    if not isinstance(loaded, str):
-        return None
-    warnings.warn(f"fastgt runs its slow reference on this CPU: {loaded}", stacklevel=2)
-    return loaded
+_why_not_cpp._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_impl(impl: Impl | None) -> None:

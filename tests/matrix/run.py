@@ -2,7 +2,7 @@
 
 ``python tests/matrix/run.py lowest highest`` makes an environment of this Python for each name,
 from the requirements beside this file. There it runs ``tests/test_versions.py`` on this
-checkout, and one test of compiled code, which versions of Dynamo guard in different ways. An
+checkout, and tests of compiled code, which versions of Dynamo guard in different ways. An
 environment takes several gigabytes, since PyTorch brings CUDA along. It is kept in the user's
 cache folder, under its Python and its requirements, and serves every checkout.
 """
@@ -24,6 +24,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fast
 TESTS = (
     "tests/test_versions.py",
     "tests/test_plan.py::test_one_compilation_serves_every_graph[chosen]",
+    "tests/test_cpu_library.py::test_a_whole_function_compiles",
+    "tests/test_cpu_library.py::test_without_kernels_a_whole_function_compiles",
 )
 SAY = (
     "import platform, numpy, scipy, torch, triton;"

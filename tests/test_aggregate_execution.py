@@ -50,6 +50,7 @@ from fastgt.contract import (
     Reduction,
 )
 from fastgt.prepared import ColumnWalk, Prepared
+from fastgt.testing import with_index_dtype
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -133,6 +134,25 @@ def test_chunks_and_pieces_of_rows_are_the_same_rows(monkeypatch, op, options, e
     do, de = (None if t is None else t.to(BF16) for t in (x.do, x.de))
     found = evaluate(replace(with_graph, inputs=half, do=do, de=de), "cpp")
     assert not any(y.isnan().any() for y in found.values())
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_the_first_of_equal_messages_is_so_by_number(index):
+    """Edges of a transposed graph do not stand by number; a long row is searched in pieces."""
+    source, target = torch.randperm(10_000) % 7, torch.arange(10_000) % 3
+    there = Graph.from_edge_index(torch.stack([source, target]), (3, 7))
+    back = with_index_dtype(Graph.from_edge_index(torch.stack([target, source]), (7, 3)), index)
+    assert not (back.transpose().edge.diff() > 0).all()
+    value = torch.randint(3, (10_000, 20)).float()
+    value[value == 2] = -torch.inf
+    value[::1000] = torch.nan
+    found = []
+    for graph, impl in ((back.transpose(), "cpp"), (there, "reference")):
+        x = value.clone().requires_grad_()
+        y = aggregate(None, graph, edge_value=x, reduce="max", impl=impl)
+        found.append((y, *torch.autograd.grad(y, x, torch.ones_like(y))))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("tile", [(2, 16), (8, 1)], ids=str)

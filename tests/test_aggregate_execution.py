@@ -50,6 +50,7 @@ from fastgt.contract import (
     Reduction,
 )
 from fastgt.prepared import ColumnWalk, Prepared
+from fastgt.testing import with_index_dtype
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -120,19 +121,35 @@ def test_threads_do_not_change_a_bit(op, options):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
-@pytest.mark.parametrize("elements", [1, 30, 2**18])
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 71, 130])
 @pytest.mark.parametrize(("op", "options"), KINDS, ids=str)
-def test_chunks_and_pieces_of_rows_are_the_same_rows(monkeypatch, op, options, elements):
-    """Rows and columns around the length of a piece, and pieces around that of a chunk."""
-    monkeypatch.setattr("fastgt.cpu.sparse._LONG", 4)
-    monkeypatch.setattr("fastgt.cpu.chunks._ELEMENTS", elements)
-    x = degrees(op, [0, 1, 3, 4, 5, 0, 17, 8, 0], 5, **options)
+def test_lines_and_blocks_of_rows_are_the_same_rows(op, options, width):
+    """Channels around the width of vectors and lines, rows around the length of a block."""
+    x = degrees(op, [0, 1, 3, 63, 64, 65, 0, 130, 0], 5, channels=(width,), **options)
     all_close(evaluate(x, "cpp"), loops(x))
-    with_graph = replace(x, inputs=dict(x.inputs))
     half = {name: t.to(BF16) for name, t in x.inputs.items()}
     do, de = (None if t is None else t.to(BF16) for t in (x.do, x.de))
-    found = evaluate(replace(with_graph, inputs=half, do=do, de=de), "cpp")
+    found = evaluate(replace(x, inputs=half, do=do, de=de), "cpp")
     assert not any(y.isnan().any() for y in found.values())
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_the_first_of_equal_messages_is_so_by_number(index):
+    """Edges of a transposed graph do not stand by number; a long row is searched in pieces."""
+    source, target = torch.randperm(10_000) % 7, torch.arange(10_000) % 3
+    there = Graph.from_edge_index(torch.stack([source, target]), (3, 7))
+    back = with_index_dtype(Graph.from_edge_index(torch.stack([target, source]), (7, 3)), index)
+    assert not (back.transpose().edge.diff() > 0).all()
+    value = torch.randint(3, (10_000, 20)).float()
+    value[value == 2] = -torch.inf
+    value[::1000] = torch.nan
+    found = []
+    for graph, impl in ((back.transpose(), "cpp"), (there, "reference")):
+        x = value.clone().requires_grad_()
+        y = aggregate(None, graph, edge_value=x, reduce="max", impl=impl)
+        found.append((y, *torch.autograd.grad(y, x, torch.ones_like(y))))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("tile", [(2, 16), (8, 1)], ids=str)
@@ -168,17 +185,15 @@ def test_a_hub_is_like_any_other_node(impl, op, options, turned):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="runs on CPU tensors")
 @each_family
-def test_memory_of_the_cpu_path(monkeypatch, op, options):
-    chunk = 2**15
-    monkeypatch.setattr("fastgt.cpu.chunks._ELEMENTS", chunk)
+def test_memory_of_the_cpu_path(op, options):
     n, edges, d = 50, 20_000, 64
     x = case(op, 0, n, edges, channels=(d,), dtype=FP32, **options)
     evaluate(x, "cpp")  # the column walk and other first-time costs
     wide = edges * d * 4
     # results of that size: the softmax and its gradient, the gradients of edges and e
     asked = {"softmax": 2, "gated": 2}.get(op, 1) * wide
-    # a few tensors of nodes, of chunks, and a few [E] vectors
-    allowed = asked + 4 * (20 * n * d + 8 * chunk + 12 * edges)
+    # a few tensors of nodes, and a few [E] vectors
+    allowed = asked + 4 * (20 * n * d + 12 * edges)
     assert allowed < asked + 0.6 * wide
     device = torch.device(DEVICE)
     peak = peak_extra_memory(lambda: evaluate(x, "cpp"), device)
@@ -198,7 +213,7 @@ def test_memory_of_the_cpu_path(monkeypatch, op, options):
         return torch.autograd.grad(f(v, x.graph, **rest, **x.options), leaves.values(), x.do)
 
     train()
-    small = 4 * (20 * n * d + 8 * chunk + 12 * edges)
+    small = 4 * (20 * n * d + 12 * edges)
     assert peak_extra_memory(train, device) <= small
     assert small < 0.6 * wide
 

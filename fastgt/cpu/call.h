@@ -8,6 +8,10 @@
 
 #include "lanes.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #define FASTGT_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace fastgt {
@@ -21,6 +25,18 @@ struct Array {
     template <class T> T* at(int64_t r) const { return (T*)data + r * row; }
     template <class T> T* at(int64_t r, int64_t h) const { return (T*)data + r * row + h * head; }
 };
+
+// Fresh memory of many pages is had sooner in large ones.
+inline void expect_writes(void* data, int64_t bytes) {
+#if defined(__linux__)
+    constexpr int64_t LARGE = 1 << 21;
+    const int64_t begin = (int64_t(data) + LARGE - 1) / LARGE * LARGE;
+    const int64_t end = (int64_t(data) + bytes) / LARGE * LARGE;
+    if (end - begin >= 2 * LARGE) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
 
 // dtypes as fastgt/cpu/library.py numbers them
 enum Dtype : int64_t { FLOAT32, FLOAT64, FLOAT16, BFLOAT16 };

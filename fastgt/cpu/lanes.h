@@ -90,6 +90,12 @@ template <class A> FASTGT_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
     return a > b ? a : b;
 }
 
+template <class A> FASTGT_INLINE bool all_zero(VecInt<A> x) {
+    typename LanesOf<A>::Int any = 0;
+    for (int l = 0; l < WIDTH<A>; l++) any |= x[l];
+    return any == 0;
+}
+
 // ---- loads and stores
 
 FASTGT_INLINE float to_float(Half x) {
@@ -170,7 +176,7 @@ FASTGT_INLINE VFloat load(const BFloat* p) {
 
 FASTGT_INLINE VFloat load(const Half* p) {
 #if defined(__AVX512F__)
-    return (VFloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    return (VFloat)_mm512_maskz_cvtph_ps(-1, _mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__) && defined(__AVX2__)
     return (VFloat)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
@@ -198,7 +204,7 @@ FASTGT_INLINE void store(BFloat* p, VFloat x) {
 
 FASTGT_INLINE void store(Half* p, VFloat x) {
 #if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, 0));
+    _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(-1, (__m512)x, 0));
 #elif defined(__F16C__) && defined(__AVX2__)
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, 0));
 #else

@@ -102,6 +102,11 @@ def dtype_number(x: Tensor) -> int:
     return _DTYPES[x.dtype]
 
 
+def accumulator(x: Tensor) -> torch.dtype:
+    """What sums over ``x`` are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def rows_of(x: Tensor) -> Tensor:
     """``x``, copied where its last dimension is not contiguous."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

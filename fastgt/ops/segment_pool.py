@@ -48,8 +48,7 @@ def segment_sum(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tens
         >>> segment_sum(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 2, 3])).tolist()
         [3.0, 0.0, 3.0]
     """
-    _check(x, offsets)
-    return _aggregate(None, _batch(offsets, x.shape[0]), x, "sum", impl)
+    return _pool(x, offsets, "sum", impl)
 
 
 def segment_mean(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tensor:
@@ -63,8 +62,7 @@ def segment_mean(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Ten
         >>> segment_mean(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 2, 3])).tolist()
         [1.5, 0.0, 3.0]
     """
-    _check(x, offsets)
-    return _aggregate(None, _batch(offsets, x.shape[0]), x, "mean", impl)
+    return _pool(x, offsets, "mean", impl)
 
 
 def segment_max(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tensor:
@@ -79,8 +77,7 @@ def segment_max(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tens
         >>> segment_max(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 2, 3])).tolist()
         [2.0, 0.0, 3.0]
     """
-    _check(x, offsets)
-    return _aggregate(None, _batch(offsets, x.shape[0]), x, "max", impl)
+    return _pool(x, offsets, "max", impl)
 
 
 def virtual_node(
@@ -147,6 +144,12 @@ def of_nodes(state: Tensor, offsets: Tensor, nodes: int, impl: Impl | None) -> T
         return aggregate(state, batch, reduce="sum", impl=impl)
 
 
+def _pool(x: Tensor, offsets: Tensor, reduce: Reduce, impl: Impl | None) -> Tensor:
+    _check(x, offsets)
+    backward = torch.is_grad_enabled() and x.requires_grad
+    return _aggregate(None, _batch(offsets, x.shape[0], columns=backward), x, reduce, impl)
+
+
 def _aggregate(
     state: Tensor | None,
     batch: Graph,
@@ -168,13 +171,15 @@ def _check(x: Tensor, offsets: Tensor) -> None:
     check_offsets(offsets, x.shape[0], x.device)
 
 
-def _batch(offsets: Tensor, nodes: int) -> Graph:
-    """Rows are graphs, columns and edges nodes."""
+def _batch(offsets: Tensor, nodes: int, *, columns: bool = True) -> Graph:
+    """Rows are graphs, columns and edges nodes; with the column walk that a backward may take."""
     offsets = offsets.contiguous()  # kernels read it as it lies
     graphs = offsets.shape[0] - 1
     like: Any = {"dtype": offsets.dtype, "device": offsets.device}
-    node, ends = torch.arange(nodes, **like), torch.arange(nodes + 1, **like)
-    graph_of = torch.arange(graphs, **like).repeat_interleave(offsets.diff(), output_size=nodes)
-    rows, cols = (torch.arange(2, **like) * n for n in (graphs, nodes))
-    prepared = Prepared(columns=ColumnWalk(ends, graph_of, node, node))
-    return Graph(graphs, nodes, offsets, node, node, rows, cols, prepared)
+    ends, both = torch.arange(nodes + 1, **like), torch.arange(2, **like)
+    node, prepared = ends[:-1], None
+    if columns:
+        graph = torch.arange(graphs, **like)
+        graph_of = graph.repeat_interleave(offsets.diff(), output_size=nodes)
+        prepared = Prepared(columns=ColumnWalk(ends, graph_of, node, node))
+    return Graph(graphs, nodes, offsets, node, node, both * graphs, both * nodes, prepared)

@@ -1,0 +1,120 @@
+// Some vectors of a row at once, and the work of a walk cut by them and by segments.
+#pragma once
+
+#include "call.h"
+
+// for a lambda of a kernel's inner loop, which is called as often as once an edge
+#define FASTGT_INLINED __attribute__((always_inline))
+
+namespace fastgt {
+
+constexpr int64_t BLOCK = 64;   // terms that are added one after another before they join a sum
+constexpr int64_t AHEAD = 16;  // edges from which rows are asked for before they are needed
+
+// Integers of 32 or of 64 bits, told apart at each access: a kernel need not be compiled twice.
+struct Indices {
+    const void* data;
+    bool wide;
+
+    int64_t operator[](int64_t i) const {
+        return wide ? ((const int64_t*)data)[i] : int64_t(((const int32_t*)data)[i]);
+    }
+};
+
+template <> struct Walk<Indices> {
+    Indices ptr, other, edge;
+    int64_t segments, edges;
+
+    explicit Walk(const WalkArrays& w)
+        : ptr{w.ptr, w.wide != 0},
+          other{w.other, w.wide != 0},
+          edge{w.edge, w.wide != 0},
+          segments(w.segments),
+          edges(w.segments ? ptr[w.segments] : 0) {}
+};
+
+// f(T{}) for the dtype that a call names
+template <class F> void with_dtype(int64_t dtype, const F& f) {
+    switch (dtype) {
+        case FLOAT32: f(float{}); break;
+        case FLOAT64: f(double{}); break;
+        case FLOAT16: f(Half{}); break;
+        default: f(BFloat{}); break;
+    }
+}
+
+// Z vectors side by side
+template <class A, int Z> struct Line {
+    Vec<A> v[Z];
+};
+
+template <class A, int Z, class F> FASTGT_INLINE Line<A, Z> by_vector(F f) {
+    Line<A, Z> r;
+    for (int z = 0; z < Z; z++) r.v[z] = f(z);
+    return r;
+}
+
+template <class A, int Z> FASTGT_INLINE void operator+=(Line<A, Z>& a, const Line<A, Z>& b) {
+    for (int z = 0; z < Z; z++) a.v[z] += b.v[z];
+}
+
+// the last vector has n lanes
+template <int Z, class T> FASTGT_INLINE Line<Accumulator<T>, Z> load_line(const T* p, int n) {
+    using A = Accumulator<T>;
+    return by_vector<A, Z>([&](int z) FASTGT_INLINED {
+        return z < Z - 1 ? load(p + z * WIDTH<A>) : load_some(p + z * WIDTH<A>, n);
+    });
+}
+
+template <int Z, class T>
+FASTGT_INLINE void store_line(T* p, const Line<Accumulator<T>, Z>& x, int n) {
+    using A = Accumulator<T>;
+    for (int z = 0; z < Z - 1; z++) store(p + z * WIDTH<A>, x.v[z]);
+    store_some(p + (Z - 1) * WIDTH<A>, x.v[Z - 1], n);
+}
+
+template <int Z, class T> FASTGT_INLINE void prefetch_line(const T* p) {
+    for (int b = 0; b < Z * WIDTH<Accumulator<T>> * int(sizeof(T)); b += 64)
+        __builtin_prefetch((const char*)p + b);
+}
+
+// the sum of term(i) over the slots from `from` to `to`, in blocks that keep its error small
+template <class A, int Z, class F>
+FASTGT_INLINE Line<A, Z> sum_line(int64_t from, int64_t to, F term) {
+    Line<A, Z> total{};
+    for (int64_t i = from; i < to;) {
+        Line<A, Z> some{};
+        for (const int64_t stop = std::min(to, i + BLOCK); i < stop; i++) some += term(i);
+        total += some;
+    }
+    return total;
+}
+
+// A number of vectors as a type
+template <int Z> struct Vectors {
+    static constexpr int COUNT = Z;
+};
+
+// f(Vectors<Z>{}, c, n) for the lines of a row: Z vectors from channel c on, the last of n lanes
+template <class A, int Z, class F> FASTGT_INLINE void each_line(int64_t width, const F& f) {
+    constexpr int64_t channels = Z * WIDTH<A>;
+    int64_t c = 0;
+    for (; width - c > channels - WIDTH<A>; c += channels)
+        f(Vectors<Z>{}, c, int(std::min(width - c - channels, int64_t(0))) + WIDTH<A>);
+    if (c < width)
+        each_vector<A>(width - c, [&](int64_t at, int n) { f(Vectors<1>{}, c + at, n); });
+}
+
+// f(segment, from, to) for each segment of a walk and its slots, where edges have so many channels
+template <class W, class F>
+void each_segment(int64_t threads, const W& walk, int64_t width, const F& f) {
+    const int64_t size = std::max<int64_t>(64, TASK * 16 / std::max<int64_t>(width, 16));
+    const int64_t tasks = std::max<int64_t>(1, (walk.edges + walk.segments) / size);
+    each_task(threads, tasks, [&](int64_t t, int64_t) {
+        const int64_t end = first_segment(walk, t + 1, tasks);
+        for (int64_t s = first_segment(walk, t, tasks); s < end; s++)
+            f(s, int64_t(walk.ptr[s]), int64_t(walk.ptr[s + 1]));
+    });
+}
+
+}  // namespace fastgt

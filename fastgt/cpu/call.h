@@ -8,6 +8,10 @@
 
 #include "lanes.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #define FASTGT_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace fastgt {
@@ -21,6 +25,18 @@ struct Array {
     template <class T> T* at(int64_t r) const { return (T*)data + r * row; }
     template <class T> T* at(int64_t r, int64_t h) const { return (T*)data + r * row + h * head; }
 };
+
+// Fresh memory of many pages is had sooner in large ones.
+inline void expect_writes(void* data, int64_t bytes) {
+#if defined(__linux__)
+    constexpr int64_t LARGE = 1 << 21;
+    const int64_t begin = (int64_t(data) + LARGE - 1) / LARGE * LARGE;
+    const int64_t end = (int64_t(data) + bytes) / LARGE * LARGE;
+    if (end - begin >= 2 * LARGE) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
 
 // dtypes as fastgt/cpu/library.py numbers them
 enum Dtype : int64_t { FLOAT32, FLOAT64, FLOAT16, BFLOAT16 };
@@ -76,8 +92,8 @@ template <class F> void each_task(int64_t threads, int64_t tasks, const F& f) {
 
 constexpr int64_t TASK = 4096;  // edges and segments of a task, more where one segment has more
 
-template <class I> int64_t count_tasks(const Walk<I>& walk) {
-    return std::max<int64_t>(1, (walk.edges + walk.segments) / TASK);
+template <class I> int64_t count_tasks(const Walk<I>& walk, int64_t task) {
+    return std::max<int64_t>(1, (walk.edges + walk.segments) / task);
 }
 
 // the first segment of task t, where edges and segments are shared out evenly
@@ -96,8 +112,9 @@ template <class I> int64_t first_segment(const Walk<I>& walk, int64_t t, int64_t
 }
 
 // f(begin, end, thread) for ranges of segments that share out the edges
-template <class I, class F> void each_range(int64_t threads, const Walk<I>& walk, const F& f) {
-    const int64_t tasks = count_tasks(walk);
+template <class I, class F>
+void each_range(int64_t threads, const Walk<I>& walk, const F& f, int64_t task = TASK) {
+    const int64_t tasks = count_tasks(walk, task);
     each_task(threads, tasks, [&](int64_t t, int64_t thread) {
         const int64_t begin = first_segment(walk, t, tasks), end = first_segment(walk, t + 1, tasks);
         if (begin < end) f(begin, end, thread);

@@ -90,6 +90,12 @@ template <class A> FASTGT_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
     return a > b ? a : b;
 }
 
+template <class A> FASTGT_INLINE bool all_zero(VecInt<A> x) {
+    typename LanesOf<A>::Int any = 0;
+    for (int l = 0; l < WIDTH<A>; l++) any |= x[l];
+    return any == 0;
+}
+
 // ---- loads and stores
 
 FASTGT_INLINE float to_float(Half x) {

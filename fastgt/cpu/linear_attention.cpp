@@ -11,6 +11,10 @@
 //     queries   dphi(q) = do' S^T + dd z,  dS += phi(q)^T do',  dz += phi(q) dd
 //     keys      dphi(k) = v dS^T + dz,  dv = phi(k) dS
 //
+// A graph of few nodes for the number of its features has no state, but a = phi(q) phi(k)^T:
+//
+//     o' = a v,  da = do' v^T,  dphi(q) = da phi(k),  dphi(k) = da^T phi(q),  dv = a^T do'
+//
 // All of it is products of small matrices, which `product` does tile by tile in registers. Rows of
 // matrices are filled up to whole vectors; what stands there is used for nothing.
 #include <memory>
@@ -38,6 +42,7 @@ struct LinearAttentionCall {
 };
 
 constexpr int64_t FILL = 16;
+constexpr int64_t AHEAD = 12;  // rows whose lines are asked for before they are needed
 
 int64_t filled(int64_t width) { return (width + FILL - 1) / FILL * FILL; }
 
@@ -112,11 +117,16 @@ void transpose(A* to, int64_t ldt, const A* from, int64_t ldf, int64_t rows, int
 
 // ---- one thread
 
-// S, z and the stabiliser of a graph and head
+// S, z and the stabiliser of a graph and head. `s` is null where there is no S, but a.
 template <class A> struct State {
     A *s, *z, *top;
 
     State(A* at, int64_t m, int64_t ldv) : s(at), z(at + m * ldv), top(z + filled(m)) {}
+    State without_s() const {
+        State copy = *this;
+        copy.s = nullptr;
+        return copy;
+    }
     static int64_t size(int64_t m, int64_t ldv) { return m * ldv + filled(m) + FILL; }
 };
 
@@ -132,12 +142,13 @@ template <class T> struct Worker {
 
     const LinearAttentionCall& call;
     const A *w, *wt;  // [M, D] and [D, M] of the projection
-    int64_t m, d, dv, ldm, ldd, ldv, rows;
-    A *x, *f, *e, *g, *ge, *kx, *v, *o, *flow, *dphi, *dx, *den, *dden, *own, *own_d, *st, *dst;
+    int64_t m, d, dv, ldm, ldd, ldv, rows, lda;
+    A *x, *f, *e, *g, *ge, *kx, *v, *o, *flow, *dphi, *dx, *den, *dden, *own, *own_d, *st, *dst,
+        *a, *da, *gt, *vt;
 
     Worker(const LinearAttentionCall& call, const A* w, const A* wt, char* place)
         : call(call), w(w), wt(wt), m(call.m), d(call.d), dv(call.dv), ldm(filled(m)),
-          ldd(filled(d)), ldv(filled(dv)), rows(call.slice) {
+          ldd(filled(d)), ldv(filled(dv)), rows(call.slice), lda(filled(rows)) {
         lay(place);
     }
     int64_t lay(char* const from) {
@@ -148,6 +159,9 @@ template <class T> struct Worker {
         for (A** at : {&den, &dden}) *at = take<A>(place, rows);
         for (A** at : {&own, &own_d}) *at = take<A>(place, State<A>::size(m, ldv));
         for (A** at : {&st, &dst}) *at = take<A>(place, dv * ldm);
+        for (A** at : {&a, &da}) *at = take<A>(place, rows * lda);
+        gt = take<A>(place, m * lda);
+        vt = take<A>(place, dv * lda);
         return place - from;
     }
 
@@ -157,6 +171,8 @@ template <class T> struct Worker {
              int64_t width) const {
         for (int64_t j = 0; j < count; j++) {
             const T* row = from.at<T>(begin + j, head);
+            const T* next = from.at<T>(begin + std::min(j + AHEAD, count - 1), head);
+            for (int64_t c = 0; c < width; c += 64 / sizeof(T)) __builtin_prefetch(next + c);
             each_vector<A>(width, [&](int64_t c, int n) {
                 store(to + j * ld + c, load_some(row + c, n));
             });
@@ -315,13 +331,20 @@ template <class T> struct Worker {
     }
     // `read`: the one slice of the keys is there, from find_top
     void sum_keys(const Part& part, int64_t head, const State<A>& state, bool read) const {
-        std::fill_n(state.s, m * ldv + ldm, A(0));
+        clear(state);
         each_slice(part, [&](int64_t at, int64_t count) {
             if (!read) read_keys(at, count, head);
             key_features(at, count, head, state.top);
-            product<A>(state.s, ldv, g, 1, ldm, v, ldv, m, count, dv, true);
+            if (state.s)
+                product<A>(state.s, ldv, g, 1, ldm, v, ldv, m, count, dv, true);
+            else
+                transpose(gt, lda, g, ldm, count, m);
             if (call.normalize) weigh(state.z, g, nullptr, count);
         });
+    }
+    void clear(const State<A>& state) const {
+        if (state.s) std::fill_n(state.s, m * ldv, A(0));
+        std::fill_n(state.z, ldm, A(0));
     }
     // z += sum of rows of phi, times `weight`
     void weigh(A* z, const A* phi, const A* weight, int64_t count) const {
@@ -342,7 +365,12 @@ template <class T> struct Worker {
     // phi(q), the numerator o, and 1 / (d + eps) as `den`
     void attend(int64_t at, int64_t count, int64_t head, const State<A>& state) const {
         query_features(at, count, head);
-        product<A>(o, ldv, f, ldm, 1, state.s, ldv, count, m, dv);
+        if (state.s) {
+            product<A>(o, ldv, f, ldm, 1, state.s, ldv, count, m, dv);
+        } else {
+            product<A>(a, lda, f, ldm, 1, gt, lda, count, m, count);
+            product<A>(o, ldv, a, lda, 1, v, ldv, count, count, dv);
+        }
         for (int64_t j = 0; call.normalize && j < count; j++)
             den[j] = A(1) / (dot(f + j * ldm, state.z, m) + A(call.eps));
     }
@@ -358,8 +386,8 @@ template <class T> struct Worker {
     // dq, and the gradient of the state
     void queries_backward(const Part& part, int64_t head, const State<A>& state,
                           const State<A>& dstate) const {
-        if (call.dq) transpose(st, ldm, state.s, ldv, m, dv);
-        std::fill_n(dstate.s, m * ldv + ldm, A(0));
+        if (call.dq && state.s) transpose(st, ldm, state.s, ldv, m, dv);
+        clear(dstate);
         each_slice(part, [&](int64_t at, int64_t count) {
             attend(at, count, head, state);
             get(flow, ldv, call.d_o, at, count, head, dv);
@@ -369,11 +397,18 @@ template <class T> struct Worker {
                 dden[j] = -den[j] * dot(row, o + j * ldv, dv);
             }
             if (call.dk || call.d_v) {
-                product<A>(dstate.s, ldv, f, 1, ldm, flow, ldv, m, count, dv, true);
+                if (state.s) product<A>(dstate.s, ldv, f, 1, ldm, flow, ldv, m, count, dv, true);
                 if (call.normalize) weigh(dstate.z, f, dden, count);
             }
+            if (!state.s) {
+                transpose(vt, lda, v, ldv, count, dv);
+                product<A>(da, lda, flow, ldv, 1, vt, lda, count, dv, count);
+            }
             if (!call.dq) return;
-            product<A>(dphi, ldm, flow, ldv, 1, st, ldm, count, dv, m);
+            if (state.s)
+                product<A>(dphi, ldm, flow, ldv, 1, st, ldm, count, dv, m);
+            else
+                product<A>(dphi, ldm, da, lda, 1, g, ldm, count, count, m);
             for (int64_t j = 0; call.normalize && j < count; j++)
                 for (int64_t c = 0; c < m; c += W) {
                     A* to = dphi + j * ldm + c;
@@ -386,18 +421,24 @@ template <class T> struct Worker {
     // `read`: features of the one slice are there, from sum_keys
     void keys_backward(const Part& part, int64_t head, const State<A>& state,
                        const State<A>& dstate, bool read) const {
-        if (call.dk) transpose(dst, ldm, dstate.s, ldv, m, dv);
+        if (call.dk && state.s) transpose(dst, ldm, dstate.s, ldv, m, dv);
         each_slice(part, [&](int64_t at, int64_t count) {
             if (!read) {
                 read_keys(at, count, head);
                 key_features(at, count, head, state.top);
             }
             if (call.d_v) {
-                product<A>(o, ldv, g, ldm, 1, dstate.s, ldv, count, m, dv);
+                if (state.s)
+                    product<A>(o, ldv, g, ldm, 1, dstate.s, ldv, count, m, dv);
+                else
+                    product<A>(o, ldv, a, 1, lda, flow, ldv, count, count, dv);
                 put(call.d_v, o, ldv, at, count, head, dv);
             }
             if (!call.dk) return;
-            product<A>(dphi, ldm, v, ldv, 1, dst, ldm, count, dv, m);
+            if (state.s)
+                product<A>(dphi, ldm, v, ldv, 1, dst, ldm, count, dv, m);
+            else
+                product<A>(dphi, ldm, da, 1, lda, f, ldm, count, count, m);
             for (int64_t j = 0; call.normalize && j < count; j++)
                 for (int64_t c = 0; c < m; c += W) {
                     A* to = dphi + j * ldm + c;
@@ -410,8 +451,13 @@ template <class T> struct Worker {
 
     // a graph that is not in pieces
     void whole(const Part& part, int64_t head, bool backward) const {
-        const State<A> state(own, m, ldv), dstate(own_d, m, ldv);
-        const bool one = part.end - part.begin <= rows;
+        State<A> state(own, m, ldv), dstate(own_d, m, ldv);
+        const int64_t nodes = part.end - part.begin;
+        const bool one = nodes <= rows;
+        if (one && nodes * (m + dv) < m * dv) {
+            state = state.without_s();
+            dstate = dstate.without_s();
+        }
         if (call.map == SOFTMAX) find_top(part, head, state.top);
         sum_keys(part, head, state, one && call.map == SOFTMAX);
         if (!backward) return queries(part, head, state);
@@ -447,6 +493,12 @@ template <class T> void run(const LinearAttentionCall& call, bool backward) {
         }
         if (count > 1) first.push_back(parts.back()), slots += count;
     }
+
+    auto expect = [&](const Array& to, int64_t width) {
+        if (to) expect_writes(to.data, offset(call.graphs) * heads * width * sizeof(T));
+    };
+    expect(backward ? call.d_v : call.o, call.dv);
+    if (backward) expect(call.dq, call.d), expect(call.dk, call.d);
 
     std::unique_ptr<A[]> projection;
     A *w = nullptr, *wt = nullptr;

@@ -18,8 +18,8 @@ from fastgt import linear_attention
 ELEMENTWISE = ["identity", "relu", "elu", "sigmoid"]
 RANDOM = ["softmax", "relu_random"]
 MAPS = [*ELEMENTWISE, *RANDOM]
-# "slices" is the CPU path with several slices to a graph; "pieces" are Triton's kernels with
-# several tiles of features and pieces to a graph
+# "slices" is the CPU path with several pieces and slices to a graph; "pieces" are Triton's kernels
+# with several tiles of features and pieces to a graph
 FORMS = ["cpp", "slices", "triton", "pieces"] if DEVICE == "cpu" else ["triton", "pieces"]
 
 
@@ -120,7 +120,8 @@ def run_as(form):
     """-> the ``impl`` of one of FORMS, or of an ``impl``, forward and backward."""
     with pytest.MonkeyPatch.context() as patch:
         if form == "slices":
-            patch.setattr("fastgt.cpu.linear_attention._NUMBERS", 128)
+            patch.setattr("fastgt.cpu.linear_attention._SLICE", 5)
+            patch.setattr("fastgt.cpu.linear_attention._PIECE", 12)
         if form == "pieces":
             from fastgt.kernels import linear_states
             from fastgt.kernels.configs import LinearTile

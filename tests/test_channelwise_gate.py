@@ -88,12 +88,9 @@ def test_wide_heads_and_long_rows_on_a_cpu():
     all_close(evaluate_gated(x, gate, FAST[0]), without(x, gate), 1e-8)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="chunks are those of the path on a CPU")
-def test_many_chunks(monkeypatch):
-    import fastgt.cpu.channelwise_attention as cpu
-
-    monkeypatch.setattr(cpu, "_CHUNK", 128)
-    x = in_graphs(case(1, 40, 200, channels=(3, 4)))
+@pytest.mark.skipif(DEVICE != "cpu", reason="tasks are those of the path on a CPU")
+def test_many_tasks():
+    x = in_graphs(case(1, 400, 2000, channels=(3, 4)))
     gate = torch.tensor([[1.0, 0.0, 2.0]] * 2 + [[0.0, 1.0, 0.5]] * 2, dtype=FP64)
     all_close(evaluate_gated(x, gate, "cpp"), without(x, gate), 1e-8)
 

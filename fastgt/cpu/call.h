@@ -124,8 +124,8 @@ template <class F> void each_task(int64_t threads, int64_t tasks, const F& f) {
 #endif
 constexpr int64_t TASK = FASTGT_TASK;  // edges and segments of a task; a segment is never cut
 
-template <class W> int64_t count_tasks(const W& walk) {
-    return std::max<int64_t>(1, (walk.edges + walk.segments) / TASK);
+template <class W> int64_t count_tasks(const W& walk, int64_t task) {
+    return std::max<int64_t>(1, (walk.edges + walk.segments) / task);
 }
 
 // the first segment of task t, where edges and segments are shared out evenly
@@ -144,8 +144,9 @@ template <class W> int64_t first_segment(const W& walk, int64_t t, int64_t tasks
 }
 
 // f(begin, end, thread) for ranges of segments that share out the edges
-template <class W, class F> void each_range(int64_t threads, const W& walk, const F& f) {
-    const int64_t tasks = count_tasks(walk);
+template <class W, class F>
+void each_range(int64_t threads, const W& walk, const F& f, int64_t task = TASK) {
+    const int64_t tasks = count_tasks(walk, task);
     each_task(threads, tasks, [&](int64_t t, int64_t thread) {
         const int64_t begin = first_segment(walk, t, tasks), end = first_segment(walk, t + 1, tasks);
         if (begin < end) f(begin, end, thread);

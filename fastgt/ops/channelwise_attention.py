@@ -122,10 +122,9 @@ def channelwise_attention(
     Returns:
         ``[N_rows, C]`` (``[N_rows, H, D]``) in the dtype of the logits; with ``return_aux``,
         ``(out, Aux)``. Sums are kept in float32 (float64 for float64). Beside the inputs, memory
-        is O(N C); gradients of edge tensors are as large as these, and the CPU path's gradient of
-        v takes up to one tensor of the logits' size besides. Under ``torch.autocast`` the inputs
-        are cast first. Second derivatives go through the plain definition, with its O(E C) memory;
-        ``torch.func`` transforms and forward-mode derivatives need ``impl="reference"``.
+        is O(N C); gradients of edge tensors are as large as these. Under ``torch.autocast`` the
+        inputs are cast first. Second derivatives go through the plain definition, with its O(E C)
+        memory; ``torch.func`` transforms and forward-mode derivatives need ``impl="reference"``.
 
     Raises:
         TypeError, ValueError: An argument does not fit; its name and both numbers are given.

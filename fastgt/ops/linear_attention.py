@@ -56,8 +56,7 @@ def linear_attention(
         out_i = gate_gh phi(q_i)^T S_g / (phi(q_i)^T z_g + eps)
 
     Graphs lie one after another, of any size, without padding: what is in one graph, NaN included,
-    reaches no other. The result is the same, bit for bit, every time; gradients too (on a CPU, with
-    the same number of threads).
+    reaches no other. The result is the same, bit for bit, every time; gradients too.
 
     The feature maps, element by element but for the last two, which have a projection w [M, D]::
 

@@ -1,1 +1,1 @@
-"""The operators on a CPU: PyTorch's sparse primitives, O(N + E) working memory."""
+"""The operators on a CPU: compiled C++ kernels, and what calls them."""

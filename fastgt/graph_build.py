@@ -158,14 +158,23 @@ def shifted(parts: list[Tensor], sizes: list[int], dtype: torch.dtype) -> Tensor
 def from_pairs(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> Structure:
     """One graph of edges in any order, in the smallest index type."""
     dtype = index_dtype(num_rows, num_cols, row.shape[0])
-    col, edge, row_ptr = group(row.to(dtype), col.to(dtype), num_rows)
+    col, edge, row_ptr, _ = group(row, col, num_rows, dtype)
     return _single(num_rows, num_cols, row_ptr, col, edge)
 
 
-def group(key: Tensor, other: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Stable sort by ``key``: the other ends, the order and the boundaries, in key's dtype."""
-    ordered, order = torch.sort(key, stable=True)
-    return other.index_select(0, order), order.to(key.dtype), _boundaries(ordered, size)
+def group(
+    key: Tensor, other: Tensor, size: int, dtype: torch.dtype, number: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Stable sort by ``key``: -> the other ends, the order, the boundaries and ``number``."""
+    from fastgt.cpu import graph as cpu
+
+    if cpu.can_group(key, other):
+        return cpu.group(key, other, size, dtype, number)
+    ordered, order = torch.sort(key.to(dtype), stable=True)
+    if number is not None:
+        number = number.index_select(0, order)
+    ends = other.to(dtype).index_select(0, order)
+    return ends, order.to(dtype), _boundaries(ordered, size), number
 
 
 def _boundaries(ordered: Tensor, size: int) -> Tensor:

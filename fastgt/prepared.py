@@ -69,8 +69,10 @@ class Prepared:
         """The column walk of the graph: one sort of its edges."""
         if self.columns is not None:
             return self.columns
-        row, slot, ptr = group(graph.col, graph.row, graph.num_cols)
-        walk = ColumnWalk(ptr, row, slot, graph.edge.index_select(0, slot))
+        ends = graph.col, graph.row
+        row, slot, ptr, edge = group(*ends, graph.num_cols, graph.col.dtype, graph.edge)
+        assert edge is not None
+        walk = ColumnWalk(ptr, row, slot, edge)
         # torch.export traces with fake tensors: they must not outlive the trace
         if type(slot) is type(graph.col) and _may_be_kept():
             walk = self.columns = map_tensors(normal, walk)

@@ -268,9 +268,26 @@ def test_the_index_type() -> None:
         assert index_dtype(*sizes) == torch.int64
 
 
+@pytest.mark.parametrize("ends", [torch.int32, torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("size", [1, 7, 200])
+def test_counting_is_the_stable_sort(
+    size: int, dtype: torch.dtype, ends: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU kernels count; without them, and elsewhere, edges are sorted."""
+    key, other = torch.randint(size, (2, 1000), dtype=ends).t().contiguous().t()
+    given = key, other, size, dtype, torch.randperm(1000).to(dtype)
+    found = graph_build.group(*given)
+    monkeypatch.setattr("fastgt.cpu.graph.can_group", lambda *_: False)
+    for a, b in zip(found, graph_build.group(*given), strict=True):
+        assert a is not None
+        assert b is not None
+        assert (a.dtype, a.tolist()) == (dtype, b.tolist())
+
+
 def test_more_edges_than_int32_holds() -> None:
     many = torch.empty(2**31 + 5, dtype=torch.int64, device="meta")
-    other, order, ptr = graph_build.group(many, many, 10)
+    other, order, ptr, _ = graph_build.group(many, many, 10, torch.int64)
     assert (other.shape, order.shape, ptr.shape) == (many.shape, many.shape, (11,))
     assert {x.dtype for x in (other, order, ptr)} == {torch.int64}
 

@@ -25,7 +25,7 @@ LAYERS = {
     "versions": set(),
     "reordering": set(),
     "tiles": set(),
-    "graph_build": set(),
+    "graph_build": {"cpu"},
     "graph_from_pyg": {"graph_build"},
     "graph_order": {"graph_build", "reordering"},
     "plans": {"graph_build", "tiles"},

@@ -28,7 +28,7 @@ template <class A> FASTGT_INLINE Vec<A> through_relu(Vec<A> g, Vec<A> x) {
 // x_j + e_ij of the edge in a slot of the walk by rows
 template <class T, int Z>
 FASTGT_INLINE Line<Accumulator<T>, Z> message(
-    const AggregateCall& call, const Walk<Indices>& walk, int64_t i, int64_t c, int n) {
+    const AggregateCall& call, const AnyWalk& walk, int64_t i, int64_t c, int n) {
     auto x = [&](int64_t i) FASTGT_INLINED { return call.x.at<T>(walk.other[i]); };
     auto edge = [&](int64_t i) FASTGT_INLINED { return call.edge_value.at<T>(walk.edge[i]); };
     const int64_t next = std::min(i + AHEAD, walk.edges - 1);
@@ -47,7 +47,7 @@ FASTGT_INLINE Line<Accumulator<T>, Z> message(
 
 template <class T> void sums(const AggregateCall& call) {
     using A = Accumulator<T>;
-    const Walk<Indices> walk(call.rows);
+    const AnyWalk walk(call.rows);
     each_segment(call.threads, walk, call.width, [&](int64_t r, int64_t from, int64_t to) {
         const A count = A(std::max<int64_t>(to - from, 1));
         each_line<A, 4>(call.width, [&](auto z, int64_t c, int n) {
@@ -68,7 +68,7 @@ template <class T> void sums(const AggregateCall& call) {
 template <class T> void maxima(const AggregateCall& call) {
     using A = Accumulator<T>;
     using V = Vec<A>;
-    const Walk<Indices> walk(call.rows);
+    const AnyWalk walk(call.rows);
     each_segment(call.threads, walk, call.width, [&](int64_t r, int64_t from, int64_t to) {
         bool ordered = true;  // by number: an earlier slot wins
         for (int64_t i = from + 1; i < to; i++) ordered &= walk.edge[i - 1] < walk.edge[i];
@@ -154,7 +154,7 @@ FASTGT_INLINE Line<Accumulator<T>, Z> to_first(
 // The gradient of edges, row by row: where columns need none, or relu looks at no x_j + e_ij.
 template <class T> void spread_to_edges(const AggregateCall& call) {
     using A = Accumulator<T>;
-    const Walk<Indices> walk(call.rows);
+    const AnyWalk walk(call.rows);
     each_segment(call.threads, walk, call.width, [&](int64_t r, int64_t from, int64_t to) {
         if (from == to) return;
         each_line<A, 4>(call.width, [&](auto z, int64_t c, int n) {
@@ -178,7 +178,7 @@ template <class T> void spread_to_edges(const AggregateCall& call) {
 // The gradient of columns, and of edges on the way where relu looks at x_j + e_ij.
 template <class T> void sum_to_columns(const AggregateCall& call, bool edges) {
     using A = Accumulator<T>;
-    const Walk<Indices> walk(call.columns);
+    const AnyWalk walk(call.columns);
     const Indices row_ptr{call.rows.ptr, call.rows.wide != 0};
     const bool maximum = call.reduce == MAX, relu = call.relu && !maximum;
     each_segment(call.threads, walk, call.width, [&](int64_t j, int64_t from, int64_t to) {
@@ -224,7 +224,7 @@ using namespace fastgt;
 FASTGT_EXPORT int64_t aggregate_size() { return sizeof(AggregateCall); }
 
 FASTGT_EXPORT void aggregate_fwd(const AggregateCall* call) {
-    with_dtype(call->dtype, [&](auto t) {
+    with_type(call->dtype, [&](auto t) {
         using T = decltype(t);
         expect_writes(call->o.data, call->rows.segments * call->width * int64_t(sizeof(T)));
         call->reduce == MAX ? maxima<T>(*call) : sums<T>(*call);
@@ -232,10 +232,10 @@ FASTGT_EXPORT void aggregate_fwd(const AggregateCall* call) {
 }
 
 FASTGT_EXPORT void aggregate_bwd(const AggregateCall* call) {
-    with_dtype(call->dtype, [&](auto t) {
+    with_type(call->dtype, [&](auto t) {
         using T = decltype(t);
         const int64_t line = call->width * int64_t(sizeof(T));
-        expect_writes(call->d_edge.data, Walk<Indices>(call->rows).edges * line);
+        expect_writes(call->d_edge.data, AnyWalk(call->rows).edges * line);
         expect_writes(call->d_x.data, call->columns.segments * line);
         const bool together = call->d_x && call->edge_value && call->relu && call->reduce != MAX;
         if (call->d_x) sum_to_columns<T>(*call, bool(call->d_edge));

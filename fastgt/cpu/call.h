@@ -63,7 +63,9 @@ template <class I> struct Walk {
           edges(w.segments ? int64_t(ptr[w.segments]) : 0) {}
 };
 
-// Indices of either width, where a copy of some of them is what loops read.
+constexpr int64_t BLOCK = 64;  // terms that are added one after another before they join a sum
+
+// Indices of either width, told apart at each access: a kernel need not be compiled twice.
 struct Indices {
     const void* data;
     bool wide;
@@ -71,6 +73,7 @@ struct Indices {
     int64_t operator[](int64_t i) const {
         return wide ? ((const int64_t*)data)[i] : ((const int32_t*)data)[i];
     }
+
     void copy(int64_t from, int64_t count, int64_t* to) const {
         if (wide)
             std::copy_n((const int64_t*)data + from, count, to);

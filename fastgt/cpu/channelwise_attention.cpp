@@ -29,7 +29,6 @@ struct ChannelwiseCall {
 
 // vectors of channels that go together; those of doubles would only make the library larger
 template <class T> constexpr int GROUP = sizeof(T) == 8 ? 1 : 4;
-constexpr int64_t BLOCK = 64;  // terms that are added one after another before they join a sum
 constexpr int64_t AHEAD = 6;  // edges whose lines are asked for before they are needed
 
 // COUNT vectors of channels from `first` on; all are full, or there is one that has `lanes`

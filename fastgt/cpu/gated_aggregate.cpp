@@ -26,7 +26,7 @@ constexpr int VECTORS = 2;
 template <class T, int Z>
 FASTGT_INLINE Line<Accumulator<T>, Z> scores(
     const GatedAggregateCall& call, const Array& other, const Line<Accumulator<T>, Z>& own,
-    const Walk<Indices>& walk, int64_t i, int64_t c, int n) {
+    const AnyWalk& walk, int64_t i, int64_t c, int n) {
     const int64_t next = std::min(i + AHEAD, walk.edges - 1);
     auto e = own;
     if (call.gate) {
@@ -49,7 +49,7 @@ FASTGT_INLINE Line<Accumulator<T>, Z> line_or_zero(const Array& x, int64_t i, in
 template <class T> void forward(const GatedAggregateCall& call) {
     using A = Accumulator<T>;
     using V = Vec<A>;
-    const Walk<Indices> walk(call.rows);
+    const AnyWalk walk(call.rows);
     each_segment(call.threads, walk, call.width, [&](int64_t r, int64_t from, int64_t to) {
         each_line<A, VECTORS>(call.width, [&](auto z, int64_t c, int n) {
             constexpr int Z = decltype(z)::COUNT;
@@ -85,7 +85,7 @@ template <class T> void forward(const GatedAggregateCall& call) {
 // What rows pass on: w_i = do_i, divided by the gates' sum, and w_i mean_i.
 template <class T> void pass_on(const GatedAggregateCall& call) {
     using A = Accumulator<T>;
-    const Walk<Indices> walk(call.rows);
+    const AnyWalk walk(call.rows);
     each_segment(call.threads, walk, call.width, [&](int64_t r, int64_t, int64_t) {
         each_vector<A>(call.width, [&](int64_t c, int n) {
             Vec<A> w = load_some(call.d_o.at<T>(r) + c, n), shift{};
@@ -117,7 +117,7 @@ FASTGT_INLINE Line<Accumulator<T>, Z> score_gradient(
 // The gradients of x, gate and gate_col, column by column.
 template <class T> void to_columns(const GatedAggregateCall& call) {
     using A = Accumulator<T>;
-    const Walk<Indices> walk(call.columns);
+    const AnyWalk walk(call.columns);
     each_segment(call.threads, walk, call.width, [&](int64_t j, int64_t from, int64_t to) {
         each_line<A, VECTORS>(call.width, [&](auto z, int64_t c, int n) {
             constexpr int Z = decltype(z)::COUNT;
@@ -156,7 +156,7 @@ template <class T> void to_columns(const GatedAggregateCall& call) {
 // The gradient of gate_row: sums of what gate has, but where that is rounded or not there.
 template <class T> void to_rows(const GatedAggregateCall& call) {
     using A = Accumulator<T>;
-    const Walk<Indices> walk(call.rows);
+    const AnyWalk walk(call.rows);
     const bool exact = call.dgate && sizeof(T) == sizeof(A);
     each_segment(call.threads, walk, call.width, [&](int64_t r, int64_t from, int64_t to) {
         each_line<A, VECTORS>(call.width, [&](auto z, int64_t c, int n) {
@@ -190,20 +190,20 @@ using namespace fastgt;
 FASTGT_EXPORT int64_t gated_aggregate_size() { return sizeof(GatedAggregateCall); }
 
 FASTGT_EXPORT void gated_aggregate_fwd(const GatedAggregateCall* call) {
-    with_dtype(call->dtype, [&](auto t) {
+    with_type(call->dtype, [&](auto t) {
         using T = decltype(t);
         const int64_t line = call->width * int64_t(sizeof(T));
-        expect_writes(call->e.data, Walk<Indices>(call->rows).edges * line);
+        expect_writes(call->e.data, AnyWalk(call->rows).edges * line);
         expect_writes(call->o.data, call->rows.segments * line);
         forward<T>(*call);
     });
 }
 
 FASTGT_EXPORT void gated_aggregate_bwd(const GatedAggregateCall* call) {
-    with_dtype(call->dtype, [&](auto t) {
+    with_type(call->dtype, [&](auto t) {
         using T = decltype(t);
         const int64_t line = call->width * int64_t(sizeof(T));
-        expect_writes(call->dgate.data, Walk<Indices>(call->rows).edges * line);
+        expect_writes(call->dgate.data, AnyWalk(call->rows).edges * line);
         pass_on<T>(*call);
         if (call->dx || call->dgate || call->dcol) to_columns<T>(*call);
         if (call->drow) to_rows<T>(*call);

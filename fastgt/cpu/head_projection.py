@@ -1,8 +1,9 @@
 """Projections of active heads on a CPU: one dense product of what they have.
 
 Active heads that stand one after another are multiplied where they are. Others are copied together
-for some nodes at a time: the copies stay in a cache. Rows of 16 bits are filled up with zeros where
-the product would read on behind their end. The symbols are those of ``fastgt.ops.head_projection``.
+for some nodes at a time, by ``head_projection.cpp``: the copies stay in a cache. Rows of 16 bits
+are filled up with zeros where the product would read on behind their end. The symbols are those of
+``fastgt.ops.head_projection``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from fastgt.cpu.library import kernels, rows_of
 
 _NODES = 2048
 _STEP = 32  # numbers of 16 bits that a matrix unit takes of a row at once
@@ -29,8 +32,7 @@ def head_expand(x: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor) -
         _product(x, w, b, out=y[:, active].flatten(1))
         return y
     for some, into in zip(x.split(_NODES), y.split(_NODES), strict=True):
-        into[:, masked] = 0
-        into.index_copy_(1, active, _product(some, w, b).view(len(some), len(active), d))
+        _run("put", into, _product(some, w, b).view(len(some), len(active), d), heads)
     return y
 
 
@@ -44,7 +46,7 @@ def head_contract(y: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor)
         return _product(y[:, active].flatten(1), w, bias)
     z = y.new_empty(y.shape[0], w.shape[1])
     for some, into in zip(y.split(_NODES), z.split(_NODES), strict=True):
-        _product(some[:, active].flatten(1), w, bias, out=into)
+        _product(_together(some, active, heads), w, bias, out=into)
     return z
 
 
@@ -59,7 +61,7 @@ def head_outer(y: Tensor, x: Tensor, heads: Tensor) -> Tensor:
     nodes = _NODES if y.element_size() > 2 and not isinstance(active, slice) else max(1, len(y))
     part = y.new_zeros(g[active].shape).flatten(0, 1)
     for some, of in zip(y.split(nodes), x.split(nodes), strict=True):
-        part.addmm_(some[:, active].flatten(1).T, of)
+        part.addmm_(_together(some, active, heads).T, of)
     g[active] = part.view_as(g[active])
     return g
 
@@ -76,6 +78,31 @@ def keeps_rows_apart(x: Tensor, width: int) -> bool:
 def missing(width: int) -> int:
     """How many numbers fill up a row of ``width`` numbers to whole steps."""
     return -width % _STEP
+
+
+def _together(y: Tensor, active: slice | Tensor, heads: Tensor) -> Tensor:
+    """The active heads of ``y [N, H, D]``, [N, active * D]."""
+    if isinstance(active, slice):
+        return y[:, active].flatten(1)
+    x = y.new_empty(y.shape[0], len(active), y.shape[2])
+    _run("take", rows_of(y), x, heads)
+    return x.flatten(1)
+
+
+def _run(function: str, wide: Tensor, together: Tensor, heads: Tensor) -> None:
+    order = heads.long()
+    kernels().run(
+        "head_projection",
+        function,
+        torch.get_num_threads(),
+        *wide.shape[:2],
+        together.shape[1],
+        wide.element_size(),
+        wide.shape[2],
+        order.data_ptr(),
+        wide,
+        together,
+    )
 
 
 def _product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

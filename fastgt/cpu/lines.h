@@ -8,40 +8,7 @@
 
 namespace fastgt {
 
-constexpr int64_t BLOCK = 64;   // terms that are added one after another before they join a sum
 constexpr int64_t AHEAD = 16;  // edges from which rows are asked for before they are needed
-
-// Integers of 32 or of 64 bits, told apart at each access: a kernel need not be compiled twice.
-struct Indices {
-    const void* data;
-    bool wide;
-
-    int64_t operator[](int64_t i) const {
-        return wide ? ((const int64_t*)data)[i] : int64_t(((const int32_t*)data)[i]);
-    }
-};
-
-template <> struct Walk<Indices> {
-    Indices ptr, other, edge;
-    int64_t segments, edges;
-
-    explicit Walk(const WalkArrays& w)
-        : ptr{w.ptr, w.wide != 0},
-          other{w.other, w.wide != 0},
-          edge{w.edge, w.wide != 0},
-          segments(w.segments),
-          edges(w.segments ? ptr[w.segments] : 0) {}
-};
-
-// f(T{}) for the dtype that a call names
-template <class F> void with_dtype(int64_t dtype, const F& f) {
-    switch (dtype) {
-        case FLOAT32: f(float{}); break;
-        case FLOAT64: f(double{}); break;
-        case FLOAT16: f(Half{}); break;
-        default: f(BFloat{}); break;
-    }
-}
 
 // Z vectors side by side
 template <class A, int Z> struct Line {

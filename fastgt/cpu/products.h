@@ -13,8 +13,6 @@ namespace fastgt {
 
 template <class A> constexpr int GROUP = WIDTH<A> < 8 ? WIDTH<A> : 8;  // heads of a group, at most
 
-constexpr int64_t BLOCK = 64;  // terms that are added one after another before they join a sum
-
 template <class A> constexpr int64_t padded(int64_t width) {
     return (width + WIDTH<A> - 1) / WIDTH<A> * WIDTH<A>;
 }

@@ -10,8 +10,6 @@ struct SegmentSoftmaxCall {
     Array x, y, dy, dx;  // [E, D] in the caller's order; a forward has x and y, a backward the rest
 };
 
-constexpr int64_t BLOCK = 64;  // terms that are added one after another before they join a sum
-
 template <class T, class I> void forward(const SegmentSoftmaxCall& call) {
     using A = Accumulator<T>;
     using V = Vec<A>;

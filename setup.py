@@ -14,7 +14,9 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -88,7 +90,7 @@ class BuildKernels(build_ext):
             checked([*compiler, *flags, "-c", str(source), "-o", str(target)])
             return str(target)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, cancelled_after(pool):
             jobs = {v: [pool.submit(compiled, v, s) for s in SOURCES] for v in VARIANTS}
             for variant in VARIANTS:
                 objects = [job.result() for job in jobs[variant]]
@@ -101,6 +103,15 @@ class BuildKernels(build_ext):
         folder = self.folder()
         made = [library(folder, variant) for variant in VARIANTS]
         return [str(path) for path in [*made, folder / NOT_BUILT] if path.exists()]
+
+
+@contextmanager
+def cancelled_after(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """After an error, what waits in the pool does not begin."""
+    try:
+        yield
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def library(folder: Path, variant: str) -> Path:

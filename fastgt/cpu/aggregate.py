@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgt.contract import MessageNeeds, Messages, Reduction
-from fastgt.cpu.library import dtype_number, kernels, rows_of, walk
+from fastgt.cpu.library import dtype_number, filled, kernels, rows_of, walk
 
 _REDUCTIONS = {"sum": 0, "mean": 1, "max": 2}
 _NO_WALK = (0,) * 5
@@ -64,5 +64,5 @@ def _run(
         int(reduction.relu),
         walks,
         terms,
-        results,
+        filled(results),
     )

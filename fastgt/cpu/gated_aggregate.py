@@ -13,7 +13,7 @@ from fastgt.contract import (
     GatedResults,
     GatedUpstream,
 )
-from fastgt.cpu.library import accumulator, dtype_number, kernels, rows_of, walk
+from fastgt.cpu.library import accumulator, dtype_number, filled, kernels, rows_of, walk
 
 _NO_WALK = (0,) * 5
 _NO_GRADIENTS = (None,) * 7
@@ -64,6 +64,7 @@ def _run(
     walks: tuple[tuple[int, ...], tuple[int, ...]],
     results: tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]],
 ) -> None:
+    given, backward = results
     kernels().run(
         "gated_aggregate",
         function,
@@ -74,5 +75,6 @@ def _run(
         float(mean.eps),
         walks,
         tuple(None if x is None else rows_of(x) for x in gated),
-        results,
+        filled(given),
+        filled(backward),
     )

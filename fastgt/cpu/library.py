@@ -98,6 +98,11 @@ def walk(ptr: Tensor, other: Tensor | None, edge: Tensor) -> tuple[int, ...]:
     )
 
 
+def filled(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """None where nothing is to be written: results that a call does not give are empty tensors."""
+    return tuple(None if x is None or not x.numel() else x for x in tensors)
+
+
 def dtype_number(x: Tensor) -> int:
     return _DTYPES[x.dtype]
 

@@ -46,8 +46,8 @@ def attention_fwd(
     q, v = inputs.q, inputs.v
     if terms.key is not None and terms.key.dtype != q.dtype:
         # a product of attributes, which is not rounded to 16 bits
-        wide = _wide(inputs), logit, _wide(terms), mask, dropout, switches
-        o, lse, weights, scores, attr_o = attention_fwd(row_walk, *wide)
+        in_float = _wide(inputs), logit, _wide(terms), mask, dropout, switches
+        o, lse, weights, scores, attr_o = attention_fwd(row_walk, *in_float)
         weights, scores = (None if x is None else x.to(q.dtype) for x in (weights, scores))
         return Results(o.to(q.dtype), lse, weights, scores, attr_o)
     n, heads, d = q.shape
@@ -91,7 +91,7 @@ def attention_bwd(
     if terms.key is not None and terms.key.dtype != q.dtype:
         call = _wide(inputs), logit, _wide(terms), mask, dropout, switches
         wide = attention_bwd(row_walk, column_walk, needs, _wide(upstream), saved, *call)
-        like = zip(wide, (*inputs, *terms), strict=True)
+        like: Any = zip(wide, (*inputs, *terms), strict=True)
         return PerInput(*(None if x is None else x.to(y.dtype) for x, y in like))
     make = torch.empty if mask.rows is None else torch.zeros
     grads: PerInput[Any] = PerInput(
@@ -102,7 +102,7 @@ def attention_bwd(
     )
     lse = saved.lse.contiguous()
     call = _call(row_walk, column_walk, inputs, logit, terms, mask, dropout, switches)
-    do, *others = (None if x is None else rows_of(x) for x in upstream)
+    do, others = rows_of(upstream.do), [None if x is None else rows_of(x) for x in upstream[1:]]
     given = (None, lse, None, None, None)
     if needs.v and kernels().run("attention", "dead", *call, *given, do, *others, *grads, None):
         # a row without a finite logit gives columns nothing, whatever stands upstream
@@ -124,7 +124,8 @@ def _call(
     """What a forward and a backward begin with: the first fields of ``AttentionCall``."""
     q, k, v = inputs
     row_ptr, col, edge = row_walk
-    columns, slot = _NO_WALK, None
+    columns: tuple[int, ...] = _NO_WALK
+    slot = None
     if column_walk is not None:
         col_ptr, col_row, slot, col_edge = column_walk
         columns = walk(col_ptr, col_row, col_edge)
@@ -158,7 +159,8 @@ T = TypeVar("T", Inputs, EdgeTerms, Upstream)
 
 def _wide(tensors: T) -> T:
     """All in float32."""
-    return type(tensors)(*(None if x is None else x.float() for x in tensors))
+    made: Any = (None if x is None else x.float() for x in tensors)
+    return type(tensors)(*made)
 
 
 def _by_node(mask: Tensor) -> Tensor:

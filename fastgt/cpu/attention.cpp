@@ -31,6 +31,7 @@ struct AttentionCall {
 constexpr int64_t CHUNK = 256;         // edges of a chunk, more where one row has more
 constexpr int64_t ROW_BYTES = 1 << 14;  // of a chunk's row vectors
 constexpr int64_t MOST_ROWS = 128;
+constexpr int64_t SHARE = std::min<int64_t>(TASK, 1024);  // small graphs, too, have several tasks
 constexpr int64_t MARGIN = 2 * AHEAD;   // indices beyond a chunk's that are read early
 
 // ---- which weights dropout keeps: fastgt/philox.py
@@ -434,7 +435,7 @@ template <class T> class Attention {
                 f(chunk, room);
                 r = chunk.end;
             }
-        });
+        }, SHARE);
     }
 
     void copy_walk(const AnyWalk& walk, Chunk& chunk, Room& room) const {

@@ -31,7 +31,7 @@ struct AttentionCall {
 constexpr int64_t CHUNK = 256;         // edges of a chunk, more where one row has more
 constexpr int64_t ROW_BYTES = 1 << 14;  // of a chunk's row vectors
 constexpr int64_t MOST_ROWS = 128;
-constexpr int64_t SHARE = std::min<int64_t>(TASK, 1024);  // small graphs, too, have several tasks
+constexpr int64_t SMALL_TASK = std::min<int64_t>(TASK, 1024);  // small graphs have several
 constexpr int64_t MARGIN = 2 * AHEAD;   // indices beyond a chunk's that are read early
 
 // ---- which weights dropout keeps: fastgt/philox.py
@@ -98,7 +98,7 @@ Pointed<T> pointed(const Array& x, const Group& g, int64_t share, int64_t width,
 template <class T>
 Products<T> products_for(const Array& x, const Group& g, int64_t share, int64_t width) {
     return choose_products<T>(g.lanes, width,
-                                 g.adjacent && share == 1 && (x.head == width || g.count == 1));
+                              g.adjacent && share == 1 && (x.head == width || g.count == 1));
 }
 
 // ---- one row's softmax, HG heads in lanes
@@ -161,7 +161,7 @@ template <class A> void softmax_row(int lanes, A* s, int64_t n, double eps, A* l
 }
 
 // p [n][HG] logits -> weights, dp [n][HG] -> gradients of the logits, with the row's lse and the
-// gradient of that. `keep(e, v)` is what dropout makes of a weight.
+// gradient of that. `kept` is what dropout makes of a weight.
 template <class A, int HG>
 void softmax_row_backward(A* p, A* dp, int64_t n, double eps, const A* lse_of_head,
                           const A* dlse_of_head, const A* kept) {
@@ -435,7 +435,7 @@ template <class T> class Attention {
                 f(chunk, room);
                 r = chunk.end;
             }
-        }, SHARE);
+        }, SMALL_TASK);
     }
 
     void copy_walk(const AnyWalk& walk, Chunk& chunk, Room& room) const {
@@ -452,7 +452,7 @@ template <class T> class Attention {
 
     // ---- dropout
 
-    // Bit h of an edge's bits: whether its weight is kept.
+    // Bit h % 4 of an edge's byte h / 4: whether head h keeps its weight.
     void draw() {
         if (!call.seed) return;
         const uint64_t seed = *(const uint64_t*)call.seed.data;

@@ -21,7 +21,7 @@ from fastgt.contract import (
     Switches,
     Upstream,
 )
-from fastgt.cpu.library import dtype_number, kernels, rows_of, walk
+from fastgt.cpu.library import accumulator, dtype_number, kernels, rows_of, walk
 from fastgt.philox import LEVELS, threshold
 
 _NO_RESULTS = (None,) * len(Results._fields)
@@ -52,7 +52,7 @@ def attention_fwd(
         return Results(o.to(q.dtype), lse, weights, scores, attr_o)
     n, heads, d = q.shape
     num_edges = row_walk[1].shape[0]
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = accumulator(q)
     attr_width = 0 if terms.attr is None else terms.attr.shape[1]
     results = Results(
         q.new_empty(n, heads, v.shape[2]),

@@ -18,7 +18,7 @@ from fastgt.contract import (
     RowWalk,
     Walks,
 )
-from fastgt.cpu.library import dtype_number, kernels, walk
+from fastgt.cpu.library import accumulator, dtype_number, kernels, walk
 
 
 def channelwise_attention_fwd(
@@ -36,7 +36,7 @@ def channelwise_attention_fwd(
     logits = inputs.logits
     n, channels = rows.row_walk[0].shape[0] - 1, logits.shape[1:]
     o = logits.new_empty(n, *channels)
-    lse = logits.new_empty(n, *channels, dtype=_accumulator(logits))
+    lse = logits.new_empty(n, *channels, dtype=accumulator(logits))
     stat = lse.new_empty(n if results.keep else 0, 3, channels.numel())
     weights = logits.new_empty(logits.shape[0] if results.return_weights else 0, *channels)
     forward = o, lse, weights if results.return_weights else None
@@ -111,10 +111,6 @@ def _run(
         *grads,
         pivot_u,
     )
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _joined(x: Tensor) -> bool:

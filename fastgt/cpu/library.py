@@ -1,7 +1,7 @@
 """The compiled kernels: finding, checking and calling them.
 
-A kernel is a C function that takes one struct of numbers of 8 bytes each. :func:`run` makes the
-struct from a call's values, one after another, and the library says how large it has to be.
+A kernel is a C function that takes one struct of numbers of 8 bytes each. ``Library.run`` makes the
+struct from a call's values, one after another. The library says how large it has to be.
 """
 
 from __future__ import annotations

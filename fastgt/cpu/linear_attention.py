@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgt.contract import Features, Inputs, NeedQKV, Quotient, Ragged
-from fastgt.cpu.library import dtype_number, kernels, rows_of
+from fastgt.cpu.library import accumulator, dtype_number, kernels, rows_of
 
 _MAPS = ("identity", "relu", "elu", "sigmoid", "softmax", "relu_random")
 _SLICE = 64  # nodes whose features are made before they are used
@@ -21,7 +21,7 @@ def linear_attention_fwd(
     q, _, v = inputs
     o = q.new_empty(v.shape)
     _run("fwd", inputs, features, ragged, quotient, (o, None, None, None, None))
-    return o, q.new_empty(0, q.shape[1], dtype=_accumulator(q))
+    return o, q.new_empty(0, q.shape[1], dtype=accumulator(q))
 
 
 def linear_attention_bwd(
@@ -49,7 +49,7 @@ def _run(
 ) -> None:
     q, _, v = inputs
     (nodes, heads, d), dv = q.shape, v.shape[2]
-    wide = _accumulator(q)
+    wide = accumulator(q)
     projection, m = features.projection, d
     if projection is not None:
         projection = projection.to(wide)
@@ -87,10 +87,6 @@ def _run(
         projection,
         states.data_ptr(),
     )
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _filled(width: int) -> int:

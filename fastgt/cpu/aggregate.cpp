@@ -58,7 +58,7 @@ template <class T> void sums(const AggregateCall& call) {
                 return m;
             });
             if (call.reduce == MEAN)
-                for (int v = 0; v < Z; v++) total.v[v] /= count;
+                unrolled<Z>([&](int v) FASTGT_INLINED { total.v[v] /= count; });
             store_line<Z>(call.o.at<T>(r) + c, total, n);
         });
     });
@@ -73,7 +73,9 @@ template <class T> void maxima(const AggregateCall& call) {
         bool ordered = true;  // by number: an earlier slot wins
         for (int64_t i = from + 1; i < to; i++) ordered &= walk.edge[i - 1] < walk.edge[i];
         each_vector<A>(call.width, [&](int64_t c, int n) {
-            auto get = [&](int64_t i) FASTGT_INLINED { return message<T, 1>(call, walk, i, c, n).v[0]; };
+            auto get = [&](int64_t i) FASTGT_INLINED {
+                return message<T, 1>(call, walk, i, c, n).v[0];
+            };
             A value[WIDTH<A>] = {};
             int64_t number[WIDTH<A>];
             std::fill_n(number, WIDTH<A>, -1);
@@ -123,7 +125,7 @@ FASTGT_INLINE Line<Accumulator<T>, Z> passed_on(
     auto g = load_line<Z>(call.d_o.at<T>(r) + c, n);
     if (call.reduce == MEAN) {
         const A share = A(1) / A(row_ptr[r + 1] - row_ptr[r]);
-        for (int v = 0; v < Z; v++) g.v[v] *= share;
+        unrolled<Z>([&](int v) FASTGT_INLINED { g.v[v] *= share; });
     }
     return g;
 }
@@ -167,7 +169,9 @@ template <class T> void spread_to_edges(const AggregateCall& call) {
                     part = to_first<Z, T>(call, g, r, walk.edge[i], c, n);
                 } else if (call.relu) {
                     const auto m = message<T, Z>(call, walk, i, c, n);
-                    for (int v = 0; v < Z; v++) part.v[v] = through_relu<A>(g.v[v], m.v[v]);
+                    unrolled<Z>([&](int v) FASTGT_INLINED {
+                        part.v[v] = through_relu<A>(g.v[v], m.v[v]);
+                    });
                 }
                 store_line<Z>(out, part, n);
             }
@@ -186,7 +190,9 @@ template <class T> void sum_to_columns(const AggregateCall& call, bool edges) {
             constexpr int Z = decltype(z)::COUNT;
             Line<A, Z> x{};
             if (relu) x = load_line<Z>(call.x.at<T>(j) + c, n);
-            auto next = [&](int64_t i) FASTGT_INLINED { return std::min(i + AHEAD, walk.edges - 1); };
+            auto next = [&](int64_t i) FASTGT_INLINED {
+                return std::min(i + AHEAD, walk.edges - 1);
+            };
             auto get = [&](int64_t i) FASTGT_INLINED {
                 prefetch_line<Z>(call.d_o.at<T>(walk.other[next(i)]) + c);
                 return passed_on<Z, T>(call, row_ptr, walk.other[i], c, n);
@@ -202,7 +208,9 @@ template <class T> void sum_to_columns(const AggregateCall& call, bool edges) {
                     prefetch_line<Z>(call.edge_value.at<T>(walk.edge[next(i)]) + c);
                     auto m = load_line<Z>(edge + c, n), g = get(i);
                     m += x;
-                    for (int v = 0; v < Z; v++) g.v[v] = through_relu<A>(g.v[v], m.v[v]);
+                    unrolled<Z>([&](int v) FASTGT_INLINED {
+                        g.v[v] = through_relu<A>(g.v[v], m.v[v]);
+                    });
                     if (edges) store_line<Z>(call.d_edge.at<T>(walk.edge[i]) + c, g, n);
                     return g;
                 });
@@ -210,7 +218,9 @@ template <class T> void sum_to_columns(const AggregateCall& call, bool edges) {
                 total = sum_line<A, Z>(from, to, get);
             }
             if (relu && !call.edge_value)
-                for (int v = 0; v < Z; v++) total.v[v] = through_relu<A>(total.v[v], x.v[v]);
+                unrolled<Z>([&](int v) FASTGT_INLINED {
+                    total.v[v] = through_relu<A>(total.v[v], x.v[v]);
+                });
             store_line<Z>(call.d_x.at<T>(j) + c, total, n);
         });
     });

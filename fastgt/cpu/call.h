@@ -151,7 +151,8 @@ template <class W, class F>
 void each_range(int64_t threads, const W& walk, const F& f, int64_t task = TASK) {
     const int64_t tasks = count_tasks(walk, task);
     each_task(threads, tasks, [&](int64_t t, int64_t thread) {
-        const int64_t begin = first_segment(walk, t, tasks), end = first_segment(walk, t + 1, tasks);
+        const int64_t begin = first_segment(walk, t, tasks);
+        const int64_t end = first_segment(walk, t + 1, tasks);
         if (begin < end) f(begin, end, thread);
     });
 }

@@ -29,7 +29,7 @@ struct ChannelwiseCall {
 
 // vectors of channels that go together; those of doubles would only make the library larger
 template <class T> constexpr int GROUP = sizeof(T) == 8 ? 1 : 4;
-constexpr int64_t AHEAD = 6;  // edges whose lines are asked for before they are needed
+constexpr int64_t AHEAD = 12;  // edges whose lines are asked for before they are needed
 
 // COUNT vectors of channels from `first` on; all are full, or there is one that has `lanes`
 template <class A, int COUNT> struct Group {
@@ -38,7 +38,7 @@ template <class A, int COUNT> struct Group {
 
     template <class F> static Group make(F f) {
         Group g;
-        for (int b = 0; b < COUNT; b++) g.vec[b] = f(b);
+        unrolled<COUNT>([&](int b) FASTGT_INLINED { g.vec[b] = f(b); });
         return g;
     }
     static Group of(A x) {
@@ -47,7 +47,7 @@ template <class A, int COUNT> struct Group {
 };
 
 template <class A, int N> FASTGT_INLINE void add(Group<A, N>& sum, const Group<A, N>& x) {
-    for (int b = 0; b < N; b++) sum.vec[b] += x.vec[b];
+    unrolled<N>([&](int b) FASTGT_INLINED { sum.vec[b] += x.vec[b]; });
 }
 
 template <class T, int COUNT> struct Place {
@@ -64,20 +64,20 @@ template <class T, int COUNT> struct Place {
     template <class U = T> G load(const Channels& from, int64_t r) const {
         const U* p = from.x.at<U>(r, head);
         if (!from.step) return G::of(A(load_one(p)));
-        return G::make([&](int b) { return get(p, b); });
+        return G::make([&](int b) FASTGT_INLINED { return get(p, b); });
     }
     // of a table [., C] in the accumulator's precision
     G load(const A* p) const {
-        return G::make([&](int b) { return get(p, b); });
+        return G::make([&](int b) FASTGT_INLINED { return get(p, b); });
     }
     template <class U> void store(U* p, const G& x) const {
-        for (int b = 0; b < COUNT; b++) {
+        unrolled<COUNT>([&](int b) FASTGT_INLINED {
             U* at = p + first + b * WIDTH<A>;
             if (COUNT > 1)
                 fastgt::store(at, x.vec[b]);
             else
                 store_some(at, x.vec[b], lanes);
-        }
+        });
     }
     void store(const Array& to, int64_t r, const G& x) const { store(to.at<T>(r, head), x); }
     template <class U> void ask_for(const U* p) const {
@@ -119,7 +119,7 @@ template <class T, int COUNT> struct Logits {
     }
     Group<A, COUNT> clamped(const Group<A, COUNT>& x) const {
         if (!call.clamped) return x;
-        return Group<A, COUNT>::make([&](int b) {
+        return Group<A, COUNT>::make([&](int b) FASTGT_INLINED {
             const Vec<A> s = x.vec[b] < low ? splat(low) : x.vec[b];
             return s > high ? splat(high) : s;
         });
@@ -168,13 +168,15 @@ void forward_row(const ChannelwiseCall& call, const Walk<I>& walk, int64_t r,
         if (call.edge_value.x) place.ask_for(call.edge_value, walk.edge[next]);
         if (call.v.x) place.ask_for(call.v, walk.other[next]);
         const G s = logit(walk.edge[i]);
-        for (int b = 0; b < COUNT; b++) top.vec[b] = larger<A>(s.vec[b], top.vec[b]);
+        unrolled<COUNT>([&](int b) FASTGT_INLINED {
+            top.vec[b] = larger<A>(s.vec[b], top.vec[b]);
+        });
     }
     for (V& t : top.vec) t = t == -INF ? V{} : t;
 
     auto powers_of = [&](int64_t edge) {
         const G s = logit(edge);
-        return G::make([&](int b) { return exponential(s.vec[b] - top.vec[b]); });
+        return G::make([&](int b) FASTGT_INLINED { return exponential(s.vec[b] - top.vec[b]); });
     };
     G total, mean;
     for (int64_t i = from; i < to;) {
@@ -183,7 +185,7 @@ void forward_row(const ChannelwiseCall& call, const Walk<I>& walk, int64_t r,
             const int64_t edge = walk.edge[i];
             const G e = powers_of(edge), x = message(call, place, edge, int64_t(walk.other[i]));
             add(powers, e);
-            for (int b = 0; b < COUNT; b++) products.vec[b] += e.vec[b] * x.vec[b];
+            unrolled<COUNT>([&](int b) FASTGT_INLINED { products.vec[b] += e.vec[b] * x.vec[b]; });
         }
         add(total, powers);
         add(mean, products);
@@ -191,7 +193,7 @@ void forward_row(const ChannelwiseCall& call, const Walk<I>& walk, int64_t r,
 
     G lse, norm, rate;
     bool finite = true;
-    for (int b = 0; b < COUNT; b++) {
+    unrolled<COUNT>([&](int b) FASTGT_INLINED {
         const V z = total.vec[b];
         norm.vec[b] = z == A(0) ? V{} : A(1) / z;
         lse.vec[b] = top.vec[b] + logarithm(z);
@@ -199,29 +201,31 @@ void forward_row(const ChannelwiseCall& call, const Walk<I>& walk, int64_t r,
         mean.vec[b] *= rate.vec[b];
         mean.vec[b] = z == A(0) ? V{} : mean.vec[b];
         finite = finite && all_zero<A>((mean.vec[b] - mean.vec[b]) != A(0));
-    }
+    });
     if (!finite || call.weights) {
         // values may be so large that only their mean is finite: weights are divided before the sum
         G again;
         for (int64_t i = from; i < to; i++) {
             const int64_t edge = walk.edge[i];
             G p = powers_of(edge);
-            for (int b = 0; b < COUNT; b++) p.vec[b] *= rate.vec[b];
+            unrolled<COUNT>([&](int b) FASTGT_INLINED { p.vec[b] *= rate.vec[b]; });
             if (call.weights) place.store(call.weights, edge, p);
             if (finite) continue;
             const G x = message(call, place, edge, int64_t(walk.other[i]));
-            for (int b = 0; b < COUNT; b++) again.vec[b] += p.vec[b] * x.vec[b];
+            unrolled<COUNT>([&](int b) FASTGT_INLINED { again.vec[b] += p.vec[b] * x.vec[b]; });
         }
-        for (int b = 0; b < COUNT; b++) {
+        unrolled<COUNT>([&](int b) FASTGT_INLINED {
             const V m = mean.vec[b], whole = total.vec[b] == A(0) ? m : again.vec[b];
             mean.vec[b] = m - m == A(0) ? m : whole;
-        }
+        });
     }
     place.store(call.o, r, mean);
     place.store(call.lse.template at<A>(r, place.head), lse);
     if (!call.stat) return;
     // no edge of a row without a finite logit gets a weight: exp(-inf - inf) = 0
-    for (int b = 0; b < COUNT; b++) top.vec[b] = total.vec[b] == A(0) ? splat(INF) : top.vec[b];
+    unrolled<COUNT>([&](int b) FASTGT_INLINED {
+        top.vec[b] = total.vec[b] == A(0) ? splat(INF) : top.vec[b];
+    });
     A* stat = call.stat.template at<A>(r) + place.head * call.width;
     const int64_t channels = call.heads * call.width;
     place.store(stat, top);
@@ -295,14 +299,14 @@ void backward_row(const ChannelwiseCall& call, const Walk<I>& walk, int64_t r,
     G u = place.load(call.d_o, r), h;
     if (call.dlse.x) h = place.template load<A>(call.dlse, r);
     VecInt<A> some[COUNT];
-    for (int b = 0; b < COUNT; b++) {
+    unrolled<COUNT>([&](int b) FASTGT_INLINED {
         const V n = norm.vec[b];
         // where no edge counts, neither do the upstream gradients, finite or not
         some[b] = n != A(0);
         const V lse = pivot.vec[b] - logarithm(n);
         u.vec[b] = where_set<A>(some[b], n * eps_share<A>(call, lse) * u.vec[b]);
         h.vec[b] = where_set<A>(some[b], n * h.vec[b]);
-    }
+    });
     if (call.pivot_u) {
         A* own = call.pivot_u.template at<A>(r) + offset;
         place.store(own, pivot);
@@ -315,12 +319,13 @@ void backward_row(const ChannelwiseCall& call, const Walk<I>& walk, int64_t r,
         if (call.dlogits && call.edge_value.x) place.ask_for(call.edge_value, walk.edge[next]);
         if (call.dlogits && call.v.x) place.ask_for(call.v, walk.other[next]);
         const G x = place.load(call.logits, edge), s = logit.clamped(x);
-        const G e = G::make([&](int b) { return exponential(s.vec[b] - pivot.vec[b]); });
-        const G dx = G::make([&](int b) { return e.vec[b] * u.vec[b]; });
+        const G e = G::make(
+            [&](int b) FASTGT_INLINED { return exponential(s.vec[b] - pivot.vec[b]); });
+        const G dx = G::make([&](int b) FASTGT_INLINED { return e.vec[b] * u.vec[b]; });
         if (call.dedge_value) place.store(call.dedge_value, edge, dx);
         if (!call.dlogits) continue;
         const G value = message(call, place, edge, int64_t(walk.other[i]));
-        place.store(call.dlogits, edge, G::make([&](int b) {
+        place.store(call.dlogits, edge, G::make([&](int b) FASTGT_INLINED {
             const V ds = dx.vec[b] * (value.vec[b] - mean.vec[b]) + e.vec[b] * h.vec[b];
             return where_set<A>(logit.through(x.vec[b]) & some[b], ds);
         }));
@@ -377,8 +382,9 @@ void backward_column(const ChannelwiseCall& call, const Walk<I>& walk, int64_t c
             place.ask_for(row(walk.other[next]));
             place.ask_for(row(walk.other[next]) + channels);
             const G s = logit(edge), pivot = place.load(of_row), u = place.load(of_row + channels);
-            for (int b = 0; b < COUNT; b++)
+            unrolled<COUNT>([&](int b) FASTGT_INLINED {
                 some.vec[b] += exponential(s.vec[b] - pivot.vec[b]) * u.vec[b];
+            });
         }
         add(sum, some);
     }

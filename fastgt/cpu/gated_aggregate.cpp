@@ -62,19 +62,19 @@ template <class T> void forward(const GatedAggregateCall& call) {
                 prefetch_line<Z>(call.x.at<T>(walk.other[next]) + c);
                 const auto x = load_line<Z>(call.x.at<T>(walk.other[i]) + c, n);
                 Line<A, 2 * Z> term;
-                for (int v = 0; v < Z; v++) {
+                unrolled<Z>([&](int v) FASTGT_INLINED {
                     term.v[v] = sigmoid<A>(e.v[v]);
                     term.v[Z + v] = term.v[v] * x.v[v];
-                }
+                });
                 return term;
             });
             Line<A, Z> mean, total;
-            for (int v = 0; v < Z; v++) {
+            unrolled<Z>([&](int v) FASTGT_INLINED {
                 const V sum = sums.v[v] + A(call.eps);
                 total.v[v] = sum == A(0) ? splat(A(1)) : sum;
                 mean.v[v] = sums.v[Z + v];
                 if (call.normalize) mean.v[v] /= total.v[v];
-            }
+            });
             store_line<Z>(call.o.at<T>(r) + c, mean, n);
             if (call.total) store_line<Z>(call.total.at<A>(r) + c, total, n);
             if (call.mean) store_line<Z>(call.mean.at<A>(r) + c, mean, n);
@@ -139,14 +139,16 @@ template <class T> void to_columns(const GatedAggregateCall& call) {
                 const auto ds = score_gradient<T, Z>(call, sigma, x, w, shift, edge, c, n);
                 if (call.dgate) store_line<Z>(call.dgate.at<T>(edge) + c, ds, n);
                 Line<A, 2 * Z> term;
-                for (int v = 0; v < Z; v++) {
+                unrolled<Z>([&](int v) FASTGT_INLINED {
                     term.v[v] = sigma.v[v] * w.v[v];
                     term.v[Z + v] = ds.v[v];
-                }
+                });
                 return term;
             });
             Line<A, Z> dx, dcol;
-            for (int v = 0; v < Z; v++) dx.v[v] = sums.v[v], dcol.v[v] = sums.v[Z + v];
+            unrolled<Z>([&](int v) FASTGT_INLINED {
+                dx.v[v] = sums.v[v], dcol.v[v] = sums.v[Z + v];
+            });
             if (call.dx) store_line<Z>(call.dx.at<T>(j) + c, dx, n);
             if (call.dcol) store_line<Z>(call.dcol.at<T>(j) + c, dcol, n);
         });

@@ -15,6 +15,8 @@
 #endif
 
 #define FASTGT_INLINE static inline __attribute__((always_inline))
+// for a lambda of a kernel's inner loop
+#define FASTGT_INLINED __attribute__((always_inline))
 
 namespace fastgt {
 
@@ -63,6 +65,14 @@ template <> struct AccumulatorOf<double> {
 };
 template <class T> using Accumulator = typename AccumulatorOf<T>::type;
 
+// f(0) to f(N - 1), written out: at -O2 a compiler keeps arrays that a loop goes through in memory
+template <int N, class F> FASTGT_INLINE void unrolled(const F& f) {
+    if constexpr (N > 0) {
+        unrolled<N - 1>(f);
+        f(N - 1);
+    }
+}
+
 template <class A> FASTGT_INLINE Vec<A> splat(A x) {
     return x - Vec<A>{};
 }
@@ -91,9 +101,16 @@ template <class A> FASTGT_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
 }
 
 template <class A> FASTGT_INLINE bool all_zero(VecInt<A> x) {
-    typename LanesOf<A>::Int any = 0;
-    for (int l = 0; l < WIDTH<A>; l++) any |= x[l];
+#if defined(__AVX512F__)
+    return _mm512_test_epi64_mask((__m512i)x, (__m512i)x) == 0;
+#elif defined(__AVX2__)
+    return _mm256_testz_si256((__m256i)x, (__m256i)x);
+#else
+    int64_t words[BYTES / 8], any = 0;
+    std::memcpy(words, &x, BYTES);
+    for (const int64_t word : words) any |= word;
     return any == 0;
+#endif
 }
 
 // ---- loads and stores

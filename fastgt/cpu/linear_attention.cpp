@@ -57,23 +57,18 @@ void tile(A* c, int64_t ldc, const A* a, int64_t si, int64_t sk, const A* b, int
     V sum[R][COUNT] = {};
     for (int64_t k = 0; k < inner; k++, a += sk, b += ldb) {
         V row[COUNT];
-#pragma GCC unroll 4
-        for (int j = 0; j < COUNT; j++) row[j] = load(b + j * W);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
+        unrolled<COUNT>([&](int j) FASTGT_INLINED { row[j] = load(b + j * W); });
+        unrolled<R>([&](int r) FASTGT_INLINED {
             const V x = splat(a[r * si]);
-#pragma GCC unroll 4
-            for (int j = 0; j < COUNT; j++) sum[r][j] += x * row[j];
-        }
+            unrolled<COUNT>([&](int j) FASTGT_INLINED { sum[r][j] += x * row[j]; });
+        });
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-#pragma GCC unroll 4
-        for (int j = 0; j < COUNT; j++) {
+    unrolled<R>([&](int r) FASTGT_INLINED {
+        unrolled<COUNT>([&](int j) FASTGT_INLINED {
             A* at = c + r * ldc + j * W;
             store(at, onto ? load(at) + sum[r][j] : sum[r][j]);
-        }
-    }
+        });
+    });
 }
 
 template <class A, int R, int COUNT>

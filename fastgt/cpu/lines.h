@@ -3,9 +3,6 @@
 
 #include "call.h"
 
-// for a lambda of a kernel's inner loop, which is called as often as once an edge
-#define FASTGT_INLINED __attribute__((always_inline))
-
 namespace fastgt {
 
 constexpr int64_t AHEAD = 16;  // edges from which rows are asked for before they are needed
@@ -17,12 +14,12 @@ template <class A, int Z> struct Line {
 
 template <class A, int Z, class F> FASTGT_INLINE Line<A, Z> by_vector(F f) {
     Line<A, Z> r;
-    for (int z = 0; z < Z; z++) r.v[z] = f(z);
+    unrolled<Z>([&](int z) FASTGT_INLINED { r.v[z] = f(z); });
     return r;
 }
 
 template <class A, int Z> FASTGT_INLINE void operator+=(Line<A, Z>& a, const Line<A, Z>& b) {
-    for (int z = 0; z < Z; z++) a.v[z] += b.v[z];
+    unrolled<Z>([&](int z) FASTGT_INLINED { a.v[z] += b.v[z]; });
 }
 
 // the last vector has n lanes
@@ -36,13 +33,14 @@ template <int Z, class T> FASTGT_INLINE Line<Accumulator<T>, Z> load_line(const 
 template <int Z, class T>
 FASTGT_INLINE void store_line(T* p, const Line<Accumulator<T>, Z>& x, int n) {
     using A = Accumulator<T>;
-    for (int z = 0; z < Z - 1; z++) store(p + z * WIDTH<A>, x.v[z]);
+    unrolled<Z - 1>([&](int z) FASTGT_INLINED { store(p + z * WIDTH<A>, x.v[z]); });
     store_some(p + (Z - 1) * WIDTH<A>, x.v[Z - 1], n);
 }
 
 template <int Z, class T> FASTGT_INLINE void prefetch_line(const T* p) {
-    for (int b = 0; b < Z * WIDTH<Accumulator<T>> * int(sizeof(T)); b += 64)
-        __builtin_prefetch((const char*)p + b);
+    constexpr int BYTES_READ = Z * WIDTH<Accumulator<T>> * int(sizeof(T));
+    unrolled<(BYTES_READ + 63) / 64>(
+        [&](int line) FASTGT_INLINED { __builtin_prefetch((const char*)p + line * 64); });
 }
 
 // the sum of term(i) over the slots from `from` to `to`, in blocks that keep its error small

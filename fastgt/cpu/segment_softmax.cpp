@@ -10,28 +10,44 @@ struct SegmentSoftmaxCall {
     Array x, y, dy, dx;  // [E, D] in the caller's order; a forward has x and y, a backward the rest
 };
 
+constexpr int64_t AHEAD = 16;  // edges whose numbers are asked for before they are needed
+
 template <class T, class I> void forward(const SegmentSoftmaxCall& call) {
     using A = Accumulator<T>;
     using V = Vec<A>;
+    constexpr A INF = std::numeric_limits<A>::infinity();
+    constexpr bool rounded = sizeof(T) < sizeof(A);  // a result cannot hold what is not yet divided
     const Walk<I> walk(call.rows);
+    expect_writes(call.y.data, walk.edges * call.width * int64_t(sizeof(T)));
     each_range(call.threads, walk, [&](int64_t begin, int64_t end, int64_t) {
         for (int64_t r = begin; r < end; r++) {
             const int64_t from = walk.ptr[r], to = walk.ptr[r + 1];
-            each_vector<A>(call.width, [&](int64_t c, int n) {
-                auto x = [&](int64_t i) { return load_some(call.x.at<T>(walk.edge[i]) + c, n); };
-                V top = splat(-std::numeric_limits<A>::infinity());
-                for (int64_t i = from; i < to; i++) top = larger<A>(x(i), top);
-                top = top == -std::numeric_limits<A>::infinity() ? V{} : top;
+            each_vector<A>(call.width, [&](int64_t c, int n) FASTGT_INLINED {
+                auto x = [&](int64_t i) FASTGT_INLINED {
+                    return load_some(call.x.at<T>(walk.edge[i]) + c, n);
+                };
+                auto y = [&](int64_t i) FASTGT_INLINED { return call.y.at<T>(walk.edge[i]) + c; };
+                V top = splat(-INF);
+                for (int64_t i = from; i < to; i++) {
+                    const I next = walk.edge[std::min(i + AHEAD, walk.edges - 1)];
+                    __builtin_prefetch(call.x.at<T>(next) + c);
+                    top = larger<A>(x(i), top);
+                }
+                top = top == -INF ? V{} : top;
                 V total{};
                 for (int64_t i = from; i < to;) {
                     V some{};
-                    for (const int64_t stop = std::min(to, i + BLOCK); i < stop; i++)
-                        some += exponential(x(i) - top);
+                    for (const int64_t stop = std::min(to, i + BLOCK); i < stop; i++) {
+                        const V p = exponential(x(i) - top);
+                        if (!rounded) store_some(y(i), p, n);
+                        some += p;
+                    }
                     total += some;
                 }
                 const V norm = total == A(0) ? V{} : A(1) / total;
                 for (int64_t i = from; i < to; i++)
-                    store_some(call.y.at<T>(walk.edge[i]) + c, exponential(x(i) - top) * norm, n);
+                    store_some(y(i),
+                               (rounded ? exponential(x(i) - top) : load_some(y(i), n)) * norm, n);
             });
         }
     });
@@ -41,16 +57,24 @@ template <class T, class I> void backward(const SegmentSoftmaxCall& call) {
     using A = Accumulator<T>;
     using V = Vec<A>;
     const Walk<I> walk(call.rows);
+    expect_writes(call.dx.data, walk.edges * call.width * int64_t(sizeof(T)));
     each_range(call.threads, walk, [&](int64_t begin, int64_t end, int64_t) {
         for (int64_t r = begin; r < end; r++) {
             const int64_t from = walk.ptr[r], to = walk.ptr[r + 1];
-            each_vector<A>(call.width, [&](int64_t c, int n) {
-                auto y = [&](int64_t i) { return load_some(call.y.at<T>(walk.edge[i]) + c, n); };
-                auto dy = [&](int64_t i) { return load_some(call.dy.at<T>(walk.edge[i]) + c, n); };
+            each_vector<A>(call.width, [&](int64_t c, int n) FASTGT_INLINED {
+                auto y = [&](int64_t i) FASTGT_INLINED {
+                    return load_some(call.y.at<T>(walk.edge[i]) + c, n);
+                };
+                auto dy = [&](int64_t i) FASTGT_INLINED {
+                    return load_some(call.dy.at<T>(walk.edge[i]) + c, n);
+                };
                 V total{}, product{};
                 for (int64_t i = from; i < to;) {
                     V some{}, products{};
                     for (const int64_t stop = std::min(to, i + BLOCK); i < stop; i++) {
+                        const I next = walk.edge[std::min(i + AHEAD, walk.edges - 1)];
+                        __builtin_prefetch(call.y.at<T>(next) + c);
+                        __builtin_prefetch(call.dy.at<T>(next) + c);
                         some += y(i);
                         products += y(i) * dy(i);
                     }

@@ -103,89 +103,79 @@ Products<T> products_for(const Array& x, const Group& g, int64_t share, int64_t 
 
 // ---- one row's softmax, HG heads in lanes
 
-// s [n][HG] logits -> weights; lse and dead [HG]
-template <class A, int HG> void softmax_row(A* s, int64_t n, double eps, A* lse, bool* dead) {
+template <class A> constexpr A INF = std::numeric_limits<A>::infinity();
+
+// x of HG lanes in all lanes, over and over
+template <class A, int HG> FASTGT_INLINE Vec<A> repeated(const A* x) {
+    return __builtin_shuffle(load(x, HG), lane_numbers<A>() & (HG - 1));
+}
+
+// the lanes of a vector that has `count` of them
+template <class A> FASTGT_INLINE VecInt<A> first_lanes(int count) {
+    return lane_numbers<A>() < typename LanesOf<A>::Int(count);
+}
+
+// s [n][HG] logits -> weights; lse [HG]. -> the lanes of the heads whose edges have no
+// finite logit
+template <class A, int HG>
+FASTGT_INLINE VecInt<A> softmax_row(A* s, int64_t n, A log_eps, A* lse) {
     using V = Vec<A>;
-    constexpr A INF = std::numeric_limits<A>::infinity();
-    const int64_t count = n * HG;
-    V top = splat(-INF);
-    int64_t i = 0;
     constexpr int W = WIDTH<A>;
-    for (; i + W <= count; i += W) top = larger<A>(load(s + i), top);
-    const VecInt<A> lanes = lane_numbers<A>();
-    const typename LanesOf<A>::Int rest = count - i;
-    if (rest) top = larger<A>(lanes < rest ? load(s + i, int(rest)) : splat(-INF), top);
+    if (!n) {
+        std::fill_n(lse, HG, -INF<A>);
+        return VecInt<A>{};
+    }
+    const int64_t count = n * HG, whole = count / W * W;
+    const int rest = int(count - whole);
+    V top = splat(-INF<A>);
+    for (int64_t i = 0; i < whole; i += W) top = larger<A>(load(s + i), top);
+    if (rest)
+        top = larger<A>(first_lanes<A>(rest) ? load(s + whole, rest) : splat(-INF<A>), top);
     top = max_across<A, HG>(top);
-    const V pivot = top == -INF ? V{} : top;
+    const V pivot = top == -INF<A> ? V{} : top;
     V total{};
-    for (i = 0; i + W <= count;) {
+    for (int64_t i = 0; i < whole;) {
         V some{};
-        for (const int64_t stop = std::min(count, i + BLOCK * W); i + W <= stop; i += W) {
+        for (const int64_t stop = std::min(whole, i + BLOCK * W); i < stop; i += W) {
             const V p = exponential(load(s + i) - pivot);
             store(s + i, p);
             some += p;
         }
         total += some;
     }
+    V last{};
     if (rest) {
-        const V p = where_set<A>(lanes < rest, exponential(load(s + i, int(rest)) - pivot));
-        store(s + i, p, int(rest));
-        total += p;
+        last = where_set<A>(first_lanes<A>(rest), exponential(load(s + whole, rest) - pivot));
+        total += last;
     }
     total = sum_across<A, HG>(total);
-    const V log_sum = pivot + logarithm(total);
     V divisor = total;
-    if (eps != 0) divisor += exponential(splat(A(std::log(eps))) - pivot);
-    const V norm = total == A(0) ? V{} : A(1) / divisor;
-    for (i = 0; i + W <= count; i += W) store(s + i, load(s + i) * norm);
-    if (rest) store(s + i, load(s + i, int(rest)) * norm, int(rest));
-    A sums[W], logs[W];
-    store(sums, total);
-    store(logs, log_sum);
-    for (int v = 0; v < HG; v++) {
-        lse[v] = sums[v] == 0 ? -INF : logs[v];
-        dead[v] = sums[v] == 0;
-    }
-}
-
-template <class A> void softmax_row(int lanes, A* s, int64_t n, double eps, A* lse, bool* dead) {
-    switch (lanes) {
-        case 1: return softmax_row<A, 1>(s, n, eps, lse, dead);
-        case 2: return softmax_row<A, 2>(s, n, eps, lse, dead);
-        case 4:
-            if constexpr (GROUP<A> >= 4) return softmax_row<A, 4>(s, n, eps, lse, dead);
-            break;
-        default:
-            if constexpr (GROUP<A> >= 8) return softmax_row<A, 8>(s, n, eps, lse, dead);
-    }
+    if (log_eps > -INF<A>) divisor += exponential(log_eps - pivot);
+    const VecInt<A> dead = total == A(0);
+    const V norm = dead ? V{} : A(1) / divisor;
+    for (int64_t i = 0; i < whole; i += W) store(s + i, load(s + i) * norm);
+    if (rest) store(s + whole, last * norm, rest);
+    store(lse, dead ? splat(-INF<A>) : pivot + logarithm(total), HG);
+    return dead;
 }
 
 // p [n][HG] logits -> weights, dp [n][HG] -> gradients of the logits, with the row's lse and the
-// gradient of that. `kept` is what dropout makes of a weight.
+// gradient of that (or null). `kept` is what dropout makes of a weight.
 template <class A, int HG>
-void softmax_row_backward(A* p, A* dp, int64_t n, double eps, const A* lse_of_head,
-                          const A* dlse_of_head, const A* kept) {
+FASTGT_INLINE void softmax_row_backward(A* p, A* dp, int64_t n, A log_eps, const A* lse_of_head,
+                                        const A* dlse_of_head, const A* kept) {
     using V = Vec<A>;
-    constexpr A INF = std::numeric_limits<A>::infinity();
     constexpr int W = WIDTH<A>;
-    A lses[W], dlses[W];
-    for (int l = 0; l < W; l++) {
-        lses[l] = lse_of_head[l % HG];
-        dlses[l] = dlse_of_head[l % HG];
-    }
-    const V lse = load(lses);
-    const VecInt<A> dead = lse == -INF;
-    const V pivot = dead ? splat(INF) : lse;
+    const V lse = repeated<A, HG>(lse_of_head);
+    const VecInt<A> alive = lse != -INF<A>;
+    const V pivot = alive ? lse : splat(INF<A>);
     const int64_t count = n * HG;
     V total{}, product{};
-    auto first = [&](int64_t i, int lanes, V& sum, V& sum_product) __attribute__((always_inline)) {
+    auto first = [&](int64_t i, int lanes, V& sum, V& sum_product) FASTGT_INLINED {
         V x = exponential(load_some(p + i, lanes) - pivot);
-        if (lanes < W) {
-            const typename LanesOf<A>::Int most = lanes;
-            x = where_set<A>(lane_numbers<A>() < most, x);
-        }
+        if (lanes < W) x = where_set<A>(first_lanes<A>(lanes), x);
         // nothing reaches a row without weights, whatever stands upstream
-        V d = where_set<A>(~dead, load_some(dp + i, lanes));
+        V d = where_set<A>(alive, load_some(dp + i, lanes));
         if (kept) d *= load_some(kept + i, lanes);
         store_some(p + i, x, lanes);
         store_some(dp + i, d, lanes);
@@ -206,32 +196,17 @@ void softmax_row_backward(A* p, A* dp, int64_t n, double eps, const A* lse_of_he
     // 1 but for the rounding of the stored lse, which is that of the largest logit
     const V norm = total == A(0) ? V{} : A(1) / total;
     V share = norm;
-    if (eps != 0) share = norm / (A(1) + exponential(splat(A(std::log(eps))) - lse));
-    share = where_set<A>(~dead, share);
+    if (log_eps > -INF<A>) share = norm / (A(1) + exponential(log_eps - lse));
+    share = where_set<A>(alive, share);
     const V mean = product * share;
-    const V dlse = where_set<A>(~dead, load(dlses)) * norm;
-    each_vector<A>(count, [&](int64_t j, int lanes) __attribute__((always_inline)) {
+    V dlse{};
+    if (dlse_of_head) dlse = where_set<A>(alive, repeated<A, HG>(dlse_of_head)) * norm;
+    each_vector<A>(count, [&](int64_t j, int lanes) FASTGT_INLINED {
         const V x = load_some(p + j, lanes), d = load_some(dp + j, lanes), a = x * share;
         const V ds = a * (d - mean) + x * dlse;
         store_some(dp + j, ds, lanes);
         store_some(p + j, kept ? a * load_some(kept + j, lanes) : a, lanes);
     });
-}
-
-template <class A>
-void softmax_row_backward(int lanes, A* p, A* dp, int64_t n, double eps, const A* lse,
-                          const A* dlse, const A* kept) {
-    switch (lanes) {
-        case 1: return softmax_row_backward<A, 1>(p, dp, n, eps, lse, dlse, kept);
-        case 2: return softmax_row_backward<A, 2>(p, dp, n, eps, lse, dlse, kept);
-        case 4:
-            if constexpr (GROUP<A> >= 4)
-                return softmax_row_backward<A, 4>(p, dp, n, eps, lse, dlse, kept);
-            break;
-        default:
-            if constexpr (GROUP<A> >= 8)
-                return softmax_row_backward<A, 8>(p, dp, n, eps, lse, dlse, kept);
-    }
 }
 
 // ---- the operator
@@ -240,7 +215,6 @@ template <class T> class Attention {
     using A = Accumulator<T>;
     using V = Vec<A>;
     static constexpr int W = WIDTH<A>;
-    static constexpr A INF = std::numeric_limits<A>::infinity();
 
     const AttentionCall& call;
     const AnyWalk rows, columns;
@@ -250,9 +224,12 @@ template <class T> class Attention {
     const int64_t together;  // groups whose edges' weights are kept at once in a backward
     const bool backward;
     const bool clamped;
+    const A log_eps;
+    const bool on_edges;  // whether anything is read or written by an edge's number
     const bool by_channel;  // products go channel by channel
     const int64_t wide_d, wide_dv, wide_c;
     int64_t longest_row, longest_column;
+    mutable std::atomic<bool> dead_rows{false};  // whether a row that has edges has no weights
     uint8_t* kept_bits;
     A* pairs;  // [groups together][E][weight of each head, gradient of each logit]
     char* rooms;
@@ -263,7 +240,7 @@ template <class T> class Attention {
         A *s, *raw, *dp, *kept;               // [edges][lanes]
         A *q, *attr_q, *d_o, *dattr_o, *sum;  // [rows][heads of a group][width]
         A *lse, *dlse;                        // [rows][lanes]
-        bool* dead;                           // [rows][lanes]
+        bool any_dead;                        // whether a row of the chunk has no weights
         int32_t* row;                         // [edges]
         int64_t *ptr, *other, *edge, *slot;   // of the chunk: copies of its part of the walk
         A* dattr;                             // [edges][C]
@@ -291,7 +268,10 @@ template <class T> class Attention {
           groups((c.heads + GROUP<A> - 1) / GROUP<A>),
           together(share > 1 || c.dattr ? groups : 1),
           backward(c.d_o.data != nullptr),
-          clamped(c.low > -double(INF) || c.high < double(INF)),
+          clamped(c.low > -double(INF<A>) || c.high < double(INF<A>)),
+          log_eps(c.eps == 0 ? -INF<A> : A(std::log(c.eps))),
+          on_edges(c.bias || c.gate || c.key || c.value || c.attr || c.seed || c.weights ||
+                   c.scores || c.dscores),
           by_channel(c.gate_by_channel || c.scores || c.dscores),
           wide_d(padded<A>(c.d)),
           wide_dv(padded<A>(c.dv)),
@@ -312,7 +292,10 @@ template <class T> class Attention {
 
     void run_forward() {
         draw();
+        expect(call.o, rows.segments, call.dv);
+        expect(call.scores, rows.edges, call.d);
         each_chunk(rows, call.mask_rows, [&](const Chunk& chunk, Room& room) {
+            blank_results(chunk, room);
             for (int64_t g = 0; g < groups; g++) {
                 const Group group = make_group(chunk.mask, call.heads, g * most, int(most));
                 if (group.count) forward_rows(chunk, group, room);
@@ -322,9 +305,17 @@ template <class T> class Attention {
 
     void run_backward() {
         draw();
+        expect(call.dq, rows.segments, call.d);
+        expect(call.dk, columns.segments, call.d);
+        expect(call.dv_, columns.segments, call.dv);
+        expect(call.dgate, rows.edges, call.gate_by_channel ? call.d : 1);
+        expect(call.dkey, rows.edges, call.d);
+        expect(call.dvalue, rows.edges, call.dv);
+        if (pairs) expect_writes(pairs, together * rows.edges * pair_size() * int64_t(sizeof(A)));
         for (int64_t first = 0; first < groups; first += together) {
             const int64_t last = std::min(groups, first + together);
             each_chunk(rows, call.mask_rows, [&](const Chunk& chunk, Room& room) {
+                if (!first) blank_gradients(chunk, room);
                 if (call.dattr)
                     std::fill_n(room.dattr, chunk.edges() * call.attr_width, A(0));
                 for (int64_t g = first; g < last; g++) {
@@ -338,6 +329,7 @@ template <class T> class Attention {
             });
             if (!call.dk && !call.dv_) continue;
             each_chunk(columns, call.mask_cols, [&](const Chunk& chunk, Room& room) {
+                if (!first && share == 1) blank_columns(chunk);
                 if (share > 1) {
                     std::fill_n(room.dk, chunk.count() * call.kv_heads * wide_d, A(0));
                     std::fill_n(room.dv, chunk.count() * call.kv_heads * wide_dv, A(0));
@@ -359,23 +351,17 @@ template <class T> class Attention {
         }
     }
 
-    // Whether a row that has edges has no finite logit for an active head.
-    bool has_dead_rows() const {
-        for (int64_t r = 0; r < rows.segments; r++) {
-            if (rows.ptr[r] == rows.ptr[r + 1]) continue;
-            const bool* mask = call.mask_rows ? call.mask_rows.at<bool>(r) : nullptr;
-            for (int64_t h = 0; h < call.heads; h++)
-                if ((!mask || mask[h]) && call.lse.at<A>(r)[h] == -INF) return true;
-        }
-        return false;
-    }
-
    private:
     static int64_t longest(const AnyWalk& walk) {
         int64_t x = 0;
         for (int64_t r = 0; r < walk.segments; r++)
             x = std::max<int64_t>(x, walk.ptr[r + 1] - walk.ptr[r]);
         return x;
+    }
+
+    // Fresh memory of `count` rows of all heads.
+    void expect(const Array& x, int64_t count, int64_t width) const {
+        if (x) expect_writes(x.data, count * call.heads * width * int64_t(sizeof(T)));
     }
 
     int64_t bytes_an_edge() const { return (call.heads + 3) / 4; }
@@ -400,7 +386,6 @@ template <class T> class Attention {
         room.attr_q = take<A>(place, n * wide_c);
         room.sum = take<A>(place, n * std::max({wide_d, wide_dv, wide_c}));
         room.lse = take<A>(place, n + W);
-        room.dead = take<bool>(place, n);
         if (call.seed) room.kept = take<A>(place, edges * most + W);
         if (call.gate || clamped) room.raw = take<A>(place, edges * most + W);
         if (!backward) return room;
@@ -441,13 +426,63 @@ template <class T> class Attention {
     void copy_walk(const AnyWalk& walk, Chunk& chunk, Room& room) const {
         chunk.reach = std::min(walk.edges - chunk.from, chunk.edges() + MARGIN);
         walk.other.copy(chunk.from, chunk.reach, room.other);
-        walk.edge.copy(chunk.from, chunk.reach, room.edge);
+        if (on_edges) walk.edge.copy(chunk.from, chunk.reach, room.edge);
         if (room.slot && walk.ptr.data == columns.ptr.data)
             Indices{call.slot.data, call.rows.wide != 0}.copy(chunk.from, chunk.reach, room.slot);
         walk.ptr.copy(chunk.begin, chunk.count() + 1, room.ptr);
         for (int64_t r = 0; r <= chunk.count(); r++) room.ptr[r] -= chunk.from;
         for (int64_t r = 0; r < chunk.count(); r++)
             std::fill(room.row + room.ptr[r], room.row + room.ptr[r + 1], int32_t(r));
+    }
+
+    // ---- heads that are not active
+
+    template <class F> void each_masked(const Chunk& chunk, const F& f) const {
+        if (!chunk.mask) return;
+        for (int64_t h = 0; h < call.heads; h++)
+            if (!chunk.mask[h]) f(h);
+    }
+
+    template <class S = T>
+    static void blank(const Array& x, int64_t begin, int64_t end, int64_t h, int64_t width) {
+        if (!x) return;
+        for (int64_t r = begin; r < end; r++)
+            std::memset((void*)x.at<S>(r, h), 0, width * sizeof(S));
+    }
+
+    void blank_edges(const Array& x, const Chunk& chunk, const Room& room, int64_t h,
+                     int64_t width) const {
+        if (!x) return;
+        for (int64_t e = 0; e < chunk.edges(); e++)
+            blank(x, room.edge[e], room.edge[e] + 1, h, width);
+    }
+
+    void blank_results(const Chunk& chunk, const Room& room) const {
+        each_masked(chunk, [&](int64_t h) {
+            blank(call.o, chunk.begin, chunk.end, h, call.dv);
+            blank<A>(call.attr_o, chunk.begin, chunk.end, h, call.attr_width);
+            for (int64_t r = chunk.begin; r < chunk.end; r++) call.lse.at<A>(r)[h] = -INF<A>;
+            blank_edges(call.weights, chunk, room, h, 1);
+            blank_edges(call.scores, chunk, room, h, call.d);
+        });
+    }
+
+    void blank_gradients(const Chunk& chunk, const Room& room) const {
+        each_masked(chunk, [&](int64_t h) {
+            blank(call.dq, chunk.begin, chunk.end, h, call.d);
+            blank<A>(call.dattr_q, chunk.begin, chunk.end, h, call.attr_width);
+            blank_edges(call.dbias, chunk, room, h, 1);
+            blank_edges(call.dgate, chunk, room, h, call.gate_by_channel ? call.d : 1);
+            blank_edges(call.dkey, chunk, room, h, call.d);
+            blank_edges(call.dvalue, chunk, room, h, call.dv);
+        });
+    }
+
+    void blank_columns(const Chunk& chunk) const {
+        each_masked(chunk, [&](int64_t h) {
+            blank(call.dk, chunk.begin, chunk.end, h, call.d);
+            blank(call.dv_, chunk.begin, chunk.end, h, call.dv);
+        });
     }
 
     // ---- dropout
@@ -472,13 +507,28 @@ template <class T> class Attention {
     // What dropout makes of the weights of a chunk's edges: 0, or by how much they grow.
     void keep(const Chunk& chunk, const Group& g, Room& room) const {
         const int64_t blocks = bytes_an_edge();
-        for (int64_t e = 0; e < chunk.edges(); e++) {
-            const uint8_t* bits = kept_bits + room.edge[e] * blocks;
-            for (int v = 0; v < g.lanes; v++) {
-                const int h = g.head[v];
-                room.kept[e * g.lanes + v] = bits[h / 4] >> (h % 4) & 1 ? A(call.growth) : A(0);
+        const int64_t first = g.head[0] / 4, last = g.head[g.count - 1] / 4;
+        with_lanes<A>(g.lanes, [&](auto lanes) {
+            constexpr int HG = decltype(lanes)::value;
+            VecInt<A> bit{};
+            for (int v = 0; v < HG; v++) bit[v] = 1 << v;
+            for (int64_t e = 0; e < chunk.edges(); e++) {
+                const uint8_t* bits = kept_bits + room.edge[e] * blocks;
+                A* to = room.kept + e * HG;
+                if (g.adjacent) {
+                    uint32_t word = 0;
+                    for (int64_t b = first; b <= last; b++) word |= bits[b] << 4 * (b - first);
+                    const VecInt<A> kept =
+                        (typename LanesOf<A>::Int(word >> g.head[0] % 4) & bit) != 0;
+                    store(to, where_set<A>(kept, splat(A(call.growth))), HG);
+                } else {
+                    for (int v = 0; v < HG; v++) {
+                        const int h = g.head[v];
+                        to[v] = bits[h / 4] >> (h % 4) & 1 ? A(call.growth) : A(0);
+                    }
+                }
             }
-        }
+        });
     }
 
     // ---- pieces of the two passes
@@ -518,10 +568,36 @@ template <class T> class Attention {
         return {to, size, head};
     }
 
-    Vectors<A> sums(const Chunk& chunk, const Group& g, int64_t width, int fold, A* to) const {
+    // Whether products read and write the heads of `x` where they lie.
+    template <class S>
+    static bool in_place(const Array& x, const Group& g, int64_t width, int fold) {
+        return std::is_same_v<S, A> && g.adjacent && (fold == 1 || x.head == width);
+    }
+
+    template <class S> Vectors<A> place_of(const Array& x, const Chunk& chunk, const Group& g,
+                                           int fold) const {
+        return {(A*)x.at<S>(chunk.begin, g.head[0]), x.row, fold > 1 ? W : x.head};
+    }
+
+    // As packed, but where they lie if that can be.
+    template <class S = T>
+    Vectors<A> rows_of(const Array& x, const Chunk& chunk, const Group& g, int64_t width, int fold,
+                       A* buffer) const {
+        return in_place<S>(x, g, width, fold) ? place_of<S>(x, chunk, g, fold)
+                                              : packed<S>(x, chunk, g, width, fold, A(1), buffer);
+    }
+
+    Vectors<A> sums(const Group& g, int64_t width, int fold, A* to) const {
         const int64_t head = fold > 1 ? W : padded<A>(width), size = g.lanes / fold * head;
-        std::fill_n(to, chunk.count() * size, A(0));
         return {to, size, head};
+    }
+
+    // Where the sums of a result are made: in place if that can be.
+    template <class S = T>
+    Vectors<A> sums_for(const Array& to, const Chunk& chunk, const Group& g, int64_t width,
+                        int fold, A* buffer) const {
+        return in_place<S>(to, g, width, fold) ? place_of<S>(to, chunk, g, fold)
+                                               : sums(g, width, fold, buffer);
     }
 
     // f(row, head, its sum) for the sums of a group
@@ -553,29 +629,27 @@ template <class T> class Attention {
 
     // s = scale * q . (k + key) * gate, by whichever way
     void logits(const Chunk& chunk, const Group& g, Room& room) const {
-        const auto p = products_for<T>(call.k, g, share, call.d);
-        const Vectors<A> q =
-            packed(call.q, chunk, g, call.d, by_channel ? 1 : p.fold, A(call.scale), room.q);
         const int64_t n = chunk.edges();
         const auto keys = by_column(call.k, chunk, g, call.d, room);
         if (by_channel) {
-            channel_logits(chunk, g, q, keys, room);
+            const Vectors<A> q = packed(call.q, chunk, g, call.d, 1, A(call.scale), room.q);
+            with_lanes<A>(g.lanes, [&](auto lanes) {
+                channel_logits<decltype(lanes)::value>(chunk, g, q, keys, room);
+            });
         } else {
-            p.sddmm(q, room.row, keys, n, false, room.s);
+            const A scale = A(call.scale);
+            const auto p = products_for<T>(call.k, g, share, call.d);
+            p.sddmm(rows_of(call.q, chunk, g, call.d, p.fold, room.q), room.row, keys, n, scale,
+                    false, room.s);
             if (call.key) {
                 const auto on_edges = products_for<T>(call.key, g, 1, call.d);
-                const Vectors<A> again =
-                    on_edges.fold == p.fold
-                        ? q
-                        : packed(call.q, chunk, g, call.d, on_edges.fold, A(call.scale), room.q);
-                on_edges.sddmm(again, room.row, by_edge(call.key, chunk, g, call.d, room), n, true,
-                               room.s);
+                on_edges.sddmm(rows_of(call.q, chunk, g, call.d, on_edges.fold, room.q), room.row,
+                               by_edge(call.key, chunk, g, call.d, room), n, scale, true, room.s);
             }
-            if (call.attr_q) {
-                const Vectors<A> a = packed<A>(call.attr_q, chunk, g, call.attr_width, 1,
-                                            A(call.scale), room.attr_q);
-                attribute_products(g).sddmm(a, room.row, attributes(chunk, room), n, true, room.s);
-            }
+            if (call.attr_q)
+                attribute_products(g).sddmm(
+                    rows_of<A>(call.attr_q, chunk, g, call.attr_width, 1, room.attr_q), room.row,
+                    attributes(chunk, room), n, scale, true, room.s);
         }
         finish_logits(chunk, g, room);
     }
@@ -613,19 +687,20 @@ template <class T> class Attention {
     void channel_logits(const Chunk& chunk, const Group& g, const Vectors<A>& q,
                         const Pointed<T>& keys, Room& room) const {
         const Array& gate = call.gate_by_channel ? call.gate : none;
-        products<A, HG, 1>(
-            chunk.edges(), false, room.s,
-            [&](int64_t e, int v, bool real) __attribute__((always_inline)) {
+        products<A, HG, 1, false>(
+            chunk.edges(), A(1), false, room.s,
+            [&](int64_t e, int v, bool real) FASTGT_INLINED {
                 const int64_t edge = room.edge[e];
                 const int h = g.head[v];
                 const A* x = q.data + room.row[e] * q.stride + v * q.head;
                 const T* y = keys.at(e) + keys.offset[v];
                 const T* edge_key = call.key ? call.key.at<T>(edge, h) : nullptr;
                 const T* edge_gate = gate ? gate.at<T>(edge, h) : nullptr;
-                T* scores = call.scores && real && v < g.count ? call.scores.at<T>(edge, h) : nullptr;
+                const bool scored = call.scores && real && v < g.count;
+                T* scores = scored ? call.scores.at<T>(edge, h) : nullptr;
                 const A factor = scores ? factor_at(edge, h) : A(1);
                 V s{};
-                each_vector<A>(call.d, [&](int64_t c, int n) __attribute__((always_inline)) {
+                each_vector<A>(call.d, [&](int64_t c, int n) FASTGT_INLINED {
                     V key = load_some(y + c, n);
                     if (edge_key) key += load_some(edge_key + c, n);
                     if (edge_gate) key *= load_some(edge_gate + c, n);
@@ -635,25 +710,12 @@ template <class T> class Attention {
                 });
                 return s;
             },
-            [&](int64_t e) __attribute__((always_inline)) {
-                ask<0>(keys, e, g.count);
+            [&](int64_t e) FASTGT_INLINED {
+                for (int v = 0; v < g.count; v++) ask<0>(keys, e, v);
                 const int64_t edge = room.edge[std::min(e + AHEAD, keys.reach - 1)];
                 if (call.key) ask_edge(call.key, edge, g);
                 if (gate) ask_edge(gate, edge, g);
             });
-    }
-
-    void channel_logits(const Chunk& chunk, const Group& g, const Vectors<A>& q,
-                        const Pointed<T>& keys, Room& room) const {
-        switch (g.lanes) {
-            case 1: return channel_logits<1>(chunk, g, q, keys, room);
-            case 2: return channel_logits<2>(chunk, g, q, keys, room);
-            case 4:
-                if constexpr (GROUP<A> >= 4) return channel_logits<4>(chunk, g, q, keys, room);
-                break;
-            default:
-                if constexpr (GROUP<A> >= 8) return channel_logits<8>(chunk, g, q, keys, room);
-        }
     }
 
     static constexpr Array none{};
@@ -666,26 +728,50 @@ template <class T> class Attention {
         }
     }
 
-    // Adds what the weights make of rows that edges point at to the sums.
-    void add_weighted(const A* weights, const Chunk& chunk, const Group& g, const Array& x,
-                      int64_t width, const Pointed<T>& to, int fold, const Vectors<A>& sum,
-                      int64_t heads_share, const Room& room) const {
+    // What the weights make of rows that edges point at, times `factor`; `add`: to the sums.
+    void weigh(const A* weights, const Chunk& chunk, const Group& g, const Array& x, int64_t width,
+               const Pointed<T>& to, int fold, A factor, bool add, const Vectors<A>& sum,
+               int64_t heads_share, const Room& room) const {
         auto p = products_for<T>(x, g, heads_share, width);
         if (p.fold != fold) p = choose_products<T>(g.lanes, width, false);
-        p.spmm(weights, room.ptr, chunk.count(), to, g.count, sum);
+        p.spmm(weights, room.ptr, chunk.count(), to, g.count, factor, add, sum);
+    }
+
+    // Whether no logit of a row is finite.
+    bool is_dead(int64_t row, int head) const { return call.lse.at<A>(row)[head] == -INF<A>; }
+
+    // The sums of a result to where they belong, 0 where a row has no weights.
+    template <class S = T>
+    void put(const Chunk& chunk, const Group& g, int64_t width, int fold, const Vectors<A>& sum,
+             bool clear, const Array& to) const {
+        const bool there = in_place<S>(to, g, width, fold);
+        if (there && !clear) return;
+        each_sum(chunk, g, width, fold, sum, [&](int64_t r, int v, const A* from) {
+            S* row = to.at<S>(chunk.begin + r, g.head[v]);
+            if (clear && is_dead(chunk.begin + r, g.head[v]))
+                zero(row, width);
+            else if (!there)
+                write_times(row, from, width, A(1));
+        });
     }
 
     // ---- forward
 
     void forward_rows(const Chunk& chunk, const Group& g, Room& room) const {
         logits(chunk, g, room);
-        for (int64_t r = 0; r < chunk.count(); r++) {
-            const int64_t from = room.ptr[r], n = room.ptr[r + 1] - from;
-            A* lse = room.lse + r * g.lanes;
-            softmax_row<A>(g.lanes, room.s + from * g.lanes, n, call.eps, lse,
-                           room.dead + r * g.lanes);
-            for (int v = 0; v < g.count; v++) call.lse.at<A>(chunk.begin + r)[g.head[v]] = lse[v];
-        }
+        with_lanes<A>(g.lanes, [&](auto lanes) {
+            constexpr int HG = decltype(lanes)::value;
+            VecInt<A> dead{};
+            for (int64_t r = 0; r < chunk.count(); r++) {
+                const int64_t from = room.ptr[r], n = room.ptr[r + 1] - from;
+                A* const row = call.lse.at<A>(chunk.begin + r);
+                A* const lse = g.adjacent ? row + g.head[0] : room.lse;
+                dead |= softmax_row<A, HG>(room.s + from * HG, n, log_eps, lse);
+                if (!g.adjacent)
+                    for (int v = 0; v < g.count; v++) row[g.head[v]] = lse[v];
+            }
+            room.any_dead = !all_zero<A>(dead);
+        });
         if (call.weights)
             for (int64_t e = 0; e < chunk.edges(); e++)
                 for (int v = 0; v < g.count; v++)
@@ -696,29 +782,20 @@ template <class T> class Attention {
             for (int64_t i = 0; i < chunk.edges() * g.lanes; i++) room.s[i] *= room.kept[i];
         }
         const int fold = values_fold(g);
-        const Vectors<A> sum = sums(chunk, g, call.dv, fold, room.sum);
-        add_weighted(room.s, chunk, g, call.v, call.dv, by_column(call.v, chunk, g, call.dv, room), fold,
-                     sum, share, room);
+        const Vectors<A> sum = sums_for(call.o, chunk, g, call.dv, fold, room.sum);
+        weigh(room.s, chunk, g, call.v, call.dv, by_column(call.v, chunk, g, call.dv, room), fold,
+              A(1), false, sum, share, room);
         const Array& value = call.key_is_value ? call.key : call.value;
         if (value)
-            add_weighted(room.s, chunk, g, value, call.dv, by_edge(value, chunk, g, call.dv, room), fold,
-                         sum, 1, room);
-        each_sum(chunk, g, call.dv, fold, sum, [&](int64_t r, int v, const A* from) {
-            T* to = call.o.at<T>(chunk.begin + r, g.head[v]);
-            if (room.dead[r * g.lanes + v])
-                zero(to, call.dv);
-            else
-                write(to, from, call.dv);
-        });
+            weigh(room.s, chunk, g, value, call.dv, by_edge(value, chunk, g, call.dv, room), fold,
+                  A(1), true, sum, 1, room);
+        put(chunk, g, call.dv, fold, sum, room.any_dead, call.o);
         if (!call.attr_o) return;
-        const Vectors<A> attr_sum = sums(chunk, g, call.attr_width, 1, room.sum);
-        attribute_products(g).spmm(room.s, room.ptr, chunk.count(),
-                                   attributes(chunk, room), g.count, attr_sum);
-        each_sum(chunk, g, call.attr_width, 1, attr_sum, [&](int64_t r, int v, const A* from) {
-            A* to = call.attr_o.at<A>(chunk.begin + r, g.head[v]);
-            const bool dead = room.dead[r * g.lanes + v];
-            for (int64_t c = 0; c < call.attr_width; c++) to[c] = dead ? A(0) : from[c];
-        });
+        const Vectors<A> of_attr =
+            sums_for<A>(call.attr_o, chunk, g, call.attr_width, 1, room.sum);
+        attribute_products(g).spmm(room.s, room.ptr, chunk.count(), attributes(chunk, room),
+                                   g.count, A(1), false, of_attr);
+        put<A>(chunk, g, call.attr_width, 1, of_attr, room.any_dead, call.attr_o);
     }
 
     // One fold for all that is added to the sums of values.
@@ -742,21 +819,20 @@ template <class T> class Attention {
         const Array& value = call.key_is_value ? call.key : call.value;
         logits(chunk, g, room);
         weight_gradients(chunk, g, room);
-        for (int64_t r = 0; r < chunk.count(); r++)
-            for (int v = 0; v < g.lanes; v++) {
-                const int64_t row = chunk.begin + r;
-                room.lse[r * g.lanes + v] = call.lse.at<A>(row)[g.head[v]];
-                room.dlse[r * g.lanes + v] = call.dlse ? call.dlse.at<A>(row)[g.head[v]] : A(0);
-                room.dead[r * g.lanes + v] = room.lse[r * g.lanes + v] == -INF;
-            }
         if (call.seed) keep(chunk, g, room);
-        for (int64_t r = 0; r < chunk.count(); r++) {
-            const int64_t from = room.ptr[r], degree = room.ptr[r + 1] - from;
-            const int64_t at = from * g.lanes;
-            softmax_row_backward<A>(g.lanes, room.s + at, room.dp + at, degree, call.eps,
-                                    room.lse + r * g.lanes, room.dlse + r * g.lanes,
-                                    call.seed ? room.kept + at : nullptr);
-        }
+        with_lanes<A>(g.lanes, [&](auto lanes) {
+            constexpr int HG = decltype(lanes)::value;
+            for (int64_t r = 0; r < chunk.count(); r++) {
+                const int64_t from = room.ptr[r], at = from * HG;
+                const A *lse = heads_of(call.lse, chunk.begin + r, g, room.lse),
+                        *dlse = heads_of(call.dlse, chunk.begin + r, g, room.dlse);
+                softmax_row_backward<A, HG>(room.s + at, room.dp + at, room.ptr[r + 1] - from,
+                                            log_eps, lse, dlse,
+                                            call.seed ? room.kept + at : nullptr);
+            }
+        });
+        room.any_dead = any_dead(chunk, g, room);
+        if (room.any_dead) dead_rows.store(true, std::memory_order_relaxed);
         const A *used = room.s, *ds = room.dp;
         if (call.dbias)
             for (int64_t e = 0; e < n; e++)
@@ -765,10 +841,13 @@ template <class T> class Attention {
         before_the_clamp(chunk, g, room);
         if (pairs && (call.dk || call.dv_)) {
             A* pair = pairs + (kept_at * rows.edges + chunk.from) * pair_size();
-            for (int64_t e = 0; e < n; e++, pair += pair_size()) {
-                std::memcpy(pair, used + e * g.lanes, g.lanes * sizeof(A));
-                std::memcpy(pair + g.lanes, ds + e * g.lanes, g.lanes * sizeof(A));
-            }
+            with_lanes<A>(g.lanes, [&](auto lanes) {
+                constexpr int HG = decltype(lanes)::value;
+                for (int64_t e = 0; e < n; e++, pair += pair_size()) {
+                    std::memcpy(pair, used + e * HG, HG * sizeof(A));
+                    std::memcpy(pair + HG, ds + e * HG, HG * sizeof(A));
+                }
+            });
         }
         if (value && (call.dvalue || (call.key_is_value && call.dkey))) {
             const Array& to = call.key_is_value ? call.dkey : call.dvalue;
@@ -779,21 +858,22 @@ template <class T> class Attention {
         } else {
             if (call.dq) {
                 const int fold = keys_fold(g);
-                const Vectors<A> sum = sums(chunk, g, call.d, fold, room.sum);
-                add_weighted(ds, chunk, g, call.k, call.d, by_column(call.k, chunk, g, call.d, room),
-                             fold, sum, share, room);
+                const Vectors<A> sum = sums_for(call.dq, chunk, g, call.d, fold, room.sum);
+                weigh(ds, chunk, g, call.k, call.d, by_column(call.k, chunk, g, call.d, room), fold,
+                      A(call.scale), false, sum, share, room);
                 if (call.key)
-                    add_weighted(ds, chunk, g, call.key, call.d, by_edge(call.key, chunk, g, call.d, room),
-                                 fold, sum, 1, room);
-                write_rows(chunk, g, call.d, fold, sum, room, call.dq);
+                    weigh(ds, chunk, g, call.key, call.d, by_edge(call.key, chunk, g, call.d, room),
+                          fold, A(call.scale), true, sum, 1, room);
+                put(chunk, g, call.d, fold, sum, room.any_dead, call.dq);
             }
             if (call.dkey) key_gradients(chunk, g, ds, room);
         }
         if (call.dattr_q) {
-            const Vectors<A> sum = sums(chunk, g, call.attr_width, 1, room.sum);
-            attribute_products(g).spmm(ds, room.ptr, chunk.count(),
-                                       attributes(chunk, room), g.count, sum);
-            write_rows<A>(chunk, g, call.attr_width, 1, sum, room, call.dattr_q);
+            const Vectors<A> sum =
+                sums_for<A>(call.dattr_q, chunk, g, call.attr_width, 1, room.sum);
+            attribute_products(g).spmm(ds, room.ptr, chunk.count(), attributes(chunk, room),
+                                       g.count, A(call.scale), false, sum);
+            put<A>(chunk, g, call.attr_width, 1, sum, room.any_dead && !call.dscores, call.dattr_q);
         }
         if (call.dattr) attribute_gradients(chunk, g, room);
     }
@@ -803,19 +883,17 @@ template <class T> class Attention {
         const int64_t n = chunk.edges();
         const Array& value = call.key_is_value ? call.key : call.value;
         const auto p = products_for<T>(call.v, g, share, call.dv);
-        Vectors<A> d_o = packed(call.d_o, chunk, g, call.dv, p.fold, A(1), room.d_o);
-        p.sddmm(d_o, room.row, by_column(call.v, chunk, g, call.dv, room), n, false, room.dp);
+        p.sddmm(rows_of(call.d_o, chunk, g, call.dv, p.fold, room.d_o), room.row,
+                by_column(call.v, chunk, g, call.dv, room), n, A(1), false, room.dp);
         if (value) {
             const auto on_edges = products_for<T>(value, g, 1, call.dv);
-            if (on_edges.fold != p.fold)
-                d_o = packed(call.d_o, chunk, g, call.dv, on_edges.fold, A(1), room.d_o);
-            on_edges.sddmm(d_o, room.row, by_edge(value, chunk, g, call.dv, room), n, true, room.dp);
+            on_edges.sddmm(rows_of(call.d_o, chunk, g, call.dv, on_edges.fold, room.d_o), room.row,
+                           by_edge(value, chunk, g, call.dv, room), n, A(1), true, room.dp);
         }
-        if (call.dattr_o) {
-            const Vectors<A> d = packed<A>(call.dattr_o, chunk, g, call.attr_width, 1, A(1),
-                                        room.dattr_o);
-            attribute_products(g).sddmm(d, room.row, attributes(chunk, room), n, true, room.dp);
-        }
+        if (call.dattr_o)
+            attribute_products(g).sddmm(
+                rows_of<A>(call.dattr_o, chunk, g, call.attr_width, 1, room.dattr_o), room.row,
+                attributes(chunk, room), n, A(1), true, room.dp);
     }
 
     // From the gradient of the logit to that of scale * q . k: through clamp and gate.
@@ -836,16 +914,20 @@ template <class T> class Attention {
         }
     }
 
-    template <class S = T>
-    void write_rows(const Chunk& chunk, const Group& g, int64_t width, int fold,
-                    const Vectors<A>& sum, const Room& room, const Array& to) const {
-        each_sum(chunk, g, width, fold, sum, [&](int64_t r, int v, const A* from) {
-            S* row = to.at<S>(chunk.begin + r, g.head[v]);
-            if (room.dead[r * g.lanes + v] && !call.dscores)
-                zero(row, width);
-            else
-                write_times(row, from, width, A(call.scale));
-        });
+    // The numbers that a row has for the heads of a group, null of None.
+    const A* heads_of(const Array& x, int64_t row, const Group& g, A* buffer) const {
+        if (!x) return nullptr;
+        const A* from = x.at<A>(row);
+        if (g.adjacent) return from + g.head[0];
+        for (int v = 0; v < g.lanes; v++) buffer[v] = from[g.head[v]];
+        return buffer;
+    }
+
+    bool any_dead(const Chunk& chunk, const Group& g, const Room& room) const {
+        for (int64_t r = 0; r < chunk.count(); r++)
+            for (int v = 0; v < g.count && room.ptr[r] < room.ptr[r + 1]; v++)
+                if (is_dead(chunk.begin + r, g.head[v])) return true;
+        return false;
     }
 
     const A* vector_of(const Room& room, const A* vectors, const Group& g, int64_t width,
@@ -862,7 +944,7 @@ template <class T> class Attention {
             for (int v = 0; v < g.count; v++) {
                 const A* d = vector_of(room, room.d_o, g, width, e, v);
                 T* out = to.at<T>(edge, g.head[v]);
-                if (room.dead[room.row[e] * g.lanes + v])
+                if (room.any_dead && is_dead(chunk.begin + room.row[e], g.head[v]))
                     zero(out, width);
                 else
                     write_times(out, d, width, used[e * g.lanes + v]);
@@ -877,7 +959,7 @@ template <class T> class Attention {
             const int64_t edge = room.edge[e];
             for (int v = 0; v < g.count; v++) {
                 const A* q = vector_of(room, room.q, g, call.d, e, v);
-                const bool dead = room.dead[room.row[e] * g.lanes + v];
+                const bool dead = room.any_dead && is_dead(chunk.begin + room.row[e], g.head[v]);
                 const A* d_o = vector_of(room, room.d_o, g, call.d, e, v);
                 const V rate = splat(ds[e * g.lanes + v]), used = splat(room.s[e * g.lanes + v]);
                 T* out = call.dkey.at<T>(edge, g.head[v]);
@@ -893,14 +975,15 @@ template <class T> class Attention {
     // dq, and the gradients of edge keys and gates, where products go channel by channel.
     void channel_gradients(const Chunk& chunk, const Group& g, Room& room) const {
         const Vectors<A> q = packed(call.q, chunk, g, call.d, 1, A(call.scale), room.q);
-        const Vectors<A> sum = sums(chunk, g, call.d, 1, room.sum);
+        const Vectors<A> sum = sums(g, call.d, 1, room.sum);
+        std::fill_n(sum.data, chunk.count() * sum.stride, A(0));
         const auto keys = by_column(call.k, chunk, g, call.d, room);
         const bool factor = call.gate && !call.gate_by_channel;
         const Array& gate = call.gate_by_channel ? call.gate : none;
         const Array& dgate = call.gate_by_channel ? call.dgate : none;
         for (int64_t e = 0; e < chunk.edges(); e++) {
             const int64_t edge = room.edge[e];
-            ask<0>(keys, e, g.count);
+            for (int v = 0; v < g.count; v++) ask<0>(keys, e, v);
             const int64_t next = room.edge[std::min(e + AHEAD, keys.reach - 1)];
             if (gate) ask_edge(gate, next, g);
             if (call.dscores) ask_edge(call.dscores, next, g);
@@ -915,11 +998,11 @@ template <class T> class Attention {
                 T* out_key = call.dkey ? call.dkey.at<T>(edge, h) : nullptr;
                 T* out_gate = dgate ? dgate.at<T>(edge, h) : nullptr;
                 const V rate = splat(room.dp[e * g.lanes + v]), times = splat(factor_at(edge, h));
-                const bool dead = room.dead[room.row[e] * g.lanes + v];
+                const bool dead = room.any_dead && is_dead(chunk.begin + room.row[e], h);
                 const A* d_o = vector_of(room, room.d_o, g, call.d, e, v);
                 const V used = splat(room.s[e * g.lanes + v]);
                 V of_factor{};
-                each_vector<A>(call.d, [&](int64_t c, int n) __attribute__((always_inline)) {
+                each_vector<A>(call.d, [&](int64_t c, int n) FASTGT_INLINED {
                     V key = load_some(y + c, n);
                     if (edge_key) key += load_some(edge_key + c, n);
                     const V ungated = key;
@@ -947,16 +1030,25 @@ template <class T> class Attention {
                               room.raw[e * g.lanes + v] + sum_across<A>(of_factor)[0]);
             }
         }
-        if (call.dq) write_rows(chunk, g, call.d, 1, sum, room, call.dq);
+        if (!call.dq) return;
+        const bool clear = room.any_dead && !call.dscores;
+        each_sum(chunk, g, call.d, 1, sum, [&](int64_t r, int v, const A* from) {
+            T* to = call.dq.at<T>(chunk.begin + r, g.head[v]);
+            if (clear && is_dead(chunk.begin + r, g.head[v]))
+                zero(to, call.d);
+            else
+                write_times(to, from, call.d, A(call.scale));
+        });
     }
 
     // dattr += ds attr_q + used dattr_o, summed over heads in float (or double)
     void attribute_gradients(const Chunk& chunk, const Group& g, Room& room) const {
         const int64_t width = call.attr_width;
         if (call.attr_q) packed<A>(call.attr_q, chunk, g, width, 1, A(call.scale), room.attr_q);
+        if (call.dattr_o) packed<A>(call.dattr_o, chunk, g, width, 1, A(1), room.dattr_o);
         for (int64_t e = 0; e < chunk.edges(); e++)
             for (int v = 0; v < g.count; v++) {
-                if (room.dead[room.row[e] * g.lanes + v]) continue;
+                if (room.any_dead && is_dead(chunk.begin + room.row[e], g.head[v])) continue;
                 const A ds = room.dp[e * g.lanes + v], used = room.s[e * g.lanes + v];
                 const A* a = vector_of(room, room.attr_q, g, width, e, v);
                 const A* d = vector_of(room, room.dattr_o, g, width, e, v);
@@ -973,40 +1065,75 @@ template <class T> class Attention {
     void backward_columns(const Chunk& chunk, const Group& g, int64_t kept_at, Room& room) const {
         const int64_t n = chunk.edges();
         const A* pair = pairs + kept_at * rows.edges * pair_size();
-        for (int64_t e = 0; e < n; e++) {
-            __builtin_prefetch(pair + room.slot[std::min(e + 2 * AHEAD, chunk.reach - 1)] * pair_size());
-            const A* from = pair + room.slot[e] * pair_size();
-            std::memcpy(room.s + e * g.lanes, from, g.lanes * sizeof(A));
-            std::memcpy(room.dp + e * g.lanes, from + g.lanes, g.lanes * sizeof(A));
-        }
-        if (call.dv_) {
-            const int fold = products_for<T>(call.d_o, g, 1, call.dv).fold;
-            const Vectors<A> sum = sums(chunk, g, call.dv, fold, room.sum);
-            add_weighted(room.s, chunk, g, call.d_o, call.dv,
-                         pointed<T>(call.d_o, g, 1, call.dv, room.other, chunk.reach), fold, sum, 1, room);
-            write_columns(chunk, g, call.dv, fold, sum, A(1), room.dv, wide_dv, call.dv_);
-        }
-        if (!call.dk) return;
-        const auto queries = pointed<T>(call.q, g, 1, call.d, room.other, chunk.reach);
-        if (by_channel) {
-            const Vectors<A> sum = sums(chunk, g, call.d, 1, room.sum);
-            channel_columns(chunk, g, queries, sum, room);
-            write_columns(chunk, g, call.d, 1, sum, A(call.scale), room.dk, wide_d, call.dk);
-        } else {
-            const int fold = products_for<T>(call.q, g, 1, call.d).fold;
-            const Vectors<A> sum = sums(chunk, g, call.d, fold, room.sum);
-            add_weighted(room.dp, chunk, g, call.q, call.d, queries, fold, sum, 1, room);
-            write_columns(chunk, g, call.d, fold, sum, A(call.scale), room.dk, wide_d, call.dk);
-        }
+        with_lanes<A>(g.lanes, [&](auto lanes) {
+            constexpr int HG = decltype(lanes)::value;
+            for (int64_t e = 0; e < n; e++) {
+                const int64_t ahead = std::min(e + 2 * AHEAD, chunk.reach - 1);
+                __builtin_prefetch(pair + room.slot[ahead] * pair_size());
+                const A* from = pair + room.slot[e] * pair_size();
+                std::memcpy(room.s + e * HG, from, HG * sizeof(A));
+                std::memcpy(room.dp + e * HG, from + HG, HG * sizeof(A));
+            }
+        });
+        if (call.dv_ && dead_rows)
+            value_gradients_beside_dead_rows(chunk, g, room);
+        else if (call.dv_)
+            weigh_columns(room.s, chunk, g, call.d_o, call.dv, A(1), room.dv, wide_dv, call.dv_,
+                          room);
+        if (call.dk && by_channel)
+            channel_columns(chunk, g, room);
+        else if (call.dk)
+            weigh_columns(room.dp, chunk, g, call.q, call.d, A(call.scale), room.dk, wide_d,
+                          call.dk, room);
     }
 
-    void channel_columns(const Chunk& chunk, const Group& g, const Pointed<T>& queries,
-                         const Vectors<A>& sum, Room& room) const {
+    // Rows without weights give columns nothing, whatever stands upstream.
+    void value_gradients_beside_dead_rows(const Chunk& chunk, const Group& g, Room& room) const {
+        const Vectors<A> sum = sums(g, call.dv, 1, room.sum);
+        std::fill_n(sum.data, chunk.count() * sum.stride, A(0));
+        for (int64_t r = 0; r < chunk.count(); r++)
+            for (int64_t e = room.ptr[r]; e < room.ptr[r + 1]; e++)
+                for (int v = 0; v < g.count; v++) {
+                    if (is_dead(room.other[e], g.head[v])) continue;
+                    const T* d_o = call.d_o.at<T>(room.other[e], g.head[v]);
+                    A* to = sum.data + r * sum.stride + v * sum.head;
+                    const A used = room.s[e * g.lanes + v];
+                    each_vector<A>(call.dv, [&](int64_t c, int n) {
+                        store(to + c, load(to + c) + used * load_some(d_o + c, n));
+                    });
+                }
+        if (share > 1)
+            add_to_key_heads(chunk, g, call.dv, 1, sum, A(1), room.dv, wide_dv);
+        else
+            each_sum(chunk, g, call.dv, 1, sum, [&](int64_t r, int v, const A* from) {
+                write(call.dv_.at<T>(chunk.begin + r, g.head[v]), from, call.dv);
+            });
+    }
+
+    // The gradient of a column: what the weights make of the rows `x` that its edges come from.
+    void weigh_columns(const A* weights, const Chunk& chunk, const Group& g, const Array& x,
+                       int64_t width, A factor, A* of_key_heads, int64_t wide, const Array& to,
+                       Room& room) const {
+        const int fold = products_for<T>(x, g, 1, width).fold;
+        const Vectors<A> sum = share == 1 ? sums_for(to, chunk, g, width, fold, room.sum)
+                                          : sums(g, width, fold, room.sum);
+        weigh(weights, chunk, g, x, width, pointed<T>(x, g, 1, width, room.other, chunk.reach),
+              fold, factor, false, sum, 1, room);
+        if (share == 1)
+            put(chunk, g, width, fold, sum, false, to);
+        else
+            add_to_key_heads(chunk, g, width, fold, sum, A(1), of_key_heads, wide);
+    }
+
+    void channel_columns(const Chunk& chunk, const Group& g, Room& room) const {
+        const auto queries = pointed<T>(call.q, g, 1, call.d, room.other, chunk.reach);
+        const Vectors<A> sum = sums(g, call.d, 1, room.sum);
+        std::fill_n(sum.data, chunk.count() * sum.stride, A(0));
         const Array& gate = call.gate_by_channel ? call.gate : none;
         for (int64_t r = 0; r < chunk.count(); r++)
             for (int64_t e = room.ptr[r]; e < room.ptr[r + 1]; e++) {
                 const int64_t edge = room.edge[e];
-                ask<0>(queries, e, g.count);
+                for (int v = 0; v < g.count; v++) ask<0>(queries, e, v);
                 const int64_t next = room.edge[std::min(e + AHEAD, chunk.reach - 1)];
                 if (gate) ask_edge(gate, next, g);
                 if (call.dscores) ask_edge(call.dscores, next, g);
@@ -1018,7 +1145,7 @@ template <class T> class Attention {
                     const V rate = splat(room.dp[e * g.lanes + v]);
                     const V times = splat(factor_at(edge, h));
                     A* to = sum.data + r * sum.stride + v * sum.head;
-                    each_vector<A>(call.d, [&](int64_t c, int n) __attribute__((always_inline)) {
+                    each_vector<A>(call.d, [&](int64_t c, int n) FASTGT_INLINED {
                         V flow = rate;
                         if (dscores) flow += load_some(dscores + c, n) * times;
                         V x = load_some(q + c, n);
@@ -1027,16 +1154,17 @@ template <class T> class Attention {
                     });
                 }
             }
+        const A scale = A(call.scale);
+        if (share > 1) return add_to_key_heads(chunk, g, call.d, 1, sum, scale, room.dk, wide_d);
+        each_sum(chunk, g, call.d, 1, sum, [&](int64_t r, int v, const A* from) {
+            write_times(call.dk.at<T>(chunk.begin + r, g.head[v]), from, call.d, scale);
+        });
     }
 
-    void write_columns(const Chunk& chunk, const Group& g, int64_t width, int fold,
-                       const Vectors<A>& sum, A factor, A* of_key_heads, int64_t wide,
-                       const Array& to) const {
+    // Sums of query heads to those of the key head that they share.
+    void add_to_key_heads(const Chunk& chunk, const Group& g, int64_t width, int fold,
+                          const Vectors<A>& sum, A factor, A* of_key_heads, int64_t wide) const {
         each_sum(chunk, g, width, fold, sum, [&](int64_t r, int v, const A* from) {
-            if (share == 1) {
-                write_times(to.at<T>(chunk.begin + r, g.head[v]), from, width, factor);
-                return;
-            }
             A* total = of_key_heads + (r * call.kv_heads + g.head[v] / share) * wide;
             for (int64_t c = 0; c < width; c++) total[c] += from[c] * factor;
         });
@@ -1066,12 +1194,4 @@ FASTGT_EXPORT int64_t attention_fwd(const AttentionCall* call) {
 
 FASTGT_EXPORT int64_t attention_bwd(const AttentionCall* call) {
     return with_attention(*call, [](auto& attention) { attention.run_backward(); });
-}
-
-FASTGT_EXPORT int64_t attention_dead(const AttentionCall* call) {
-    bool dead = false;
-    with_type(call->dtype, [&](auto t) {
-        dead = Attention<decltype(t)>(*call).has_dead_rows();
-    });
-    return dead;
 }

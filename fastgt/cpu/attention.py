@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -61,12 +60,9 @@ def attention_fwd(
         q.new_empty(num_edges, heads, d) if switches.make_scores else None,
         q.new_empty(n, heads, attr_width, dtype=wide) if switches.make_attr_o else None,
     )
-    if mask.rows is not None:
-        for result in results:
-            if result is not None:
-                result.fill_(-math.inf if result is results.lse else 0)
     call = _call(row_walk, None, inputs, logit, terms, mask, dropout, switches)
-    _run("fwd", q, *call, *results, *_NO_UPSTREAM, *_NO_GRADIENTS)
+    rest = *results, *_NO_UPSTREAM, *_NO_GRADIENTS
+    kernels().run_in_memory("attention", "fwd", *call, *rest)
     return results
 
 
@@ -93,21 +89,16 @@ def attention_bwd(
         wide = attention_bwd(row_walk, column_walk, needs, _wide(upstream), saved, *call)
         like: Any = zip(wide, (*inputs, *terms), strict=True)
         return PerInput(*(None if x is None else x.to(y.dtype) for x, y in like))
-    make = torch.empty if mask.rows is None else torch.zeros
     grads: PerInput[Any] = PerInput(
         *(
-            make(x.shape, dtype=x.dtype) if x is not None and need else None
+            torch.empty(x.shape, dtype=x.dtype) if x is not None and need else None
             for x, need in zip((*inputs, *terms), needs, strict=True)
         )
     )
-    lse = saved.lse.contiguous()
+    given = None, saved.lse.contiguous(), None, None, None
+    do, others = rows_of(upstream.do), (None if x is None else rows_of(x) for x in upstream[1:])
     call = _call(row_walk, column_walk, inputs, logit, terms, mask, dropout, switches)
-    do, others = rows_of(upstream.do), [None if x is None else rows_of(x) for x in upstream[1:]]
-    given = (None, lse, None, None, None)
-    if needs.v and kernels().run("attention", "dead", *call, *given, do, *others, *grads, None):
-        # a row without a finite logit gives columns nothing, whatever stands upstream
-        do = do.masked_fill((lse == -math.inf)[..., None], 0)
-    _run("bwd", q, *call, *given, do, *others, *grads)
+    kernels().run_in_memory("attention", "bwd", *call, *given, do, *others, *grads)
     return grads
 
 
@@ -166,11 +157,3 @@ def _wide(tensors: T) -> T:
 def _by_node(mask: Tensor) -> Tensor:
     """[1 or N, H] with a row for every node: one row, read N times."""
     return mask.expand(2, -1) if mask.shape[0] == 1 else mask
-
-
-def _run(function: str, q: Tensor, *values: Any) -> None:
-    """Ask how many bytes the call works in, and give them to it."""
-    library = kernels()
-    size = library.run("attention", function, *values, None)
-    work = q.new_empty(size, dtype=torch.uint8)
-    library.run("attention", function, *values, work)

@@ -43,14 +43,23 @@ class Library:
         self._library.fastgt_use_threads(threads)
         self.vector_bytes = int(self._library.fastgt_vector_bytes())
 
-    def run(self, op: str, function: str, *values: Any) -> int:
+    def run(self, op: str, function: str, *values: Any) -> None:
         """Call ``op_function`` with a struct of ``values``."""
         flat = flatten(values)
-        try:
-            call, layout = self._functions[op + function]
-        except KeyError:
-            call, layout = self._functions[op + function] = self._find(op, function, flat)
-        return call(layout.pack(*flat))
+        call, layout = self._functions.get(op + function) or self._find(op, function, flat)
+        call(layout.pack(*flat))
+
+    def run_in_memory(self, op: str, function: str, *values: Any) -> None:
+        """As ``run``; the last field of the struct is memory that the call works in.
+
+        The function says how many bytes it needs when it gets none.
+        """
+        flat = flatten(values)
+        none = (0, 0, 0)
+        found = self._functions.get(op + function)
+        call, layout = found or self._find(op, function, [*flat, *none])
+        work = torch.empty(call(layout.pack(*flat, *none)), dtype=torch.uint8)
+        call(layout.pack(*flat, work.data_ptr(), 1, 0))
 
     def _find(self, op: str, function: str, flat: list[Any]) -> tuple[Any, struct.Struct]:
         layout = struct.Struct("".join("d" if type(x) is float else "q" for x in flat))
@@ -67,6 +76,7 @@ class Library:
                 f"{layout.size}: install fastgt again"
             )
         call.argtypes, call.restype = [ctypes.c_char_p], ctypes.c_int64
+        self._functions[op + function] = call, layout
         return call, layout
 
 
@@ -79,9 +89,9 @@ def flatten(values: Any) -> list[Any]:
         elif isinstance(x, Tensor):
             # an empty tensor has no address, and is not None
             strides, address = x.stride(), x.data_ptr() or _EMPTY
-            flat += (address, strides[0], strides[1]) if x.ndim > 1 else (address, 1, 0)
+            flat += (address, strides[0], strides[1]) if len(strides) > 1 else (address, 1, 0)
         elif isinstance(x, tuple):
-            flat += flatten(x) if any(isinstance(y, Tensor | tuple) or y is None for y in x) else x
+            flat += flatten(x)
         else:
             flat.append(x)
     return flat

@@ -60,7 +60,7 @@ def gated(
     out: Tensor, head_gate: Tensor, offsets: Tensor | None, dense: bool, impl: Impl
 ) -> Tensor:
     """out [N, H, D] times the gates of its heads; ``dense``: masked heads were computed."""
-    if head_gate.dtype == torch.bool:
+    if head_gate.dtype == torch.bool or (not dense and _is_mask(head_gate)):
         return out
     # sums for the gate's gradient are not those of 16 bits
     wide = torch.promote_types(accumulator(out), head_gate.dtype)
@@ -71,6 +71,13 @@ def gated(
     if gate.ndim == 2 and offsets is not None:
         gate = of_nodes(gate, offsets, out.shape[0], impl)
     return (out.to(wide) * gate[..., None]).to(out.dtype)
+
+
+def _is_mask(head_gate: Tensor) -> bool:
+    """Whether the gates are constants of 0 and 1: times these, an output stays as it is."""
+    if head_gate.requires_grad or not readable(head_gate):
+        return False
+    return bool(((head_gate == 0) | (head_gate == 1)).all())
 
 
 def masked_aux(aux: Aux, mask: HeadMask, graph: Graph) -> Aux:

@@ -9,7 +9,7 @@ from fastgt.contract import MessageNeeds, Messages, Reduction
 from fastgt.cpu.library import dtype_number, filled, kernels, rows_of, walk
 
 _REDUCTIONS = {"sum": 0, "mean": 1, "max": 2}
-_NO_WALK = (0,) * 5
+_NO_WALK: tuple[int, ...] = (0,) * 5
 
 
 def aggregate_fwd(
@@ -35,11 +35,15 @@ def aggregate_bwd(
     needs: MessageNeeds,
 ) -> tuple[Tensor, Tensor]:
     """-> dx [M, D], dedge [E, D] in the caller's edge order; empty where not needed."""
-    (need_x, need_edge), (col_ptr, col_row, _, col_edge) = needs, columns
-    m, num_edges, width = col_ptr.shape[0] - 1, col_edge.shape[0], do.shape[1]
-    dx = do.new_empty((m, width) if need_x else (0,))
-    dedge = do.new_empty((num_edges, width) if need_edge else (0,))
-    walks = walk(*rows), walk(col_ptr, col_row, col_edge)
+    width, by_column = do.shape[1], _NO_WALK
+    dx, dedge = do.new_empty(0), do.new_empty(0)
+    if needs.need_x:
+        col_ptr, col_row, _, col_edge = columns
+        by_column = walk(col_ptr, col_row, col_edge)
+        dx = do.new_empty(col_ptr.shape[0] - 1, width)
+    if needs.need_edge_value:
+        dedge = do.new_empty(rows[2].shape[0], width)
+    walks = walk(*rows), by_column
     _run("bwd", messages, reduction, walks, (None, first, rows_of(do), dx, dedge))
     return dx, dedge
 

@@ -97,7 +97,9 @@ def aggregate(
     messages, reduction = Messages(*flat_all(*tensors)), Reduction(reduce, activation == "relu")
     rows = row_walk(graph, plan)
     if needs_gradient(*tensors):
-        walks = Walks(rows, column_walk(graph, plan))
+        # on a CPU the gradient of edge values goes by row
+        by_column = x is not None or plan.path != "cpp"
+        walks = Walks(rows, column_walk(graph, plan) if by_column else ())
         out = _Aggregate.apply(*messages, graph, impl, *walks, *reduction)
     else:
         out, _ = _forward(impl, *messages, rows, *reduction)
@@ -203,9 +205,9 @@ def _fake_backward(
     needs: MessageNeeds,
 ) -> tuple:
     do, d = upstream.do, upstream.do.shape[1]
-    m, e = walks.column_walk[0].shape[0] - 1, walks.row_walk[2].shape[0]
+    e = walks.row_walk[2].shape[0]
     return (
-        do.new_empty((m, d) if needs.need_x else (0,)),
+        do.new_empty((walks.column_walk[0].shape[0] - 1, d) if needs.need_x else (0,)),
         do.new_empty((e, d) if needs.need_edge_value else (0,)),
     )
 

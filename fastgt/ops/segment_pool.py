@@ -146,8 +146,9 @@ def of_nodes(state: Tensor, offsets: Tensor, nodes: int, impl: Impl | None) -> T
 
 def _pool(x: Tensor, offsets: Tensor, reduce: Reduce, impl: Impl | None) -> Tensor:
     _check(x, offsets)
-    backward = torch.is_grad_enabled() and x.requires_grad
-    return _aggregate(None, _batch(offsets, x.shape[0], columns=backward), x, reduce, impl)
+    # on a CPU the gradient goes by row
+    columns = torch.is_grad_enabled() and x.requires_grad and x.device.type != "cpu"
+    return _aggregate(None, _batch(offsets, x.shape[0], columns=columns), x, reduce, impl)
 
 
 def _aggregate(

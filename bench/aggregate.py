@@ -39,7 +39,9 @@ def sums(
 
     node, edge = channels * dtype.itemsize, graph.num_edges
     index = graph.col.element_size() * (edge + size)
-    one_way = Work((size + graph.num_cols) * node + index, edge * node, edge * channels)
+    again = max(0, edge - graph.num_cols) * node
+    moved = (size + graph.num_cols) * node + index
+    one_way = Work(moved, again, edge * channels, graph.num_cols * node, node)
     return Case(
         shape=shape(problem, graph, heads, width, dtype),
         inputs={"x": x},
@@ -78,10 +80,11 @@ def gine(
     node, edge = channels * dtype.itemsize, graph.num_edges
     index = graph.col.element_size() * (2 * edge + graph.num_rows)
     once = (graph.num_rows + graph.num_cols + edge) * node + index
-    forward = Work(once, edge * node, 3 * edge * channels)
+    again, table = max(0, edge - graph.num_cols) * node, graph.num_cols * node
+    forward = Work(once, again, 3 * edge * channels, table, node)
     # x, edge_value, do and both gradients
     moved = (graph.num_rows + 2 * graph.num_cols + 2 * edge) * node + index
-    backward = Work(moved, 2 * edge * node, 3 * edge * channels)
+    backward = Work(moved, 2 * again, 3 * edge * channels, table, node)
     return Case(
         shape=shape(problem, graph, heads, width, dtype),
         inputs={"x": x, "edge_value": e},
@@ -122,8 +125,9 @@ def gated(
     node, edge = channels * dtype.itemsize, graph.num_edges
     index = graph.col.element_size() * (2 * edge + graph.num_rows)
     once = (2 * graph.num_rows + 2 * graph.num_cols + edge) * node + index
-    forward = Work(once, 2 * edge * node, 8 * edge * channels)
-    backward = Work(2 * once, 4 * edge * node, 12 * edge * channels)
+    again, table = 2 * max(0, edge - graph.num_cols) * node, 2 * graph.num_cols * node
+    forward = Work(once, again, 8 * edge * channels, table, node)
+    backward = Work(2 * once, 2 * again, 12 * edge * channels, table, node)
     return Case(
         shape=shape(problem, graph, heads, width, dtype),
         inputs={"x": x, "gate": e, "gate_row": a, "gate_col": b},

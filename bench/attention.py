@@ -113,12 +113,14 @@ def _definition(q: Tensor, k: Tensor, v: Tensor, *, graph: Graph) -> Tensor:
 
 def _work(graph: Graph, channels: int, heads: int, item: int) -> dict[str, Work]:
     """q, k, v, o and the log-sum-exp once, and a row of k and v for every edge; backward also do
-    and gradients, and for every edge a row of k and v once more, and one of q and do."""
+    and gradients, and for every edge a row of k and v once more, and one of q and do. The first
+    row of k and v that an edge fetches is among those that move once."""
     nodes, edges = graph.num_rows + graph.num_cols, graph.num_edges
     index = graph.col.element_size() * (edges + graph.num_rows)
     stat = 4 * heads * graph.num_rows
     rows = 2 * nodes * channels * item
-    gathered = 2 * edges * channels * item
-    forward = Work(rows + stat + index, gathered, 4 * edges * channels)
-    backward = Work(2 * rows + stat + 2 * index, 2 * gathered, 10 * edges * channels)
+    row = channels * item
+    gathered, table = 2 * max(0, edges - graph.num_cols) * row, 2 * graph.num_cols * row
+    forward = Work(rows + stat + index, gathered, 4 * edges * channels, table, row)
+    backward = Work(2 * rows + stat + 2 * index, 2 * gathered, 10 * edges * channels, table, row)
     return passes(forward, backward)

@@ -37,8 +37,9 @@ def case(
     node, edge = channels * dtype.itemsize, graph.num_edges
     index = graph.col.element_size() * (2 * edge + graph.num_rows)
     once = (graph.num_rows + graph.num_cols + edge) * node + index
-    forward = Work(once, edge * node, 5 * edge * channels)
-    backward = Work(2 * once, 3 * edge * node, 8 * edge * channels)
+    again, table = max(0, edge - graph.num_cols) * node, graph.num_cols * node
+    forward = Work(once, again, 5 * edge * channels, table, node)
+    backward = Work(2 * once, 3 * again, 8 * edge * channels, table, node)
     return Case(
         shape=shape(problem, graph, heads, width, dtype),
         inputs={"logits": logits, "v": v},

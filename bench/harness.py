@@ -295,7 +295,8 @@ def _fill(
         "forward": timing.measure(forwards, case.device, repeats=repeats),
         **timing.measure_steps(steps, case.device, repeats),
     }
-    rates = measured_rates(case.device, case.upstream.dtype, _footprint(case))
+    work = case.work.get("both", case.work.get("forward"))
+    rates = measured_rates(case.device, case.upstream.dtype, _footprint(case), work)
     first = next(iter(case.providers))
     for row in rows:
         name = row["provider"]

@@ -1,9 +1,10 @@
 """What a device can do, measured in the run that compares with it.
 
-A pass over a problem takes at least as long as its bytes take at the rate of a copy, and as its
-products take at the rate of a matrix product. Both rates are measured: the copy of buffers as large
-as the problem, for what fits a cache is not limited by memory; the product of matrices in the
-dtype of the problem.
+A pass over a problem takes at least as long as its bytes take: those that move once at the rate of
+a copy, and rows that edges fetch again at the rate of a gather. It takes at least as long as its
+products take at the rate of a matrix product. The three rates are measured: the copy of buffers as
+large as the problem and the gather from a table as large as what edges point at, since each level
+of a cache has its own; the product of matrices in the dtype of the problem.
 """
 
 from __future__ import annotations
@@ -23,16 +24,21 @@ class Work(NamedTuple):
 
     Attributes:
         once: Bytes of inputs, outputs and indices, each moved once: the least there is.
-        gathered: Bytes of rows that are fetched for edges, beside that.
+        gathered: Bytes of rows that are fetched for edges, each but for its first time.
         flops: Of products and sums; exponentials left out.
+        table: Bytes of all rows that edges point at while a kernel goes through them.
+        row: Bytes of such a row.
     """
 
     once: int
     gathered: int
     flops: int
+    table: int = 0
+    row: int = 0
 
     def __add__(self, other: tuple) -> Work:  # type: ignore[override]
-        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+        sums = (a + b for a, b in zip(self[:3], other[:3], strict=True))
+        return Work(*sums, max(self.table, other[3]), max(self.row, other[4]))
 
 
 def passes(forward: Work, backward: Work) -> dict[str, Work]:
@@ -44,7 +50,10 @@ def roofline(work: Work, seconds: float, rates: dict[str, float]) -> dict[str, f
     """Columns of a row: bytes a second with the gathered ones, operations a second, operations a
     byte, and the share of the time that the device needs at least. None of them where that is more
     than all of it: who is faster does less work than was counted."""
-    least = max(work.once / rates["copy_bytes_per_s"], work.flops / rates["matmul_flops_per_s"])
+    bytes_take = work.once / rates["copy_bytes_per_s"]
+    if work.gathered:
+        bytes_take += work.gathered / rates["gather_bytes_per_s"]
+    least = max(bytes_take, work.flops / rates["matmul_flops_per_s"])
     if least > seconds:
         return {}
     return {
@@ -55,11 +64,18 @@ def roofline(work: Work, seconds: float, rates: dict[str, float]) -> dict[str, f
     }
 
 
-def measured_rates(device: torch.device, dtype: torch.dtype, nbytes: int) -> dict[str, float]:
+def measured_rates(
+    device: torch.device, dtype: torch.dtype, nbytes: int, work: Work | None = None
+) -> dict[str, float]:
     """Bytes a second, read and written, of a copy among buffers of about so many bytes in all, and
-    operations a second of a matrix product in that dtype."""
+    operations a second of a matrix product in that dtype; bytes a second of the gather that the
+    work has."""
     size = 1 << max(20, min(30, (max(1, nbytes) - 1).bit_length()))
-    return {
+    gather = {}
+    if work is not None and work.gathered:
+        table = 1 << max(16, min(30, (work.table - 1).bit_length()))
+        gather["gather_bytes_per_s"] = _gather(device, table, max(64, work.row))
+    return gather | {
         "copy_bytes_per_s": _copy(device, size),
         # a CPU multiplies narrow types slowly, and kernels may widen them
         "matmul_flops_per_s": max(_matmul(device, dtype), _matmul(device, torch.float32)),
@@ -77,6 +93,20 @@ def _copy(device: torch.device, size: int) -> float:
             y.copy_(x)
 
     return often * 2 * x.nbytes / _seconds(copy, device)
+
+
+@functools.cache
+def _gather(device: torch.device, table: int, row: int) -> float:
+    """Of sums over 16 random rows each, which read a row an index and write one in 16."""
+    rows, often = max(1, table // row), max(1 << 12, (64 << 20) // row)
+    x = torch.rand(rows, row // 4).to(device)
+    index = torch.randint(rows, (often,), generator=torch.Generator().manual_seed(0)).to(device)
+    bags = torch.arange(0, often + 1, 16, device=device)
+
+    def gather() -> None:
+        torch.nn.functional.embedding_bag(index, x, bags, mode="sum", include_last_offset=True)
+
+    return often * 4 * (row // 4) / _seconds(gather, device)
 
 
 @functools.cache

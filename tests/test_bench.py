@@ -348,15 +348,28 @@ def test_large_graphs_are_verified_some_rows_at_a_time(monkeypatch):
 
 def test_the_roofline_is_the_larger_of_bytes_and_products():
     rates = {"copy_bytes_per_s": 100.0, "matmul_flops_per_s": 1000.0}
-    work = roofline.Work(once=200, gathered=300, flops=500)
+    work = roofline.Work(once=200, gathered=0, flops=500)
     found = roofline.roofline(work, 4.0, rates)
     assert found["roofline"] == 2.0 / 4.0  # the bytes take two seconds, the products half of one
-    assert found["bytes_per_s"] == 125
+    assert found["bytes_per_s"] == 50
     assert found["flops_per_byte"] == 2.5
+    fetching = roofline.roofline(
+        work._replace(gathered=300), 4.0, rates | {"gather_bytes_per_s": 300.0}
+    )
+    assert fetching["roofline"] == 3.0 / 4.0  # one second more
+    assert fetching["bytes_per_s"] == 125
     assert roofline.roofline(work._replace(flops=4000), 4.0, rates)["roofline"] == 1
     assert roofline.roofline(work._replace(flops=4001), 4.0, rates) == {}  # so much was not done
     measured = roofline.measured_rates(CPU, torch.float32, 3_000_000)
     assert measured == roofline.measured_rates(CPU, torch.float32, 4_000_000)  # of one bucket
+    assert "gather_bytes_per_s" not in measured  # nothing is fetched again
+    small, large = (
+        roofline.measured_rates(
+            CPU, torch.float32, 3_000_000, work._replace(gathered=1, table=table, row=512)
+        )["gather_bytes_per_s"]
+        for table in (1 << 16, 1 << 28)
+    )
+    assert small > large  # a cache gives sooner than memory
     assert 1e8 < measured["copy_bytes_per_s"] < 1e13
     assert 1e8 < measured["matmul_flops_per_s"] < 1e14
 

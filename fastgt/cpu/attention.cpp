@@ -4,7 +4,9 @@
 // each row, weighted sums of values (SPMM). Backward: the row pass makes logits and weights anew
 // and writes the used weight and the logit's gradient of each edge, side by side, for the column
 // pass. Symbols are those of kernels/attention.py.
+#include "philox.h"
 #include "products.h"
+#include "softmax_row.h"
 
 namespace fastgt {
 namespace {
@@ -33,33 +35,6 @@ constexpr int64_t ROW_BYTES = 1 << 14;  // of a chunk's row vectors
 constexpr int64_t MOST_ROWS = 128;
 constexpr int64_t SMALL_TASK = std::min<int64_t>(TASK, 1024);  // small graphs have several
 constexpr int64_t MARGIN = 2 * AHEAD;   // indices beyond a chunk's that are read early
-
-// ---- which weights dropout keeps: fastgt/philox.py
-
-constexpr int PHILOX = 64;  // edges whose numbers are drawn side by side
-
-// bits[i], its bit h: whether edge `first + i` keeps head 4 block + h. Philox-4x32-10.
-inline void philox(uint64_t seed, int64_t first, uint32_t block, uint32_t threshold,
-                   uint8_t bits[PHILOX]) {
-    uint32_t c0[PHILOX], c1[PHILOX], c2[PHILOX], c3[PHILOX];
-    for (int i = 0; i < PHILOX; i++) {
-        c0[i] = uint32_t(first + i), c1[i] = uint32_t(uint64_t(first + i) >> 32);
-        c2[i] = block, c3[i] = 0;
-    }
-    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-    for (int round = 0; round < 10; round++) {
-        for (int i = 0; i < PHILOX; i++) {
-            const uint64_t a = uint64_t(0xD2511F53u) * c0[i], b = uint64_t(0xCD9E8D57u) * c2[i];
-            const uint32_t x = uint32_t(b >> 32) ^ c1[i] ^ k0, y = uint32_t(a >> 32) ^ c3[i] ^ k1;
-            c0[i] = x, c1[i] = uint32_t(b), c2[i] = y, c3[i] = uint32_t(a);
-        }
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    for (int i = 0; i < PHILOX; i++)
-        bits[i] = uint8_t((c0[i] >> 8 >= threshold) | (c1[i] >> 8 >= threshold) << 1 |
-                          (c2[i] >> 8 >= threshold) << 2 | (c3[i] >> 8 >= threshold) << 3);
-}
 
 // ---- heads
 
@@ -99,114 +74,6 @@ template <class T>
 Products<T> products_for(const Array& x, const Group& g, int64_t share, int64_t width) {
     return choose_products<T>(g.lanes, width,
                               g.adjacent && share == 1 && (x.head == width || g.count == 1));
-}
-
-// ---- one row's softmax, HG heads in lanes
-
-template <class A> constexpr A INF = std::numeric_limits<A>::infinity();
-
-// x of HG lanes in all lanes, over and over
-template <class A, int HG> FASTGT_INLINE Vec<A> repeated(const A* x) {
-    return __builtin_shuffle(load(x, HG), lane_numbers<A>() & (HG - 1));
-}
-
-// the lanes of a vector that has `count` of them
-template <class A> FASTGT_INLINE VecInt<A> first_lanes(int count) {
-    return lane_numbers<A>() < typename LanesOf<A>::Int(count);
-}
-
-// s [n][HG] logits -> weights; lse [HG]. -> the lanes of the heads whose edges have no
-// finite logit
-template <class A, int HG>
-FASTGT_INLINE VecInt<A> softmax_row(A* s, int64_t n, A log_eps, A* lse) {
-    using V = Vec<A>;
-    constexpr int W = WIDTH<A>;
-    if (!n) {
-        std::fill_n(lse, HG, -INF<A>);
-        return VecInt<A>{};
-    }
-    const int64_t count = n * HG, whole = count / W * W;
-    const int rest = int(count - whole);
-    V top = splat(-INF<A>);
-    for (int64_t i = 0; i < whole; i += W) top = larger<A>(load(s + i), top);
-    if (rest)
-        top = larger<A>(first_lanes<A>(rest) ? load(s + whole, rest) : splat(-INF<A>), top);
-    top = max_across<A, HG>(top);
-    const V pivot = top == -INF<A> ? V{} : top;
-    V total{};
-    for (int64_t i = 0; i < whole;) {
-        V some{};
-        for (const int64_t stop = std::min(whole, i + BLOCK * W); i < stop; i += W) {
-            const V p = exponential(load(s + i) - pivot);
-            store(s + i, p);
-            some += p;
-        }
-        total += some;
-    }
-    V last{};
-    if (rest) {
-        last = where_set<A>(first_lanes<A>(rest), exponential(load(s + whole, rest) - pivot));
-        total += last;
-    }
-    total = sum_across<A, HG>(total);
-    V divisor = total;
-    if (log_eps > -INF<A>) divisor += exponential(log_eps - pivot);
-    const VecInt<A> dead = total == A(0);
-    const V norm = dead ? V{} : A(1) / divisor;
-    for (int64_t i = 0; i < whole; i += W) store(s + i, load(s + i) * norm);
-    if (rest) store(s + whole, last * norm, rest);
-    store(lse, dead ? splat(-INF<A>) : pivot + logarithm(total), HG);
-    return dead;
-}
-
-// p [n][HG] logits -> weights, dp [n][HG] -> gradients of the logits, with the row's lse and the
-// gradient of that (or null). `kept` is what dropout makes of a weight.
-template <class A, int HG>
-FASTGT_INLINE void softmax_row_backward(A* p, A* dp, int64_t n, A log_eps, const A* lse_of_head,
-                                        const A* dlse_of_head, const A* kept) {
-    using V = Vec<A>;
-    constexpr int W = WIDTH<A>;
-    const V lse = repeated<A, HG>(lse_of_head);
-    const VecInt<A> alive = lse != -INF<A>;
-    const V pivot = alive ? lse : splat(INF<A>);
-    const int64_t count = n * HG;
-    V total{}, product{};
-    auto first = [&](int64_t i, int lanes, V& sum, V& sum_product) FASTGT_INLINED {
-        V x = exponential(load_some(p + i, lanes) - pivot);
-        if (lanes < W) x = where_set<A>(first_lanes<A>(lanes), x);
-        // nothing reaches a row without weights, whatever stands upstream
-        V d = where_set<A>(alive, load_some(dp + i, lanes));
-        if (kept) d *= load_some(kept + i, lanes);
-        store_some(p + i, x, lanes);
-        store_some(dp + i, d, lanes);
-        sum += x;
-        sum_product += x * d;
-    };
-    int64_t i = 0;
-    while (i + W <= count) {
-        V some{}, products{};
-        for (const int64_t stop = std::min(count, i + BLOCK * W); i + W <= stop; i += W)
-            first(i, W, some, products);
-        total += some;
-        product += products;
-    }
-    if (i < count) first(i, int(count - i), total, product);
-    total = sum_across<A, HG>(total);
-    product = sum_across<A, HG>(product);
-    // 1 but for the rounding of the stored lse, which is that of the largest logit
-    const V norm = total == A(0) ? V{} : A(1) / total;
-    V share = norm;
-    if (log_eps > -INF<A>) share = norm / (A(1) + exponential(log_eps - lse));
-    share = where_set<A>(alive, share);
-    const V mean = product * share;
-    V dlse{};
-    if (dlse_of_head) dlse = where_set<A>(alive, repeated<A, HG>(dlse_of_head)) * norm;
-    each_vector<A>(count, [&](int64_t j, int lanes) FASTGT_INLINED {
-        const V x = load_some(p + j, lanes), d = load_some(dp + j, lanes), a = x * share;
-        const V ds = a * (d - mean) + x * dlse;
-        store_some(dp + j, ds, lanes);
-        store_some(p + j, kept ? a * load_some(kept + j, lanes) : a, lanes);
-    });
 }
 
 // ---- the operator
@@ -548,8 +415,8 @@ template <class T> class Attention {
 
     // The parts of a group's heads of rows, times `factor`, as products read them.
     template <class S = T>
-    Vectors<A> packed(const Array& x, const Chunk& chunk, const Group& g, int64_t width, int fold,
-                      A factor, A* to) const {
+    HeadParts<A> packed(const Array& x, const Chunk& chunk, const Group& g, int64_t width, int fold,
+                        A factor, A* to) const {
         const int64_t head = fold > 1 ? W : padded<A>(width), size = g.lanes / fold * head;
         for (int64_t r = 0; r < chunk.count(); r++)
             for (int v = 0; v < g.lanes; v++) {
@@ -574,28 +441,29 @@ template <class T> class Attention {
         return std::is_same_v<S, A> && g.adjacent && (fold == 1 || x.head == width);
     }
 
-    template <class S> Vectors<A> place_of(const Array& x, const Chunk& chunk, const Group& g,
-                                           int fold) const {
+    template <class S>
+    static HeadParts<A> place_of(const Array& x, const Chunk& chunk, const Group& g,
+                                 int fold) {
         return {(A*)x.at<S>(chunk.begin, g.head[0]), x.row, fold > 1 ? W : x.head};
     }
 
     // As packed, but where they lie if that can be.
     template <class S = T>
-    Vectors<A> rows_of(const Array& x, const Chunk& chunk, const Group& g, int64_t width, int fold,
-                       A* buffer) const {
+    HeadParts<A> rows_of(const Array& x, const Chunk& chunk, const Group& g, int64_t width,
+                         int fold, A* buffer) const {
         return in_place<S>(x, g, width, fold) ? place_of<S>(x, chunk, g, fold)
                                               : packed<S>(x, chunk, g, width, fold, A(1), buffer);
     }
 
-    Vectors<A> sums(const Group& g, int64_t width, int fold, A* to) const {
+    HeadParts<A> sums(const Group& g, int64_t width, int fold, A* to) const {
         const int64_t head = fold > 1 ? W : padded<A>(width), size = g.lanes / fold * head;
         return {to, size, head};
     }
 
     // Where the sums of a result are made: in place if that can be.
     template <class S = T>
-    Vectors<A> sums_for(const Array& to, const Chunk& chunk, const Group& g, int64_t width,
-                        int fold, A* buffer) const {
+    HeadParts<A> sums_for(const Array& to, const Chunk& chunk, const Group& g, int64_t width,
+                          int fold, A* buffer) const {
         return in_place<S>(to, g, width, fold) ? place_of<S>(to, chunk, g, fold)
                                                : sums(g, width, fold, buffer);
     }
@@ -603,7 +471,7 @@ template <class T> class Attention {
     // f(row, head, its sum) for the sums of a group
     template <class F>
     void each_sum(const Chunk& chunk, const Group& g, int64_t width, int fold,
-                  const Vectors<A>& sum, const F& f) const {
+                  const HeadParts<A>& sum, const F& f) const {
         for (int64_t r = 0; r < chunk.count(); r++)
             for (int v = 0; v < g.count; v++) {
                 const int64_t part = fold > 1 ? v / fold * W + v % fold * width : v * sum.head;
@@ -632,7 +500,7 @@ template <class T> class Attention {
         const int64_t n = chunk.edges();
         const auto keys = by_column(call.k, chunk, g, call.d, room);
         if (by_channel) {
-            const Vectors<A> q = packed(call.q, chunk, g, call.d, 1, A(call.scale), room.q);
+            const HeadParts<A> q = packed(call.q, chunk, g, call.d, 1, A(call.scale), room.q);
             with_lanes<A>(g.lanes, [&](auto lanes) {
                 channel_logits<decltype(lanes)::value>(chunk, g, q, keys, room);
             });
@@ -684,7 +552,7 @@ template <class T> class Attention {
 
     // Channel by channel: the terms of the logits are results, or have gates of their own.
     template <int HG>
-    void channel_logits(const Chunk& chunk, const Group& g, const Vectors<A>& q,
+    void channel_logits(const Chunk& chunk, const Group& g, const HeadParts<A>& q,
                         const Pointed<T>& keys, Room& room) const {
         const Array& gate = call.gate_by_channel ? call.gate : none;
         products<A, HG, 1, false>(
@@ -730,7 +598,7 @@ template <class T> class Attention {
 
     // What the weights make of rows that edges point at, times `factor`; `add`: to the sums.
     void weigh(const A* weights, const Chunk& chunk, const Group& g, const Array& x, int64_t width,
-               const Pointed<T>& to, int fold, A factor, bool add, const Vectors<A>& sum,
+               const Pointed<T>& to, int fold, A factor, bool add, const HeadParts<A>& sum,
                int64_t heads_share, const Room& room) const {
         auto p = products_for<T>(x, g, heads_share, width);
         if (p.fold != fold) p = choose_products<T>(g.lanes, width, false);
@@ -742,7 +610,7 @@ template <class T> class Attention {
 
     // The sums of a result to where they belong, 0 where a row has no weights.
     template <class S = T>
-    void put(const Chunk& chunk, const Group& g, int64_t width, int fold, const Vectors<A>& sum,
+    void put(const Chunk& chunk, const Group& g, int64_t width, int fold, const HeadParts<A>& sum,
              bool clear, const Array& to) const {
         const bool there = in_place<S>(to, g, width, fold);
         if (there && !clear) return;
@@ -782,7 +650,7 @@ template <class T> class Attention {
             for (int64_t i = 0; i < chunk.edges() * g.lanes; i++) room.s[i] *= room.kept[i];
         }
         const int fold = values_fold(g);
-        const Vectors<A> sum = sums_for(call.o, chunk, g, call.dv, fold, room.sum);
+        const HeadParts<A> sum = sums_for(call.o, chunk, g, call.dv, fold, room.sum);
         weigh(room.s, chunk, g, call.v, call.dv, by_column(call.v, chunk, g, call.dv, room), fold,
               A(1), false, sum, share, room);
         const Array& value = call.key_is_value ? call.key : call.value;
@@ -791,7 +659,7 @@ template <class T> class Attention {
                   A(1), true, sum, 1, room);
         put(chunk, g, call.dv, fold, sum, room.any_dead, call.o);
         if (!call.attr_o) return;
-        const Vectors<A> of_attr =
+        const HeadParts<A> of_attr =
             sums_for<A>(call.attr_o, chunk, g, call.attr_width, 1, room.sum);
         attribute_products(g).spmm(room.s, room.ptr, chunk.count(), attributes(chunk, room),
                                    g.count, A(1), false, of_attr);
@@ -858,7 +726,7 @@ template <class T> class Attention {
         } else {
             if (call.dq) {
                 const int fold = keys_fold(g);
-                const Vectors<A> sum = sums_for(call.dq, chunk, g, call.d, fold, room.sum);
+                const HeadParts<A> sum = sums_for(call.dq, chunk, g, call.d, fold, room.sum);
                 weigh(ds, chunk, g, call.k, call.d, by_column(call.k, chunk, g, call.d, room), fold,
                       A(call.scale), false, sum, share, room);
                 if (call.key)
@@ -869,7 +737,7 @@ template <class T> class Attention {
             if (call.dkey) key_gradients(chunk, g, ds, room);
         }
         if (call.dattr_q) {
-            const Vectors<A> sum =
+            const HeadParts<A> sum =
                 sums_for<A>(call.dattr_q, chunk, g, call.attr_width, 1, room.sum);
             attribute_products(g).spmm(ds, room.ptr, chunk.count(), attributes(chunk, room),
                                        g.count, A(call.scale), false, sum);
@@ -974,8 +842,8 @@ template <class T> class Attention {
 
     // dq, and the gradients of edge keys and gates, where products go channel by channel.
     void channel_gradients(const Chunk& chunk, const Group& g, Room& room) const {
-        const Vectors<A> q = packed(call.q, chunk, g, call.d, 1, A(call.scale), room.q);
-        const Vectors<A> sum = sums(g, call.d, 1, room.sum);
+        const HeadParts<A> q = packed(call.q, chunk, g, call.d, 1, A(call.scale), room.q);
+        const HeadParts<A> sum = sums(g, call.d, 1, room.sum);
         std::fill_n(sum.data, chunk.count() * sum.stride, A(0));
         const auto keys = by_column(call.k, chunk, g, call.d, room);
         const bool factor = call.gate && !call.gate_by_channel;
@@ -1089,7 +957,7 @@ template <class T> class Attention {
 
     // Rows without weights give columns nothing, whatever stands upstream.
     void value_gradients_beside_dead_rows(const Chunk& chunk, const Group& g, Room& room) const {
-        const Vectors<A> sum = sums(g, call.dv, 1, room.sum);
+        const HeadParts<A> sum = sums(g, call.dv, 1, room.sum);
         std::fill_n(sum.data, chunk.count() * sum.stride, A(0));
         for (int64_t r = 0; r < chunk.count(); r++)
             for (int64_t e = room.ptr[r]; e < room.ptr[r + 1]; e++)
@@ -1115,7 +983,7 @@ template <class T> class Attention {
                        int64_t width, A factor, A* of_key_heads, int64_t wide, const Array& to,
                        Room& room) const {
         const int fold = products_for<T>(x, g, 1, width).fold;
-        const Vectors<A> sum = share == 1 ? sums_for(to, chunk, g, width, fold, room.sum)
+        const HeadParts<A> sum = share == 1 ? sums_for(to, chunk, g, width, fold, room.sum)
                                           : sums(g, width, fold, room.sum);
         weigh(weights, chunk, g, x, width, pointed<T>(x, g, 1, width, room.other, chunk.reach),
               fold, factor, false, sum, 1, room);
@@ -1127,7 +995,7 @@ template <class T> class Attention {
 
     void channel_columns(const Chunk& chunk, const Group& g, Room& room) const {
         const auto queries = pointed<T>(call.q, g, 1, call.d, room.other, chunk.reach);
-        const Vectors<A> sum = sums(g, call.d, 1, room.sum);
+        const HeadParts<A> sum = sums(g, call.d, 1, room.sum);
         std::fill_n(sum.data, chunk.count() * sum.stride, A(0));
         const Array& gate = call.gate_by_channel ? call.gate : none;
         for (int64_t r = 0; r < chunk.count(); r++)
@@ -1163,7 +1031,7 @@ template <class T> class Attention {
 
     // Sums of query heads to those of the key head that they share.
     void add_to_key_heads(const Chunk& chunk, const Group& g, int64_t width, int fold,
-                          const Vectors<A>& sum, A factor, A* of_key_heads, int64_t wide) const {
+                          const HeadParts<A>& sum, A factor, A* of_key_heads, int64_t wide) const {
         each_sum(chunk, g, width, fold, sum, [&](int64_t r, int v, const A* from) {
             A* total = of_key_heads + (r * call.kv_heads + g.head[v] / share) * wide;
             for (int64_t c = 0; c < width; c++) total[c] += from[c] * factor;

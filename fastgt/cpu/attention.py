@@ -91,7 +91,7 @@ def attention_bwd(
         return PerInput(*(None if x is None else x.to(y.dtype) for x, y in like))
     grads: PerInput[Any] = PerInput(
         *(
-            torch.empty(x.shape, dtype=x.dtype) if x is not None and need else None
+            x.new_empty(x.shape) if x is not None and need else None
             for x, need in zip((*inputs, *terms), needs, strict=True)
         )
     )

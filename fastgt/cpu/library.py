@@ -58,7 +58,7 @@ class Library:
         none = (0, 0, 0)
         found = self._functions.get(op + function)
         call, layout = found or self._find(op, function, [*flat, *none])
-        work = torch.empty(call(layout.pack(*flat, *none)), dtype=torch.uint8)
+        work = torch.empty(call(layout.pack(*flat, *none)), dtype=torch.uint8, device="cpu")
         call(layout.pack(*flat, work.data_ptr(), 1, 0))
 
     def _find(self, op: str, function: str, flat: list[Any]) -> tuple[Any, struct.Struct]:

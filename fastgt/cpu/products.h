@@ -49,9 +49,9 @@ template <int LINES, class T> FASTGT_INLINE void ask(const Pointed<T>& x, int64_
     }
 }
 
-// Vectors of rows, in A, as products read and write them: of a row, HG heads with whole vectors
-// each, or, folded, HG / F vectors. They lie in a buffer or in a tensor.
-template <class A> struct Vectors {
+// What rows have for a group's heads, in A, as products read and write it: HG heads with whole
+// vectors each, or, folded, HG / F vectors. It lies in a buffer or in a tensor.
+template <class A> struct HeadParts {
     A* data;
     int64_t stride;  // of a row
     int64_t head;    // of a head
@@ -91,7 +91,7 @@ FASTGT_INLINE void products(int64_t n, A scale, bool add, A* out, Leaf leaf, Ask
 
 // FULL: a head's part is one whole vector, or a fold of F heads is. Else vectors and a rest.
 template <class T, int HG, bool FULL, int F>
-void sddmm(Vectors<Accumulator<T>> a, const int32_t* row, const Pointed<T>& b, int64_t n,
+void sddmm(HeadParts<Accumulator<T>> a, const int32_t* row, const Pointed<T>& b, int64_t n,
            Accumulator<T> scale, bool add, Accumulator<T>* out) {
     using A = Accumulator<T>;
     constexpr int W = WIDTH<A>;
@@ -133,7 +133,7 @@ template <class A, int F> FASTGT_INLINE Vec<A> weights_of(const A* w, int v) {
 // change a bit. Row r has the edges ptr[r] to ptr[r + 1].
 template <class T, int HG, bool FULL, int F>
 void spmm(const Accumulator<T>* weight, const int64_t* ptr, int64_t rows, const Pointed<T>& b,
-          int heads, Accumulator<T> factor, bool add, Vectors<Accumulator<T>> out) {
+          int heads, Accumulator<T> factor, bool add, HeadParts<Accumulator<T>> out) {
     using A = Accumulator<T>;
     using V = Vec<A>;
     constexpr int W = WIDTH<A>, VECTORS = HG / F;
@@ -201,8 +201,8 @@ void spmm(const Accumulator<T>* weight, const int64_t* ptr, int64_t rows, const 
 // The two for a group of HG heads whose parts have `width` numbers.
 template <class T> struct Products {
     using A = Accumulator<T>;
-    void (*sddmm)(Vectors<A>, const int32_t*, const Pointed<T>&, int64_t, A, bool, A*);
-    void (*spmm)(const A*, const int64_t*, int64_t, const Pointed<T>&, int, A, bool, Vectors<A>);
+    void (*sddmm)(HeadParts<A>, const int32_t*, const Pointed<T>&, int64_t, A, bool, A*);
+    void (*spmm)(const A*, const int64_t*, int64_t, const Pointed<T>&, int, A, bool, HeadParts<A>);
     int fold;
 };
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastgt.contract import Aux, HeadMask
 from fastgt.graph import Graph
@@ -75,7 +76,9 @@ def gated(
 
 def _is_mask(head_gate: Tensor) -> bool:
     """Whether the gates are constants of 0 and 1: times these, an output stays as it is."""
-    if head_gate.requires_grad or not readable(head_gate):
+    if head_gate.requires_grad or not readable(head_gate) or torch.jit.is_tracing():
+        return False
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(head_gate).tangent is not None:
         return False
     return bool(((head_gate == 0) | (head_gate == 1)).all())
 

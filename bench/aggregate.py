@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgt import Graph, aggregate, gated_aggregate, reference, segment_softmax
-from fastgt.bench.attention import draw, load, shape
+from fastgt.bench.attention import draw, load, shape, table_rows
 from fastgt.bench.harness import Case, Provider
 from fastgt.bench.peers import scatters, softmaxes
 from fastgt.bench.roofline import Work, passes
@@ -41,7 +41,7 @@ def sums(
     index = graph.col.element_size() * (edge + size)
     again = max(0, edge - graph.num_cols) * node
     moved = (size + graph.num_cols) * node + index
-    one_way = Work(moved, again, edge * channels, graph.num_cols * node, node)
+    one_way = Work(moved, again, edge * channels, table_rows(graph) * node, node)
     return Case(
         shape=shape(problem, graph, heads, width, dtype),
         inputs={"x": x},
@@ -80,7 +80,7 @@ def gine(
     node, edge = channels * dtype.itemsize, graph.num_edges
     index = graph.col.element_size() * (2 * edge + graph.num_rows)
     once = (graph.num_rows + graph.num_cols + edge) * node + index
-    again, table = max(0, edge - graph.num_cols) * node, graph.num_cols * node
+    again, table = max(0, edge - graph.num_cols) * node, table_rows(graph) * node
     forward = Work(once, again, 3 * edge * channels, table, node)
     # x, edge_value, do and both gradients
     moved = (graph.num_rows + 2 * graph.num_cols + 2 * edge) * node + index
@@ -125,7 +125,7 @@ def gated(
     node, edge = channels * dtype.itemsize, graph.num_edges
     index = graph.col.element_size() * (2 * edge + graph.num_rows)
     once = (2 * graph.num_rows + 2 * graph.num_cols + edge) * node + index
-    again, table = 2 * max(0, edge - graph.num_cols) * node, 2 * graph.num_cols * node
+    again, table = 2 * max(0, edge - graph.num_cols) * node, 2 * table_rows(graph) * node
     forward = Work(once, again, 8 * edge * channels, table, node)
     backward = Work(2 * once, 2 * again, 12 * edge * channels, table, node)
     return Case(

@@ -111,6 +111,11 @@ def _definition(q: Tensor, k: Tensor, v: Tensor, *, graph: Graph) -> Tensor:
     return torch.cat(outs)
 
 
+def table_rows(graph: Graph) -> int:
+    """Rows that edges point at while a kernel goes through them: those of the largest graph."""
+    return int(graph.col_graph_ptr.diff().max()) if graph.num_graphs else 0
+
+
 def _work(graph: Graph, channels: int, heads: int, item: int) -> dict[str, Work]:
     """q, k, v, o and the log-sum-exp once, and a row of k and v for every edge; backward also do
     and gradients, and for every edge a row of k and v once more, and one of q and do. The first
@@ -120,7 +125,10 @@ def _work(graph: Graph, channels: int, heads: int, item: int) -> dict[str, Work]
     stat = 4 * heads * graph.num_rows
     rows = 2 * nodes * channels * item
     row = channels * item
-    gathered, table = 2 * max(0, edges - graph.num_cols) * row, 2 * graph.num_cols * row
-    forward = Work(rows + stat + index, gathered, 4 * edges * channels, table, row)
-    backward = Work(2 * rows + stat + 2 * index, 2 * gathered, 10 * edges * channels, table, row)
+    table = 2 * table_rows(graph) * row
+    by_row, by_column = (2 * max(0, edges - n) * row for n in (graph.num_cols, graph.num_rows))
+    forward = Work(rows + stat + index, by_row, 4 * edges * channels, table, row)
+    backward = Work(
+        2 * rows + stat + 2 * index, by_row + by_column, 10 * edges * channels, table, row
+    )
     return passes(forward, backward)

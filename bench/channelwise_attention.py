@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastgt import channelwise_attention, reference
-from fastgt.bench.attention import draw, load, shape
+from fastgt.bench.attention import draw, load, shape, table_rows
 from fastgt.bench.harness import Case, Provider
 from fastgt.bench.peers import scatters, softmaxes
 from fastgt.bench.roofline import Work, passes
@@ -37,7 +37,7 @@ def case(
     node, edge = channels * dtype.itemsize, graph.num_edges
     index = graph.col.element_size() * (2 * edge + graph.num_rows)
     once = (graph.num_rows + graph.num_cols + edge) * node + index
-    again, table = max(0, edge - graph.num_cols) * node, graph.num_cols * node
+    again, table = max(0, edge - graph.num_cols) * node, table_rows(graph) * node
     forward = Work(once, again, 5 * edge * channels, table, node)
     backward = Work(2 * once, 3 * again, 8 * edge * channels, table, node)
     return Case(

@@ -26,7 +26,8 @@ class Work(NamedTuple):
         once: Bytes of inputs, outputs and indices, each moved once: the least there is.
         gathered: Bytes of rows that are fetched for edges, each but for its first time.
         flops: Of products and sums; exponentials left out.
-        table: Bytes of all rows that edges point at while a kernel goes through them.
+        table: Bytes of the rows that edges point at while a kernel goes through them. The gather is
+            measured from as many, at random places: edges that point close by may do better.
         row: Bytes of such a row.
     """
 

@@ -488,9 +488,10 @@ def test_rows_around_the_lengths_of_blocks_and_chunks():
 @pytest.mark.parametrize(
     ("edges", "seed", "turned"), [(300_000, 0, False), (1_000_000, 1, True)], ids=["row", "column"]
 )
-def test_sums_over_a_huge_hub_are_accurate(edges, seed, turned):
+@pytest.mark.parametrize("terms", ["", "gate scores"])
+def test_sums_over_a_huge_hub_are_accurate(edges, seed, turned, terms):
     shape = {"rows": 1000, "cols": 3} if turned else {"rows": 3, "cols": 1000}
-    x = case(seed, edges=edges, heads=1, dtype=FP32, biased=False, **shape)
+    x = case(seed, edges=edges, heads=1, dtype=FP32, biased=False, terms=terms, **shape)
     index = x.edge_index.clone()
     index[0 if turned else 1] = 0
     x = x.onto(index)

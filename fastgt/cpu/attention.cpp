@@ -106,6 +106,7 @@ template <class T> class Attention {
     struct Room {
         A *s, *raw, *dp, *kept;               // [edges][lanes]
         A *q, *attr_q, *d_o, *dattr_o, *sum;  // [rows][heads of a group][width]
+        A* total;                             // [heads of a group][width], of one row
         A *lse, *dlse;                        // [rows][lanes]
         bool any_dead;                        // whether a row of the chunk has no weights
         int32_t* row;                         // [edges]
@@ -159,8 +160,8 @@ template <class T> class Attention {
 
     void run_forward() {
         draw();
-        expect(call.o, rows.segments, call.dv);
-        expect(call.scores, rows.edges, call.d);
+        expect(call.o, rows.segments, call.heads, call.dv);
+        expect(call.scores, rows.edges, call.heads, call.d);
         each_chunk(rows, call.mask_rows, [&](const Chunk& chunk, Room& room) {
             blank_results(chunk, room);
             for (int64_t g = 0; g < groups; g++) {
@@ -172,13 +173,14 @@ template <class T> class Attention {
 
     void run_backward() {
         draw();
-        expect(call.dq, rows.segments, call.d);
-        expect(call.dk, columns.segments, call.d);
-        expect(call.dv_, columns.segments, call.dv);
-        expect(call.dgate, rows.edges, call.gate_by_channel ? call.d : 1);
-        expect(call.dkey, rows.edges, call.d);
-        expect(call.dvalue, rows.edges, call.dv);
-        if (pairs) expect_writes(pairs, together * rows.edges * pair_size() * int64_t(sizeof(A)));
+        expect(call.dq, rows.segments, call.heads, call.d);
+        expect(call.dk, columns.segments, call.kv_heads, call.d);
+        expect(call.dv_, columns.segments, call.kv_heads, call.dv);
+        expect(call.dgate, rows.edges, call.heads, call.gate_by_channel ? call.d : 1);
+        expect(call.dkey, rows.edges, call.heads, call.d);
+        expect(call.dvalue, rows.edges, call.heads, call.dv);
+        if (call.dk || call.dv_)
+            expect_writes(pairs, together * rows.edges * pair_size() * int64_t(sizeof(A)));
         for (int64_t first = 0; first < groups; first += together) {
             const int64_t last = std::min(groups, first + together);
             each_chunk(rows, call.mask_rows, [&](const Chunk& chunk, Room& room) {
@@ -226,9 +228,8 @@ template <class T> class Attention {
         return x;
     }
 
-    // Fresh memory of `count` rows of all heads.
-    void expect(const Array& x, int64_t count, int64_t width) const {
-        if (x) expect_writes(x.data, count * call.heads * width * int64_t(sizeof(T)));
+    static void expect(const Array& x, int64_t rows, int64_t heads, int64_t width) {
+        expect_writes(x.data, rows * heads * width * int64_t(sizeof(T)));
     }
 
     int64_t bytes_an_edge() const { return (call.heads + 3) / 4; }
@@ -260,6 +261,7 @@ template <class T> class Attention {
         room.dp = take<A>(place, edges * most + W);
         room.d_o = take<A>(place, n * wide_dv);
         room.dattr_o = take<A>(place, n * wide_c);
+        room.total = take<A>(place, most * wide_d);
         room.dlse = take<A>(place, n + W);
         if (call.dattr) room.dattr = take<A>(place, edges * call.attr_width);
         if (share > 1) {
@@ -717,10 +719,9 @@ template <class T> class Attention {
                 }
             });
         }
-        if (value && (call.dvalue || (call.key_is_value && call.dkey))) {
-            const Array& to = call.key_is_value ? call.dkey : call.dvalue;
-            spread(chunk, g, used, room, call.dv, to);
-        }
+        if (call.dvalue) spread(chunk, g, used, room, call.dv, call.dvalue);
+        // the gradient of a key that is the value too takes what the value's would be
+        if (call.key_is_value && call.dkey) packed(call.d_o, chunk, g, call.dv, 1, A(1), room.d_o);
         if (by_channel) {
             channel_gradients(chunk, g, room);
         } else {
@@ -820,7 +821,7 @@ template <class T> class Attention {
         }
     }
 
-    // Of an edge's key, which may be the value too: `spread` has written that part.
+    // Of an edge's key, which may be the value too.
     void key_gradients(const Chunk& chunk, const Group& g, const A* ds, Room& room) const {
         packed(call.q, chunk, g, call.d, 1, A(call.scale), room.q);
         for (int64_t e = 0; e < chunk.edges(); e++) {
@@ -897,6 +898,7 @@ template <class T> class Attention {
                     store_one(call.dgate.at<T>(edge, h),
                               room.raw[e * g.lanes + v] + sum_across<A>(of_factor)[0]);
             }
+            end_block(sum, room.row[e], e, room);
         }
         if (!call.dq) return;
         const bool clear = room.any_dead && !call.dscores;
@@ -955,21 +957,26 @@ template <class T> class Attention {
                           call.dk, room);
     }
 
-    // Rows without weights give columns nothing, whatever stands upstream.
+    // The values' gradient, adding as spmm does, of the rows that have weights: it does not read
+    // what stands upstream of the others, which may be NaN.
     void value_gradients_beside_dead_rows(const Chunk& chunk, const Group& g, Room& room) const {
         const HeadParts<A> sum = sums(g, call.dv, 1, room.sum);
-        std::fill_n(sum.data, chunk.count() * sum.stride, A(0));
         for (int64_t r = 0; r < chunk.count(); r++)
-            for (int64_t e = room.ptr[r]; e < room.ptr[r + 1]; e++)
-                for (int v = 0; v < g.count; v++) {
-                    if (is_dead(room.other[e], g.head[v])) continue;
-                    const T* d_o = call.d_o.at<T>(room.other[e], g.head[v]);
-                    A* to = sum.data + r * sum.stride + v * sum.head;
-                    const A used = room.s[e * g.lanes + v];
-                    each_vector<A>(call.dv, [&](int64_t c, int n) {
-                        store(to + c, load(to + c) + used * load_some(d_o + c, n));
-                    });
-                }
+            for (int v = 0; v < g.count; v++)
+                each_vector<A>(call.dv, [&](int64_t c, int n) {
+                    V total{};
+                    for (int64_t e = room.ptr[r]; e < room.ptr[r + 1];) {
+                        V some{};
+                        const int64_t stop = std::min(room.ptr[r + 1], e + BLOCK);
+                        for (; e < stop; e++) {
+                            if (is_dead(room.other[e], g.head[v])) continue;
+                            const T* d_o = call.d_o.at<T>(room.other[e], g.head[v]);
+                            some += splat(room.s[e * g.lanes + v]) * load_some(d_o + c, n);
+                        }
+                        total += some;
+                    }
+                    store(sum.data + r * sum.stride + v * sum.head + c, total);
+                });
         if (share > 1)
             add_to_key_heads(chunk, g, call.dv, 1, sum, A(1), room.dv, wide_dv);
         else
@@ -991,6 +998,21 @@ template <class T> class Attention {
             put(chunk, g, width, fold, sum, false, to);
         else
             add_to_key_heads(chunk, g, width, fold, sum, A(1), of_key_heads, wide);
+    }
+
+    // Where a row has more than BLOCK edges, what these have added so far joins a total. Edge e has
+    // been added to the sums of row r.
+    void end_block(const HeadParts<A>& sum, int64_t r, int64_t e, const Room& room) const {
+        const int64_t edges = room.ptr[r + 1] - room.ptr[r], done = e + 1 - room.ptr[r];
+        const bool last = done == edges;
+        if (edges <= BLOCK || (done % BLOCK && !last)) return;
+        A* const some = sum.data + r * sum.stride;
+        for (int64_t i = 0; i < sum.stride; i += W) {
+            V x = load(some + i);
+            if (done > BLOCK) x += load(room.total + i);
+            store(last ? some + i : room.total + i, x);
+            if (!last) store(some + i, V{});
+        }
     }
 
     void channel_columns(const Chunk& chunk, const Group& g, Room& room) const {
@@ -1021,6 +1043,7 @@ template <class T> class Attention {
                         store(to + c, load(to + c) + flow * x);
                     });
                 }
+                end_block(sum, r, e, room);
             }
         const A scale = A(call.scale);
         if (share > 1) return add_to_key_heads(chunk, g, call.d, 1, sum, scale, room.dk, wide_d);

@@ -26,15 +26,16 @@ struct Array {
     template <class T> T* at(int64_t r, int64_t h) const { return (T*)data + r * row + h * head; }
 };
 
-// Fresh memory of many pages is had sooner in large ones.
+// Advice to the system, without a change of values: fresh memory (or null) in huge pages.
 inline void expect_writes(void* data, int64_t bytes) {
+    if (!data) return;
 #if defined(__linux__)
     constexpr int64_t LARGE = 1 << 21;
     const int64_t begin = (int64_t(data) + LARGE - 1) / LARGE * LARGE;
     const int64_t end = (int64_t(data) + bytes) / LARGE * LARGE;
     if (end - begin >= 2 * LARGE) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 #else
-    (void)data, (void)bytes;
+    (void)bytes;
 #endif
 }
 

@@ -7,15 +7,16 @@ in order: everything else is ``aggregate``'s.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgt.graph import Graph
-from fastgt.ops.aggregate import Reduce, aggregate
+from fastgt.ops.aggregate import Reduce, aggregate, aggregate_in_order
 from fastgt.ops.checks import autocasts, check_float, check_offsets
-from fastgt.ops.implementation import Impl
+from fastgt.ops.implementation import Impl, resolve_impl
 from fastgt.prepared import ColumnWalk, Prepared
 
 
@@ -146,9 +147,13 @@ def of_nodes(state: Tensor, offsets: Tensor, nodes: int, impl: Impl | None) -> T
 
 def _pool(x: Tensor, offsets: Tensor, reduce: Reduce, impl: Impl | None) -> Tensor:
     _check(x, offsets)
+    batch = functools.partial(_batch, offsets, x.shape[0])
+    strided = x.layout == torch.strided
+    if strided and not torch.compiler.is_compiling() and resolve_impl(impl, x) == "cpp":
+        return aggregate_in_order(x, offsets, reduce, batch)
     # on a CPU the gradient goes by row
     columns = torch.is_grad_enabled() and x.requires_grad and x.device.type != "cpu"
-    return _aggregate(None, _batch(offsets, x.shape[0], columns=columns), x, reduce, impl)
+    return _aggregate(None, batch(columns=columns), x, reduce, impl)
 
 
 def _aggregate(

@@ -120,6 +120,23 @@ def test_threads_do_not_change_a_bit(op, options):
     laws.threads_do_not_change_a_bit(AGGREGATE, x)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's order")
+@pytest.mark.parametrize("turned", [False, True], ids=["row", "column"])
+@pytest.mark.parametrize("many", [60, 300, 3000])
+def test_messages_that_are_alike_do_not_add_up_their_rounding(many, turned):
+    """Each of them is rounded the same way where it joins a large sum."""
+    graph = Graph.from_edge_index(torch.tensor([[0] + [1] * many, [0] * (many + 1)]), 2)
+    x = torch.tensor([[3.0], [0.0071]], device=DEVICE)
+    if turned:
+        source = torch.zeros_like(x).requires_grad_()
+        out = aggregate(source, graph.transpose(), impl="cpp")
+        (found,) = torch.autograd.grad(out, source, x)
+    else:
+        found = aggregate(x, graph, impl="cpp")
+    exact = x[0, 0].double() + many * x[1, 0].double()
+    assert abs(found[0, 0].double() / exact - 1) < 4 * torch.finfo(FP32).eps
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path's choice")
 @pytest.mark.parametrize("width", [1, 7, 16, 33, 71, 130])
 @pytest.mark.parametrize(("op", "options"), KINDS, ids=str)

@@ -43,14 +43,20 @@ template <int Z, class T> FASTGT_INLINE void prefetch_line(const T* p) {
         [&](int line) FASTGT_INLINED { __builtin_prefetch((const char*)p + line * 64); });
 }
 
-// the sum of term(i) over the slots from `from` to `to`, in blocks that keep its error small
+// the sum of term(i) over the slots from `from` to `to`, in blocks of blocks: of terms that are alike,
+// each would be rounded the same way where it joins a large sum
 template <class A, int Z, class F>
 FASTGT_INLINE Line<A, Z> sum_line(int64_t from, int64_t to, F term) {
+    constexpr int64_t FEW = 16, MANY = 16 * FEW;
     Line<A, Z> total{};
     for (int64_t i = from; i < to;) {
-        Line<A, Z> some{};
-        for (const int64_t stop = std::min(to, i + BLOCK); i < stop; i++) some += term(i);
-        total += some;
+        Line<A, Z> many{};
+        for (const int64_t last = std::min(to, i + MANY); i < last;) {
+            Line<A, Z> few{};
+            for (const int64_t stop = std::min(last, i + FEW); i < stop; i++) few += term(i);
+            many += few;
+        }
+        total += many;
     }
     return total;
 }

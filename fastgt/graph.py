@@ -122,7 +122,8 @@ class Graph(Planned):
         Args:
             edge_index: Integers, ``[2, E]``.
             num_nodes: Nodes, or ``(rows, columns)`` = (targets, sources) for a bipartite graph.
-                Default: where ``graph_ptr`` ends, else the largest index plus one.
+                Default: where ``graph_ptr`` ends, else what a ``torch_geometric.EdgeIndex`` has as
+                ``sparse_size()``, else the largest index plus one.
             graph_ptr: ``[G + 1]`` node boundaries of a batch of graphs (PyG's ``Batch.ptr``).
 
         Raises:
@@ -168,10 +169,17 @@ class Graph(Planned):
         relation has rows of the target's type and columns of the source's. PyG keeps Graphs that
         are attributes of batched ``Data`` in a list, which :meth:`batch` takes.
 
+        Edges are those of ``edge_index``, in its order, else those of ``adj_t``: row i attends to
+        column j where ``adj_t[i, j]`` is stored. ``adj_t`` is a ``torch_sparse.SparseTensor`` or
+        ``torch.sparse_csr``, ``sparse_csc`` or ``sparse_coo``. Its edges are numbered row by row:
+        edge tensors stand as ``value()`` of a SparseTensor does, or as ``values()`` of
+        ``adj_t.to_sparse_csr()``.
+
         Raises:
-            TypeError: There is no ``edge_index``, or ``batch`` or ``ptr`` does not hold integers.
-            ValueError: ``batch`` is not sorted, it or ``ptr`` does not fit, or a number of nodes is
-                not known; says what to do.
+            TypeError: There is no ``edge_index`` and no ``adj_t``, one is of another type, or
+                ``batch`` or ``ptr`` does not hold integers.
+            ValueError: ``batch`` is not sorted, it or ``ptr`` does not fit, they disagree, or a
+                number of nodes is not known or not that of ``adj_t``; says what to do.
         """
         return cls(*graph_from_pyg.from_pyg(data))
 

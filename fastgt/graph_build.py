@@ -47,6 +47,7 @@ class Structure(NamedTuple):
 def from_edge_index(
     edge_index: Tensor, num_nodes: int | tuple[int, int] | None, graph_ptr: Tensor | None
 ) -> Structure:
+    known = sparse_sizes(edge_index)
     if hasattr(edge_index, "as_tensor"):  # PyG's EdgeIndex would leave its own types here
         edge_index = edge_index.as_tensor()
     check_index(edge_index, "edge_index")
@@ -55,11 +56,16 @@ def from_edge_index(
     check_values(edge_index, "edge_index")
     if graph_ptr is not None:
         check_ptr(graph_ptr, "graph_ptr", "G + 1")
-        check_device(graph_ptr, "graph_ptr", edge_index)
+        check_device(graph_ptr, "graph_ptr", edge_index.device)
     if num_nodes is None and graph_ptr is not None:
         num_nodes = int(graph_ptr[-1])
+    elif num_nodes is None and known == (None, None):
+        num_nodes = _counted(edge_index)
     elif num_nodes is None:
-        num_nodes = max(int(edge_index.max()) + 1, 0) if edge_index.numel() else 0
+        num_nodes = (
+            _counted(edge_index[1]) if known[0] is None else known[0],
+            _counted(edge_index[0]) if known[1] is None else known[1],
+        )
     sizes = num_nodes if isinstance(num_nodes, (tuple, list)) else (num_nodes, num_nodes)
     if len(sizes) != 2:
         raise ValueError(f"num_nodes must be an int or (rows, columns), got {len(sizes)} sizes")
@@ -75,6 +81,18 @@ def from_edge_index(
     check_square(graph, "graph_ptr")
     check_boundaries(graph_ptr, "graph_ptr", rows, "nodes")
     return with_boundaries(graph, graph_ptr, graph_ptr)
+
+
+def sparse_sizes(edge_index: Any) -> tuple[int | None, int | None]:
+    """(rows, columns) that a ``torch_geometric.EdgeIndex`` knows; None for what it does not."""
+    if not (hasattr(edge_index, "sparse_size") and hasattr(edge_index, "as_tensor")):
+        return None, None
+    sources, targets = edge_index.sparse_size()
+    return targets, sources
+
+
+def _counted(index: Tensor) -> int:
+    return max(int(index.max()) + 1, 0) if index.numel() else 0
 
 
 def from_csr(row_ptr: Tensor, col: Tensor, num_cols: int | None) -> Structure:
@@ -282,9 +300,9 @@ def check_values(x: Tensor, name: str) -> None:
         )
 
 
-def check_device(x: Tensor, name: str, edge_index: Tensor) -> None:
-    if x.device != edge_index.device:
-        raise ValueError(f"{name} is on {x.device}, edge_index on {edge_index.device}")
+def check_device(x: Tensor, name: str, device: torch.device, of: str = "edge_index") -> None:
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, {of} on {device}")
 
 
 def check_boundaries(ptr: Tensor, name: str, total: int, of: str) -> None:

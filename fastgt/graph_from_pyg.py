@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastgt.graph_adjacency import from_adjacency, is_adjacency
 from fastgt.graph_build import (
     INTEGERS,
     Structure,
@@ -16,24 +17,58 @@ from fastgt.graph_build import (
     check_ptr,
     check_values,
     from_edge_index,
+    sparse_sizes,
     with_boundaries,
 )
 
 
 def from_pyg(data: Any) -> Structure:
     """Of a ``Data``, a ``Batch`` or ``data[relation]`` of a ``HeteroData``."""
-    if getattr(data, "edge_index", None) is None:
-        raise TypeError(
-            f"data must have an edge_index, got {type(data).__name__} without one: use "
-            "from_edge_index or from_csr, and data[relation] of a HeteroData"
-        )
-    check_index(data.edge_index, "edge_index")
-    check_values(data.edge_index, "edge_index")
-    sides = _sides(data)
-    graph = from_edge_index(data.edge_index, (sides.rows, sides.cols), None)
+    edges = edges_of(data, "data")
+    sides = _sides(data, edges)
+    graph = edges.graph
+    if graph is None:
+        graph = from_edge_index(edges.index, (sides.rows, sides.cols), None)
     if sides.row_ptr is None or sides.col_ptr is None:
         return graph
     return with_boundaries(graph, sides.row_ptr, sides.col_ptr)
+
+
+class Edges(NamedTuple):
+    """The edges of a ``Data`` or of a relation, and what they say of the number of nodes."""
+
+    name: str
+    index: Any  # [2, E] edge_index, or a sparse matrix
+    graph: Structure | None  # of a sparse matrix
+    rows: int | None
+    cols: int | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.index.device if self.graph is None else self.graph.col.device
+
+
+def edges_of(data: Any, name: str) -> Edges:
+    """The ``edge_index`` of ``data``, else its ``adj_t``."""
+    of, found = "edge_index", getattr(data, "edge_index", None)
+    if found is None:
+        of, found = "adj_t", getattr(data, "adj_t", None)
+    if found is None:
+        raise TypeError(
+            f"{name} must have an edge_index or an adj_t, got {type(data).__name__} without one: "
+            "use from_edge_index or from_csr, and data[relation] of a HeteroData"
+        )
+    return read(found, of, matrix=of == "adj_t")
+
+
+def read(x: Any, name: str, matrix: bool = False) -> Edges:
+    """Of an index, or of a sparse matrix, which ``x`` must be where ``matrix`` is set."""
+    if matrix or is_adjacency(x):
+        graph = from_adjacency(x, name)
+        return Edges(name, x, graph, graph.num_rows, graph.num_cols)
+    check_index(x, name)
+    check_values(x, name)
+    return Edges(name, x, None, *sparse_sizes(x))
 
 
 class _Sides(NamedTuple):
@@ -45,22 +80,24 @@ class _Sides(NamedTuple):
     col_ptr: Tensor | None  # [G + 1]
 
 
-def _sides(data: Any) -> _Sides:
+def _sides(data: Any, edges: Edges) -> _Sides:
     """Sizes and boundaries of a ``Data``, a ``Batch`` or a relation.
 
     Boundaries come from a sorted ``batch``, else they are ``ptr``: PyG's ``Batch.subgraph`` leaves
-    the ``ptr`` of the batch before it. The last graphs of a ``batch`` may have no nodes: as many as
-    ``ptr`` has, else as PyG says in ``num_graphs`` or ``batch_size``, are there.
+    the ``ptr`` of the batch before it, by which no graph has fewer nodes. The last graphs of a
+    ``batch`` may have no nodes: as many as ``ptr`` has, else as PyG says in ``num_graphs`` or
+    ``batch_size``, are there.
 
     Raises:
         TypeError: ``batch`` or ``ptr`` does not hold integers.
         ValueError: ``batch`` or ``ptr`` does not fit, is not sorted or is not where ``edge_index``
             is; or a number of nodes is not known.
     """
-    edges = data.edge_index
     key = getattr(data, "_key", None)
     if not isinstance(key, tuple):
-        n = data.num_nodes
+        n = count_nodes(data, "data", edges, "rows")
+        if edges.graph is not None and n != edges.cols:
+            raise ValueError(f"{edges.name} has {edges.cols} columns but data has {n} nodes")
         ptr = _boundaries(data, "data", n, _graphs(data, "data", n, edges))
         return _Sides(n, n, ptr, ptr)
     parent = data._parent()
@@ -68,12 +105,10 @@ def _sides(data: Any) -> _Sides:
         raise ValueError(f"the HeteroData of {key} is gone: keep it until its graph is made")
     source, target = parent[key[0]], parent[key[-1]]
     names = [f"data[{kind!r}]" for kind in (key[0], key[-1])]
-    sizes = []
-    for nodes, name in zip((source, target), names, strict=True):
-        size = nodes.num_nodes
-        if size is None:
-            raise ValueError(f"the number of nodes of {name} is not known: set {name}.num_nodes")
-        sizes.append(size)
+    sizes = [
+        count_nodes(source, names[0], edges, "columns"),
+        count_nodes(target, names[1], edges, "rows"),
+    ]
     of_source = _graphs(source, names[0], sizes[0], edges)
     of_target = of_source if source is target else _graphs(target, names[1], sizes[1], edges)
     if (of_source is None) != (of_target is None):
@@ -89,18 +124,33 @@ def _sides(data: Any) -> _Sides:
     return _Sides(sizes[1], sizes[0], row_ptr, col_ptr)
 
 
-def _graphs(nodes: Any, name: str, size: int, edges: Tensor) -> int | None:
+def count_nodes(nodes: Any, name: str, edges: Edges, side: Literal["rows", "columns"]) -> int:
+    """The number of nodes that stand on that side of a matrix of edges."""
+    known = edges.rows if side == "rows" else edges.cols
+    # PyG warns where it has to guess
+    guess = known is None or getattr(nodes, "can_infer_num_nodes", True)
+    size = nodes.num_nodes if guess else known
+    if size is None:
+        size = known
+    if size is None:
+        raise ValueError(f"the number of nodes of {name} is not known: set {name}.num_nodes")
+    if edges.graph is not None and size != known:
+        raise ValueError(f"{edges.name} has {known} {side} but {name} has {size} nodes")
+    return size
+
+
+def _graphs(nodes: Any, name: str, size: int, edges: Edges) -> int | None:
     """How many graphs the nodes belong to; None where nothing says so."""
     ptr, batch = getattr(nodes, "ptr", None), getattr(nodes, "batch", None)
     if ptr is not None:
         check_ptr(ptr, f"{name}.ptr", "G + 1")
-        check_device(ptr, f"{name}.ptr", edges)
+        check_device(ptr, f"{name}.ptr", edges.device, edges.name)
     if batch is None:
         return None if ptr is None else len(ptr) - 1
     if not isinstance(batch, Tensor) or batch.dtype not in INTEGERS:
         kind = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
         raise TypeError(f"{name}.batch must be a tensor of integers, got {kind}")
-    check_device(batch, f"{name}.batch", edges)
+    check_device(batch, f"{name}.batch", edges.device, edges.name)
     if batch.shape != (size,):
         raise ValueError(
             f"{name}.batch must be [{size}], one entry a node, got {list(batch.shape)}"
@@ -148,4 +198,18 @@ def _boundaries(nodes: Any, name: str, size: int, count: int | None) -> Tensor |
         check_boundaries(nodes.ptr, f"{name}.ptr", size, "nodes")
         return nodes.ptr
     graphs = torch.arange(count + 1, device=batch.device)
-    return torch.searchsorted(batch.long(), graphs)
+    ends = torch.searchsorted(batch.long(), graphs)
+    if getattr(nodes, "ptr", None) is not None:
+        _check_counts(ends.diff(), nodes.ptr.long().diff(), name)
+    return ends
+
+
+def _check_counts(by_batch: Tensor, by_ptr: Tensor, name: str) -> None:
+    """A graph may have fewer nodes than ``ptr`` says, as in a subgraph, and not more."""
+    more = by_batch[: len(by_ptr)] > by_ptr
+    if bool(more.any()):
+        graph = int(more.nonzero()[0])
+        raise ValueError(
+            f"graph {graph} has {int(by_batch[graph])} nodes by {name}.batch but "
+            f"{int(by_ptr[graph])} by {name}.ptr: take away the one that is wrong"
+        )

@@ -47,10 +47,22 @@ def test_graphs_without_nodes_are_graphs(more: dict, ends: list[int]) -> None:
 
 
 def test_batch_comes_before_ptr_which_says_how_many_graphs_there_are() -> None:
-    data = batched(BATCH, ptr=torch.tensor([0, 0, 3, 5, 6]))
+    data = batched(BATCH, ptr=torch.tensor([0, 5, 7, 7, 9]))  # of a batch that had more nodes
     assert Graph.from_pyg(data).graph_ptr.tolist() == [0, 4, 6, 6, 6]
     data = batched(None, ptr=torch.tensor([0, 0, 4, 6, 6]))
     assert Graph.from_pyg(data).graph_ptr.tolist() == [0, 0, 4, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("ptr", "message"),
+    [
+        ([0, 3, 6], r"graph 0 has 4 nodes by data\.batch but 3 by data\.ptr"),
+        ([0, 9, 10], r"graph 1 has 2 nodes by data\.batch but 1 by data\.ptr"),
+    ],
+)
+def test_a_batch_and_a_ptr_that_disagree_are_refused(ptr: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Graph.from_pyg(batched(BATCH, ptr=torch.tensor(ptr)))
 
 
 def pair() -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastgt import graph_build, graph_from_pyg, graph_order
+from fastgt import graph_build, graph_from_pyg, graph_hetero, graph_order
 from fastgt.graph_build import normal
+from fastgt.graph_hetero import Relation, Types
 from fastgt.graph_plan import Planned
 from fastgt.plans import Plan
 from fastgt.prepared import Prepared
@@ -45,9 +46,9 @@ class Graph(Planned):
     Isolated rows, no edges and no nodes are all valid. Indices are int32 while they fit.
 
     Build one with :meth:`from_edge_index`, :meth:`from_csr`, :meth:`from_dense`,
-    :meth:`from_scipy`, :meth:`from_pyg` or :meth:`batch`; the fields are for reading. A graph that
-    is made under ``torch.inference_mode()`` may be trained with. If compiled code makes it there,
-    train with ``copy.copy(graph)``, made outside compiled code.
+    :meth:`from_scipy`, :meth:`from_pyg`, :meth:`from_hetero` or :meth:`batch`; the fields are for
+    reading. A graph that is made under ``torch.inference_mode()`` may be trained with. If compiled
+    code makes it there, train with ``copy.copy(graph)``, made outside compiled code.
 
     Attributes:
         num_rows, num_cols: Queries and keys; equal unless the graph is bipartite.
@@ -59,6 +60,9 @@ class Graph(Planned):
         prepared: What it keeps for its kernels beside the row walk.
         order: ``[N]`` int64 where the graph was :meth:`reordered`: its node i is node
             ``order[i]`` of the graph as first built; else None.
+        types: Slices of rows, columns and edges by type and relation, in a graph
+            :meth:`from_hetero` and what is the same with another plan, place or direction; else
+            None.
 
     Example:
         >>> import torch
@@ -78,6 +82,7 @@ class Graph(Planned):
     prepared: Prepared
     settled: Plan | None
     order: Tensor | None  # [N]
+    types: Types | None
 
     # no dataclass: libraries rebuild those field by field, or refuse frozen ones
     def __init__(
@@ -92,6 +97,7 @@ class Graph(Planned):
         prepared: Prepared | None = None,
         settled: Plan | None = None,
         order: Tensor | None = None,
+        types: Types | None = None,
     ):
         ends = normal(graph_ptr)
         fields = {
@@ -105,6 +111,7 @@ class Graph(Planned):
             "prepared": Prepared() if prepared is None else prepared,
             "settled": settled,
             "order": None if order is None else normal(order),
+            "types": types,
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -162,11 +169,12 @@ class Graph(Planned):
 
     @classmethod
     def from_pyg(cls, data: Any) -> Graph:
-        """From a ``torch_geometric.data.Data`` or ``Batch``, or ``hetero[relation]``.
+        """From a ``torch_geometric.data.Data``, ``Batch``, ``HeteroData`` or ``hetero[relation]``.
 
         The boundaries of a batch are kept: those of a sorted ``batch``, else ``ptr``. Where both
         are there, ``ptr`` says how many graphs there are, for the last ones may have no nodes. A
-        relation has rows of the target's type and columns of the source's. PyG keeps Graphs that
+        relation has rows of the target's type and columns of the source's. A whole ``HeteroData``
+        is :meth:`from_hetero` of all its relations. PyG keeps Graphs that
         are attributes of batched ``Data`` in a list, which :meth:`batch` takes.
 
         Edges are those of ``edge_index``, in its order, else those of ``adj_t``: row i attends to
@@ -181,7 +189,53 @@ class Graph(Planned):
             ValueError: ``batch`` is not sorted, it or ``ptr`` does not fit, they disagree, or a
                 number of nodes is not known or not that of ``adj_t``; says what to do.
         """
-        return cls(*graph_from_pyg.from_pyg(data))
+        graph, types = graph_from_pyg.from_pyg(data)
+        return cls(*graph, types=types)
+
+    @classmethod
+    def from_hetero(
+        cls,
+        edge_index_dict: Mapping[Relation, Any],
+        num_nodes: Mapping[str, int] | None = None,
+        columns: Literal["relations", "types"] = "relations",
+    ) -> Graph:
+        """One graph of several relations: a target's softmax is over its edges of all of them.
+
+        Rows are the nodes of all types that are targets, type after type, and columns the sources
+        of all relations. Edges are numbered relation after relation. ``graph.types`` says where
+        each of them stands. With ``columns="relations"`` every relation has columns of its own,
+        for HGT makes other keys of a node for each. With ``"types"`` relations share the columns
+        of a type. A batch is one graph, for nodes of one type stand together.
+
+        Args:
+            edge_index_dict: By ``(source type, name, target type)``, what :meth:`from_edge_index`
+                or, as ``adj_t``, :meth:`from_pyg` takes.
+            num_nodes: By type. What sparse matrices and ``EdgeIndex`` know may be left out.
+            columns: ``"relations"`` or ``"types"``.
+
+        Raises:
+            TypeError: A relation's name or edges are of another type.
+            ValueError: Edges do not fit, or sizes disagree or are not known.
+
+        Source: Hu et al., Heterogeneous Graph Transformer, 2020, equations 3 to 5.
+
+        Example:
+            >>> import torch
+            >>> from fastgt import Graph, neighborhood_attention
+            >>> writes, cites = ("author", "writes", "paper"), ("paper", "cites", "paper")
+            >>> edges = {writes: torch.tensor([[0, 1], [0, 1]]), cites: torch.tensor([[0], [1]])}
+            >>> graph = Graph.from_hetero(edges, {"author": 2, "paper": 3})
+            >>> graph.num_rows, graph.num_cols, graph.types.columns[cites]
+            (3, 5, slice(2, 5, None))
+            >>> nodes = {"author": torch.randn(2, 8, 16), "paper": torch.randn(3, 8, 16)}
+            >>> q = torch.cat([nodes[name] for name in graph.types.rows])
+            >>> k = torch.cat([nodes[source] for source, _, _ in graph.types.columns])
+            >>> out = neighborhood_attention(q, k, k, graph)
+            >>> {name: out[rows].shape for name, rows in graph.types.rows.items()}
+            {'paper': torch.Size([3, 8, 16])}
+        """
+        graph, types = graph_hetero.from_hetero(edge_index_dict, num_nodes, columns)
+        return cls(*graph, types=types)
 
     @classmethod
     def batch(cls, graphs: Sequence[Graph]) -> Graph:
@@ -243,7 +297,9 @@ class Graph(Planned):
         ends = self.col_graph_ptr, self.graph_ptr
         kept = Prepared(columns=walk.of_transpose(self._structure))
         rows, cols = self.num_cols, self.num_rows
-        return Graph(rows, cols, walk.ptr, walk.row, walk.edge, *ends, kept, order=self.order)
+        types = None if self.types is None else self.types.of_transpose()
+        fields = walk.ptr, walk.row, walk.edge, *ends, kept
+        return Graph(rows, cols, *fields, order=self.order, types=types)
 
     def with_self_loops(self) -> Graph:
         """One more edge from every node to itself, numbered E, E + 1, ... after the others.

@@ -1,13 +1,45 @@
-"""A Graph from a sparse adjacency matrix of PyTorch, or of torch_sparse, which is not imported."""
+"""Edges as PyG keeps them: an index, or a sparse matrix of PyTorch or torch_sparse."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgt.graph_build import Structure, check_values, from_csr, group, index_dtype
+from fastgt.graph_build import (
+    Structure,
+    check_index,
+    check_values,
+    from_csr,
+    group,
+    index_dtype,
+    sparse_sizes,
+)
+
+
+class Edges(NamedTuple):
+    """The edges of a ``Data`` or of a relation, and what they say of the number of nodes."""
+
+    name: str
+    index: Any  # [2, E] edge_index, or a sparse matrix
+    graph: Structure | None  # of a sparse matrix
+    rows: int | None
+    cols: int | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.index.device if self.graph is None else self.graph.col.device
+
+
+def read_edges(x: Any, name: str, matrix: bool = False) -> Edges:
+    """Of an index, or of a sparse matrix, which ``x`` must be where ``matrix`` is set."""
+    if matrix or is_adjacency(x):
+        graph = from_adjacency(x, name)
+        return Edges(name, x, graph, graph.num_rows, graph.num_cols)
+    check_index(x, name)
+    check_values(x, name)
+    return Edges(name, x, None, *sparse_sizes(x))
 
 
 def is_adjacency(x: Any) -> bool:

@@ -48,12 +48,7 @@ def from_edge_index(
     edge_index: Tensor, num_nodes: int | tuple[int, int] | None, graph_ptr: Tensor | None
 ) -> Structure:
     known = sparse_sizes(edge_index)
-    if hasattr(edge_index, "as_tensor"):  # PyG's EdgeIndex would leave its own types here
-        edge_index = edge_index.as_tensor()
-    check_index(edge_index, "edge_index")
-    if edge_index.ndim != 2 or edge_index.shape[0] != 2:
-        raise ValueError(f"edge_index must be [2, E], got {list(edge_index.shape)}")
-    check_values(edge_index, "edge_index")
+    edge_index = check_edge_index(edge_index, "edge_index")
     if graph_ptr is not None:
         check_ptr(graph_ptr, "graph_ptr", "G + 1")
         check_device(graph_ptr, "graph_ptr", edge_index.device)
@@ -258,6 +253,16 @@ def check_index(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {x.layout}")
     if x.dtype not in INTEGERS:
         raise TypeError(f"{name} must hold integers (uint8 or int8 to int64), got {x.dtype}")
+
+
+def check_edge_index(x: Tensor, name: str) -> Tensor:
+    """``x`` as a plain tensor: PyG's EdgeIndex would leave its own types in a graph."""
+    plain = x.as_tensor() if hasattr(x, "as_tensor") else x
+    check_index(plain, name)
+    if plain.ndim != 2 or plain.shape[0] != 2:
+        raise ValueError(f"{name} must be [2, E], got {list(plain.shape)}")
+    check_values(plain, name)
+    return plain
 
 
 def check_ptr(x: Tensor, name: str, size: str) -> None:

@@ -7,45 +7,42 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgt.graph_adjacency import from_adjacency, is_adjacency
+from fastgt.graph_adjacency import Edges, read_edges
 from fastgt.graph_build import (
     INTEGERS,
     Structure,
     check_boundaries,
     check_device,
-    check_index,
     check_ptr,
-    check_values,
     from_edge_index,
-    sparse_sizes,
     with_boundaries,
 )
+from fastgt.graph_hetero import Types, joined_relations
 
 
-def from_pyg(data: Any) -> Structure:
-    """Of a ``Data``, a ``Batch`` or ``data[relation]`` of a ``HeteroData``."""
+def from_pyg(data: Any) -> tuple[Structure, Types | None]:
+    """Of a ``Data``, a ``Batch``, a ``HeteroData`` or ``data[relation]`` of one."""
+    if hasattr(data, "edge_types") and hasattr(data, "node_types"):
+        return _from_hetero(data)
     edges = edges_of(data, "data")
     sides = _sides(data, edges)
     graph = edges.graph
     if graph is None:
         graph = from_edge_index(edges.index, (sides.rows, sides.cols), None)
     if sides.row_ptr is None or sides.col_ptr is None:
-        return graph
-    return with_boundaries(graph, sides.row_ptr, sides.col_ptr)
+        return graph, None
+    return with_boundaries(graph, sides.row_ptr, sides.col_ptr), None
 
 
-class Edges(NamedTuple):
-    """The edges of a ``Data`` or of a relation, and what they say of the number of nodes."""
-
-    name: str
-    index: Any  # [2, E] edge_index, or a sparse matrix
-    graph: Structure | None  # of a sparse matrix
-    rows: int | None
-    cols: int | None
-
-    @property
-    def device(self) -> torch.device:
-        return self.index.device if self.graph is None else self.graph.col.device
+def _from_hetero(data: Any) -> tuple[Structure, Types]:
+    """All relations of a ``HeteroData``, with columns of their own."""
+    if not data.edge_types:
+        raise ValueError("data must have a relation, got a HeteroData without one")
+    edges = {key: edges_of(data[key], f"data[{key!r}]") for key in data.edge_types}
+    kinds = {key[side] for key in edges for side in (0, 2)}
+    sizes = {kind: _inferred(data[kind]) for kind in data.node_types if kind in kinds}
+    known = {kind: n for kind, n in sizes.items() if n is not None}
+    return joined_relations(edges, known, "relations", "set data[{!r}].num_nodes")
 
 
 def edges_of(data: Any, name: str) -> Edges:
@@ -56,19 +53,10 @@ def edges_of(data: Any, name: str) -> Edges:
     if found is None:
         raise TypeError(
             f"{name} must have an edge_index or an adj_t, got {type(data).__name__} without one: "
-            "use from_edge_index or from_csr, and data[relation] of a HeteroData"
+            "use from_edge_index or from_csr"
         )
-    return read(found, of, matrix=of == "adj_t")
-
-
-def read(x: Any, name: str, matrix: bool = False) -> Edges:
-    """Of an index, or of a sparse matrix, which ``x`` must be where ``matrix`` is set."""
-    if matrix or is_adjacency(x):
-        graph = from_adjacency(x, name)
-        return Edges(name, x, graph, graph.num_rows, graph.num_cols)
-    check_index(x, name)
-    check_values(x, name)
-    return Edges(name, x, None, *sparse_sizes(x))
+    name = of if name == "data" else f"{name}.{of}"
+    return read_edges(found, name, matrix=of == "adj_t")
 
 
 class _Sides(NamedTuple):
@@ -127,9 +115,7 @@ def _sides(data: Any, edges: Edges) -> _Sides:
 def count_nodes(nodes: Any, name: str, edges: Edges, side: Literal["rows", "columns"]) -> int:
     """The number of nodes that stand on that side of a matrix of edges."""
     known = edges.rows if side == "rows" else edges.cols
-    # PyG warns where it has to guess
-    guess = known is None or getattr(nodes, "can_infer_num_nodes", True)
-    size = nodes.num_nodes if guess else known
+    size = _inferred(nodes)
     if size is None:
         size = known
     if size is None:
@@ -137,6 +123,11 @@ def count_nodes(nodes: Any, name: str, edges: Edges, side: Literal["rows", "colu
     if edges.graph is not None and size != known:
         raise ValueError(f"{edges.name} has {known} {side} but {name} has {size} nodes")
     return size
+
+
+def _inferred(nodes: Any) -> int | None:
+    """How many nodes PyG knows of, which warns where it has to guess."""
+    return nodes.num_nodes if getattr(nodes, "can_infer_num_nodes", True) else None
 
 
 def _graphs(nodes: Any, name: str, size: int, edges: Edges) -> int | None:

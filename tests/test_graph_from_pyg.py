@@ -264,9 +264,9 @@ def test_relations_that_are_refused(name: str) -> None:
         Graph.from_pyg(data["author", "writes", "paper"])
 
 
-def test_hetero_data_without_a_relation_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"HeteroData without one: .* data\[relation\]"):
-        Graph.from_pyg(papers())
+def test_data_without_edges_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"data must have an edge_index or an adj_t, got Data"):
+        Graph.from_pyg(pyg.Data(x=torch.ones(2, 1)))
 
 
 def test_a_relation_of_data_that_are_gone_is_refused() -> None:

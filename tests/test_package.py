@@ -27,7 +27,8 @@ LAYERS = {
     "tiles": set(),
     "graph_build": {"cpu"},
     "graph_adjacency": {"graph_build"},
-    "graph_from_pyg": {"graph_adjacency", "graph_build"},
+    "graph_hetero": {"graph_adjacency", "graph_build"},
+    "graph_from_pyg": {"graph_adjacency", "graph_build", "graph_hetero"},
     "graph_order": {"graph_build", "reordering"},
     "plans": {"graph_build", "tiles"},
     "prepared": {"graph_build", "plans", "tiles"},
@@ -36,6 +37,7 @@ LAYERS = {
     "graph": {
         "graph_build",
         "graph_from_pyg",
+        "graph_hetero",
         "graph_order",
         "graph_plan",
         "plans",

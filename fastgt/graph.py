@@ -46,9 +46,10 @@ class Graph(Planned):
     Isolated rows, no edges and no nodes are all valid. Indices are int32 while they fit.
 
     Build one with :meth:`from_edge_index`, :meth:`from_csr`, :meth:`from_dense`,
-    :meth:`from_scipy`, :meth:`from_pyg`, :meth:`from_hetero` or :meth:`batch`; the fields are for
-    reading. A graph that is made under ``torch.inference_mode()`` may be trained with. If compiled
-    code makes it there, train with ``copy.copy(graph)``, made outside compiled code.
+    :meth:`from_scipy`, :meth:`from_pyg`, :meth:`from_hetero`, :meth:`complete` or :meth:`batch`;
+    the fields are for reading. A graph that is made under ``torch.inference_mode()`` may be trained
+    with. If compiled code makes it there, train with ``copy.copy(graph)``, made outside compiled
+    code.
 
     Attributes:
         num_rows, num_cols: Queries and keys; equal unless the graph is bipartite.
@@ -236,6 +237,24 @@ class Graph(Planned):
         """
         graph, types = graph_hetero.from_hetero(edge_index_dict, num_nodes, columns)
         return cls(*graph, types=types)
+
+    @classmethod
+    def complete(cls, offsets: Tensor, key_offsets: Tensor | None = None) -> Graph:
+        """Every node attends to all nodes of its graph, itself too, or to all keys of it.
+
+        Edges are numbered graph after graph, row by row.
+
+        Args:
+            offsets: ``[G + 1]`` boundaries of the graphs in rows, from 0.
+            key_offsets: Those in columns, where columns are other nodes than rows.
+
+        Example:
+            >>> import torch
+            >>> from fastgt import Graph
+            >>> Graph.complete(torch.tensor([0, 1, 3])).edge_index.tolist()
+            [[0, 1, 2, 1, 2], [0, 1, 1, 2, 2]]
+        """
+        return cls(*graph_build.complete(offsets, key_offsets))
 
     @classmethod
     def batch(cls, graphs: Sequence[Graph]) -> Graph:

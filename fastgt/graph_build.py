@@ -136,6 +136,35 @@ def from_scipy(matrix: scipy.sparse.sparray | scipy.sparse.spmatrix) -> Structur
     return from_pairs(row, col, rows, cols)
 
 
+def complete(offsets: Tensor, key_offsets: Tensor | None) -> Structure:
+    """Every row of a graph attends to all columns of it, in order."""
+    square = key_offsets is None or key_offsets is offsets
+    keys = offsets if key_offsets is None else key_offsets
+    for x, name in ((offsets, "offsets"), (keys, "key_offsets"))[: 1 if square else 2]:
+        check_ptr(x, name, "G + 1")
+        check_values(x, name)
+        check_boundaries(x, name, int(x[-1]), "nodes")
+    check_device(keys, "key_offsets", offsets.device, "offsets")
+    if offsets.shape != keys.shape:
+        raise ValueError(
+            f"offsets are of {len(offsets) - 1} graphs but key_offsets of {len(keys) - 1}"
+        )
+    offsets, keys = offsets.long(), keys.long()
+    rows, cols, sizes = int(offsets[-1]), int(keys[-1]), offsets.diff()
+    # by row: how many columns its graph has, and the first of them
+    degree = keys.diff().repeat_interleave(sizes, output_size=rows)
+    first = keys[:-1].repeat_interleave(sizes, output_size=rows)
+    row_ptr = torch.cat([offsets.new_zeros(1), degree.cumsum(0)])
+    edges = int(row_ptr[-1])
+    dtype = index_dtype(rows, cols, edges)
+    edge = torch.arange(edges, dtype=dtype, device=offsets.device)
+    shift = (first - row_ptr[:-1]).to(dtype)
+    col = edge + shift.repeat_interleave(degree, output_size=edges)
+    graph_ptr = offsets.to(dtype, copy=True)
+    ends = graph_ptr, graph_ptr if square else keys.to(dtype, copy=True)
+    return Structure(rows, cols, row_ptr.to(dtype), col, edge, *ends)
+
+
 def joined(graphs: Sequence[Structure]) -> Structure:
     """The block-diagonal union of one graph or more, on one device."""
     rows, cols = [g.num_rows for g in graphs], [g.num_cols for g in graphs]

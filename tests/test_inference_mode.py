@@ -57,6 +57,8 @@ MADE: dict[str, Callable[[], Graph]] = {
     "from_scipy": lambda: Graph.from_scipy(
         pytest.importorskip("scipy.sparse").coo_array(MASK.numpy())
     ),
+    "from_hetero": lambda: Graph.from_hetero({("a", "to", "a"): SIX}, {"a": 6}, "types"),
+    "complete": lambda: Graph.complete(PTR),
     "batch": lambda: Graph.batch([batch(), BEFORE]),
     "batch of none": lambda: Graph.batch([]),
     "transpose": BEFORE.transpose,

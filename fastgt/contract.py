@@ -190,10 +190,12 @@ class NeedQKV(NamedTuple):
 
 
 class Messages(NamedTuple):
-    """What aggregate puts together, ``activation(x_j + edge_value_ij)``: at least one of them."""
+    """What aggregate puts together, ``activation(x_j + edge_value_ij)``: at least one of them; and
+    what it multiplies each message with."""
 
     x: Tensor | None  # [N_cols, D]
     edge_value: Tensor | None  # [E, D]
+    edge_weight: Tensor | None  # [E, D], or [E, 1]: one number an edge
 
 
 class Reduction(NamedTuple):
@@ -208,15 +210,19 @@ class MessageNeeds(NamedTuple):
 
     need_x: bool
     need_edge_value: bool
+    need_edge_weight: bool
 
 
 class GatedMessages(NamedTuple):
-    """What gated_aggregate averages, and the terms of the gates: at least one of them."""
+    """What gated_aggregate averages, the terms of the gates, of which one is there at least, and
+    what stands on edges besides."""
 
     x: Tensor  # [N_cols, D]
     gate: Tensor | None  # [E, D]
     gate_row: Tensor | None  # [N_rows, D]
     gate_col: Tensor | None  # [N_cols, D]
+    edge_weight: Tensor | None  # [E, D], or [E, 1]: one number an edge
+    edge_value: Tensor | None  # [E, D]
 
 
 class GatedMean(NamedTuple):
@@ -243,7 +249,7 @@ class GatedUpstream(NamedTuple):
 class GatedKept(NamedTuple):
     """What a forward kept for its backward, empty without the denominator."""
 
-    total: Tensor  # [N_rows, D], the denominator, 1 for 0
+    total: Tensor  # [N_rows, D], the denominator, infinity for 0
     mean: Tensor  # [N_rows, D], the output before it was rounded
 
 
@@ -254,6 +260,8 @@ class GatedNeeds(NamedTuple):
     need_gate: bool
     need_gate_row: bool
     need_gate_col: bool
+    need_edge_weight: bool
+    need_edge_value: bool
 
 
 class ChannelwiseInputs(NamedTuple):

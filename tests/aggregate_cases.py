@@ -40,9 +40,22 @@ KINDS = [
         for relu in (False, True)
     ),
     *(
+        (op, {"takes": takes, "relu": relu, "ties": op == "max", "weight": weight})
+        for op in ("sum", "mean", "max")
+        for takes, relu, weight in (
+            *itertools.product(range(3), (False, True), ("edge", "channel")[: 1 + (op != "mean")]),
+        )
+    ),
+    *(
         ("gated", {"takes": takes, "normalize": normalize})
         for takes in range(7)
         for normalize in (True, False)
+    ),
+    *(
+        ("gated", {"takes": takes, "normalize": normalize, "weight": weight, "value": value})
+        for takes in (0, 4, 6)
+        for normalize in (True, False)
+        for weight, value in (("edge", False), ("channel", True), ("", True))
     ),
     ("softmax", {}),
 ]
@@ -53,12 +66,18 @@ FAMILIES = [
     ("mean", {}),
     ("max", {"relu": True}),
     ("gated", {}),
+    ("sum", {"relu": True, "weight": "edge"}),
+    ("max", {"relu": True, "weight": "channel"}),
+    ("gated", {"weight": "edge", "value": True}),
+    ("gated", {"weight": "channel"}),
 ]
-each_family = pytest.mark.parametrize(("op", "options"), FAMILIES, ids=OPS)
+NAMES = (*OPS, "weighted_sum", "weighted_max", "weighted_gates", "channels_of_weights")
+each_family = pytest.mark.parametrize(("op", "options"), FAMILIES, ids=NAMES)
 # what each input has a row for
 OVER = {
     "x": "cols",
     "edge_value": "edges",
+    "edge_weight": "edges",
     "gate": "edges",
     "gate_row": "rows",
     "gate_col": "cols",
@@ -118,10 +137,15 @@ def case(
     normalize=True,
     eps=0.1,
     ties=False,
+    weight="",
+    value=False,
     plan="gather",
 ):
     """A random case; ``takes`` says which of the optional inputs are there. With ``ties``, values
-    are quarters: many are equal, and no sum of two is rounded."""
+    are quarters: many are equal, and no sum of two is rounded. Weights are then 0, 1, 2 or -1, -2.
+
+    ``weight``: one an "edge", one a "channel" or "" for none. ``value``: on edges, of gated ones.
+    """
     made_by = f"case({', '.join(f'{name}={value!r}' for name, value in locals().items())})"
     cols = rows if cols is None else cols
     edge_index = random_edge_index(seed, rows, edges, cols=cols, kind=kind, isolated=isolated)
@@ -131,7 +155,7 @@ def case(
     layouts = itertools.cycle((layout, "contiguous", layout))
     sizes = {"rows": rows, "cols": cols, "edges": edge_index.shape[1]}
 
-    def tensor(n):
+    def tensor(n, channels=channels):
         x = torch.randn(n, *channels, generator=generator, dtype=FP64)
         x = (4 * x).round() / 4 if ties else x
         layout = next(layouts)
@@ -141,6 +165,11 @@ def case(
 
     kinds = TAKES.get(op, MESSAGES)
     inputs = {name: tensor(sizes[OVER[name]]) for name in kinds[takes % len(kinds)]}
+    if weight and op != "softmax":
+        each = tensor(sizes["edges"], channels if weight == "channel" else ())
+        inputs["edge_weight"] = each.round().clamp(-2, 2) if ties else each
+    if value and op == "gated":
+        inputs["edge_value"] = tensor(sizes["edges"])
     options = {}
     if op in ("sum", "mean", "max"):
         options = {"reduce": op, "activation": "relu" if relu else None}
@@ -173,6 +202,8 @@ def cases(draw, impl, **fixed):
         "normalize": st.booleans(),
         "eps": st.sampled_from([0.0, 1e-6, 0.5]),
         "ties": st.booleans(),
+        "weight": st.sampled_from(["", "edge", "channel"]),
+        "value": st.booleans(),
     }
     if impl == "triton":
         choices["plan"] = st.sampled_from(PLANS)
@@ -222,18 +253,22 @@ def evaluate(case, impl, dtype=None):
 def loops(case):
     """The equations once more, row by row and edge by edge, and their gradients by hand."""
     shape = case.do.shape[1:]
+    given = case.inputs | {"do": case.do, "de": case.de}
+    given = {name: x for name, x in given.items() if x is not None}
+    # weights of edges have one channel
     arrays = {
-        name: x.double().cpu().numpy().reshape(len(x), math.prod(shape))
-        for name, x in (case.inputs | {"do": case.do, "de": case.de}).items()
-        if x is not None
+        name: x.double().cpu().numpy().reshape(len(x), math.prod(x.shape[1:]))
+        for name, x in given.items()
     }
     edges = list(zip(*case.edge_index.tolist(), strict=True))
     rows = case.graph.num_rows
     mine = [[(e, j) for e, (j, target) in enumerate(edges) if target == i] for i in range(rows)]
     work = {"softmax": _softmax, "gated": _gated}.get(case.op, _messages)
     found = work(mine, arrays, len(edges), **case.options)
+    shapes = {f"d{name}": x.shape[1:] for name, x in case.inputs.items()}
     return {
-        name: torch.from_numpy(x).reshape(len(x), *shape).to(DEVICE) for name, x in found.items()
+        name: torch.from_numpy(x).reshape(len(x), *shapes.get(name, shape)).to(DEVICE)
+        for name, x in found.items()
     }
 
 
@@ -254,16 +289,19 @@ def _softmax(mine, given, num_edges):
 def _messages(mine, given, num_edges, *, reduce, activation):
     do = given["do"]
     o = np.zeros_like(do)
-    grads = {
-        f"d{name}": np.zeros_like(given[name]) for name in ("x", "edge_value") if name in given
-    }
+    names = [name for name in ("x", "edge_value", "edge_weight") if name in given]
+    grads = {f"d{name}": np.zeros_like(given[name]) for name in names}
     for i, edges in enumerate(mine):
         for c in range(do.shape[1]):
-            raw = {}
+            raw, weight, at = {}, dict.fromkeys([e for e, _ in edges], 1.0), c
+            if "edge_weight" in given:
+                at = c if given["edge_weight"].shape[1] == do.shape[1] else 0
+                weight = {e: given["edge_weight"][e, at] for e in weight}
             for e, j in edges:
                 raw[e] = given["x"][j, c] if "x" in given else 0.0
                 raw[e] += given["edge_value"][e, c] if "edge_value" in given else 0.0
-            m = {e: max(v, 0.0) if activation else v for e, v in raw.items()}
+            bare = {e: max(v, 0.0) if activation else v for e, v in raw.items()}
+            m = {e: weight[e] * v for e, v in bare.items()}
             share = dict.fromkeys(m, 0.0)
             if m and reduce == "max":
                 best = max(m, key=lambda e, m=m: (m[e], -e))
@@ -273,11 +311,13 @@ def _messages(mine, given, num_edges, *, reduce, activation):
                 o[i, c] = sum(m.values()) * each
                 share = dict.fromkeys(m, each)
             for e, j in edges:
+                if "edge_weight" in given:
+                    grads["dedge_weight"][e, at] += share[e] * do[i, c] * bare[e]
                 if activation is None or raw[e] > 0:
                     if "x" in given:
-                        grads["dx"][j, c] += share[e] * do[i, c]
+                        grads["dx"][j, c] += weight[e] * share[e] * do[i, c]
                     if "edge_value" in given:
-                        grads["dedge_value"][e, c] += share[e] * do[i, c]
+                        grads["dedge_value"][e, c] += weight[e] * share[e] * do[i, c]
     return {"o": o} | grads
 
 
@@ -285,22 +325,33 @@ def _gated(mine, given, num_edges, *, normalize, eps):
     x, do, de = given["x"], given["do"], given["de"]
     o, e_out = np.zeros_like(do), np.zeros((num_edges, x.shape[1]))
     gates = [name for name in ("gate", "gate_row", "gate_col") if name in given]
-    grads = {f"d{name}": np.zeros_like(given[name]) for name in ("x", *gates)}
+    more = [name for name in ("edge_weight", "edge_value") if name in given]
+    grads = {f"d{name}": np.zeros_like(given[name]) for name in ("x", *gates, *more)}
+    edge = np.zeros((num_edges, x.shape[1]))
+    weight, value = given.get("edge_weight", edge[:, :1] + 1), given.get("edge_value", edge)
     for i, edges in enumerate(mine):
         at = {"gate_row": i}
         for e, j in edges:
             at |= {"gate": e, "gate_col": j}
             e_out[e] = sum(given[name][at[name]] for name in gates)
         sigma = {e: 1 / (1 + np.exp(-e_out[e])) for e, _ in edges}
-        above = sum((sigma[e] * x[j] for e, j in edges), np.zeros(x.shape[1]))
-        below = sum(sigma.values(), np.zeros(x.shape[1])) + eps if normalize else 1.0
+        eta = {e: weight[e] * sigma[e] for e, _ in edges}
+        above = sum((eta[e] * (x[j] + value[e]) for e, j in edges), np.zeros(x.shape[1]))
+        below = sum(eta.values(), np.zeros(x.shape[1])) + eps if normalize else 1.0
         if not edges:
             continue
+        if normalize:  # a denominator of 0 gives 0
+            below = np.where(below == 0, np.inf, below)
         o[i] = above / below
         for e, j in edges:
-            slope = x[j] / below - (above / below**2 if normalize else 0.0)
-            ds = do[i] * slope * sigma[e] * (1 - sigma[e]) + de[e]
-            grads["dx"][j] += do[i] * sigma[e] / below
+            slope = do[i] * ((x[j] + value[e]) / below - (above / below**2 if normalize else 0.0))
+            ds = slope * weight[e] * sigma[e] * (1 - sigma[e]) + de[e]
+            grads["dx"][j] += do[i] * eta[e] / below
+            if "edge_value" in given:
+                grads["dedge_value"][e] += do[i] * eta[e] / below
+            if "edge_weight" in given:
+                share = slope * sigma[e]
+                grads["dedge_weight"][e] += share if weight.shape == edge.shape else share.sum()
             at |= {"gate": e, "gate_col": j}
             for name in gates:
                 grads[f"d{name}"][at[name]] += ds

@@ -1,4 +1,4 @@
-// aggregate: sums, means and maxima of the messages act(x_j + e_ij), and their gradients.
+// aggregate: sums, means and maxima of the messages weight_ij act(x_j + e_ij), and their gradients.
 #include "lines.h"
 
 namespace fastgt {
@@ -7,11 +7,12 @@ namespace {
 enum Reduce : int64_t { SUM, MEAN, MAX };
 
 struct AggregateCall {
-    int64_t dtype, threads, width, reduce, relu;
+    int64_t dtype, threads, width, reduce, relu, one_weight;  // one: a number an edge
     WalkArrays rows, columns;
-    Array x, edge_value;      // [M, D]; [E, D] in the caller's order; null for None
-    Array o, first;           // [N, D]; the edges of a maximum, -1 for none, as wide as indices
-    Array d_o, d_x, d_edge;   // [N, D], [M, D], [E, D]; null where not needed
+    // [M, D]; [E, D] in the caller's order; [E, D] or [E, 1] likewise; null for None
+    Array x, edge_value, weight;
+    Array o, first;                   // [N, D]; edges of a maximum, -1 for none, as wide as indices
+    Array d_o, d_x, d_edge, d_weight;  // as the above, but sums [E, 1]; null where not needed
 };
 
 constexpr int64_t PIECE = 4096;  // edges over which the place of a maximum is counted
@@ -45,6 +46,34 @@ FASTGT_INLINE Line<Accumulator<T>, Z> message(
     return m;
 }
 
+// m times the weight of an edge
+template <class T, int Z>
+FASTGT_INLINE void times_weight(
+    const AggregateCall& call, Line<Accumulator<T>, Z>& m, int64_t edge, int64_t c, int n) {
+    if (call.one_weight) {
+        const auto weight = load_one(call.weight.at<T>(edge));
+        unrolled<Z>([&](int v) FASTGT_INLINED { m.v[v] *= weight; });
+    } else {
+        const auto weight = load_line<Z>(call.weight.at<T>(edge) + c, n);
+        unrolled<Z>([&](int v) FASTGT_INLINED { m.v[v] *= weight.v[v]; });
+    }
+}
+
+// weight_ij act(x_j + e_ij)
+template <class T, int Z>
+FASTGT_INLINE Line<Accumulator<T>, Z> weighted_message(
+    const AggregateCall& call, const AnyWalk& walk, int64_t i, int64_t c, int n) {
+    using A = Accumulator<T>;
+    auto m = message<T, Z>(call, walk, i, c, n);
+    if (!call.one_weight) {
+        const int64_t next = std::min(i + AHEAD, walk.edges - 1);
+        prefetch_line<Z>(call.weight.at<T>(walk.edge[next]) + c);
+    }
+    if (call.relu) m = by_vector<A, Z>([&](int v) { return relu_of<A>(m.v[v]); });
+    times_weight<T, Z>(call, m, walk.edge[i], c, n);
+    return m;
+}
+
 template <class T> void sums(const AggregateCall& call) {
     using A = Accumulator<T>;
     const AnyWalk walk(call.rows);
@@ -52,11 +81,18 @@ template <class T> void sums(const AggregateCall& call) {
         const A count = A(std::max<int64_t>(to - from, 1));
         each_line<A, 4>(call.width, [&](auto z, int64_t c, int n) {
             constexpr int Z = decltype(z)::COUNT;
-            auto total = sum_line<A, Z>(from, to, [&](int64_t i) FASTGT_INLINED {
-                auto m = message<T, Z>(call, walk, i, c, n);
-                if (call.relu) m = by_vector<A, Z>([&](int v) { return relu_of<A>(m.v[v]); });
-                return m;
-            });
+            Line<A, Z> total;
+            if (call.weight) {
+                total = sum_line<A, Z>(from, to, [&](int64_t i) FASTGT_INLINED {
+                    return weighted_message<T, Z>(call, walk, i, c, n);
+                });
+            } else {
+                total = sum_line<A, Z>(from, to, [&](int64_t i) FASTGT_INLINED {
+                    auto m = message<T, Z>(call, walk, i, c, n);
+                    if (call.relu) m = by_vector<A, Z>([&](int v) { return relu_of<A>(m.v[v]); });
+                    return m;
+                });
+            }
             if (call.reduce == MEAN)
                 unrolled<Z>([&](int v) FASTGT_INLINED { total.v[v] /= count; });
             store_line<Z>(call.o.at<T>(r) + c, total, n);
@@ -74,6 +110,7 @@ template <class T> void maxima(const AggregateCall& call) {
         for (int64_t i = from + 1; i < to; i++) ordered &= walk.edge[i - 1] < walk.edge[i];
         each_vector<A>(call.width, [&](int64_t c, int n) {
             auto get = [&](int64_t i) FASTGT_INLINED {
+                if (call.weight) return weighted_message<T, 1>(call, walk, i, c, n).v[0];
                 return message<T, 1>(call, walk, i, c, n).v[0];
             };
             A value[WIDTH<A>] = {};
@@ -104,8 +141,8 @@ template <class T> void maxima(const AggregateCall& call) {
                 }
             }
             for (int l = 0; l < n; l++) {
-                // nothing below 0 gets a gradient
-                const bool dead = call.relu && value[l] <= 0;
+                // nothing below 0 gets a gradient; but a weight may have made it of what does
+                const bool dead = call.relu && !call.weight && value[l] <= 0;
                 store_one(call.o.at<T>(r) + c + l, dead ? A(0) : value[l]);
                 if (dead) number[l] = -1;
                 if (walk.ptr.wide)
@@ -153,7 +190,29 @@ FASTGT_INLINE Line<Accumulator<T>, Z> to_first(
     });
 }
 
-// The gradient of edges, row by row: where columns need none, or relu looks at no x_j + e_ij.
+// The gradient of x_j + e_ij, from g, that of the weighted message. Writes those of the edge.
+template <class T, int Z>
+FASTGT_INLINE Line<Accumulator<T>, Z> through_weight(
+    const AggregateCall& call, Line<Accumulator<T>, Z> g, const Line<Accumulator<T>, Z>& m,
+    int64_t edge, int64_t c, int n) {
+    using A = Accumulator<T>;
+    if (call.d_weight) {
+        const auto part = by_vector<A, Z>([&](int v) FASTGT_INLINED {
+            return g.v[v] * (call.relu ? relu_of<A>(m.v[v]) : m.v[v]);
+        });
+        if (call.one_weight)
+            add_lanes<A, Z>(call.d_weight.at<A>(edge), c == 0, part);
+        else
+            store_line<Z>(call.d_weight.at<T>(edge) + c, part, n);
+    }
+    times_weight<T, Z>(call, g, edge, c, n);
+    if (call.relu)
+        unrolled<Z>([&](int v) FASTGT_INLINED { g.v[v] = through_relu<A>(g.v[v], m.v[v]); });
+    if (call.d_edge) store_line<Z>(call.d_edge.at<T>(edge) + c, g, n);
+    return g;
+}
+
+// The gradients of edges, row by row: where columns need none, or relu looks at no x_j + e_ij.
 template <class T> void spread_to_edges(const AggregateCall& call) {
     using A = Accumulator<T>;
     const AnyWalk walk(call.rows);
@@ -163,6 +222,14 @@ template <class T> void spread_to_edges(const AggregateCall& call) {
             constexpr int Z = decltype(z)::COUNT;
             const auto g = passed_on<Z, T>(call, walk.ptr, r, c, n);
             for (int64_t i = from; i < to; i++) {
+                if (call.weight) {
+                    auto part = g;
+                    if (call.reduce == MAX)
+                        part = to_first<Z, T>(call, g, r, walk.edge[i], c, n);
+                    const auto m = message<T, Z>(call, walk, i, c, n);
+                    through_weight<T, Z>(call, part, m, walk.edge[i], c, n);
+                    continue;
+                }
                 T* out = call.d_edge.at<T>(walk.edge[i]) + c;
                 auto part = g;
                 if (call.reduce == MAX) {
@@ -179,7 +246,8 @@ template <class T> void spread_to_edges(const AggregateCall& call) {
     });
 }
 
-// The gradient of columns, and of edges on the way where relu looks at x_j + e_ij.
+// The gradient of columns; and of edges on the way, where they have weights or relu looks at
+// x_j + e_ij.
 template <class T> void sum_to_columns(const AggregateCall& call, bool edges) {
     using A = Accumulator<T>;
     const AnyWalk walk(call.columns);
@@ -189,7 +257,7 @@ template <class T> void sum_to_columns(const AggregateCall& call, bool edges) {
         each_line<A, 4>(call.width, [&](auto z, int64_t c, int n) {
             constexpr int Z = decltype(z)::COUNT;
             Line<A, Z> x{};
-            if (relu) x = load_line<Z>(call.x.at<T>(j) + c, n);
+            if (relu || call.weight) x = load_line<Z>(call.x.at<T>(j) + c, n);
             auto next = [&](int64_t i) FASTGT_INLINED {
                 return std::min(i + AHEAD, walk.edges - 1);
             };
@@ -198,7 +266,19 @@ template <class T> void sum_to_columns(const AggregateCall& call, bool edges) {
                 return passed_on<Z, T>(call, row_ptr, walk.other[i], c, n);
             };
             Line<A, Z> total;
-            if (maximum) {
+            if (call.weight) {
+                total = sum_line<A, Z>(from, to, [&](int64_t i) FASTGT_INLINED {
+                    const int64_t edge = walk.edge[i], after = walk.edge[next(i)];
+                    if (!call.one_weight) prefetch_line<Z>(call.weight.at<T>(after) + c);
+                    auto m = x, g = get(i);
+                    if (maximum) g = to_first<Z, T>(call, g, walk.other[i], edge, c, n);
+                    if (call.edge_value) {
+                        prefetch_line<Z>(call.edge_value.at<T>(after) + c);
+                        m += load_line<Z>(call.edge_value.at<T>(edge) + c, n);
+                    }
+                    return through_weight<T, Z>(call, g, m, edge, c, n);
+                });
+            } else if (maximum) {
                 total = sum_line<A, Z>(from, to, [&](int64_t i) FASTGT_INLINED {
                     return to_first<Z, T>(call, get(i), walk.other[i], walk.edge[i], c, n);
                 });
@@ -217,7 +297,7 @@ template <class T> void sum_to_columns(const AggregateCall& call, bool edges) {
             } else {
                 total = sum_line<A, Z>(from, to, get);
             }
-            if (relu && !call.edge_value)
+            if (relu && !call.edge_value && !call.weight)
                 unrolled<Z>([&](int v) FASTGT_INLINED {
                     total.v[v] = through_relu<A>(total.v[v], x.v[v]);
                 });
@@ -246,9 +326,11 @@ FASTGT_EXPORT void aggregate_bwd(const AggregateCall* call) {
         using T = decltype(t);
         const int64_t line = call->width * int64_t(sizeof(T));
         expect_writes(call->d_edge.data, AnyWalk(call->rows).edges * line);
+        if (!call->one_weight) expect_writes(call->d_weight.data, AnyWalk(call->rows).edges * line);
         expect_writes(call->d_x.data, call->columns.segments * line);
-        const bool together = call->d_x && call->edge_value && call->relu && call->reduce != MAX;
+        const bool looked_at = call->edge_value && call->relu && call->reduce != MAX;
+        const bool together = call->d_x && (call->weight || looked_at);
         if (call->d_x) sum_to_columns<T>(*call, bool(call->d_edge));
-        if (call->d_edge && !together) spread_to_edges<T>(*call);
+        if ((call->d_edge || call->d_weight) && !together) spread_to_edges<T>(*call);
     });
 }

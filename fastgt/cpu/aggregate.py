@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgt.contract import MessageNeeds, Messages, Reduction
-from fastgt.cpu.library import dtype_number, filled, kernels, rows_of, walk
+from fastgt.cpu.library import accumulator, dtype_number, filled, kernels, rows_of, walk
 
 _REDUCTIONS = {"sum": 0, "mean": 1, "max": 2}
 _NO_WALK: tuple[int, ...] = (0,) * 5
@@ -21,7 +21,7 @@ def aggregate_fwd(
     n, width = rows[0].shape[0] - 1, like.shape[1]
     o = like.new_empty(n, width)
     first = rows[0].new_empty(n if reduction.reduce == "max" else 0, width)
-    _run("fwd", messages, reduction, (walk(*rows), _NO_WALK), (o, first, None, None, None))
+    _run("fwd", messages, reduction, (walk(*rows), _NO_WALK), (o, first, None, None, None, None))
     return o, first
 
 
@@ -33,19 +33,32 @@ def aggregate_bwd(
     columns: tuple[Tensor, ...],
     reduction: Reduction,
     needs: MessageNeeds,
-) -> tuple[Tensor, Tensor]:
-    """-> dx [M, D], dedge [E, D] in the caller's edge order; empty where not needed."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dx [M, D], dedge [E, D] in the caller's edge order, dweight as the weights; empty where
+    not needed."""
     width, by_column = do.shape[1], _NO_WALK
-    dx, dedge = do.new_empty(0), do.new_empty(0)
+    dx, dedge, dweight = do.new_empty(0), do.new_empty(0), do.new_empty(0)
     if needs.need_x:
         col_ptr, col_row, _, col_edge = columns
         by_column = walk(col_ptr, col_row, col_edge)
         dx = do.new_empty(col_ptr.shape[0] - 1, width)
     if needs.need_edge_value:
         dedge = do.new_empty(rows[2].shape[0], width)
+    if needs.need_edge_weight:
+        assert messages.edge_weight is not None
+        dweight = weight_gradient(messages.edge_weight, width)
     walks = walk(*rows), by_column
-    _run("bwd", messages, reduction, walks, (None, first, rows_of(do), dx, dedge))
-    return dx, dedge
+    _run("bwd", messages, reduction, walks, (None, first, rows_of(do), dx, dedge, dweight))
+    return dx, dedge, dweight.to(do.dtype)
+
+
+def weight_gradient(weight: Tensor, width: int) -> Tensor:
+    """Room for the gradient of weights [E, D], or for sums over D channels of weights [E, 1]."""
+    if weight.shape[1] != 1:
+        return weight.new_empty(weight.shape)
+    # no kernel goes through no channels
+    make = weight.new_empty if width else weight.new_zeros
+    return make(weight.shape[0], 1, dtype=accumulator(weight))
 
 
 def _run(
@@ -53,11 +66,12 @@ def _run(
     messages: Messages,
     reduction: Reduction,
     walks: tuple[tuple[int, ...], tuple[int, ...]],
-    results: tuple[Tensor | None, ...],  # o, first, do, dx, dedge
+    results: tuple[Tensor | None, ...],  # o, first, do, dx, dedge, dweight
 ) -> None:
     terms = tuple(None if x is None else rows_of(x) for x in messages)
     like = results[0] if results[2] is None else results[2]
     assert like is not None
+    weight = messages.edge_weight
     kernels().run(
         "aggregate",
         function,
@@ -66,6 +80,7 @@ def _run(
         like.shape[1],
         _REDUCTIONS[reduction.reduce],
         int(reduction.relu),
+        int(weight is not None and weight.shape[1] == 1),
         walks,
         terms,
         filled(results),

@@ -13,10 +13,11 @@ from fastgt.contract import (
     GatedResults,
     GatedUpstream,
 )
+from fastgt.cpu.aggregate import weight_gradient
 from fastgt.cpu.library import accumulator, dtype_number, filled, kernels, rows_of, walk
 
 _NO_WALK = (0,) * 5
-_NO_GRADIENTS = (None,) * 7
+_NO_GRADIENTS = (None,) * 9
 
 
 def gated_aggregate_fwd(
@@ -41,20 +42,23 @@ def gated_aggregate_bwd(
     columns: tuple[Tensor, ...],
     mean: GatedMean,
     needs: GatedNeeds,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dx [M, D], dgate [E, D], drow [N, D], dcol [M, D]; empty where not needed."""
+) -> tuple[Tensor, ...]:
+    """-> dx [M, D], dgate [E, D], drow [N, D], dcol [M, D], dweight as the weights, dvalue [E, D];
+    empty where not needed."""
     x, (do, de), (col_ptr, col_row, _, col_edge) = gated.x, upstream, columns
     (m, width), n, num_edges = x.shape, rows[0].shape[0] - 1, col_edge.shape[0]
     grads = tuple(
         x.new_empty((size, width) if need else (0,))
-        for size, need in zip((m, num_edges, n, m), needs, strict=True)
+        for size, need in zip((m, num_edges, n, m, 0, num_edges), needs, strict=True)
     )
+    if needs.need_edge_weight:
+        assert gated.edge_weight is not None
+        grads = *grads[:4], weight_gradient(gated.edge_weight, width), grads[5]
     passed_on = x.new_empty(n, 2 * width, dtype=accumulator(x))
     given = (rows_of(do), None if de is None else rows_of(de), passed_on)
     walks = walk(*rows), walk(col_ptr, col_row, col_edge)
     _run("bwd", gated, mean, walks, ((None, None, *kept), (*given, *grads)))
-    dx, dgate, drow, dcol = grads
-    return dx, dgate, drow, dcol
+    return *grads[:4], grads[4].to(x.dtype), grads[5]
 
 
 def _run(
@@ -72,6 +76,7 @@ def _run(
         torch.get_num_threads(),
         gated.x.shape[1],
         int(mean.normalize),
+        int(gated.edge_weight is not None and gated.edge_weight.shape[1] == 1),
         float(mean.eps),
         walks,
         tuple(None if x is None else rows_of(x) for x in gated),

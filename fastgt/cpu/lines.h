@@ -61,6 +61,15 @@ FASTGT_INLINE Line<A, Z> sum_line(int64_t from, int64_t to, F term) {
     return total;
 }
 
+// the sum of a line's lanes, to `p` alone or to what stands there: that of the lines before
+template <class A, int Z>
+FASTGT_INLINE void add_lanes(A* p, bool alone, const Line<A, Z>& x) {
+    Vec<A> total = x.v[0];
+    unrolled<Z - 1>([&](int z) FASTGT_INLINED { total += x.v[z + 1]; });
+    const A sum = sum_across<A>(total)[0];
+    *p = alone ? sum : *p + sum;
+}
+
 // A number of vectors as a type
 template <int Z> struct Vectors {
     static constexpr int COUNT = Z;

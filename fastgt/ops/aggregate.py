@@ -28,6 +28,7 @@ def aggregate(
     *,
     reduce: Reduce = "sum",
     edge_value: Tensor | None = None,
+    edge_weight: Tensor | None = None,
     activation: Activation | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
@@ -35,11 +36,12 @@ def aggregate(
 
     For row i and its columns j, channel by channel::
 
-        m_ij  = activation(x_j + edge_value_ij)
+        m_ij  = edge_weight_ij * activation(x_j + edge_value_ij)
         out_i = sum_j m_ij,   sum_j m_ij / degree_i   or   max_j m_ij
 
-    A row without edges gives exactly 0 and no gradient. Duplicate edges count as often as they
-    stand. The gradient of a maximum goes to one edge: to the first of the largest, by the
+    A weight multiplies its message after the activation. The mean still divides by the number of
+    edges, not by the sum of their weights. A row without edges gives exactly 0 and no gradient.
+    Duplicate edges count as often as they stand. The gradient of a maximum goes to one edge: to the first of the largest, by the
     caller's numbers. NaN and infinities reach only the rows that use them. The result is the
     same, bit for bit, every time; gradients too, but not those of ``create_graph=True``, which
     PyTorch sums.
@@ -50,12 +52,15 @@ def aggregate(
         graph: Who receives from whom.
         reduce: ``"sum"``, ``"mean"`` or ``"max"``.
         edge_value: ``[E, ...]``, as many channels as x, in the caller's edge order and x's dtype.
+        edge_weight: ``[E]``, one number an edge, or ``[E, ...]``, one for each channel of x; in the
+            caller's edge order and x's dtype. None: 1.
         activation: None or ``"relu"``.
         impl: As in :func:`fastgt.neighborhood_attention`.
 
     Returns:
         ``[N_rows, ...]`` in x's dtype. Sums are kept in float32 (float64 for float64). No
-        message is stored: memory is O(N D), D the channels, beside the gradient of edge_value.
+        message is stored: memory is O(N D), D the channels, beside the gradients of what stands on
+        edges; that of weights ``[E]`` needs O(E (1 + D / 128)).
         Under ``torch.autocast`` the inputs are cast first. Second derivatives go through the
         plain definition, with its O(E D) memory; ``torch.func`` transforms and forward-mode
         derivatives need ``impl="reference"``.
@@ -66,7 +71,8 @@ def aggregate(
 
     Source:
         With ``edge_value`` and ``"relu"``, the sum in GINE: Hu et al., arXiv 1905.12265, and
-        ``torch_geometric.nn.GINEConv``.
+        ``torch_geometric.nn.GINEConv``. With ``edge_weight [E]``, the sum in GCN: Kipf and Welling,
+        arXiv 1609.02907, eq. 2, and ``torch_geometric.nn.GCNConv``.
 
     Example:
         >>> import torch
@@ -75,7 +81,7 @@ def aggregate(
         >>> aggregate(torch.tensor([[1.0], [2.0], [3.0]]), graph).tolist()
         [[5.0], [3.0], [0.0]]
     """
-    x, edge_value = tensors = autocast_all(x, edge_value)
+    x, edge_value, edge_weight = tensors = autocast_all(x, edge_value, edge_weight)
     if reduce not in get_args(Reduce):
         raise ValueError(f"reduce must be one of {list(get_args(Reduce))}, got {reduce!r}")
     if activation is not None and activation not in get_args(Activation):
@@ -84,20 +90,30 @@ def aggregate(
         )
     if x is None and edge_value is None:
         raise ValueError("x and edge_value are both None: there is nothing to aggregate")
-    check_channels(graph, x=(x, "columns"), edge_value=(edge_value, "edges"))
+    check_channels(
+        graph,
+        x=(x, "columns"),
+        edge_value=(edge_value, "edges"),
+        edge_weight=(edge_weight, "edges"),
+    )
     like = edge_value if x is None else x
     assert like is not None
     impl = resolve_impl(impl, like)
     if impl == "reference":
         return reference.aggregate(
-            x, graph, reduce=reduce, edge_value=edge_value, activation=activation
+            x,
+            graph,
+            reduce=reduce,
+            edge_value=edge_value,
+            edge_weight=edge_weight,
+            activation=activation,
         )
     refuse_forward_mode(*tensors)
     plan = PLANS[impl]
     messages, reduction = Messages(*flat_all(*tensors)), Reduction(reduce, activation == "relu")
     rows = row_walk(graph, plan)
     if needs_gradient(*tensors):
-        # on a CPU the gradient of edge values goes by row
+        # on a CPU the gradients of edges go by row
         by_column = x is not None or plan.path != "cpp"
         walks = Walks(rows, column_walk(graph, plan) if by_column else ())
         out = _Aggregate.apply(*messages, graph, impl, *walks, *reduction)
@@ -115,7 +131,7 @@ def aggregate_in_order(
     refuse_forward_mode(edge_value)
     edge = torch.arange(edge_value.shape[0], dtype=row_ptr.dtype, device="cpu")
     rows = row_ptr.contiguous(), edge, edge
-    messages, reduction = Messages(*flat_all(None, edge_value)), Reduction(reduce, False)
+    messages, reduction = Messages(None, *flat_all(edge_value), None), Reduction(reduce, False)
     if needs_gradient(edge_value):
         out = _Aggregate.apply(*messages, graph, "cpp", rows, (), *reduction)
     else:
@@ -129,6 +145,7 @@ class _Aggregate(torch.autograd.Function):
         ctx: Any,
         x: Tensor | None,
         edge_value: Tensor | None,
+        edge_weight: Tensor | None,
         graph: Graph | Callable[[], Graph],
         impl: str,
         rows: tuple[Tensor, ...],
@@ -136,32 +153,38 @@ class _Aggregate(torch.autograd.Function):
         reduce: Reduce,
         relu: bool,
     ) -> Tensor:
-        o, first = _forward(impl, x, edge_value, rows, reduce, relu)
-        ctx.save_for_backward(x, edge_value, first)
+        o, first = _forward(impl, x, edge_value, edge_weight, rows, reduce, relu)
+        ctx.save_for_backward(x, edge_value, edge_weight, first)
         ctx.graph, ctx.impl, ctx.walks = graph, impl, Walks(rows, columns)
         ctx.reduction = reduce, relu
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple:
-        x, edge_value, first = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
+        *messages, first = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
         grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():
             graph = ctx.graph if isinstance(ctx.graph, Graph) else ctx.graph()
             reduce, relu = ctx.reduction
             activation: Activation | None = "relu" if relu else None
 
-            def define(x: Tensor | None, edge_value: Tensor | None) -> tuple[Tensor]:
-                return (
-                    reference.aggregate(
-                        x, graph, reduce=reduce, edge_value=edge_value, activation=activation
-                    ),
+            def define(
+                x: Tensor | None, edge_value: Tensor | None, edge_weight: Tensor | None
+            ) -> tuple[Tensor]:
+                out = reference.aggregate(
+                    x,
+                    graph,
+                    reduce=reduce,
+                    edge_value=edge_value,
+                    edge_weight=edge_weight,
+                    activation=activation,
                 )
+                return (out,)
 
-            grads = differentiable_gradients(define, [x, edge_value], [do], needs)
+            grads = differentiable_gradients(define, messages, [do], needs)
         else:
-            given = do, first, x, edge_value
+            given = do, first, *messages
             computed = _backward(ctx.impl, *given, *ctx.walks, *ctx.reduction, *needs)
             grads = [x if need else None for x, need in zip(computed, needs, strict=True)]
         return (*grads, None, None, None, None, None, None)
@@ -227,7 +250,13 @@ def _fake_backward(
     return (
         do.new_empty((walks.column_walk[0].shape[0] - 1, d) if needs.need_x else (0,)),
         do.new_empty((e, d) if needs.need_edge_value else (0,)),
+        do.new_empty((e, _weights(messages)) if needs.need_edge_weight else (0,)),
     )
+
+
+def _weights(messages: Messages) -> int:
+    """How many weights an edge has."""
+    return 0 if messages.edge_weight is None else messages.edge_weight.shape[1]
 
 
 _forward = register(
@@ -240,7 +269,7 @@ _forward = register(
 _backward = register(
     "aggregate_bwd",
     Signature(_Upstream, Messages, Walks, Reduction, MessageNeeds),
-    "(Tensor dx, Tensor dedge)",
+    "(Tensor dx, Tensor dedge, Tensor dweight)",
     launch=_launch_backward,
     fake=_fake_backward,
 )

@@ -40,6 +40,8 @@ def check_channels(
             raise TypeError(f"{name} is {x.dtype} but {first} is {like.dtype}")
         if x.device != like.device:
             raise ValueError(f"{name} is on {x.device} but {first} is on {like.device}")
+        if name == "edge_weight" and x.ndim == 1:
+            continue
         if x.shape[1:] != like.shape[1:]:
             raise ValueError(
                 f"{name} has channels {list(x.shape[1:])} but {first} has {list(like.shape[1:])}"

@@ -41,6 +41,8 @@ def gated_aggregate(
     *,
     gate_row: Tensor | None = None,
     gate_col: Tensor | None = None,
+    edge_weight: Tensor | None = None,
+    edge_value: Tensor | None = None,
     normalize: bool = True,
     eps: float = 1e-6,
     return_aux: None = None,
@@ -56,6 +58,8 @@ def gated_aggregate(
     *,
     gate_row: Tensor | None = None,
     gate_col: Tensor | None = None,
+    edge_weight: Tensor | None = None,
+    edge_value: Tensor | None = None,
     normalize: bool = True,
     eps: float = 1e-6,
     return_aux: AuxRequest,
@@ -70,6 +74,8 @@ def gated_aggregate(
     *,
     gate_row: Tensor | None = None,
     gate_col: Tensor | None = None,
+    edge_weight: Tensor | None = None,
+    edge_value: Tensor | None = None,
     normalize: bool = True,
     eps: float = 1e-6,
     return_aux: AuxRequest | None = None,
@@ -79,10 +85,11 @@ def gated_aggregate(
 
     For row i and its columns j, channel by channel::
 
-        e_ij  = gate_ij + gate_row_i + gate_col_j
-        out_i = sum_j sigmoid(e_ij) x_j / (sum_j sigmoid(e_ij) + eps)
+        e_ij   = gate_ij + gate_row_i + gate_col_j
+        eta_ij = edge_weight_ij sigmoid(e_ij)
+        out_i  = sum_j eta_ij (x_j + edge_value_ij) / (sum_j eta_ij + eps)
 
-    A row without edges, or whose gates are all 0, gives exactly 0 and no gradient. Duplicate
+    A row without edges, or whose denominator is 0, gives exactly 0 and no gradient. Duplicate
     edges count as often as they stand. NaN and infinities reach only the rows that use them. The
     result is the same, bit for bit, every time; gradients too, but not those of
     ``create_graph=True``, which PyTorch sums.
@@ -94,6 +101,9 @@ def gated_aggregate(
             many channels; at least one of the three is given.
         gate_row: ``[N_rows, ...]``.
         gate_col: ``[N_cols, ...]``.
+        edge_weight: ``[E]``, one number an edge, or ``[E, ...]``, one for each channel of x. None:
+            1. With weights of both signs a denominator may come near 0.
+        edge_value: ``[E, ...]``. As the weights, in the caller's edge order and x's dtype.
         normalize: False leaves the quotient's denominator out, as in residual gated graph
             convolution.
         eps: As above.
@@ -105,7 +115,8 @@ def gated_aggregate(
         ``[N_rows, ...]`` in x's dtype. With ``return_aux``, that and an :class:`fastgt.Aux`, whose
         ``edge_scores`` are e ``[E, ...]`` in the caller's edge order where asked for. Sums are
         kept in float32 (float64 for float64). No message is stored: memory is O(N D), D the
-        channels, beside e and the gradient of gate. Under ``torch.autocast`` the inputs are cast
+        channels, beside e and the gradients of what stands on edges; that of
+        weights ``[E]`` needs O(E (1 + D / 128)). Under ``torch.autocast`` the inputs are cast
         first. Second derivatives go through the plain definition, with its O(E D) memory;
         ``torch.func`` transforms and forward-mode derivatives need ``impl="reference"``.
 
@@ -115,7 +126,9 @@ def gated_aggregate(
 
     Source:
         Bresson and Laurent, arXiv 1711.07553, eq. 11; with the denominator Dwivedi et al., arXiv
-        2003.00982, eqs. 19-22 (there e is the new edge feature before its norm).
+        2003.00982, eqs. 19-22 (there e is the new edge feature before its norm). The weights are
+        r_ij of GraphGPS's ``EquivStableLapPE``: Wang et al., arXiv 2203.00199. Values on edges are
+        those of ``torch_geometric.nn.ResGatedGraphConv`` with ``edge_dim``.
 
     Example:
         >>> import torch
@@ -128,8 +141,8 @@ def gated_aggregate(
         (torch.Size([3, 16]), torch.Size([3, 16]))
     """
     request = check_request("gated_aggregate", return_aux, "edge_scores")
-    tensors = autocast_all(x, gate, gate_row, gate_col)
-    x_, gate, gate_row, gate_col = tensors
+    tensors = autocast_all(x, gate, gate_row, gate_col, edge_weight, edge_value)
+    x_, gate, gate_row, gate_col, edge_weight, edge_value = tensors
     if gate is None and gate_row is None and gate_col is None:
         raise ValueError("gate, gate_row and gate_col are all None: give at least one")
     eps = number("eps", eps)
@@ -142,11 +155,14 @@ def gated_aggregate(
         gate=(gate, "edges"),
         gate_row=(gate_row, "rows"),
         gate_col=(gate_col, "columns"),
+        edge_weight=(edge_weight, "edges"),
+        edge_value=(edge_value, "edges"),
     )
     assert x_ is not None
     impl = resolve_impl(impl, x_)
     if impl == "reference":
         options: dict[str, Any] = {"normalize": normalize, "eps": eps, "return_aux": return_aux}
+        options |= {"edge_weight": edge_weight, "edge_value": edge_value}
         return reference.gated_aggregate(
             x_, graph, gate, gate_row=gate_row, gate_col=gate_col, **options
         )
@@ -173,6 +189,8 @@ class _GatedAggregate(torch.autograd.Function):
         gate: Tensor | None,
         gate_row: Tensor | None,
         gate_col: Tensor | None,
+        edge_weight: Tensor | None,
+        edge_value: Tensor | None,
         graph: Graph,
         impl: str,
         rows: tuple[Tensor, ...],
@@ -181,7 +199,8 @@ class _GatedAggregate(torch.autograd.Function):
         normalize: bool,
         edge_scores: bool,
     ) -> tuple[Tensor, Tensor]:
-        inputs, mean = (x, gate, gate_row, gate_col), GatedMean(eps, normalize)
+        inputs = GatedMessages(x, gate, gate_row, gate_col, edge_weight, edge_value)
+        mean = GatedMean(eps, normalize)
         o, e, total, unrounded = _forward(impl, *inputs, rows, *mean, edge_scores, True)
         # the output itself where it has not been rounded
         ctx.save_for_backward(*inputs, total, o if o.dtype == total.dtype else unrounded)
@@ -193,21 +212,22 @@ class _GatedAggregate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, de: Tensor | None) -> tuple:
         *inputs, total, unrounded = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
+        needs = ctx.needs_input_grad[:6]
         de = de if ctx.edge_scores else None
         grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():
             graph, (eps, normalize) = ctx.graph, ctx.mean
 
-            def define(
-                x: Tensor, gate: Tensor | None, gate_row: Tensor | None, gate_col: Tensor | None
-            ) -> tuple[Tensor, Tensor]:
+            def define(x: Tensor, *gates_and_edges: Tensor | None) -> tuple[Tensor, Tensor]:
+                gate, gate_row, gate_col, edge_weight, edge_value = gates_and_edges
                 out, aux = reference.gated_aggregate(
                     x,
                     graph,
                     gate,
                     gate_row=gate_row,
                     gate_col=gate_col,
+                    edge_weight=edge_weight,
+                    edge_value=edge_value,
                     normalize=normalize,
                     eps=eps,
                     return_aux=AuxRequest(edge_scores=True),
@@ -280,12 +300,15 @@ def _fake_backward(
     mean: GatedMean,
     needs: GatedNeeds,
 ) -> tuple:
-    x, (m, d) = gated.x, gated.x.shape
+    x, (m, d), num_edges = gated.x, gated.x.shape, walks.row_walk[2].shape[0]
+    weights = 0 if gated.edge_weight is None else gated.edge_weight.shape[1]
     return (
         x.new_empty((m, d) if needs.need_x else (0,)),
-        x.new_empty((walks.row_walk[2].shape[0], d) if needs.need_gate else (0,)),
+        x.new_empty((num_edges, d) if needs.need_gate else (0,)),
         x.new_empty((walks.row_walk[0].shape[0] - 1, d) if needs.need_gate_row else (0,)),
         x.new_empty((m, d) if needs.need_gate_col else (0,)),
+        x.new_empty((num_edges, weights) if needs.need_edge_weight else (0,)),
+        x.new_empty((num_edges, d) if needs.need_edge_value else (0,)),
     )
 
 
@@ -301,7 +324,7 @@ _forward = register(
 _backward = register(
     "gated_aggregate_bwd",
     BACKWARD,
-    "(Tensor dx, Tensor dgate, Tensor drow, Tensor dcol)",
+    "(Tensor dx, Tensor dgate, Tensor drow, Tensor dcol, Tensor dweight, Tensor dvalue)",
     launch=_launch_backward,
     fake=_fake_backward,
 )

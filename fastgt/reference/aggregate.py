@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgt.graph import Graph
-from fastgt.reference.sums import over_channels, row_sums
+from fastgt.reference.sums import along_channels, over_channels, row_sums
 
 
 def aggregate(
@@ -17,6 +17,7 @@ def aggregate(
     *,
     reduce: Literal["sum", "mean", "max"] = "sum",
     edge_value: Tensor | None = None,
+    edge_weight: Tensor | None = None,
     activation: Literal["relu"] | None = None,
 ) -> Tensor:
     """See :func:`fastgt.aggregate`."""
@@ -26,6 +27,8 @@ def aggregate(
     message = sum(terms[1:], start=terms[0])  # [E, ...]
     if activation == "relu":
         message = message.relu()
+    if edge_weight is not None:
+        message = message * along_channels(edge_weight, message)
     rows = graph.num_rows
     if reduce == "max":
         return first_of_largest(message, row, rows)

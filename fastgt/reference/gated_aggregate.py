@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import overload
 
 from torch import Tensor
 
 from fastgt.contract import Aux, AuxRequest
 from fastgt.graph import Graph
-from fastgt.reference.sums import row_sums
+from fastgt.reference.sums import along_channels, row_sums
 
 
 @overload
@@ -19,6 +20,8 @@ def gated_aggregate(
     *,
     gate_row: Tensor | None = None,
     gate_col: Tensor | None = None,
+    edge_weight: Tensor | None = None,
+    edge_value: Tensor | None = None,
     normalize: bool = True,
     eps: float = 1e-6,
     return_aux: None = None,
@@ -33,6 +36,8 @@ def gated_aggregate(
     *,
     gate_row: Tensor | None = None,
     gate_col: Tensor | None = None,
+    edge_weight: Tensor | None = None,
+    edge_value: Tensor | None = None,
     normalize: bool = True,
     eps: float = 1e-6,
     return_aux: AuxRequest,
@@ -46,6 +51,8 @@ def gated_aggregate(
     *,
     gate_row: Tensor | None = None,
     gate_col: Tensor | None = None,
+    edge_weight: Tensor | None = None,
+    edge_value: Tensor | None = None,
     normalize: bool = True,
     eps: float = 1e-6,
     return_aux: AuxRequest | None = None,
@@ -56,11 +63,14 @@ def gated_aggregate(
     terms += [] if gate_row is None else [gate_row[row]]
     terms += [] if gate_col is None else [gate_col[column]]
     e = sum(terms, start=x.new_zeros(()))  # [E, ...]
-    sigma = e.sigmoid()
-    out = row_sums(sigma * x[column], row, graph.num_rows)
+    eta = e.sigmoid()
+    if edge_weight is not None:
+        eta = eta * along_channels(edge_weight, e)
+    value = x[column] if edge_value is None else x[column] + edge_value
+    out = row_sums(eta * value, row, graph.num_rows)
     if normalize:
-        total = row_sums(sigma, row, graph.num_rows) + eps
-        out = out / total.masked_fill(total == 0, 1.0)
+        total = row_sums(eta, row, graph.num_rows) + eps
+        out = out / total.masked_fill(total == 0, math.inf)
     out = out.to(x.dtype)
     if return_aux is None:
         return out

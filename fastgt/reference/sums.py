@@ -18,6 +18,12 @@ def over_channels(index: Tensor, x: Tensor) -> Tensor:
     return index.view(-1, *[1] * (x.ndim - 1)).expand_as(x)
 
 
+def along_channels(weight: Tensor, x: Tensor) -> Tensor:
+    """A number of each edge, [E], for products with ``x [E, ...]``; one of each channel as it
+    is."""
+    return weight if weight.ndim == x.ndim else weight.view(-1, *[1] * (x.ndim - 1))
+
+
 def accumulator(x: Tensor) -> torch.dtype:
     """What sums over ``x`` are kept in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

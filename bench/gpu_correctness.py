@@ -193,7 +193,9 @@ def _messages(*names: str) -> Callable[[Graph, int, int], dict[str, tuple[int, .
             "gate_row": graph.num_rows,
             "gate_col": graph.num_cols,
         }
-        return {name: (rows[name], heads, width) for name in names}
+        shapes = {name: (size, heads, width) for name, size in rows.items()}
+        shapes["edge_weight"] = (graph.num_edges,)
+        return {name: shapes[name] for name in names}
 
     return inputs
 
@@ -303,7 +305,9 @@ VARIANTS = (
     Variant("aggregate", "mean", _messages("x"), lambda *_: {"reduce": "mean"}),
     Variant("aggregate", "max", _messages("x"), lambda *_: {"reduce": "max"}),
     Variant("aggregate", "relu", _messages("x", "edge_value"), lambda *_: {"activation": "relu"}),
+    Variant("aggregate", "weights", _messages("x", "edge_weight")),
     Variant("gated_aggregate", "", _messages("x", "gate", "gate_row", "gate_col")),
+    Variant("gated_aggregate", "edges", _messages("x", "gate", "edge_weight", "edge_value")),
     Variant("linear_attention", "elu", _nodes("q", "k", "v"), _features("elu"), fits=_square),
     Variant(
         *("linear_attention", "softmax", _nodes("q", "k", "v"), _features("softmax", 44)),

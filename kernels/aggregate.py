@@ -1,11 +1,12 @@
 """Messages of the neighbours, summed, averaged or their maximum, without storing one.
 
-    m_ij = act(x_j + e_ij),   o_i = sum_j m_ij   or   sum_j m_ij / n_i   or   max_j m_ij
+    m_ij = w_ij act(x_j + e_ij),   o_i = sum_j m_ij   or   sum_j m_ij / n_i   or   max_j m_ij
     dm_ij = do_i   or   do_i / n_i   or   do_i where ij is the first of the largest, else 0
-    de_ij = act'(x_j + e_ij) dm_ij,   dx_j = sum_i de_ij
+    de_ij = act'(x_j + e_ij) w_ij dm_ij,   dx_j = sum_i de_ij,   dw_ij = act(x_j + e_ij) dm_ij
 
 The forward walks the rows, in the tiles of ``channels.py``. The backward walks the columns, where
-a program that owns x_j writes both dx_j and de_ij.
+a program that owns x_j writes dx_j, de_ij and dw_ij. Where an edge has one weight, its gradient is
+the sum over the channels of a program, and over programs where these are several.
 """
 
 import torch
@@ -20,19 +21,23 @@ from .channels import (
     lanes,
     load_index,
     load_table,
+    load_weight,
     next_slots,
     own_channels,
     parts,
     plan,
     store_sums,
     store_table,
+    store_weight_gradient,
+    sum_of_blocks,
+    weight_gradient,
 )
 from .loads import rows_of, store_channels, sum_dtype
 
 
 def aggregate_fwd(messages, rows, reduction):
     """-> o [N, D]; for a maximum the edge it was found on [N, D], -1 for none, else [0, D]."""
-    x, edge_value = messages
+    x, edge_value, weight = messages
     like = edge_value if x is None else x
     n, width = rows[0].shape[0] - 1, like.shape[1]
     maximum, relu = reduction.reduce == "max", reduction.relu
@@ -40,7 +45,7 @@ def aggregate_fwd(messages, rows, reduction):
     first = rows[2].new_empty(n if maximum else 0, width)
     if not n or not width:
         return o, first
-    call = plan(rows, n, width, messages)
+    call = plan(rows, n, width, (x, edge_value), weight)
     part = parts(call, like)
     gathered = messages._make(map(rows_of, messages))
     if not maximum:
@@ -56,6 +61,8 @@ def aggregate_fwd(messages, rows, reduction):
         )
         combine_sums(call, part, o)
         return o, first
+    # a maximum that is not above 0 has no first edge, unless a weight made it
+    dead = relu and weight is None
     none = torch.iinfo(first.dtype).max
     part_first = None if part is None else first.new_empty(part.shape)
     _aggregate_max_kernel[call.grid](
@@ -73,23 +80,28 @@ def aggregate_fwd(messages, rows, reduction):
     if call.counts[2]:
         grid, meta = combining(call)
         _aggregate_combine_max_kernel[grid](
-            part, part_first, call.split, o, first, RELU=relu, NONE=none, **meta
+            part, part_first, call.split, o, first, DEAD=dead, NONE=none, **meta
         )
     return o, first
 
 
 def aggregate_bwd(do, messages, first, rows, columns, reduction, needs):
-    """-> dx [M, D], dedge [E, D] in the caller's edge order; empty where not needed."""
+    """-> dx [M, D], dedge [E, D] in the caller's edge order, dweight as the weights; empty where
+    not needed."""
     m, num_edges, width = columns[0].shape[0] - 1, rows[2].shape[0], do.shape[1]
     dx = do.new_empty((m, width) if needs.need_x else (0,))
     dedge = do.new_empty((num_edges, width) if needs.need_edge_value else (0,))
-    if not m or not width or not any(needs):
-        return dx, dedge
+    dweight, weight = do.new_empty(0), messages.edge_weight
+    if needs.need_edge_weight:
+        dweight = weight_gradient(weight, width)
     maximum = reduction.reduce == "max"
-    # a maximum that is not above 0 has no first edge
-    relu = reduction.relu and not maximum
-    messages = messages if relu else messages._replace(x=None, edge_value=None)
-    call = plan(columns, m, width, (do, *messages))
+    # an unweighted maximum that is not above 0 has no first edge
+    relu = reduction.relu and not (maximum and weight is None)
+    if not relu and not needs.need_edge_weight:
+        messages = messages._replace(x=None, edge_value=None)
+    if not m or not width or not any(needs):
+        return dx, dedge, sum_of_blocks(dweight, weight) if needs.need_edge_weight else dweight
+    call = plan(columns, m, width, (do, messages.x, messages.edge_value), weight)
     part = parts(call, do) if needs.need_x else None
     _aggregate_bwd_kernel[call.grid](
         messages._make(map(rows_of, messages)),
@@ -97,10 +109,12 @@ def aggregate_bwd(do, messages, first, rows, columns, reduction, needs):
         first if maximum else None,
         dx,
         dedge,
+        dweight,
         part,
         rows[0],
         call.walk,
         *call.counts,
+        num_edges,
         MEAN=reduction.reduce == "mean",
         RELU=relu,
         NEEDS=needs,
@@ -108,7 +122,7 @@ def aggregate_bwd(do, messages, first, rows, columns, reduction, needs):
     )
     if needs.need_x:
         combine_sums(call, part, dx)
-    return dx, dedge
+    return dx, dedge, sum_of_blocks(dweight, weight) if needs.need_edge_weight else dweight
 
 
 def combine_sums(call, part, out):
@@ -138,11 +152,13 @@ def _aggregate_fwd_kernel(
     for step in range(0, tl.max(end - begin), stride):
         slot, live = next_slots(begin, end, step, T)
         edge = slot
-        if messages.edge_value is not None:
+        if messages.edge_value is not None or messages.edge_weight is not None:
             edge = load_index(walk.edge, slot, live)
         m = _message(messages, walk, slot, edge, live, channel, T)
         if RELU:
             m = tl.where(m < 0.0, 0.0, m)  # not a maximum: NaN must stay NaN
+        if messages.edge_weight is not None:
+            m *= load_weight(messages.edge_weight, edge, live, channel, T)
         acc += m
     total = sum_lanes(acc, num_middle, num_segments, walk.few is not None)  # [R, C]
     if MEAN:
@@ -174,6 +190,10 @@ def _aggregate_max_kernel(
         slot, live = next_slots(begin, end, step, T)
         edge = load_index(walk.edge, slot, live)
         m = _message(messages, walk, slot, edge, live, channel, T)
+        if messages.edge_weight is not None:
+            if RELU:
+                m = tl.where(m < 0.0, 0.0, m)
+            m *= load_weight(messages.edge_weight, edge, live, channel, T)
         top, first = _larger(top, first, m, edge[:, :, None], live)
     row_top, row_first = _largest(top, first, NONE)  # [R, C]
     BUCKETS: tl.constexpr = walk.few is not None
@@ -187,35 +207,39 @@ def _aggregate_max_kernel(
     if BUCKETS:
         store_table(part_ptr, segment, part, channel, row_top, T.D)
         store_table(part_first_ptr, segment, part, channel, row_first, T.D)
-    _store_largest(o_ptr, first_ptr, row, whole, channel, row_top, row_first, T.D, RELU, NONE)
+    DEAD: tl.constexpr = RELU and messages.edge_weight is None
+    _store_largest(o_ptr, first_ptr, row, whole, channel, row_top, row_first, T.D, DEAD, NONE)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "num_edges"])
 def _aggregate_bwd_kernel(
     messages,  # None where the gradient does not depend on them
     do,  # [N, D]
     first_ptr,  # [N, D]; None but for a maximum
     dx_ptr,  # [M, D]
     dedge_ptr,  # [E, D]
+    dweight_ptr,  # as weight_gradient makes it
     part_ptr,  # of segments: [S, D]
     degree_ptr,  # [N + 1], the row walk's
     walk,  # of columns, as are the counts
     num_rows,
     num_middle,
     num_segments,
+    num_edges,
     MEAN: tl.constexpr,
     RELU: tl.constexpr,
     NEEDS: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Grid (column groups, channel blocks): dx and de of BLOCK_R columns, or one, or a segment."""
+    """Grid (column groups, channel blocks): dx, de, dw of BLOCK_R columns, or one, or a segment."""
     col, mine, begin, end, stride = take(walk, num_rows, num_middle, num_segments, T)
     channel = own_channels(T)
     x = 0.0
     if messages.x is not None:
         x = gather(messages.x, col[:, None], mine[:, None], channel, T)
     dx = lanes(0.0, T)
-    reads_edge: tl.constexpr = first_ptr is not None or messages.edge_value is not None
+    weighted: tl.constexpr = messages.edge_weight is not None
+    reads_edge: tl.constexpr = first_ptr is not None or messages.edge_value is not None or weighted
     for step in range(0, tl.max(end - begin), stride):
         slot, live = next_slots(begin, end, step, T)
         row = load_index(walk.other, slot, live)
@@ -228,10 +252,18 @@ def _aggregate_bwd_kernel(
         if first_ptr is not None:
             first = load_table(first_ptr, row, live, channel, T.D)
             dm = tl.where(first == edge[:, :, None], dm, 0.0)
-        if RELU:
+        if RELU or NEEDS.need_edge_weight:
             m = x + tl.zeros_like(dm)
             if messages.edge_value is not None:
                 m += gather(messages.edge_value, edge, live, channel, T)
+        if NEEDS.need_edge_weight:
+            dw = dm * m
+            if RELU:
+                dw = dm * tl.where(m < 0.0, 0.0, m)
+            store_weight_gradient(dweight_ptr, edge, live, channel, dw, num_edges, T)
+        if weighted:
+            dm *= load_weight(messages.edge_weight, edge, live, channel, T)
+        if RELU:
             dm = tl.where(m <= 0.0, 0.0, dm)
         if NEEDS.need_x:
             dx += dm
@@ -270,7 +302,7 @@ def _aggregate_combine_max_kernel(
     o_ptr,  # [N, D]
     first_ptr,  # [N, D]
     D: tl.constexpr,
-    RELU: tl.constexpr,
+    DEAD: tl.constexpr,
     NONE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -288,7 +320,7 @@ def _aggregate_combine_max_kernel(
         top, first = _larger(top, first, m, edge, live)
     row_top, row_first = _largest(top, first, NONE)
     one = tl.zeros([1], tl.int64) + row
-    _store_largest(o_ptr, first_ptr, one, one >= 0, channel, row_top, row_first, D, RELU, NONE)
+    _store_largest(o_ptr, first_ptr, one, one >= 0, channel, row_top, row_first, D, DEAD, NONE)
 
 
 @triton.jit
@@ -341,12 +373,13 @@ def _store_largest(
     top,
     first,
     D: tl.constexpr,
-    RELU: tl.constexpr,
+    DEAD: tl.constexpr,
     NONE: tl.constexpr,
 ):
-    """Maxima and their edges [R, C]: 0 and -1 where there is no edge."""
+    """Maxima and their edges [R, C]: 0 and -1 where there is no edge, or where what is not above 0
+    is ``DEAD``."""
     none = first == NONE
-    if RELU:
+    if DEAD:
         none |= top <= 0.0  # as large, and without a gradient
     store_table(o_ptr, row, live, channel, tl.where(none, 0.0, top), D)
     store_table(first_ptr, row, live, channel, tl.where(none, -1, first), D)

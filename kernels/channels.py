@@ -38,6 +38,7 @@ class ChannelTile(NamedTuple):
     BLOCK_D: int
     ALIGN: int  # channels that every gathered row starts at a multiple of
     WIDE: bool  # sums are in float64
+    ONE_WEIGHT: bool  # weights are one number an edge
 
 
 @triton.jit
@@ -69,6 +70,27 @@ def load_index(ptr, slot, live):
 def gather(x, row, live, channel, T: tl.constexpr):
     """``Rows`` of each of ``row`` [R, E], in the accumulator's dtype: -> [R, E, C]."""
     return load_channels(x.ptr, x.stride, row, live, channel, T.D, T.ALIGN).to(sum_dtype(T.WIDE))
+
+
+@triton.jit
+def load_weight(weight, edge, live, channel, T: tl.constexpr):
+    """Weights of edges [R, E]: -> [R, E, C], or [R, E, 1] of one number an edge."""
+    if T.ONE_WEIGHT:
+        at = edge.to(tl.int64) * weight.stride[0]
+        number = tl.load(weight.ptr + at, mask=live, other=0.0)
+        return number.to(sum_dtype(T.WIDE))[:, :, None]
+    else:
+        return gather(weight, edge, live, channel, T)
+
+
+@triton.jit
+def store_weight_gradient(ptr, edge, live, channel, x, num_edges, T: tl.constexpr):
+    """The gradient [R, E, C] of weights, as ``weight_gradient`` has room for it."""
+    if T.ONE_WEIGHT:
+        at = tl.program_id(1).to(tl.int64) * num_edges + edge.to(tl.int64)
+        tl.store(ptr + at, tl.sum(x, 2).to(ptr.dtype.element_ty), mask=live)
+    else:
+        store_channels(ptr, edge, live, channel, x, T.D)
 
 
 @triton.jit
@@ -114,9 +136,11 @@ class Call(NamedTuple):
     meta: dict  # the tile "T" and the warps
 
 
-def plan(walk, num_rows, width, tensors):
-    """-> Call; ``tensors`` are the [N, D] ones that rows are gathered of, None for absent ones."""
-    given = [x for x in tensors if x is not None]
+def plan(walk, num_rows, width, tensors, weight=None):
+    """-> Call; ``tensors`` are the [N, D] ones that rows are gathered of, None for absent ones, and
+    ``weight`` [E, D] or [E, 1] is that of the edges."""
+    one = weight is not None and weight.shape[1] == 1
+    given = [x for x in (*tensors, None if one else weight) if x is not None]
     few, middle, segment, split = walk[3:] or (None,) * 4
     counts = num_rows, 0, 0
     if few is not None:
@@ -130,6 +154,7 @@ def plan(walk, num_rows, width, tensors):
         BLOCK_D=block_d,
         ALIGN=_alignment(given),
         WIDE=given[0].dtype == torch.float64,
+        ONE_WEIGHT=one,
     )
     grid = -(-counts[0] // tile.block_r) + counts[1] + counts[2], -(-width // block_d)
     meta = {"T": constants, "num_warps": tile.num_warps}
@@ -141,6 +166,29 @@ def parts(call, like):
     if call.split is None:
         return None
     return like.new_empty(call.counts[2], call.meta["T"].D, dtype=accumulator(like))
+
+
+def weight_gradient(weight, width):
+    """Room for the gradient of weights [E, D]. Where they are [E, 1], a program has the sum over
+    its channels: [B, E], for B blocks of channels."""
+    num_edges, weights = weight.shape
+    if weights != 1:
+        return weight.new_empty(num_edges, weights)
+    blocks = -(-width // min(power_of_2(width), _CHANNELS)) if width else 0
+    if not blocks:
+        return weight.new_zeros(1, num_edges)
+    return weight.new_empty(
+        blocks, num_edges, dtype=weight.dtype if blocks == 1 else accumulator(weight)
+    )
+
+
+def sum_of_blocks(gradient, weight):
+    """What kernels wrote into ``weight_gradient``, as the weights are."""
+    if weight.shape[1] != 1:
+        return gradient
+    if gradient.shape[0] > 1:
+        gradient = gradient.sum(0).to(weight.dtype)
+    return gradient.view(-1, 1)
 
 
 def combining(call):

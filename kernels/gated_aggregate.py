@@ -1,10 +1,11 @@
 """The mean of the neighbours under sigmoid gates, channel by channel: GatedGCN's aggregation.
 
-    e_ij = gate_ij + gate_i + gate_j,   sigma_ij = 1 / (1 + exp(-e_ij))
-    z_i  = sum_j sigma_ij + eps,        o_i = sum_j sigma_ij x_j / z_i,   w_i = do_i / z_i
+    e_ij = gate_ij + gate_i + gate_j,   sigma_ij = 1 / (1 + exp(-e_ij)),   eta_ij = r_ij sigma_ij
+    v_ij = x_j + value_ij,   z_i = sum_j eta_ij + eps,   o_i = sum_j eta_ij v_ij / z_i
+    w_i  = do_i / z_i,       ds_ij = w_i v_ij - w_i o_i
 
-    dx_j  = sum_i sigma_ij w_i
-    de_ij = sigma_ij (1 - sigma_ij) (w_i x_j - w_i o_i) + (what comes from e's own gradient)
+    dx_j  = sum_i dv_ij,   dv_ij = eta_ij w_i,   dr_ij = sigma_ij ds_ij
+    de_ij = eta_ij (1 - sigma_ij) ds_ij + (what comes from e's own gradient)
 
 The gate's gradient is de, those of the rows' and columns' gates are its sums. Tiles are those of
 ``channels.py``: one pass by rows forward, one by columns backward, where sigma is computed again,
@@ -25,12 +26,16 @@ from .channels import (
     lanes,
     load_index,
     load_table,
+    load_weight,
     next_slots,
     own_channels,
     parts,
     plan,
     store_sums,
     store_table,
+    store_weight_gradient,
+    sum_of_blocks,
+    weight_gradient,
 )
 from .configs import accumulator
 from .loads import rows_of, scalar, store_channels, sum_dtype
@@ -48,7 +53,7 @@ def gated_aggregate_fwd(gated, rows, mean, results):
     kept_mean = total.new_empty(n if rounded else 0, width)
     if not n or not width:
         return o, e, total, kept_mean
-    call = plan(rows, n, width, gated)
+    call = plan(rows, n, width, gated._replace(edge_weight=None), gated.edge_weight)
     part = parts(call, x)
     part_total = parts(call, x) if mean.normalize else None
     outputs = o, total if keep else None, kept_mean if rounded else None
@@ -73,21 +78,34 @@ def gated_aggregate_fwd(gated, rows, mean, results):
 
 
 def gated_aggregate_bwd(upstream, gated, kept, rows, columns, mean, needs):
-    """-> dx [M, D], dgate [E, D], drow [N, D], dcol [M, D]; empty where not needed."""
-    x = gated.x
+    """-> dx [M, D], dgate [E, D], drow [N, D], dcol [M, D], dweight as the weights, dvalue [E, D];
+    empty where not needed."""
+    x, weight = gated.x, gated.edge_weight
     (m, width), n = x.shape, rows[0].shape[0] - 1
     dx = x.new_empty((m, width) if needs.need_x else (0,))
     dgate = x.new_empty((rows[2].shape[0], width) if needs.need_gate else (0,))
     drow = x.new_empty((n, width) if needs.need_gate_row else (0,))
     dcol = x.new_empty((m, width) if needs.need_gate_col else (0,))
-    if not width:
-        return dx, dgate, drow, dcol
+    dvalue = x.new_empty((rows[2].shape[0], width) if needs.need_edge_value else (0,))
+    dweight = weight_gradient(weight, width) if needs.need_edge_weight else x.new_empty(0)
+    if width:
+        grads = dx, dgate, drow, dcol, dweight, dvalue
+        drow = _gated_bwd(upstream, gated, kept, rows, columns, mean, needs, grads)
+    dweight = sum_of_blocks(dweight, weight) if needs.need_edge_weight else dweight
+    return dx, dgate, drow, dcol, dweight, dvalue
+
+
+def _gated_bwd(upstream, gated, kept, rows, columns, mean, needs, grads):
+    """Write the gradients. -> drow."""
+    x, (dx, dgate, drow, dcol, dweight, dvalue) = gated.x, grads
+    (m, width), (num_edges,), n = x.shape, rows[2].shape, rows[0].shape[0] - 1
     w = upstream.do / kept.total if mean.normalize else upstream.do
     shift = w * kept.mean if mean.normalize else None
-    tensors = *gated, w, shift, upstream.de
-    gathered = gated._make(map(rows_of, gated)), *map(rows_of, tensors[4:])
-    if m and (needs.need_x or needs.need_gate or needs.need_gate_col):
-        call = plan(columns, m, width, tensors)
+    others = w, shift, upstream.de
+    tensors = *gated._replace(edge_weight=None), *others
+    gathered = gated._make(map(rows_of, gated)), *map(rows_of, others)
+    if m and any(needs._replace(need_gate_row=False)):
+        call = plan(columns, m, width, tensors, gated.edge_weight)
         part = parts(call, x) if needs.need_x else None
         part_col = parts(call, x) if needs.need_gate_col else None
         _gated_bwd_columns_kernel[call.grid](
@@ -95,10 +113,13 @@ def gated_aggregate_bwd(upstream, gated, kept, rows, columns, mean, needs):
             dx,
             dgate,
             dcol,
+            dweight,
+            dvalue,
             part,
             part_col,
             call.walk,
             *call.counts,
+            num_edges,
             NEEDS=needs,
             **call.meta,
         )
@@ -108,15 +129,15 @@ def gated_aggregate_bwd(upstream, gated, kept, rows, columns, mean, needs):
             combine_sums(call, part_col, dcol)
     if needs.need_gate_row and needs.need_gate and x.dtype == accumulator(x):
         # what the columns' pass has written, not rounded: summed, not computed again
-        drow, _ = aggregate_fwd(Messages(None, dgate), rows, Reduction("sum", False))
+        drow, _ = aggregate_fwd(Messages(None, dgate, None), rows, Reduction("sum", False))
     elif n and needs.need_gate_row:
-        call = plan(rows, n, width, tensors)
+        call = plan(rows, n, width, tensors, gated.edge_weight)
         part = parts(call, x)
         _gated_bwd_rows_kernel[call.grid](
             *gathered, drow, part, call.walk, *call.counts, **call.meta
         )
         combine_sums(call, part, drow)
-    return dx, dgate, drow, dcol
+    return drow
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -141,7 +162,8 @@ def _gated_fwd_kernel(
     channel = own_channels(T)
     gate_i = _own_gate(gated.gate_row, row, mine, channel, T)
     acc, acc_z = lanes(0.0, T), lanes(0.0, T)
-    reads_edge: tl.constexpr = gated.gate is not None or e_ptr is not None
+    on_edges: tl.constexpr = gated.edge_weight is not None or gated.edge_value is not None
+    reads_edge: tl.constexpr = on_edges or gated.gate is not None or e_ptr is not None
     for step in range(0, tl.max(end - begin), stride):
         slot, live = next_slots(begin, end, step, T)
         col = load_index(walk.other, slot, live)
@@ -149,10 +171,12 @@ def _gated_fwd_kernel(
         e = _add_gates(gate_i, gated.gate, edge, gated.gate_col, col, live, channel, T)
         if e_ptr is not None:
             store_channels(e_ptr, edge, live, channel, e, T.D)
-        sigma = _sigmoid(e, live)
-        acc += sigma * gather(gated.x, col, live, channel, T)
+        eta = _sigmoid(e, live)
+        if gated.edge_weight is not None:
+            eta *= load_weight(gated.edge_weight, edge, live, channel, T)
+        acc += eta * _values(gated, col, edge, live, channel, T)
         if NORMALIZE:
-            acc_z += sigma
+            acc_z += eta
     BUCKETS: tl.constexpr = walk.few is not None
     o = sum_lanes(acc, num_middle, num_segments, BUCKETS)
     z = sum_lanes(acc_z, num_middle, num_segments, BUCKETS)
@@ -164,7 +188,7 @@ def _gated_fwd_kernel(
     _store_mean(o_ptr, total_ptr, mean_ptr, row, whole, channel, o, z, eps, T.D, NORMALIZE)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "num_edges"])
 def _gated_bwd_columns_kernel(
     gated,
     w,  # [N, D]
@@ -173,22 +197,26 @@ def _gated_bwd_columns_kernel(
     dx_ptr,  # [M, D]
     dgate_ptr,  # [E, D]
     dcol_ptr,  # [M, D]
+    dweight_ptr,  # as weight_gradient makes it
+    dvalue_ptr,  # [E, D]
     part_ptr,  # of segments: [S, D]
     part_col_ptr,
     walk,  # of columns, as are the counts
     num_rows,
     num_middle,
     num_segments,
+    num_edges,
     NEEDS: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Grid (column groups, channel blocks): dx and gates' gradients of columns, or a segment."""
+    """Grid (column groups, channel blocks): all gradients but drow of columns, or a segment."""
     col, mine, begin, end, stride = take(walk, num_rows, num_middle, num_segments, T)
     channel = own_channels(T)
     gate_j = _own_gate(gated.gate_col, col, mine, channel, T)
     x = gather(gated.x, col[:, None], mine[:, None], channel, T)
     dx, dcol = lanes(0.0, T), lanes(0.0, T)
-    reads_edge: tl.constexpr = gated.gate is not None or de is not None
+    on_edges: tl.constexpr = gated.edge_weight is not None or gated.edge_value is not None
+    reads_edge: tl.constexpr = on_edges or gated.gate is not None or de is not None
     for step in range(0, tl.max(end - begin), stride):
         slot, live = next_slots(begin, end, step, T)
         row = load_index(walk.other, slot, live)
@@ -197,14 +225,25 @@ def _gated_bwd_columns_kernel(
             edge = load_index(walk.edge, slot, live)
         e = _add_gates(gate_j, gated.gate, edge, gated.gate_row, row, live, channel, T)
         sigma = _sigmoid(e, live)
+        eta = sigma
+        if gated.edge_weight is not None:
+            eta = sigma * load_weight(gated.edge_weight, edge, live, channel, T)
         w_i = gather(w, row, live, channel, T)
         if NEEDS.need_x:
-            dx += sigma * w_i
-        if NEEDS.need_gate or NEEDS.need_gate_col:
-            ds = w_i * x
+            dx += eta * w_i
+        if NEEDS.need_edge_value:
+            store_channels(dvalue_ptr, edge, live, channel, eta * w_i, T.D)
+        if NEEDS.need_gate or NEEDS.need_gate_col or NEEDS.need_edge_weight:
+            value = x
+            if gated.edge_value is not None:
+                value = x + gather(gated.edge_value, edge, live, channel, T)
+            ds = w_i * value
             if shift is not None:
                 ds -= gather(shift, row, live, channel, T)
-            ds *= sigma * (1.0 - sigma)
+            if NEEDS.need_edge_weight:
+                store_weight_gradient(dweight_ptr, edge, live, channel, ds * sigma, num_edges, T)
+        if NEEDS.need_gate or NEEDS.need_gate_col:
+            ds *= eta * (1.0 - sigma)
             if de is not None:
                 ds += gather(de, edge, live, channel, T)
             if NEEDS.need_gate_col:
@@ -244,15 +283,19 @@ def _gated_bwd_rows_kernel(
     if shift is not None:
         shift_i = gather(shift, row[:, None], mine[:, None], channel, T)
     drow = lanes(0.0, T)
-    reads_edge: tl.constexpr = gated.gate is not None or de is not None
+    on_edges: tl.constexpr = gated.edge_weight is not None or gated.edge_value is not None
+    reads_edge: tl.constexpr = on_edges or gated.gate is not None or de is not None
     for step in range(0, tl.max(end - begin), stride):
         slot, live = next_slots(begin, end, step, T)
         col = load_index(walk.other, slot, live)
         edge = load_index(walk.edge, slot, live) if reads_edge else slot
         e = _add_gates(gate_i, gated.gate, edge, gated.gate_col, col, live, channel, T)
         sigma = _sigmoid(e, live)
-        x = gather(gated.x, col, live, channel, T)
-        ds = (w_i * x - shift_i) * (sigma * (1.0 - sigma))
+        eta = sigma
+        if gated.edge_weight is not None:
+            eta = sigma * load_weight(gated.edge_weight, edge, live, channel, T)
+        x = _values(gated, col, edge, live, channel, T)
+        ds = (w_i * x - shift_i) * (eta * (1.0 - sigma))
         if de is not None:
             ds += gather(de, edge, live, channel, T)
         drow += tl.where(live[:, :, None], ds, 0.0)
@@ -312,6 +355,15 @@ def _add_gates(own, gate, edge, gate_other, other, live, channel, T: tl.constexp
 
 
 @triton.jit
+def _values(gated, col, edge, live, channel, T: tl.constexpr):
+    """x_j and the edge's value, [R, E, C]."""
+    x = gather(gated.x, col, live, channel, T)
+    if gated.edge_value is not None:
+        x += gather(gated.edge_value, edge, live, channel, T)
+    return x
+
+
+@triton.jit
 def _sigmoid(e, live):
     """sigma [R, E, C], 0 where not ``live``: the gates of a row without edges may be NaN."""
     return tl.where(live[:, :, None], 1.0 / (1.0 + tl.exp(-e)), 0.0)
@@ -334,7 +386,7 @@ def _store_mean(
     """From the two sums [R, C] of whole rows: the output, and what the backward needs."""
     if NORMALIZE:
         z += scalar(eps, z.dtype)
-        z = tl.where(z == 0.0, 1.0, z)
+        z = tl.where(z == 0.0, float("inf"), z)
         o /= z
         if total_ptr is not None:
             store_table(total_ptr, row, live, channel, z, D)

@@ -240,20 +240,48 @@ def _designed_bytes_channelwise(kernel: str, meta: dict, pointers: dict[str, int
 
 # tensors of which an aggregation loads channels for each edge or segment, those that are given
 _TILES = {
-    "aggregate_fwd_kernel": ("messages.x.ptr", "messages.edge_value.ptr"),
-    "aggregate_max_kernel": ("messages.x.ptr", "messages.edge_value.ptr"),
-    "aggregate_bwd_kernel": ("do.ptr", "first_ptr", "messages.edge_value.ptr"),
+    "aggregate_fwd_kernel": (
+        "messages.x.ptr",
+        "messages.edge_value.ptr",
+        "messages.edge_weight.ptr",
+    ),
+    "aggregate_max_kernel": (
+        "messages.x.ptr",
+        "messages.edge_value.ptr",
+        "messages.edge_weight.ptr",
+    ),
+    "aggregate_bwd_kernel": (
+        "do.ptr",
+        "first_ptr",
+        "messages.edge_value.ptr",
+        "messages.edge_weight.ptr",
+    ),
     "aggregate_combine_kernel": ("part_ptr",),
     "aggregate_combine_max_kernel": ("part_ptr", "part_first_ptr"),
-    "gated_fwd_kernel": ("gated.x.ptr", "gated.gate.ptr", "gated.gate_col.ptr"),
+    "gated_fwd_kernel": (
+        "gated.x.ptr",
+        "gated.gate.ptr",
+        "gated.gate_col.ptr",
+        "gated.edge_weight.ptr",
+        "gated.edge_value.ptr",
+    ),
     "gated_bwd_columns_kernel": (
         "gated.gate.ptr",
         "gated.gate_row.ptr",
         "w.ptr",
         "shift.ptr",
         "de.ptr",
+        "gated.edge_weight.ptr",
+        "gated.edge_value.ptr",
     ),
-    "gated_bwd_rows_kernel": ("gated.x.ptr", "gated.gate.ptr", "gated.gate_col.ptr", "de.ptr"),
+    "gated_bwd_rows_kernel": (
+        "gated.x.ptr",
+        "gated.gate.ptr",
+        "gated.gate_col.ptr",
+        "de.ptr",
+        "gated.edge_weight.ptr",
+        "gated.edge_value.ptr",
+    ),
     "gated_combine_kernel": ("part_ptr", "part_total_ptr"),
     "softmax_rows_kernel": ("x.ptr",),
     "softmax_edges_kernel": ("x.ptr",),
@@ -266,7 +294,11 @@ _TILES = {
 
 def _designed_bytes_aggregate(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
     """Channels of the tensors that are there, and an index for each end and the edge."""
-    channels = meta["BLOCK_D"] * sum(pointers.get(name, 0) for name in _TILES[kernel])
+    tiles = {name: pointers.get(name, 0) for name in _TILES[kernel]}
+    # one number, where an edge has one
+    weights = [name for name in tiles if meta.get("ONE_WEIGHT") and name.endswith("weight.ptr")]
+    channels = meta["BLOCK_D"] * sum(tiles.values())
+    channels -= (meta["BLOCK_D"] - 1) * sum(tiles[name] for name in weights)
     if "combine" in kernel:
         return channels
     # the edge and its other end; a mean's backward asks where the row begins and ends, too

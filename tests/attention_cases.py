@@ -171,6 +171,8 @@ def gap(logit):
 
 def arrange(x, layout):
     """x in other strides, amid NaN where memory is left over; "expanded" repeats its first row."""
+    if layout == "transposed" and x.ndim == 1:
+        return x.new_full((len(x), 2), torch.nan)[:, 0].copy_(x)
     if layout == "transposed":
         return x.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "reversed":

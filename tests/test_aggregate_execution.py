@@ -55,21 +55,23 @@ from fastgt.testing import with_index_dtype
 
 @pytest.mark.parametrize("impl", FAST)
 def test_nothing_is_computed_for_gradients_not_asked_for(impl):
-    x = case("gated", 0, 5, 12)
+    x = case("gated", 0, 5, 12, weight="edge", value=True)
     rows, columns = walks(x.graph, impl)
+    x.inputs["edge_weight"] = x.inputs["edge_weight"][:, None]
     inputs = tuple(x.inputs.values())
     ops = torch.ops.fastgt
     _, _, total, mean = ops.gated_aggregate_fwd(impl, *inputs, rows, 0.1, True, False, True)
     assert not mean.numel()
     mean = ops.gated_aggregate_fwd(impl, *inputs, rows, 0.1, True, False, False)[0]
-    for needs in itertools.product([False, True], repeat=4):
+    for needs in itertools.product([False, True], repeat=len(inputs)):
         args = x.do, None, *inputs, total, mean, rows, columns, 0.1, True
         grads = ops.gated_aggregate_bwd(impl, *args, *needs)
         assert tuple(bool(g.numel()) for g in grads) == needs
         assert not any(g.isnan().any() for g in grads)
-    x = case("sum", 0, 5, 12)
+    x = case("sum", 0, 5, 12, weight="edge")
+    x.inputs["edge_weight"] = x.inputs["edge_weight"][:, None]
     first = x.graph.edge.new_empty(0, 5)
-    for needs in itertools.product([False, True], repeat=2):
+    for needs in itertools.product([False, True], repeat=3):
         args = x.do, first, *x.inputs.values(), rows, columns, "sum", True
         grads = ops.aggregate_bwd(impl, *args, *needs)
         assert tuple(bool(g.numel()) for g in grads) == needs
@@ -207,8 +209,9 @@ def test_memory_of_the_cpu_path(op, options):
     x = case(op, 0, n, edges, channels=(d,), dtype=FP32, **options)
     evaluate(x, "cpp")  # the column walk and other first-time costs
     wide = edges * d * 4
-    # results of that size: the softmax and its gradient, the gradients of edges and e
-    asked = {"softmax": 2, "gated": 2}.get(op, 1) * wide
+    # results on edges: the softmax, the gates, and the gradients of what stands there
+    asked = (op in ("softmax", "gated")) * wide
+    asked += sum(4 * t.numel() for name, t in x.inputs.items() if OVER[name] == "edges")
     # a few tensors of nodes, and a few [E] vectors
     allowed = asked + 4 * (20 * n * d + 12 * edges)
     assert allowed < asked + 0.6 * wide
@@ -218,10 +221,11 @@ def test_memory_of_the_cpu_path(op, options):
     assert peak_extra_memory(lambda: evaluate(x, "reference"), device) > asked + wide
     if op == "softmax":
         return
-    # without anything on edges, nothing of that size is made at all
+    # with no channels on edges, nothing of that size is made at all
     takes = {"gated": 3}.get(op, 1)
-    x = case(op, 0, n, edges, channels=(d,), dtype=FP32, **options | {"takes": takes})
-    assert not any(OVER[name] == "edges" for name in x.inputs)
+    changes = {"takes": takes, "value": False, "weight": options.get("weight", "") and "edge"}
+    x = case(op, 0, n, edges, channels=(d,), dtype=FP32, **options | changes)
+    assert not any(OVER[name] == "edges" and t.ndim > 1 for name, t in x.inputs.items())
     leaves = {name: t.requires_grad_() for name, t in x.inputs.items()}
 
     def train():
@@ -323,14 +327,16 @@ def test_grids_stay_within_the_limits(d, dtype, monkeypatch):
         index = torch.empty(edges, dtype=torch.int64, device="meta")
         walk = ptr, index, index
         softmax.segment_softmax_bwd(e, softmax.segment_softmax_fwd(e, walk), walk)
-        messages, reduction = Messages(x, e), Reduction("sum", True)
+        messages, reduction = Messages(x, e, None), Reduction("sum", True)
         sums.aggregate_fwd(messages, walk, Reduction("max", True))
         o, first = sums.aggregate_fwd(messages, walk, reduction)
-        sums.aggregate_bwd(o, messages, first, walk, walk, reduction, MessageNeeds(True, True))
-        inputs, mean = GatedMessages(x, e, x, x), GatedMean(0.1, True)
+        sums.aggregate_bwd(
+            o, messages, first, walk, walk, reduction, MessageNeeds(True, True, False)
+        )
+        inputs, mean = GatedMessages(x, e, x, x, None, None), GatedMean(0.1, True)
         o, e, total, _ = gated.gated_aggregate_fwd(inputs, walk, mean, GatedResults(True, True))
         args = GatedUpstream(o, e), inputs, GatedKept(total, total), walk, walk, mean
-        gated.gated_aggregate_bwd(*args, GatedNeeds(*(True,) * 4))
+        gated.gated_aggregate_bwd(*args, GatedNeeds(*(True,) * 4, False, False))
     assert len(grids) == 20
     for grid in grids:
         assert 0 < grid[0] < 2**31
@@ -369,16 +375,19 @@ class Calls(TorchDispatchMode):
 def test_opcheck(impl, edges, layout, dtype):
     ops, check = torch.ops.fastgt, torch.library.opcheck
     made = {"cols": 3, "channels": (4,), "dtype": dtype, "layout": layout}
-    x = case("sum", 0, 4, edges, **made)
+    x = case("sum", 0, 4, edges, weight="channel", **made)
     rows, columns = walks(x.graph, impl)
-    for reduce in ("sum", "max"):
-        forward = (impl, *x.inputs.values(), rows, reduce, True)
+    values, weight = list(x.inputs.values())[:2], x.inputs["edge_weight"]
+    for reduce, weights in (("sum", None), ("max", None), ("sum", weight), ("max", weight[:, :1])):
+        forward = (impl, *values, weights, rows, reduce, True)
         check(ops.aggregate_fwd.default, forward)
         _, first = ops.aggregate_fwd(*forward)
-        inputs = x.do, first, *x.inputs.values(), rows, columns, reduce, True
-        check(ops.aggregate_bwd.default, (impl, *inputs, True, reduce == "sum"))
-    check(ops.aggregate_fwd.default, (impl, None, x.inputs["edge_value"], rows, "mean", False))
-    x = case("gated", 0, 4, edges, **made)
+        inputs = x.do, first, *values, weights, rows, columns, reduce, True
+        needs = True, reduce == "sum", weights is not None
+        check(ops.aggregate_bwd.default, (impl, *inputs, *needs))
+    alone = None, x.inputs["edge_value"], None
+    check(ops.aggregate_fwd.default, (impl, *alone, rows, "mean", False))
+    x = case("gated", 0, 4, edges, weight="channel", value=True, **made)
     inputs = tuple(x.inputs.values())
     for flags in ((True, True, True), (False, False, False)):
         forward = (impl, *inputs, rows, 0.1, *flags)
@@ -388,7 +397,7 @@ def test_opcheck(impl, edges, layout, dtype):
             kept = total, mean if mean.numel() else o.to(total.dtype)
             upstream = o, e if flags[1] else None
             backward = *upstream, *inputs, *kept, rows, columns, 0.1, flags[0]
-            for needs in ((True,) * 4, (False, False, True, False)):
+            for needs in ((True,) * 6, (False, False, True, *(False,) * 3)):
                 check(ops.gated_aggregate_bwd.default, (impl, *backward, *needs))
     y = case("softmax", 0, 4, edges, **made).do
     check(ops.segment_softmax_fwd.default, (impl, y, rows))

@@ -159,6 +159,16 @@ OPERATORS = {
             return_aux=AuxRequest(edge_scores=True), **how,
         ),
     ),
+    "aggregate, weights": Operator(
+        lambda p: {"x": p.draw(p.graph.num_cols, D), "edge_weight": p.draw(p.graph.num_edges)},
+        lambda g, x, edge_weight, **how: fastgt.aggregate(x, g, edge_weight=edge_weight, **how),
+    ),
+    "gated_aggregate, weights": Operator(
+        _nodes_and_edges,
+        lambda g, x, edge_value, **how: fastgt.gated_aggregate(
+            x, g, gate_row=x, edge_weight=edge_value.tanh(), edge_value=edge_value, **how
+        ),
+    ),
     "segment_softmax": Operator(
         lambda p: {"x": p.draw(p.graph.num_edges, H)},
         lambda g, x, **how: fastgt.segment_softmax(x, g, **how),

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgt import reference
 from fastgt.contract import MessageNeeds, Messages, Reduction, RowWalk, Signature, Walks
 from fastgt.graph import Graph
-from fastgt.ops.channels import PLANS, autocast_all, check_channels, flat_all
+from fastgt.ops.channels import PLANS, autocast_all, check_channels, flat, flat_all
 from fastgt.ops.checks import needs_gradient, refuse_forward_mode
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
@@ -41,10 +41,10 @@ def aggregate(
 
     A weight multiplies its message after the activation. The mean still divides by the number of
     edges, not by the sum of their weights. A row without edges gives exactly 0 and no gradient.
-    Duplicate edges count as often as they stand. The gradient of a maximum goes to one edge: to the first of the largest, by the
-    caller's numbers. NaN and infinities reach only the rows that use them. The result is the
-    same, bit for bit, every time; gradients too, but not those of ``create_graph=True``, which
-    PyTorch sums.
+    Duplicate edges count as often as they stand. The gradient of a maximum goes to one edge: to
+    the first of the largest, by the caller's numbers. NaN and infinities reach only the rows that
+    use them. The result is the same, bit for bit, every time; gradients too, but not those of
+    ``create_graph=True``, which PyTorch sums.
 
     Args:
         x: ``[N_cols, ...]``: float16, bfloat16, float32 or float64, any strides. None where the
@@ -131,7 +131,7 @@ def aggregate_in_order(
     refuse_forward_mode(edge_value)
     edge = torch.arange(edge_value.shape[0], dtype=row_ptr.dtype, device="cpu")
     rows = row_ptr.contiguous(), edge, edge
-    messages, reduction = Messages(None, *flat_all(edge_value), None), Reduction(reduce, False)
+    messages, reduction = Messages(None, flat(edge_value), None), Reduction(reduce, False)
     if needs_gradient(edge_value):
         out = _Aggregate.apply(*messages, graph, "cpp", rows, (), *reduction)
     else:

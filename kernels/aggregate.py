@@ -109,12 +109,11 @@ def aggregate_bwd(do, messages, first, rows, columns, reduction, needs):
         first if maximum else None,
         dx,
         dedge,
-        dweight,
+        dweight if needs.need_edge_weight else None,
         part,
         rows[0],
         call.walk,
         *call.counts,
-        num_edges,
         MEAN=reduction.reduce == "mean",
         RELU=relu,
         NEEDS=needs,
@@ -211,7 +210,7 @@ def _aggregate_max_kernel(
     _store_largest(o_ptr, first_ptr, row, whole, channel, row_top, row_first, T.D, DEAD, NONE)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "num_edges"])
+@triton.jit(do_not_specialize=COUNTS)
 def _aggregate_bwd_kernel(
     messages,  # None where the gradient does not depend on them
     do,  # [N, D]
@@ -225,7 +224,6 @@ def _aggregate_bwd_kernel(
     num_rows,
     num_middle,
     num_segments,
-    num_edges,
     MEAN: tl.constexpr,
     RELU: tl.constexpr,
     NEEDS: tl.constexpr,
@@ -260,7 +258,7 @@ def _aggregate_bwd_kernel(
             dw = dm * m
             if RELU:
                 dw = dm * tl.where(m < 0.0, 0.0, m)
-            store_weight_gradient(dweight_ptr, edge, live, channel, dw, num_edges, T)
+            store_weight_gradient(dweight_ptr, edge, live, channel, dw, T)
         if weighted:
             dm *= load_weight(messages.edge_weight, edge, live, channel, T)
         if RELU:

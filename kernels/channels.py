@@ -84,10 +84,10 @@ def load_weight(weight, edge, live, channel, T: tl.constexpr):
 
 
 @triton.jit
-def store_weight_gradient(ptr, edge, live, channel, x, num_edges, T: tl.constexpr):
+def store_weight_gradient(ptr, edge, live, channel, x, T: tl.constexpr):
     """The gradient [R, E, C] of weights, as ``weight_gradient`` has room for it."""
     if T.ONE_WEIGHT:
-        at = tl.program_id(1).to(tl.int64) * num_edges + edge.to(tl.int64)
+        at = edge.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(ptr + at, tl.sum(x, 2).to(ptr.dtype.element_ty), mask=live)
     else:
         store_channels(ptr, edge, live, channel, x, T.D)
@@ -170,25 +170,22 @@ def parts(call, like):
 
 def weight_gradient(weight, width):
     """Room for the gradient of weights [E, D]. Where they are [E, 1], a program has the sum over
-    its channels: [B, E], for B blocks of channels."""
+    its channels: [E, B], for B blocks of channels."""
     num_edges, weights = weight.shape
     if weights != 1:
         return weight.new_empty(num_edges, weights)
     blocks = -(-width // min(power_of_2(width), _CHANNELS)) if width else 0
     if not blocks:
-        return weight.new_zeros(1, num_edges)
-    return weight.new_empty(
-        blocks, num_edges, dtype=weight.dtype if blocks == 1 else accumulator(weight)
-    )
+        return weight.new_zeros(num_edges, 1)
+    dtype = weight.dtype if blocks == 1 else accumulator(weight)
+    return weight.new_empty(num_edges, blocks, dtype=dtype)
 
 
 def sum_of_blocks(gradient, weight):
     """What kernels wrote into ``weight_gradient``, as the weights are."""
-    if weight.shape[1] != 1:
+    if gradient.shape[1] == weight.shape[1]:
         return gradient
-    if gradient.shape[0] > 1:
-        gradient = gradient.sum(0).to(weight.dtype)
-    return gradient.view(-1, 1)
+    return gradient.sum(1, keepdim=True).to(weight.dtype)
 
 
 def combining(call):

@@ -98,7 +98,7 @@ def gated_aggregate_bwd(upstream, gated, kept, rows, columns, mean, needs):
 def _gated_bwd(upstream, gated, kept, rows, columns, mean, needs, grads):
     """Write the gradients. -> drow."""
     x, (dx, dgate, drow, dcol, dweight, dvalue) = gated.x, grads
-    (m, width), (num_edges,), n = x.shape, rows[2].shape, rows[0].shape[0] - 1
+    (m, width), n = x.shape, rows[0].shape[0] - 1
     w = upstream.do / kept.total if mean.normalize else upstream.do
     shift = w * kept.mean if mean.normalize else None
     others = w, shift, upstream.de
@@ -113,13 +113,12 @@ def _gated_bwd(upstream, gated, kept, rows, columns, mean, needs, grads):
             dx,
             dgate,
             dcol,
-            dweight,
-            dvalue,
+            dweight if needs.need_edge_weight else None,
+            dvalue if needs.need_edge_value else None,
             part,
             part_col,
             call.walk,
             *call.counts,
-            num_edges,
             NEEDS=needs,
             **call.meta,
         )
@@ -188,7 +187,7 @@ def _gated_fwd_kernel(
     _store_mean(o_ptr, total_ptr, mean_ptr, row, whole, channel, o, z, eps, T.D, NORMALIZE)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "num_edges"])
+@triton.jit(do_not_specialize=COUNTS)
 def _gated_bwd_columns_kernel(
     gated,
     w,  # [N, D]
@@ -205,7 +204,6 @@ def _gated_bwd_columns_kernel(
     num_rows,
     num_middle,
     num_segments,
-    num_edges,
     NEEDS: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -241,7 +239,7 @@ def _gated_bwd_columns_kernel(
             if shift is not None:
                 ds -= gather(shift, row, live, channel, T)
             if NEEDS.need_edge_weight:
-                store_weight_gradient(dweight_ptr, edge, live, channel, ds * sigma, num_edges, T)
+                store_weight_gradient(dweight_ptr, edge, live, channel, ds * sigma, T)
         if NEEDS.need_gate or NEEDS.need_gate_col:
             ds *= eta * (1.0 - sigma)
             if de is not None:

@@ -2,6 +2,7 @@
 
 from fastgt.contract import Aux, AuxRequest
 from fastgt.graph import Graph
+from fastgt.ops.additive_attention import additive_attention
 from fastgt.ops.aggregate import aggregate
 from fastgt.ops.attention import neighborhood_attention
 from fastgt.ops.channelwise_attention import channelwise_attention
@@ -21,6 +22,7 @@ __all__ = [
     "Aux",
     "AuxRequest",
     "Graph",
+    "additive_attention",
     "aggregate",
     "channelwise_attention",
     "gated_aggregate",

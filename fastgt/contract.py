@@ -304,6 +304,57 @@ class ChannelwiseNeeds(NamedTuple):
     need_edge_value: bool
 
 
+class AdditiveInputs(NamedTuple):
+    """What additive attention takes of rows, of columns and of heads."""
+
+    q: Tensor  # [N_rows, H, D]
+    k: Tensor  # [N_cols, H, D]
+    v: Tensor  # [N_cols, H, Dv]
+    weight: Tensor  # [H, D]
+
+
+class AdditiveLogit(NamedTuple):
+    """How additive attention makes a logit: the slope of its leaky ReLU below 0."""
+
+    slope: float
+
+
+class AdditiveTerms(NamedTuple):
+    """What edges have in additive attention."""
+
+    key: Tensor | None = None  # [E, H, D]
+    attr: Tensor | None = None  # [E, C]
+    key_weight: Tensor | None = None  # [C, H, D]: its product with attr is added to the keys
+    bias: Tensor | None = None  # [E, H]
+
+
+class AdditiveResults(NamedTuple):
+    """What the forward of additive attention gives beside o and lse."""
+
+    make_weights: bool = False
+
+
+class AdditiveUpstream(NamedTuple):
+    """What the backward of additive attention begins with."""
+
+    do: Tensor  # [N_rows, H, Dv]
+    dlse: Tensor | None  # [N_rows, H]
+    lse: Tensor  # [N_rows, H], kept by the forward
+
+
+class AdditiveNeeds(NamedTuple):
+    """Which gradients the backward of additive attention computes."""
+
+    need_q: bool
+    need_k: bool
+    need_v: bool
+    need_weight: bool
+    need_key: bool
+    need_attr: bool
+    need_key_weight: bool
+    need_bias: bool
+
+
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",

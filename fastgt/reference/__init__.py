@@ -4,6 +4,7 @@ Everything here is differentiable, any number of times, by autograd alone. ``imp
 these are what ``impl="reference"`` runs, but for checks and autocast.
 """
 
+from fastgt.reference.additive_attention import additive_attention, masked_additive_attention
 from fastgt.reference.aggregate import aggregate
 from fastgt.reference.attention import masked_attention, neighborhood_attention
 from fastgt.reference.channelwise_attention import (
@@ -17,11 +18,13 @@ from fastgt.reference.segment_pool import segment_max, segment_mean, segment_sum
 from fastgt.reference.segment_softmax import segment_softmax
 
 __all__ = [
+    "additive_attention",
     "aggregate",
     "channelwise_attention",
     "gated_aggregate",
     "head_projection",
     "linear_attention",
+    "masked_additive_attention",
     "masked_attention",
     "masked_channelwise_attention",
     "neighborhood_attention",

@@ -134,3 +134,74 @@ def dropout_share(seed, edge, head, p):
         c = [y // word ^ c[1] ^ a, y % word, x // word ^ c[3] ^ b, x % word]
         a, b = (a + 0x9E3779B9) % word, (b + 0xBB67AE85) % word
     return 2**24 / (2**24 - limit) if c[head % 4] // 256 >= limit else 0.0
+
+
+def additive_attention(
+    edge_index,
+    q,
+    k,
+    v,
+    weight,
+    do,
+    dlse,
+    *,
+    slope,
+    edge_key=None,
+    edge_attr=None,
+    edge_key_weight=None,
+    edge_bias=None,
+    dropout=0.0,
+    seed=0,
+):
+    """-> {name: array} of o, lse, weights and the gradient of every input that there is."""
+    (rows, heads, width), edges = q.shape, list(zip(*edge_index, strict=True))
+    o, lse = np.zeros((rows, heads, v.shape[2])), np.full((rows, heads), -np.inf)
+    weights = np.zeros((len(edges), heads))
+    inputs = {"q": q, "k": k, "v": v, "weight": weight, "edge_key": edge_key}
+    inputs |= {"edge_attr": edge_attr, "edge_key_weight": edge_key_weight, "edge_bias": edge_bias}
+    grads = {f"d{name}": np.zeros(np.shape(x)) for name, x in inputs.items() if x is not None}
+
+    def add(name, at, what):
+        if inputs[name] is not None:
+            grads[f"d{name}"][at] += what
+
+    for i in range(rows):
+        mine = [(e, j) for e, (j, target) in enumerate(edges) if target == i]
+        for h in range(heads):
+            t, logit, kept = {}, {}, {}
+            for e, j in mine:
+                t[e] = [q[i, h, c] + k[j, h, c] for c in range(width)]
+                for c in range(width):
+                    if edge_key is not None:
+                        t[e][c] += edge_key[e, h, c]
+                    if edge_key_weight is not None:
+                        t[e][c] += edge_attr[e] @ edge_key_weight[:, h, c]
+                logit[e] = 0.0 if edge_bias is None else edge_bias[e, h]
+                logit[e] += sum(
+                    weight[h, c] * (x if x > 0 else slope * x) for c, x in enumerate(t[e])
+                )
+                kept[e] = dropout_share(seed, e, h, dropout)
+            top = max(logit.values(), default=-np.inf)
+            if top == -np.inf:
+                continue
+            power = {e: np.exp(s - top) for e, s in logit.items()}
+            total = sum(power.values())
+            lse[i, h] = top + np.log(total)
+            da = {e: kept[e] * (do[i, h] @ v[j, h]) for e, j in mine}
+            mean = sum(power[e] / total * da[e] for e, _ in mine)
+            for e, j in mine:
+                share = weights[e, h] = power[e] / total
+                o[i, h] += kept[e] * share * v[j, h]
+                add("v", (j, h), kept[e] * share * do[i, h])
+                ds = share * (da[e] - mean) + dlse[i, h] * share
+                add("edge_bias", (e, h), ds)
+                for c, x in enumerate(t[e]):
+                    dt = ds * weight[h, c] * (1.0 if x > 0 else slope)
+                    add("weight", (h, c), ds * (x if x > 0 else slope * x))
+                    add("q", (i, h, c), dt)
+                    add("k", (j, h, c), dt)
+                    add("edge_key", (e, h, c), dt)
+                    if edge_key_weight is not None:
+                        add("edge_attr", e, edge_key_weight[:, h, c] * dt)
+                        add("edge_key_weight", (slice(None), h, c), edge_attr[e] * dt)
+    return {"o": o, "lse": lse, "weights": weights} | grads

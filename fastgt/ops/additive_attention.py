@@ -25,6 +25,7 @@ from fastgt.contract import (
     Walks,
 )
 from fastgt.graph import Graph
+from fastgt.ops.additive_edges import attribute_gradients, with_product
 from fastgt.ops.aux_request import check_request
 from fastgt.ops.checks import (
     accumulator,
@@ -244,7 +245,9 @@ def _attend(
     plan = CPU if impl == "cpp" else GATHER
     rows = row_walk(graph, plan)
     if needs_gradient(*given):
-        by_column = inputs.k.requires_grad or inputs.v.requires_grad
+        # Triton's kernels go through columns for whatever stands on edges, too
+        of_columns = inputs[1:3] if impl == "cpp" else given[1:]
+        by_column = any(x.requires_grad for x in of_columns)
         walks = Walks(rows, column_walk(graph, plan) if by_column else ())
         call_ = _Call(graph, impl, walks, slope, dropout.p, request.weights)
         o, lse, weights = _AdditiveAttention.apply(call_, *inputs, *terms, *mask, dropout.seed)
@@ -311,18 +314,6 @@ class _AdditiveAttention(torch.autograd.Function):
         return None, *grads, None, None, None
 
 
-def _implementation(impl: str, x: Tensor) -> tuple[Any, Any]:
-    """Where the forward stands, and where the backward does."""
-    if impl == "cpp":
-        from fastgt.cpu import additive_attention as cpu
-
-        return cpu, cpu
-    require_triton(x)
-    from fastgt.kernels import additive_attention, additive_attention_backward
-
-    return additive_attention, additive_attention_backward
-
-
 def _launch_fwd(
     impl: str,
     inputs: AdditiveInputs,
@@ -333,9 +324,16 @@ def _launch_fwd(
     dropout: Dropout,
     results: AdditiveResults,
 ) -> tuple[Tensor | None, ...]:
-    run = _implementation(impl, inputs.q)[0].additive_attention_fwd
-    options = terms, mask, dropout, results.make_weights
+    run: Any
     with torch.no_grad():  # called by an exported module, gradients may be on
+        if impl == "cpp":
+            from fastgt.cpu.additive_attention import additive_attention_fwd as run
+        else:
+            require_triton(inputs.q)
+            from fastgt.kernels.additive_attention import additive_attention_fwd as run
+
+            terms = with_product(terms, mask)
+        options = terms, mask, dropout, results.make_weights
         return run(walk.row_walk, inputs, logit.slope, *options)
 
 
@@ -368,9 +366,26 @@ def _launch_bwd(
     mask: HeadMask,
     dropout: Dropout,
 ) -> tuple[Tensor | None, ...]:
-    run = _implementation(impl, inputs.q)[1].additive_attention_bwd
     with torch.no_grad():
-        return run(walks, upstream, inputs, logit.slope, needs, terms, mask, dropout)
+        if impl == "cpp":
+            from fastgt.cpu.additive_attention import additive_attention_bwd
+
+            call = walks, upstream, inputs, logit.slope, needs, terms, mask, dropout
+            return additive_attention_bwd(*call)
+        from fastgt.kernels.additive_attention_backward import additive_attention_bwd as run
+
+        attributes = needs.need_attr or needs.need_key_weight
+        wanted = needs._replace(need_key=needs.need_key or attributes)
+        whole = with_product(terms, mask)
+        *grads, dkey, dbias = run(
+            walks, upstream, inputs, logit.slope, wanted, whole, mask, dropout
+        )
+        of_attr: list[Tensor | None] = [None, None]
+        if attributes:
+            of_attr = attribute_gradients(dkey, terms, mask, needs)
+        if dkey is not None and terms.key is not None:
+            dkey = dkey.to(terms.key.dtype)
+        return *grads, dkey if needs.need_key else None, *of_attr, dbias
 
 
 def _fake_bwd(

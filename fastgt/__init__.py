@@ -8,6 +8,7 @@ from fastgt.ops.attention import neighborhood_attention
 from fastgt.ops.channelwise_attention import channelwise_attention
 from fastgt.ops.flops import register_formulas as _register_formulas
 from fastgt.ops.gated_aggregate import gated_aggregate
+from fastgt.ops.global_attention import global_attention
 from fastgt.ops.head_projection import head_projection
 from fastgt.ops.implementation import implementation
 from fastgt.ops.linear_attention import linear_attention, sgformer_attention
@@ -26,6 +27,7 @@ __all__ = [
     "aggregate",
     "channelwise_attention",
     "gated_aggregate",
+    "global_attention",
     "head_projection",
     "implementation",
     "linear_attention",

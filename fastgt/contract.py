@@ -189,6 +189,47 @@ class NeedQKV(NamedTuple):
     need_v: bool
 
 
+class PairTerms(NamedTuple):
+    """How global attention makes the logit of a pair: ``scale * product + bias``."""
+
+    scale: float
+    bias: Tensor | None  # [M, H] where per_key, else [pairs, H]
+    per_key: bool
+
+
+class RaggedPairs(NamedTuple):
+    """Where the queries and the keys of each graph lie, and which of its heads are active. Without
+    offsets all are one graph."""
+
+    offsets: Tensor | None  # [G + 1], of queries
+    key_offsets: Tensor | None  # [G + 1]; None: as offsets
+    head_mask: Tensor | None  # [1 or G, H] bool
+
+
+class GlobalResults(NamedTuple):
+    """What the forward of global attention makes."""
+
+    o: Tensor  # [N, H, Dv]
+    lse: Tensor  # [N, H]
+
+
+class GlobalUpstream(NamedTuple):
+    """What the backward of global attention begins with."""
+
+    do: Tensor  # [N, H, Dv]
+    dlse: Tensor | None  # [N, H]
+    lse: Tensor  # [N, H], kept by the forward
+
+
+class PairNeeds(NamedTuple):
+    """Which gradients the backward of global attention computes."""
+
+    need_q: bool
+    need_k: bool
+    need_v: bool
+    need_bias: bool
+
+
 class Messages(NamedTuple):
     """What aggregate puts together, ``activation(x_j + edge_value_ij)``: at least one of them; and
     what it multiplies each message with."""

@@ -16,8 +16,9 @@ def threshold(p: float) -> int:
     return round(p * LEVELS)
 
 
-def kept(seed: Tensor, edges: int, heads: int, p: float) -> Tensor:
-    """-> ``[E, H]`` bool: head h of the caller's edge e is kept with probability 1 - p.
+def kept(seed: Tensor, edges: int, heads: int, p: float, *, first: int = 0) -> Tensor:
+    """-> ``[E, H]`` bool: head h of the caller's edge e is kept with probability 1 - p. The edges
+    are those from number ``first`` on.
 
     Word ``h % 4`` of Philox-4x32-10 at the counter ``(e mod 2^32, e // 2^32, h // 4, 0)`` with the
     64 bits of ``seed`` as its key; its upper 24 bits are compared.
@@ -30,7 +31,8 @@ def kept(seed: Tensor, edges: int, heads: int, p: float) -> Tensor:
     block = torch.arange(blocks, device=seed.device)
 
     def part(start: int, stop: int) -> Tensor:
-        edge = torch.arange(start, stop, device=seed.device)[:, None].expand(-1, blocks)
+        edge = torch.arange(first + start, first + stop, device=seed.device)
+        edge = edge[:, None].expand(-1, blocks)
         words = _philox(seed, edge & _LOW, edge >> 32, block.expand_as(edge))
         return torch.stack([(word >> 8) >= limit for word in words], 2).flatten(1)[:, :heads]
 

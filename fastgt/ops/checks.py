@@ -141,24 +141,24 @@ def check_widths(q: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} has head width {d}; supported are 1 to {MAX_WIDTH}")
 
 
-def check_offsets(offsets: object, nodes: int, device: torch.device) -> None:
+def check_offsets(offsets: object, nodes: int, device: torch.device, name: str = "offsets") -> None:
     """Boundaries of the graphs of a batch of so many nodes; values only where they are at hand."""
     if not isinstance(offsets, Tensor):
         hint = ": its graph_ptr is" if isinstance(offsets, Graph) else ""
-        raise TypeError(f"offsets must be a tensor of integers, got {type(offsets).__name__}{hint}")
+        raise TypeError(f"{name} must be a tensor of integers, got {type(offsets).__name__}{hint}")
     if offsets.dtype not in (torch.int32, torch.int64) or offsets.layout != torch.strided:
-        raise TypeError(f"offsets must be int32 or int64, got {offsets.dtype} ({offsets.layout})")
+        raise TypeError(f"{name} must be int32 or int64, got {offsets.dtype} ({offsets.layout})")
     if offsets.ndim != 1 or offsets.shape[0] == 0:
-        raise ValueError(f"offsets must be [G + 1], got {list(offsets.shape)}")
+        raise ValueError(f"{name} must be [G + 1], got {list(offsets.shape)}")
     if offsets.device != device:
-        raise ValueError(f"offsets is on {offsets.device} but the nodes are on {device}")
+        raise ValueError(f"{name} is on {offsets.device} but the nodes are on {device}")
     if readable(offsets):
         if offsets.shape[0] == nodes and int(offsets[-1]) != nodes:
             raise ValueError(
-                f"offsets has an entry for each of the {nodes} nodes: it takes the boundaries of "
+                f"{name} has an entry for each of the {nodes} nodes: it takes the boundaries of "
                 "the graphs (PyG's batch.ptr, not batch.batch)"
             )
-        check_boundaries(offsets, "offsets", nodes, "nodes")
+        check_boundaries(offsets, name, nodes, "nodes")
 
 
 def readable(x: Tensor) -> bool:

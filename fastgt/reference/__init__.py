@@ -12,6 +12,7 @@ from fastgt.reference.channelwise_attention import (
     masked_channelwise_attention,
 )
 from fastgt.reference.gated_aggregate import gated_aggregate
+from fastgt.reference.global_attention import global_attention, masked_global_attention
 from fastgt.reference.head_projection import head_projection
 from fastgt.reference.linear_attention import linear_attention, sgformer_attention
 from fastgt.reference.segment_pool import segment_max, segment_mean, segment_sum, virtual_node
@@ -22,11 +23,13 @@ __all__ = [
     "aggregate",
     "channelwise_attention",
     "gated_aggregate",
+    "global_attention",
     "head_projection",
     "linear_attention",
     "masked_additive_attention",
     "masked_attention",
     "masked_channelwise_attention",
+    "masked_global_attention",
     "neighborhood_attention",
     "segment_max",
     "segment_mean",

@@ -61,7 +61,7 @@ def _run(
     dropout: Dropout,
     results: tuple[Any, ...],  # o, lse, do, dlse, dq, dk, dv, dbias
 ) -> None:
-    q, k, v = inputs
+    q, _, v = inputs
     (nodes, heads, d), (keys, kv_heads, dv) = q.shape, v.shape
     offsets, ends, mask = graphs
     offsets = torch.tensor([0, nodes]) if offsets is None else offsets

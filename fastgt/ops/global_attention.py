@@ -315,7 +315,7 @@ class _GlobalAttention(torch.autograd.Function):
         q, k, v, bias, *graphs, seed, lse = ctx.saved_tensors
         terms, dropout = PairTerms(ctx.scale, bias, ctx.per_key), Dropout(seed, ctx.p)
         given = ctx.needs_input_grad
-        needs = PairNeeds(*given[1:4], given[5])
+        needs = PairNeeds(given[1], given[2], given[3], given[5])
         ragged = RaggedPairs(*graphs)
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable

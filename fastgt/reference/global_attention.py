@@ -83,7 +83,9 @@ def masked_global_attention(
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     rows = [0, len(q)] if graphs.offsets is None else graphs.offsets.tolist()
     columns = rows if graphs.key_offsets is None else graphs.key_offsets.tolist()
-    outs, lses, pairs = [], [], 0
+    nothing = q[:0].to(wide).sum(2)  # [0, H], where there is no graph
+    outs = [nothing[..., None] * v[:0].to(wide).repeat_interleave(group, 1)]
+    lses, pairs = [nothing], 0
     ends = zip(rows[:-1], rows[1:], columns[:-1], columns[1:], strict=True)
     for g, (begin, end, first, last) in enumerate(ends):
         n, m = end - begin, last - first
@@ -120,8 +122,6 @@ def masked_global_attention(
         outs.append(out.masked_fill(empty[..., None], 0.0))
         lses.append((pivot + safe.log()).masked_fill(empty, -torch.inf))
         pairs += n * m
-    if not outs:
-        return q.new_empty(0, q.shape[1], v.shape[2]), q.new_empty(0, q.shape[1], dtype=wide)
     return torch.cat(outs).to(dtype), torch.cat(lses)
 
 

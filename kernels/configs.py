@@ -91,6 +91,42 @@ def window_tile(direction: str, width: int, itemsize: int, edges: bool) -> Windo
     return WindowTile(block_n, num_warps, 2 if size <= 256 else 1)
 
 
+class GlobalTile(NamedTuple):
+    """Nodes that a program owns and those of one step, warps, and loads in flight ahead of it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (bytes of a head's channels, pass) -> tile: what no target spills
+_GLOBAL_TILES = {
+    (128, "fwd"): GlobalTile(64, 64, 4, 2),
+    (256, "fwd"): GlobalTile(64, 32, 4, 2),
+    (4096, "fwd"): GlobalTile(16, 16, 8, 1),
+    (128, "dq"): GlobalTile(64, 32, 4, 2),
+    (256, "dq"): GlobalTile(64, 32, 8, 1),
+    (4096, "dq"): GlobalTile(16, 16, 8, 1),
+    (128, "dkv"): GlobalTile(64, 32, 4, 2),
+    (256, "dkv"): GlobalTile(64, 32, 8, 1),
+    (4096, "dkv"): GlobalTile(16, 16, 8, 1),
+}
+
+
+@cache
+def global_tile(direction: str, width: int, itemsize: int, pairs: bool) -> GlobalTile:
+    """Tile of the "fwd", "dq" or "dkv" pass of global attention.
+
+    Where pairs have a bias or dropout (``pairs``), half as many nodes a step: their numbers take
+    registers.
+    """
+    size = width * itemsize
+    key = min(k for k in _GLOBAL_TILES if k[0] >= size and k[1] == direction)
+    tile = _GLOBAL_TILES[key]
+    return tile._replace(block_n=max(16, tile.block_n // 2)) if pairs else tile
+
+
 class LinearTile(NamedTuple):
     """Nodes and features of a tile, channels of a product, and warps."""
 

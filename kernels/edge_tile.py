@@ -225,15 +225,21 @@ def kept(seed_ptr, threshold, edge, head, ACC: tl.constexpr):
     share = 1.0
     if seed_ptr is not None:
         number = edge.to(tl.int64)[:, :, None] + tl.zeros([1, 1, head.shape[0]], tl.int64)
-        low, high = (number & 0xFFFFFFFF).to(tl.uint32), (number >> 32).to(tl.uint32)
-        block = (head // 4).to(tl.uint32)[None, None, :] + tl.zeros_like(low)
-        a, b, c, d = tl.philox(tl.load(seed_ptr), low, high, block, tl.zeros_like(low))
-        word = (head % 4)[None, None, :]
-        bits = tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
-        keep = (bits >> 8).to(tl.int32) >= threshold
-        levels = scalar(16777216.0, ACC)
-        share = tl.where(keep, levels / tl.maximum(levels - threshold, 1.0), 0.0)
+        share = kept_share(seed_ptr, threshold, number, head[None, None, :], ACC)
     return share
+
+
+@triton.jit
+def kept_share(seed_ptr, threshold, number, head, ACC: tl.constexpr):
+    """``kept`` of edges with these numbers, in the shape that they have, for a head of each."""
+    low, high = (number & 0xFFFFFFFF).to(tl.uint32), (number >> 32).to(tl.uint32)
+    block = (head // 4).to(tl.uint32) + tl.zeros_like(low)
+    a, b, c, d = tl.philox(tl.load(seed_ptr), low, high, block, tl.zeros_like(low))
+    word = head % 4
+    bits = tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
+    keep = (bits >> 8).to(tl.int32) >= threshold
+    levels = scalar(16777216.0, ACC)
+    return tl.where(keep, levels / tl.maximum(levels - threshold, 1.0), 0.0)
 
 
 @triton.jit

@@ -47,6 +47,7 @@ from .channelwise_attention import channelwise_attention_fwd
 from .channelwise_attention_backward import channelwise_attention_bwd
 from .configs import FILLERS
 from .gated_aggregate import gated_aggregate_bwd, gated_aggregate_fwd
+from .global_cases import GLOBAL_CASES, launch_global
 from .head_projection import head_contract, head_expand, head_outer
 from .linear_attention import linear_attention_fwd
 from .linear_attention_backward import linear_attention_bwd
@@ -446,5 +447,6 @@ CASES: dict[str, Callable[[], None]] = {
 CASES |= {name: partial(_launch_channelwise, case) for name, case in CHANNELWISE_CASES.items()}
 CASES |= {name: partial(_launch_aggregate, case) for name, case in AGGREGATE_CASES.items()}
 CASES |= {name: partial(_launch_linear, case) for name, case in LINEAR_CASES.items()}
+CASES |= {name: partial(launch_global, case) for name, case in GLOBAL_CASES.items()}
 CASES |= {name: partial(_launch_projection, case) for name, case in PROJECTION_CASES.items()}
 """Name -> a call that launches all kernels of that configuration, forward and backward."""

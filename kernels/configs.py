@@ -92,39 +92,58 @@ def window_tile(direction: str, width: int, itemsize: int, edges: bool) -> Windo
 
 
 class GlobalTile(NamedTuple):
-    """Nodes that a program owns and those of one step, warps, and loads in flight ahead of it."""
+    """Nodes that a program owns and those of one step, channels of a slice, warps, and loads in
+    flight ahead."""
 
     block_m: int
     block_n: int
+    channels: int
     num_warps: int
     num_stages: int
 
 
-# (bytes of a head's channels, pass) -> tile: what no target spills
+# (bytes of a number, channels) -> of the "fwd", "dq" and "dkv" passes: what no target spills
 _GLOBAL_TILES = {
-    (128, "fwd"): GlobalTile(64, 64, 4, 2),
-    (256, "fwd"): GlobalTile(64, 32, 4, 2),
-    (4096, "fwd"): GlobalTile(16, 16, 8, 1),
-    (128, "dq"): GlobalTile(64, 32, 4, 2),
-    (256, "dq"): GlobalTile(64, 32, 8, 1),
-    (4096, "dq"): GlobalTile(16, 16, 8, 1),
-    (128, "dkv"): GlobalTile(64, 32, 4, 2),
-    (256, "dkv"): GlobalTile(64, 32, 8, 1),
-    (4096, "dkv"): GlobalTile(16, 16, 8, 1),
+    (2, 64): (
+        GlobalTile(64, 64, 64, 4, 2),
+        GlobalTile(64, 32, 64, 4, 2),
+        GlobalTile(64, 32, 64, 4, 2),
+    ),
+    (2, 128): (
+        GlobalTile(64, 32, 128, 4, 2),
+        GlobalTile(64, 32, 128, 8, 1),
+        GlobalTile(64, 32, 128, 8, 1),
+    ),
+    (2, 512): (GlobalTile(16, 16, 512, 8, 1),) * 3,
+    (4, 32): (
+        GlobalTile(64, 32, 32, 4, 2),
+        GlobalTile(64, 32, 32, 4, 1),
+        GlobalTile(64, 32, 32, 8, 1),
+    ),
+    (4, 64): (
+        GlobalTile(32, 32, 64, 4, 1),
+        GlobalTile(32, 16, 64, 4, 1),
+        GlobalTile(32, 16, 64, 4, 1),
+    ),
+    (4, 512): (GlobalTile(16, 16, 128, 8, 1),) * 3,
+    (8, 32): (GlobalTile(32, 32, 32, 8, 1),) * 3,
+    (8, 512): (GlobalTile(16, 16, 64, 8, 1),) * 3,
 }
+_PASSES = ("fwd", "dq", "dkv")
 
 
 @cache
-def global_tile(direction: str, width: int, itemsize: int, pairs: bool) -> GlobalTile:
+def global_tile(direction: str, width: int, itemsize: int, numbered: bool) -> GlobalTile:
     """Tile of the "fwd", "dq" or "dkv" pass of global attention.
 
-    Where pairs have a bias or dropout (``pairs``), half as many nodes a step: their numbers take
-    registers.
+    Where pairs are asked for their numbers, half as many nodes a step and more warps: the numbers
+    take registers.
     """
-    size = width * itemsize
-    key = min(k for k in _GLOBAL_TILES if k[0] >= size and k[1] == direction)
-    tile = _GLOBAL_TILES[key]
-    return tile._replace(block_n=max(16, tile.block_n // 2)) if pairs else tile
+    key = min(k for k in _GLOBAL_TILES if k[0] == itemsize and k[1] >= width)
+    tile = _GLOBAL_TILES[key][_PASSES.index(direction)]
+    if numbered:
+        tile = tile._replace(block_n=max(16, tile.block_n // 2), num_warps=8)
+    return tile
 
 
 class LinearTile(NamedTuple):

@@ -13,6 +13,9 @@ The host knows only how many blocks there may be, N / BLOCK_M + G; the last prog
 backward (``global_attention_backward.py``) has blocks of keys besides, with a table of theirs. So
 each output has one writer, in a fixed order: no atomics.
 
+Heads that are wide for their dtype are read in slices of their channels: each of several programs
+makes all logits of its block, and one slice of the output.
+
 All pairs of a tile within the graph exist, so NaN of a key reaches no row that does not attend to
 it; what lies beyond the graph is not read. Pairs are numbered graph after graph and row after row:
 the first of each graph stands in pair_ptr, which a bias of pairs and dropout need.
@@ -26,7 +29,6 @@ import triton
 import triton.language as tl
 
 from fastgt.contract import Dropout, Inputs, PairTerms, RaggedPairs
-from fastgt.philox import threshold
 
 from .configs import (
     accumulator,
@@ -40,7 +42,7 @@ from .edge_tile import Operands, kept_share
 from .linear_states import find_graph
 from .loads import dot, load_rows, rows_of, scalar, store_rows, sum_dtype
 
-GRAPHS = ["num_graphs"]
+COUNTS = ["num_graphs", "threshold"]
 
 
 class Blocks(NamedTuple):
@@ -67,13 +69,6 @@ class Block(NamedTuple):
     pair: Any  # the number of the graph's first pair
 
 
-class Drop(NamedTuple):
-    """Dropout: a seed, None where nothing is dropped, and what 24 bits have to reach."""
-
-    seed_ptr: Any
-    threshold: Any
-
-
 class GlobalSizes(NamedTuple):
     """Sizes of global attention and of what a program holds, constants of its kernel."""
 
@@ -92,22 +87,25 @@ class GlobalSizes(NamedTuple):
     PRECISION: str
 
 
-@triton.jit(do_not_specialize=GRAPHS)
+@triton.jit(do_not_specialize=COUNTS)
 def _global_fwd_kernel(
     x,  # Operands
     o_ptr,  # [N, H, DV]
     lse_ptr,  # [N, H]
     blocks,
-    drop,
+    seed_ptr,  # of dropout, None: nothing is dropped
+    threshold,
     scale: tl.float64,
     num_graphs,
     T: tl.constexpr,
 ):
-    """Grid (blocks of queries x heads): one program owns a block and a head."""
+    """Grid (blocks of queries x heads, slices): one program owns a block and a head."""
     ACC: tl.constexpr = sum_dtype(T.WIDE)
     head = tl.program_id(0) % T.H
+    kv_head = head // T.GROUP
+    channel = tl.program_id(1) * T.BLOCK_DV
     own = active_block(blocks, tl.program_id(0) // T.H, head, num_graphs, T)
-    q = load_rows(x.q.ptr, x.q.stride, own.row, own.read, head, T.D, T.BLOCK_D, T.ALIGN)
+    q = hold_rows(x.q, own.row, own.read, head, T.D, T.BLOCK_D, T)
 
     top = tl.full([T.BLOCK_M], float("-inf"), ACC)
     total = tl.full([T.BLOCK_M], 0.0, ACC)
@@ -115,26 +113,27 @@ def _global_fwd_kernel(
     for at in range(own.first, own.last, T.BLOCK_N):
         key = at + tl.arange(0, T.BLOCK_N)
         within = key < own.last
-        k, v = load_keys(x, key, within, head, T)
+        s, _k = row_products(q, x.q, own, head, x.k, key, within, kv_head, T.D, T.BLOCK_D, T)
+        v = load_slice(x.v, key, within, kv_head, channel, T.DV, T.BLOCK_DV, T)
         number = pair_numbers(own, key, True)
-        s = dot(q, tl.trans(k), None, T) * scalar(scale, ACC)
+        s *= scalar(scale, ACC)
         s = finish_logits(s, x.bias, number, own.read, key, within, head, T)
         new_top = tl.maximum(top, tl.max(s, 1))
         pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
         decay = tl.exp(top - pivot)
         p = tl.exp(s - pivot[:, None])  # [M, N]
         total = total * decay + tl.sum(p, 1)
-        if drop.seed_ptr is not None:
-            p *= kept_share(drop.seed_ptr, drop.threshold, number, head, ACC)
+        if seed_ptr is not None:
+            p *= kept_share(seed_ptr, threshold, number, head, ACC)
         acc = dot(p.to(v.dtype), v, acc * decay[:, None], T)
         top = new_top
 
     empty = total == 0.0
     o = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
-    store_rows(o_ptr, own.row, own.mine, head, T.H, T.DV, T.BLOCK_DV, o)
+    store_rows(o_ptr, own.row, own.mine, head, T.H, T.DV, T.BLOCK_DV, o, channel)
     pivot = tl.where(top == float("-inf"), 0.0, top)
     lse = tl.where(empty, float("-inf"), pivot + tl.log(tl.where(empty, 1.0, total)))
-    tl.store(lse_ptr + own.row * T.H + head, lse, mask=own.mine)
+    tl.store(lse_ptr + own.row * T.H + head, lse, mask=own.mine & (channel == 0))
 
 
 @triton.jit
@@ -161,14 +160,37 @@ def active_block(blocks, number, head, num_graphs, T: tl.constexpr):
     """Block ``number`` of queries, of which nothing is read where the head is masked."""
     graph, own = take_block(blocks, number, num_graphs, T.BLOCK_M)
     active = head_active(blocks, graph, head)
+    own = own_rows(own, own.mine & active)
+    return until(own, tl.where(active, own.last, own.first))
+
+
+@triton.jit
+def own_rows(own, read):
+    """The block, of which these rows are read."""
     return Block(
         own.row,
         own.mine,
-        own.mine & active,
+        read,
         own.begin,
         own.width,
         own.first,
-        tl.where(active, own.last, own.first),
+        own.last,
+        own.others,
+        own.pair,
+    )
+
+
+@triton.jit
+def until(own, last):
+    """The block, with another end of the nodes that it goes through."""
+    return Block(
+        own.row,
+        own.mine,
+        own.read,
+        own.begin,
+        own.width,
+        own.first,
+        last,
         own.others,
         own.pair,
     )
@@ -185,12 +207,49 @@ def head_active(blocks, graph, head):
 
 
 @triton.jit
-def load_keys(x, key, within, head, T: tl.constexpr):
-    """-> k [N, D], v [N, DV] of a query head."""
-    kv_head = head // T.GROUP
-    k = load_rows(x.k.ptr, x.k.stride, key, within, kv_head, T.D, T.BLOCK_D, T.ALIGN)
-    v = load_rows(x.v.ptr, x.v.stride, key, within, kv_head, T.DV, T.BLOCK_DV, T.ALIGN)
-    return k, v
+def load_slice(
+    x, row, live, head, channel, D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr
+):
+    """BLOCK_D channels of ``Rows`` of one head, from ``channel`` on: [M, BLOCK_D]."""
+    return load_rows(x.ptr, x.stride, row, live, head, D, BLOCK_D, T.ALIGN, channel)
+
+
+@triton.jit
+def hold_rows(x, row, live, head, D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr):
+    """All channels, [M, D], which a program holds; None where it reads them slice by slice."""
+    held = None
+    if D <= BLOCK_D:
+        held = load_slice(x, row, live, head, 0, D, BLOCK_D, T)
+    return held
+
+
+@triton.jit
+def row_products(
+    held,
+    x,
+    own,
+    head,
+    y,
+    other,
+    within,
+    other_head,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    T: tl.constexpr,
+):
+    """-> x y^T [M, N] over all channels, of this block's rows with ``other`` ones; and the other
+    ones, [N, BLOCK_D], where a slice has all channels."""
+    tile = load_slice(y, other, within, other_head, 0, D, BLOCK_D, T)
+    if D <= BLOCK_D:
+        s = dot(held, tl.trans(tile), None, T)
+    else:
+        mine = load_slice(x, own.row, own.read, head, 0, D, BLOCK_D, T)
+        s = dot(mine, tl.trans(tile), None, T)
+        for channel in range(BLOCK_D, D, BLOCK_D):
+            mine = load_slice(x, own.row, own.read, head, channel, D, BLOCK_D, T)
+            theirs = load_slice(y, other, within, other_head, channel, D, BLOCK_D, T)
+            s = dot(mine, tl.trans(theirs), s, T)
+    return s, tile
 
 
 @triton.jit
@@ -226,17 +285,17 @@ def global_attention_fwd(
     n, heads, _ = q.shape
     o = q.new_empty(n, heads, v.shape[2])
     lse = q.new_empty(n, heads, dtype=accumulator(q))
-    drop = Drop(dropout.seed, threshold(dropout.p))
-    meta = global_plan("fwd", inputs, inputs, terms, drop)
-    numbered = drop.seed_ptr is not None or (terms.bias is not None and not terms.per_key)
-    blocks, count, num_graphs = block_table(inputs, graphs, meta["T"].BLOCK_M, numbered)
+    numbered = dropout.seed is not None or (terms.bias is not None and not terms.per_key)
+    meta = global_plan("fwd", inputs, inputs, terms, numbered)
+    T = meta["T"]
+    blocks, count, num_graphs = block_table(inputs, graphs, T.BLOCK_M, numbered)
     if count:
-        _global_fwd_kernel[(count * heads,)](
+        _global_fwd_kernel[count * heads, slices(T.DV, T.BLOCK_DV)](
             Operands(*map(rows_of, inputs), rows_of(terms.bias)),
             o,
             lse,
             blocks,
-            drop,
+            *drop(dropout),
             terms.scale,
             num_graphs,
             **meta,
@@ -275,21 +334,28 @@ def _sums(counts: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def global_plan(direction, inputs, aligned, terms, drop):
-    """-> the constants of a kernel, of the "fwd", "dq" or "dkv" pass."""
+def drop(dropout: Dropout) -> tuple[torch.Tensor | None, int]:
+    """What kernels take of it: the seed, and what 24 bits have to reach for a weight to stay."""
+    return dropout.seed, round(dropout.p * 2**24)
+
+
+def slices(width: int, block: int) -> int:
+    return -(-width // block)
+
+
+def global_plan(direction, inputs, aligned, terms, numbered):
+    """-> the constants of a kernel, of the "fwd", "dq" or "dkv" pass; ``numbered``: pairs are asked
+    for their numbers."""
     q, k, v = inputs
-    # a dot product takes at least 16 channels
-    width = max(16, power_of_2(max(q.shape[2], v.shape[2])))
-    pairs = drop.seed_ptr is not None or (terms.bias is not None and not terms.per_key)
-    tile = global_tile(direction, width, q.element_size(), pairs)
+    tile = global_tile(direction, max(q.shape[2], v.shape[2]), q.element_size(), numbered)
     shape = q.shape[1], k.shape[1], q.shape[2], v.shape[2]
     kind = q.dtype, dot_dtype(q), dot_precision(q)
-    sizes = _sizes(tile.block_m, tile.block_n, shape, kind, alignment(aligned), terms.per_key)
+    sizes = _sizes(tile, shape, kind, alignment(aligned), terms.per_key)
     return {"T": sizes, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 @cache
-def _sizes(block_m, block_n, shape, kind, align, per_key):
+def _sizes(tile, shape, kind, align, per_key):
     heads, kv_heads, d, dv = shape
     dtype, dot_type, precision = kind
     return GlobalSizes(
@@ -298,10 +364,11 @@ def _sizes(block_m, block_n, shape, kind, align, per_key):
         D=d,
         DV=dv,
         PER_KEY=per_key,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_D=max(16, power_of_2(d)),
-        BLOCK_DV=max(16, power_of_2(dv)),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        # a dot product takes at least 16 channels
+        BLOCK_D=max(16, min(tile.channels, power_of_2(d))),
+        BLOCK_DV=max(16, min(tile.channels, power_of_2(dv))),
         ALIGN=align,
         WIDE=dtype == torch.float64,
         PRODUCTS=dot_type,

@@ -21,22 +21,25 @@ import triton
 import triton.language as tl
 
 from fastgt.contract import Dropout, GlobalUpstream, Inputs, PairNeeds, PairTerms, RaggedPairs
-from fastgt.philox import threshold
 
 from .edge_tile import Operands, kept_share
 from .global_attention import (
-    GRAPHS,
-    Drop,
+    COUNTS,
     active_block,
     block_table,
+    drop,
     finish_logits,
     global_plan,
     head_active,
-    load_keys,
+    hold_rows,
+    load_slice,
+    own_rows,
     pair_numbers,
+    row_products,
+    slices,
     take_block,
 )
-from .loads import dot, load_lse, load_rows, rows_of, scalar, store_rows, sum_dtype
+from .loads import dot, load_lse, rows_of, scalar, store_rows, sum_dtype
 
 
 class RowPass(NamedTuple):
@@ -55,7 +58,7 @@ class KeyPass(NamedTuple):
     dbias: Any  # [M, H]
 
 
-@triton.jit(do_not_specialize=GRAPHS)
+@triton.jit(do_not_specialize=COUNTS)
 def _global_bwd_dq_kernel(
     x,  # Operands
     do,
@@ -63,21 +66,23 @@ def _global_bwd_dq_kernel(
     lse_ptr,  # [N, H]
     out,  # RowPass
     blocks,
-    drop,
+    seed_ptr,
+    threshold,
     scale: tl.float64,
     num_graphs,
     T: tl.constexpr,
 ):
-    """Grid (blocks of queries x heads): dq, the gradients of a bias of pairs, and the row's sums."""
+    """Grid (blocks of queries x heads, slices): dq, gradients of pairs' bias, and the row's sums."""
     ACC: tl.constexpr = sum_dtype(T.WIDE)
     head = tl.program_id(0) % T.H
+    channel = tl.program_id(1) * T.BLOCK_D
     own = active_block(blocks, tl.program_id(0) // T.H, head, num_graphs, T)
-    q = load_rows(x.q.ptr, x.q.stride, own.row, own.read, head, T.D, T.BLOCK_D, T.ALIGN)
+    q = hold_rows(x.q, own.row, own.read, head, T.D, T.BLOCK_D, T)
     at_row = own.row * T.H + head
     lse = load_lse(lse_ptr + at_row, own.mine)  # [M]
     # where no key counts, neither do the upstream gradients, finite or not
     alive = own.read & (lse != float("inf"))
-    up = load_rows(do.ptr, do.stride, own.row, alive, head, T.DV, T.BLOCK_DV, T.ALIGN)
+    up = hold_rows(do, own.row, alive, head, T.DV, T.BLOCK_DV, T)
     g = tl.full([T.BLOCK_M], 0.0, ACC)
     if dlse is not None:
         at_dlse = dlse.ptr + own.row * dlse.stride[0] + head.to(tl.int64) * dlse.stride[1]
@@ -86,48 +91,59 @@ def _global_bwd_dq_kernel(
     total = tl.full([T.BLOCK_M], 0.0, ACC)
     delta = tl.full([T.BLOCK_M], 0.0, ACC)
     for at in range(own.first, own.last, T.BLOCK_N):
-        _k, p, dp, _number, _within = row_tile(q, up, lse, own, at, head, x, drop, scale, T)
+        _k, p, dp, _number, _within = row_tile(
+            q, up, lse, alive, own, at, head, x, do, seed_ptr, threshold, scale, T
+        )
         total += tl.sum(p, 1)
         delta += tl.sum(p * dp, 1)
     norm = tl.where(alive, 1.0 / tl.where(total == 0.0, 1.0, total), 0.0)
     gamma = tl.where(alive, delta * norm - g, 0.0)
-    tl.store(out.stat + 2 * at_row, norm, mask=own.mine)
-    tl.store(out.stat + 2 * at_row + 1, gamma, mask=own.mine)
+    first_slice = own.mine & (channel == 0)
+    tl.store(out.stat + 2 * at_row, norm, mask=first_slice)
+    tl.store(out.stat + 2 * at_row + 1, gamma, mask=first_slice)
 
     if out.dq is not None or out.dbias is not None:
         dq = tl.full([T.BLOCK_M, T.BLOCK_D], 0.0, ACC)
         for at in range(own.first, own.last, T.BLOCK_N):
-            k, p, dp, number, within = row_tile(q, up, lse, own, at, head, x, drop, scale, T)
+            k, p, dp, number, within = row_tile(
+                q, up, lse, alive, own, at, head, x, do, seed_ptr, threshold, scale, T
+            )
             ds = tl.where(alive[:, None], p * norm[:, None] * (dp - gamma[:, None]), 0.0)
             if out.dbias is not None:
                 place = out.dbias + number * T.H + head
-                there = own.read[:, None] & within[None, :]
+                there = (own.read & (channel == 0))[:, None] & within[None, :]
                 tl.store(place, ds.to(out.dbias.dtype.element_ty), mask=there)
             if out.dq is not None:
+                if T.D > T.BLOCK_D:
+                    key = at + tl.arange(0, T.BLOCK_N)
+                    kv_head = head // T.GROUP
+                    k = load_slice(x.k, key, within, kv_head, channel, T.D, T.BLOCK_D, T)
                 dq = dot(ds.to(k.dtype), k, dq, T)
         if out.dq is not None:
             dq *= scalar(scale, ACC)
-            store_rows(out.dq, own.row, own.mine, head, T.H, T.D, T.BLOCK_D, dq)
+            store_rows(out.dq, own.row, own.mine, head, T.H, T.D, T.BLOCK_D, dq, channel)
 
 
 @triton.jit
-def row_tile(q, up, lse, own, at, head, x, drop, scale, T: tl.constexpr):
-    """-> k of BLOCK_N keys, p and dp of their pairs [M, N], the pairs' numbers, which keys exist."""
+def row_tile(q, up, lse, alive, own, at, head, x, do, seed_ptr, threshold, scale, T: tl.constexpr):
+    """-> k of BLOCK_N keys, p and dp of their pairs [M, N], these' numbers, which keys exist."""
     ACC: tl.constexpr = sum_dtype(T.WIDE)
     key = at + tl.arange(0, T.BLOCK_N)
     within = key < own.last
-    k, v = load_keys(x, key, within, head, T)
+    kv_head = head // T.GROUP
+    s, k = row_products(q, x.q, own, head, x.k, key, within, kv_head, T.D, T.BLOCK_D, T)
     number = pair_numbers(own, key, True)
-    s = dot(q, tl.trans(k), None, T) * scalar(scale, ACC)
+    s *= scalar(scale, ACC)
     s = finish_logits(s, x.bias, number, own.read, key, within, head, T)
     p = tl.exp(s - lse[:, None])
-    dp = dot(up, tl.trans(v), None, T)
-    if drop.seed_ptr is not None:
-        dp *= kept_share(drop.seed_ptr, drop.threshold, number, head, ACC)
+    upstream = own_rows(own, alive)
+    dp, _v = row_products(up, do, upstream, head, x.v, key, within, kv_head, T.DV, T.BLOCK_DV, T)
+    if seed_ptr is not None:
+        dp *= kept_share(seed_ptr, threshold, number, head, ACC)
     return k, p, dp, number, within
 
 
-@triton.jit(do_not_specialize=GRAPHS)
+@triton.jit(do_not_specialize=COUNTS)
 def _global_bwd_dkv_kernel(
     x,  # Operands
     do,
@@ -135,12 +151,13 @@ def _global_bwd_dkv_kernel(
     stat_ptr,  # [N, H, 2], of the row pass
     out,  # KeyPass
     blocks,  # of keys
-    drop,
+    seed_ptr,
+    threshold,
     scale: tl.float64,
     num_graphs,
     T: tl.constexpr,
 ):
-    """Grid (blocks of keys x key heads): dk, dv and the gradients of a bias per key."""
+    """Grid (blocks of keys x key heads, slices): dk, dv and the gradients of a bias per key."""
     ACC: tl.constexpr = sum_dtype(T.WIDE)
     H_KV: tl.constexpr = T.H // T.GROUP
     kv_head = tl.program_id(0) % H_KV
@@ -148,8 +165,10 @@ def _global_bwd_dkv_kernel(
     any_active = kv_head < 0
     for member in range(T.GROUP):
         any_active |= head_active(blocks, graph, kv_head * T.GROUP + member)
-    read = own.mine & any_active
-    k, v = load_keys(x, own.row, read, kv_head * T.GROUP, T)  # [M, .]
+    own = own_rows(own, own.mine & any_active)
+    k = hold_rows(x.k, own.row, own.read, kv_head, T.D, T.BLOCK_D, T)  # [M, D]
+    v = hold_rows(x.v, own.row, own.read, kv_head, T.DV, T.BLOCK_DV, T)
+    channel, channel_v = tl.program_id(1) * T.BLOCK_D, tl.program_id(1) * T.BLOCK_DV
 
     dk = tl.full([T.BLOCK_M, T.BLOCK_D], 0.0, ACC)
     dv = tl.full([T.BLOCK_M, T.BLOCK_DV], 0.0, ACC)
@@ -165,16 +184,15 @@ def _global_bwd_dkv_kernel(
         for at in range(own.first, last, T.BLOCK_N):
             query = at + tl.arange(0, T.BLOCK_N)
             within = query < last
-            q = load_rows(x.q.ptr, x.q.stride, query, within, head, T.D, T.BLOCK_D, T.ALIGN)
             at_row = query * T.H + head
             lse = load_lse(lse_ptr + at_row, within)  # [N]
             norm = tl.load(stat_ptr + 2 * at_row, mask=within, other=0.0)
             gamma = tl.load(stat_ptr + 2 * at_row + 1, mask=within, other=0.0)
             alive = within & (lse != float("inf"))
-            up = load_rows(do.ptr, do.stride, query, alive, head, T.DV, T.BLOCK_DV, T.ALIGN)
             number = pair_numbers(own, query, False)
             there = own.mine[:, None] & within[None, :]
-            s = dot(k, tl.trans(q), None, T) * scalar(scale, ACC)  # [M, N]
+            s, q = row_products(k, x.k, own, kv_head, x.q, query, within, head, T.D, T.BLOCK_D, T)
+            s *= scalar(scale, ACC)  # [M, N]
             if x.bias is not None and T.PER_KEY:
                 s += bias[:, None]
             if x.bias is not None and not T.PER_KEY:
@@ -183,26 +201,32 @@ def _global_bwd_dkv_kernel(
             s = tl.where(there, s, float("-inf"))
             a = tl.exp(s - lse[None, :]) * norm[None, :]
             share = 1.0
-            if drop.seed_ptr is not None:
-                share = kept_share(drop.seed_ptr, drop.threshold, number, head, ACC)
+            if seed_ptr is not None:
+                share = kept_share(seed_ptr, threshold, number, head, ACC)
+            dp, up = row_products(v, x.v, own, kv_head, do, query, alive, head, T.DV, T.BLOCK_DV, T)
             if out.dv is not None:
+                if T.DV > T.BLOCK_DV:
+                    up = load_slice(do, query, alive, head, channel_v, T.DV, T.BLOCK_DV, T)
                 dv = dot((a * share).to(up.dtype), up, dv, T)
             if out.dk is not None or out.dbias is not None:
-                dp = dot(v, tl.trans(up), None, T) * share
-                ds = tl.where(alive[None, :], a * (dp - gamma[None, :]), 0.0)
+                ds = tl.where(alive[None, :], a * (dp * share - gamma[None, :]), 0.0)
                 if out.dbias is not None:
                     dbias += tl.sum(ds, 1)
                 if out.dk is not None:
+                    if T.D > T.BLOCK_D:
+                        q = load_slice(x.q, query, within, head, channel, T.D, T.BLOCK_D, T)
                     dk = dot(ds.to(q.dtype), q, dk, T)
         if out.dbias is not None:
             place = out.dbias + own.row * T.H + head
-            tl.store(place, dbias.to(out.dbias.dtype.element_ty), mask=own.mine)
+            tl.store(place, dbias.to(out.dbias.dtype.element_ty), mask=own.mine & (channel == 0))
 
     if out.dk is not None:
         dk *= scalar(scale, ACC)
-        store_rows(out.dk, own.row, own.mine, kv_head, H_KV, T.D, T.BLOCK_D, dk)
+        there = own.mine & (channel < T.D)
+        store_rows(out.dk, own.row, there, kv_head, H_KV, T.D, T.BLOCK_D, dk, channel)
     if out.dv is not None:
-        store_rows(out.dv, own.row, own.mine, kv_head, H_KV, T.DV, T.BLOCK_DV, dv)
+        there = own.mine & (channel_v < T.DV)
+        store_rows(out.dv, own.row, there, kv_head, H_KV, T.DV, T.BLOCK_DV, dv, channel_v)
 
 
 def global_attention_bwd(
@@ -223,20 +247,20 @@ def global_attention_bwd(
         dbias.zero_()  # nobody goes through the pairs of masked heads
     stat = lse.new_empty(*lse.shape, 2)
     of_pairs = terms.bias is not None and not terms.per_key
-    drop = Drop(dropout.seed, threshold(dropout.p))
-    numbered = drop.seed_ptr is not None or of_pairs
+    numbered = dropout.seed is not None or of_pairs
     x, aligned = Operands(*map(rows_of, inputs), rows_of(terms.bias)), (*inputs, do)
-    meta = global_plan("dq", inputs, aligned, terms, drop)
-    blocks, count, num_graphs = block_table(inputs, graphs, meta["T"].BLOCK_M, numbered)
+    meta = global_plan("dq", inputs, aligned, terms, numbered)
+    T = meta["T"]
+    blocks, count, num_graphs = block_table(inputs, graphs, T.BLOCK_M, numbered)
     if count:
-        _global_bwd_dq_kernel[(count * inputs.q.shape[1],)](
+        _global_bwd_dq_kernel[count * T.H, slices(T.D, T.BLOCK_D)](
             x,
             rows_of(do),
             rows_of(dlse),
             lse,
             RowPass(stat, dq, dbias if of_pairs else None),
             blocks,
-            drop,
+            *drop(dropout),
             terms.scale,
             num_graphs,
             **meta,
@@ -244,19 +268,19 @@ def global_attention_bwd(
     out = KeyPass(dk, dv, None if of_pairs else dbias)
     if all(grad is None for grad in out):
         return dq, dk, dv, dbias
-    meta = global_plan("dkv", inputs, aligned, terms, drop)
-    blocks, count, num_graphs = block_table(
-        inputs, graphs, meta["T"].BLOCK_M, numbered, of_keys=True
-    )
+    meta = global_plan("dkv", inputs, aligned, terms, numbered)
+    T = meta["T"]
+    blocks, count, num_graphs = block_table(inputs, graphs, T.BLOCK_M, numbered, of_keys=True)
+    parts = max(slices(T.D, T.BLOCK_D), slices(T.DV, T.BLOCK_DV))
     if count:
-        _global_bwd_dkv_kernel[(count * inputs.k.shape[1],)](
+        _global_bwd_dkv_kernel[count * inputs.k.shape[1], parts](
             x,
             rows_of(do),
             lse,
             stat,
             out,
             blocks,
-            drop,
+            *drop(dropout),
             terms.scale,
             num_graphs,
             **meta,

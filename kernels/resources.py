@@ -177,6 +177,8 @@ def _designed_bytes(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
             "combine_columns_kernel": meta.get("BLOCK_D", 0),
         }
         return meta["BLOCK_H"] * channels[kernel] * pointers["part_ptr"]
+    if kernel.startswith("global"):
+        return _designed_bytes_global(kernel, meta, pointers)
     if "windows" in kernel:
         return _designed_bytes_windows(kernel, meta, pointers)
     return _designed_bytes_gather(kernel, meta, pointers)
@@ -193,6 +195,17 @@ def _designed_bytes_windows(kernel: str, meta: dict, pointers: dict[str, int]) -
         # each bit's edge, the first one's number beside the bits
         total += index + meta["BLOCK_M"] * (index + bias)
     return total
+
+
+def _designed_bytes_global(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
+    """Keys and values, or queries with what they have upstream and their sums; and biases."""
+    total = (meta["BLOCK_D"] + meta["BLOCK_DV"]) * pointers["x.k.ptr"]
+    columns, bias = kernel.endswith("dkv_kernel"), pointers.get("x.bias.ptr", 0)
+    if columns:
+        total += 3 * pointers["lse_ptr"]
+    if meta["PER_KEY"]:
+        return total + (0 if columns else bias)
+    return total + meta["BLOCK_M"] * bias
 
 
 def _designed_bytes_gather(kernel: str, meta: dict, pointers: dict[str, int]) -> int:

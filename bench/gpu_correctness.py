@@ -213,6 +213,10 @@ def _vectors(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]]
     return {"logits": edge, "v": (graph.num_cols, heads, width), "edge_value": edge}
 
 
+def _key_bias(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]]:
+    return _nodes("q", "k", "v")(graph, heads, width) | {"bias": (graph.num_cols, heads)}
+
+
 def _into_heads(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]]:
     channels = heads * width
     weight = heads, width, channels
@@ -245,6 +249,14 @@ def _one_gate(graph: Graph, heads: int, width: int) -> dict[str, Any]:
 
 def _offsets(graph: Graph, heads: int, width: int) -> dict[str, Any]:
     return {"offsets": graph.graph_ptr}
+
+
+def _ragged_dropped(graph: Graph, heads: int, width: int) -> dict[str, Any]:
+    return _offsets(graph, heads, width) | _dropped(graph, heads, width)
+
+
+def _ragged_gate(graph: Graph, heads: int, width: int) -> dict[str, Any]:
+    return _offsets(graph, heads, width) | _gate(graph, heads, width)
 
 
 def _features(kind: str, count: int = 0) -> Callable[[Graph, int, int], dict[str, Any]]:
@@ -308,6 +320,9 @@ VARIANTS = (
     Variant("aggregate", "weights", _messages("x", "edge_weight")),
     Variant("gated_aggregate", "", _messages("x", "gate", "gate_row", "gate_col")),
     Variant("gated_aggregate", "edges", _messages("x", "gate", "edge_weight", "edge_value")),
+    Variant("global_attention", "", _nodes("q", "k", "v"), _offsets, fits=_square),
+    Variant("global_attention", "bias of keys", _key_bias, _ragged_dropped, fits=_square),
+    Variant("global_attention", "masked heads", _nodes("q", "k", "v"), _ragged_gate, fits=_square),
     Variant("linear_attention", "elu", _nodes("q", "k", "v"), _features("elu"), fits=_square),
     Variant(
         *("linear_attention", "softmax", _nodes("q", "k", "v"), _features("softmax", 44)),
@@ -326,5 +341,5 @@ VARIANTS = (
 _PROBLEMS = {problem.name: problem for problem in PROBLEMS}
 _VARIANTS = {f"{how.operator}, {how.name}": how for how in VARIANTS}
 # take no graph
-_PACKED = {"linear_attention", "sgformer_attention", "head_projection"}
+_PACKED = {"global_attention", "linear_attention", "sgformer_attention", "head_projection"}
 _PACKED |= {"segment_mean", "segment_max"}

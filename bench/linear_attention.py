@@ -32,12 +32,12 @@ def case(
     peer_path: Path | None = None,
 ) -> Case:
     """Linear attention with features elu + 1."""
-    sizes, offsets = _sizes(problem, device)
+    sizes, offsets = sizes_of(problem, device)
     q, k, v, do = draw([(int(offsets[-1]), heads, width)] * 4, dtype, device)
 
     def padded() -> Provider:
         """As compositions do it: masked features, two products."""
-        dense, packed = _padding(sizes)
+        dense, packed = padding(sizes)
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k = dense(elu(q) + 1), dense(elu(k) + 1)  # [G, largest, H, D], padded with zeros
@@ -92,7 +92,7 @@ def performer(
     torch-geometric's counts padded keys in its denominators: as released it disagrees, and is not
     timed. Beside it stands the same module with the features of padded keys zeroed, which agrees.
     """
-    sizes, offsets = _sizes(problem, device)
+    sizes, offsets = sizes_of(problem, device)
     nodes = int(offsets[-1])
     torch.manual_seed(0)
     ours = PerformerAttention(channels, heads, width).to(device, dtype)
@@ -135,7 +135,7 @@ def performer(
     )
 
 
-def _sizes(problem: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def sizes_of(problem: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Nodes of each graph, and their boundaries."""
     if problem == RAGGED:
         generator = torch.Generator().manual_seed(0)
@@ -146,7 +146,7 @@ def _sizes(problem: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
     return sizes, torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
 
 
-def _padding(
+def padding(
     sizes: Tensor,
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Into a batch padded with zeros, and out of it."""

@@ -12,6 +12,7 @@ from fastgt.bench import (
     aggregate,
     attention,
     channelwise_attention,
+    global_attention,
     linear_attention,
     masked_heads,
     models,
@@ -92,6 +93,13 @@ OPERATORS = {
         (*_COMPOSED, "torch.segment_reduce"),
         _ALL,
         ("zinc", "molecules", "dd", "pattern"),
+        ("zinc",),
+    ),
+    "global_attention": Operator(
+        global_attention.case,
+        ("padded SDPA", "pyg"),
+        (linear_attention.RAGGED, *_ALL),
+        (linear_attention.RAGGED, "zinc", "dd", "pattern"),
         ("zinc",),
     ),
     "linear_attention": Operator(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import aggregate_cases
 import attention_cases
 import channelwise_cases
+import global_cases
 import linear_cases
 import torch
 import triton
@@ -53,6 +54,15 @@ def linear(text, form, gate=""):
         graphs = 1 if x.offsets is None else len(x.offsets) - 1
         x = replace(x, options=x.options | {"head_gate": _gate(gate, graphs, x.q.shape[1])})
     return digests(linear_cases.evaluate(x, form))
+
+
+def global_attention(text, gate=""):
+    """global_attention."""
+    x = _made(text, global_cases.case)
+    if gate:
+        graphs = 1 if x.offsets is None else len(x.offsets) - 1
+        x = replace(x, options=x.options | {"head_gate": _gate(gate, graphs, x.q.shape[1])})
+    return digests(global_cases.evaluate(x, "triton"))
 
 
 def projection(text):
@@ -171,6 +181,16 @@ _LINEAR = [
         ((31, 4), 1, 33, 9, "identity", 1, FP16, "pieces", ""),
     )
 ]
+# blocks of 16, 32 and 64 nodes, slices of 64 and 128 channels
+_GLOBAL = [
+    ({"sizes": sizes, "d": d, "dv": dv, "dtype": dtype} | more, gate)
+    for sizes, d, dv, dtype, more, gate in (
+        ((33, 7), 5, 9, FP32, {"bias": "pair", "drop": True}, ""),
+        ((15, 0, 31), 5, 17, FP64, {"keys": (3, 9, 17), "bias": "key"}, "per graph"),
+        ((65, 3), 17, 15, BF16, {"heads": 1, "group": 2}, "shared"),
+        ((7, 9), 67, 129, FP64, {"heads": 1, "bias": "pair"}, ""),
+    )
+]
 _PROJECTION = [
     ({"n": n, "active": active, "d": d, "c": c, "into": into, "dtype": dtype},)
     for into in (True, False)
@@ -197,10 +217,11 @@ ENDS = {
     "channelwise": _calls(channelwise, _CHANNELWISE),
     **{name: _calls(aggregation, cases) for name, cases in _AGGREGATION.items()},
     "linear": _calls(linear, _LINEAR),
+    "global": _calls(global_attention, _GLOBAL),
     "projection": _calls(projection, _PROJECTION),
 }
 
-OPERATORS = ("attention", "windows", "channelwise", "aggregation", "linear", "projection")
+OPERATORS = ("attention", "windows", "channelwise", "aggregation", "linear", "global", "projection")
 
 
 @st.composite
@@ -236,6 +257,10 @@ def calls(draw, operator):
         fixed = {"sizes": sizes, "heads": draw(st.integers(1, 2)), "m": draw(wide)}
         x = draw(linear_cases.cases(form, **fixed, d=draw(wide), dv=draw(wide)))
         return linear, x.made_by, form, gate
+    if operator == "global":
+        sizes = draw(st.lists(st.sampled_from((0, *AROUND)), max_size=2))
+        x = draw(global_cases.cases("triton", sizes=sizes, d=draw(wide), dv=draw(wide)))
+        return global_attention, x.made_by, gate
     made = {
         "n": draw(st.sampled_from([0, 1, 31, 32, 33, 63, 64, 65])),
         "active": tuple(draw(st.lists(st.sampled_from([0, 1]), min_size=1, max_size=5))),

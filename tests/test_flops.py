@@ -18,6 +18,7 @@ from fastgt import (
     aggregate,
     channelwise_attention,
     gated_aggregate,
+    global_attention,
     head_projection,
     linear_attention,
     neighborhood_attention,
@@ -182,6 +183,20 @@ def test_linear_attention(impl):
             assert count(attend) == each * (2 * projected + 2 * DV + normalize)
             backward = each * (4 * projected + 5 * DV + 2 * normalize)
             assert count(attend, backward=True) == backward
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_global_attention_counts_the_pairs_of_each_graph(impl):
+    q, k, v = draw(N, H, D), draw(N, H, D), draw(N, H, DV)
+    offsets = torch.tensor([0, 5, N], device=DEVICE)
+    pairs = 5 * 5 + (N - 5) * (N - 5)
+
+    def attend(offsets=offsets):
+        return global_attention(q, k, v, offsets, impl=impl)
+
+    assert count(attend) == 2 * pairs * H * (D + DV)
+    assert count(attend, backward=True) == 2 * pairs * H * (3 * D + 2 * DV)
+    assert count(lambda: attend(None)) == 2 * N * N * H * (D + DV)
 
 
 @pytest.mark.parametrize("impl", FAST)

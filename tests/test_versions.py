@@ -173,6 +173,12 @@ OPERATORS = {
         lambda p: {"x": p.draw(p.graph.num_edges, H)},
         lambda g, x, **how: fastgt.segment_softmax(x, g, **how),
     ),
+    "global_attention": Operator(
+        lambda p: _qkv(p) | {"bias": p.draw(p.graph.num_rows, H)},
+        lambda g, q, k, v, bias, **how: fastgt.global_attention(
+            q, k, v, g.graph_ptr, bias=bias, return_aux=AuxRequest(lse=True), **how
+        ),
+    ),
     "linear_attention, elu": _linear("elu"),
     "linear_attention, softmax": _linear("softmax", 7),
     "sgformer_attention": Operator(

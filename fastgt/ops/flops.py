@@ -1,6 +1,7 @@
 """What operators take in products, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-As PyTorch's own formulas do, these count multiply-adds, as two each, by shapes alone. Sums,
+As PyTorch's own formulas do, these count multiply-adds, as two each, by shapes alone; but the
+pairs of global attention by the boundaries of its graphs. Sums,
 softmaxes, maxima and feature maps count nothing, and ops that only sum count 0. An edge counts as a
 pair of nodes does in PyTorch's attention: on a complete graph both are equal. Heads that a gate
 masks count, and where the quadratic form of linear attention runs, the linear one counts: shapes do
@@ -23,8 +24,8 @@ from typing import Any
 
 import torch
 
-from fastgt.contract import PerInput
-from fastgt.ops import channelwise_attention, gated_aggregate, linear_attention
+from fastgt.contract import PerInput, RaggedPairs
+from fastgt.ops import channelwise_attention, gated_aggregate, global_attention, linear_attention
 from fastgt.ops.attention_launch import BACKWARD, FORWARD
 
 _COUNTER = "torch.utils.flop_counter"
@@ -45,7 +46,7 @@ def _register() -> None:
     for name, formula in _FORMULAS.items():
         op = getattr(torch.ops.fastgt, name)
         if op not in flop_registry:  # this package may be loaded a second time
-            register_flop_formula(op)(formula)
+            register_flop_formula(op, get_raw=name in _BY_VALUES)(formula)
 
 
 class _Finder:
@@ -119,6 +120,31 @@ def _gated_aggregate_bwd(impl: str, *shapes: Any, out_shape: Any) -> int:
     return 2 * walks.row_walk[2][0] * gated.x[1] * (needs.need_x + gates)
 
 
+def _global_attention_fwd(impl: str, *flat: Any, out_val: Any) -> int:
+    (q, k, v), _, ragged, _ = global_attention.FORWARD.split(flat)
+    pairs = _pairs_of_graphs(q.shape[0], k.shape[0], ragged)
+    return 2 * pairs * q.shape[1] * (q.shape[2] + v.shape[2])
+
+
+def _global_attention_bwd(impl: str, *flat: Any, out_val: Any) -> int:
+    _, (q, k, v), _, ragged, needs, _ = global_attention.BACKWARD.split(flat)
+    logits = needs.need_q or needs.need_k or needs.need_bias
+    # of width D: the logit again, the gradients of q and k; of width Dv: that of the weight, of v
+    each = (1 + needs.need_q + needs.need_k) * q.shape[2] + (logits + needs.need_v) * v.shape[2]
+    return 2 * _pairs_of_graphs(q.shape[0], k.shape[0], ragged) * q.shape[1] * each
+
+
+def _pairs_of_graphs(nodes: int, keys: int, ragged: RaggedPairs) -> int:
+    """Queries times keys, graph by graph; of graphs of one size, where no sizes are known."""
+    offsets, ends, _ = ragged
+    if offsets is None:
+        return nodes * keys
+    ends = offsets if ends is None else ends
+    if offsets.device.type == "meta" or ends.device.type == "meta":
+        return nodes * keys // max(1, offsets.shape[0] - 1)
+    return int((offsets.diff().long() * ends.diff().long()).sum())
+
+
 def _linear_attention_fwd(impl: str, *flat: Any, out_shape: Any) -> int:
     (q, _, v), (_, projection), _, quotient = linear_attention.FORWARD.split(flat)
     nodes, heads, width = q
@@ -167,6 +193,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "channelwise_attention_bwd": _channelwise_attention_bwd,
     "gated_aggregate_fwd": _gated_aggregate_fwd,
     "gated_aggregate_bwd": _gated_aggregate_bwd,
+    "global_attention_fwd": _global_attention_fwd,
+    "global_attention_bwd": _global_attention_bwd,
     "linear_attention_fwd": _linear_attention_fwd,
     "linear_attention_bwd": _linear_attention_bwd,
     "head_expand": _head_expand,
@@ -177,6 +205,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "aggregate_fwd": _no_products,
     "aggregate_bwd": _no_products,
 }
+# those that get tensors, not their shapes
+_BY_VALUES = {"global_attention_fwd", "global_attention_bwd"}
 
 
 def _pairs(q: Shape, rows: Sequence[Shape]) -> int:

@@ -30,7 +30,7 @@ TESTS = (
         "channelwise_gate",
         "channelwise_gradients",
     ),
-    *("head_projection", "linear_attention", "linear_gate"),
+    *("head_projection", "global_attention", "linear_attention", "linear_gate"),
 )
 CHOSEN = "(cpp or threads) and not memory and not compil"
 FLAGS = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fastgt import graph_build, graph_from_pyg, graph_hetero, graph_order
+from fastgt import graph_build, graph_from_pyg, graph_hetero, graph_order, graph_pytree
 from fastgt.graph_build import normal
 from fastgt.graph_hetero import Relation, Types
 from fastgt.graph_plan import Planned
@@ -49,7 +49,8 @@ class Graph(Planned):
     :meth:`from_scipy`, :meth:`from_pyg`, :meth:`from_hetero`, :meth:`complete` or :meth:`batch`;
     the fields are for reading. A graph that is made under ``torch.inference_mode()`` may be trained
     with. If compiled code makes it there, train with ``copy.copy(graph)``, made outside compiled
-    code.
+    code. It is a pytree: ``tree_map`` maps its tensors, and ``torch.export`` takes it as an input,
+    with dynamic sizes (:mod:`fastgt.graph_pytree`).
 
     Attributes:
         num_rows, num_cols: Queries and keys; equal unless the graph is bipartite.
@@ -384,6 +385,8 @@ class Graph(Planned):
         return y if self.order is None else torch.empty_like(y).index_copy_(0, self.order, y)
 
     def __repr__(self) -> str:
+        if not isinstance(self.col, Tensor):  # what tree_map made of the tensors
+            return f"Graph(row_ptr={self.row_ptr}, col={self.col}, edge={self.edge}, ...)"
         square = self.num_rows == self.num_cols
         size = f"N={self.num_rows}" if square else f"N={self.num_rows}x{self.num_cols}"
         if self.device.type == "meta":  # no values to describe
@@ -418,3 +421,4 @@ class Graph(Planned):
 
 # torch.load of a saved graph works as it does for tensors
 torch.serialization.add_safe_globals([Graph])
+graph_pytree.register(Graph)

@@ -30,6 +30,20 @@ class Types(NamedTuple):
         return self._replace(rows=self.columns, columns=self.rows)
 
 
+def types_to_lists(types: Types) -> list[list[list[Any]]]:
+    """As JSON has them: in each part, the name, where it begins and where it ends."""
+    return [[[name, x.start, x.stop] for name, x in part.items()] for part in types]
+
+
+def types_from_lists(parts: list[list[list[Any]]]) -> Types:
+    """Of :func:`types_to_lists`, after JSON has made lists of tuples."""
+    made: list[Any] = [
+        {tuple(name) if isinstance(name, list) else name: slice(*ends) for name, *ends in part}
+        for part in parts
+    ]
+    return Types(*made)
+
+
 def from_hetero(
     edge_index_dict: Mapping[Relation, Any],
     num_nodes: Mapping[str, int] | None,

@@ -11,7 +11,7 @@ from fastgt import plans
 from fastgt.graph_build import Structure
 from fastgt.graph_storage import Stored
 from fastgt.plans import Path, Plan
-from fastgt.prepared import ColumnWalk, Prepared, WindowPair, window_key
+from fastgt.prepared import ColumnWalk, Prepared, WindowPair, measurable, window_key
 
 
 class Planned(Stored):
@@ -96,6 +96,9 @@ class Planned(Stored):
             return plans.MORE_THAN_BIAS
         if self.settled is not None:
             return self.settled
+        # a program that is exported is for any number of edges: it must not compare them
+        if not self.prepared.plans and not measurable(self.col):
+            return plans.UNPREPARED
         if self.col.shape[0] <= plans.LAUNCH_BOUND:
             return plans.SMALL
         plan = self.prepared.plans.get((width, dtype))

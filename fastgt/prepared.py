@@ -57,6 +57,7 @@ class Prepared:
             taken as they stand.
         windows: By path and height.
         plans: By width and dtype of heads.
+        width: ``[N_cols, 0]``, the number of columns as a pytree has it.
     """
 
     columns: ColumnWalk | None = None
@@ -64,6 +65,7 @@ class Prepared:
     column_buckets: Buckets | tuple[()] | None = None
     windows: dict[tuple[str, int], WindowPair] = field(default_factory=dict)
     plans: dict[tuple[int, torch.dtype], Plan] = field(default_factory=dict)
+    width: Tensor | None = None
 
     def columns_of(self, graph: Structure) -> ColumnWalk:
         """The column walk of the graph: one sort of its edges."""
@@ -78,15 +80,24 @@ class Prepared:
             walk = self.columns = map_tensors(normal, walk)
         return walk
 
+    def width_of(self, col: Tensor, num_cols: int) -> Tensor:
+        """An empty tensor with a row for each column: always the same, as torch.export expects."""
+        if self.width is not None:
+            return self.width
+        width = col.new_empty((num_cols, 0))
+        if type(width) is type(col) and _may_be_kept():
+            width = self.width = normal(width)
+        return width
+
     def row_buckets_of(self, ptr: Tensor, num_edges: int) -> Buckets | tuple[()]:
         """The buckets of the rows; none where they are taken as they stand."""
-        if self.row_buckets is None and num_edges > tiles.SMALL_EDGES and _measurable(ptr):
+        if self.row_buckets is None and measurable(ptr) and num_edges > tiles.SMALL_EDGES:
             self.row_buckets = map_tensors(normal, tiles.buckets(ptr) or ())
         return () if self.row_buckets is None else self.row_buckets
 
     def column_buckets_of(self, ptr: Tensor, num_edges: int) -> Buckets | tuple[()]:
         """The buckets of the columns; none where they are taken as they stand."""
-        if self.column_buckets is None and num_edges > tiles.SMALL_EDGES and _measurable(ptr):
+        if self.column_buckets is None and measurable(ptr) and num_edges > tiles.SMALL_EDGES:
             self.column_buckets = map_tensors(normal, tiles.buckets(ptr) or ())
         return () if self.column_buckets is None else self.column_buckets
 
@@ -118,7 +129,7 @@ class Prepared:
         plan = self.plans.get((width, dtype))
         if plan is not None:
             return plan
-        if not _measurable(graph.col):
+        if not measurable(graph.col):
             return plans.UNPREPARED
         plan = plans.best_plan(graph, width, dtype)
         if plan.path == "graphs" and self.windows_of(graph, plan.path, plan.height) is None:
@@ -142,7 +153,7 @@ def window_key(path: str, height: int) -> tuple[str, int]:
     return path, 16 if height == 16 else 32 if height == 32 else 64
 
 
-def _measurable(x: Tensor) -> bool:
+def measurable(x: Tensor) -> bool:
     """Whether there are values: not on the meta device, nor while somebody traces."""
     tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return not tracing and x.device.type != "meta"

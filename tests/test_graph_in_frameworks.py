@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from abc import ABC
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from graph_cases import SIX, assert_same, tensors_of
 from torch.distributed.utils import _apply_to_tensors
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.nn.parallel.distributed import _tree_flatten_with_rref, _tree_unflatten_with_rref
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -208,6 +210,13 @@ def collection(data: Any, dtype: type, function: Callable[[Any], Any]) -> Any:
     return data
 
 
+def returned(batch: Any) -> tuple[list[Any], Any, bool]:
+    """What DistributedDataParallel makes of a module's output, with tensors in half precision."""
+    tensors, spec, is_rref = _tree_flatten_with_rref(batch)
+    # those without a gradient are put back as they were
+    return [x.half() if x.is_floating_point() else x for x in tensors], spec, is_rref
+
+
 def half(x: torch.Tensor) -> torch.Tensor:
     return x.half() if x.is_floating_point() else x.clone()
 
@@ -217,9 +226,10 @@ def half(x: torch.Tensor) -> torch.Tensor:
     [
         lambda batch: collection(batch, torch.Tensor, half),
         lambda batch: _apply_to_tensors(half, batch),
-        lambda batch: tree_map(lambda x: half(x) if isinstance(x, torch.Tensor) else x, batch),
+        lambda batch: tree_map(lambda x: x.half() if x.is_floating_point() else x, batch),
+        lambda batch: _tree_unflatten_with_rref(*returned(batch)),
     ],
-    ids=["lightning", "fsdp", "pytree"],
+    ids=["lightning", "fsdp", "fully_shard", "ddp"],
 )
 def test_rebuilding_a_batch_keeps_the_graph(rebuild: Callable[[Any], Any]) -> None:
     graph = walked()
@@ -227,7 +237,25 @@ def test_rebuilding_a_batch_keeps_the_graph(rebuild: Callable[[Any], Any]) -> No
     assert batch["x"].dtype == torch.float16
     # the very one: rebuilt from its fields, it would sort its columns in every step
     assert batch["graph"] is graph
-    assert tree_leaves(batch["graph"]) == [graph]
+
+
+class Transferable(ABC):  # noqa: B024
+    """Lightning's ``_TransferableDataType``: whatever has a method ``to``."""
+
+    @classmethod
+    def __subclasshook__(cls, kind: type) -> bool:
+        return callable(getattr(kind, "to", None))
+
+
+def test_a_graph_is_moved_to_a_device_as_lightning_does() -> None:
+    def move(x: Any) -> Any:
+        options = {"non_blocking": True} if isinstance(x, torch.Tensor) else {}
+        return x.to(torch.device("meta"), **options)
+
+    graph = walked()
+    batch = collection({"x": torch.ones(2), "graphs": [graph]}, Transferable, move)
+    assert batch["x"].device.type == "meta"
+    assert {x.device.type for x in held(batch["graphs"][0])} == {"meta"}
 
 
 def test_a_graph_is_sent_to_a_device_as_accelerate_does() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 try:
     import fcntl
@@ -41,11 +42,24 @@ def write(path: Path, content: bytes | memoryview) -> None:
         with open(stream, "ab", closefd=not isinstance(stream, int)) as file:
             file.write(content)
         return
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which replaces the one at ``path`` when all is written.
+
+    Raises:
+        OSError: ``path`` is a device or a pipe, which cannot be replaced.
+    """
+    if _stream(path) is not None:
+        raise OSError(f"{path} is a device or a pipe: name a file")
     path = Path(os.path.realpath(path))
     partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
         with partial.open("xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastgt import graph_build, graph_from_pyg, graph_hetero, graph_order, graph_pytree
 from fastgt.graph_build import normal
+from fastgt.graph_file import Saved
 from fastgt.graph_hetero import Relation, Types
-from fastgt.graph_plan import Planned
 from fastgt.plans import Plan
 from fastgt.prepared import Prepared
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import scipy.sparse
 
 
-class Graph(Planned):
+class Graph(Saved):
     """A multiset of (row, column) pairs: row i, the query, attends to column j, the key.
 
     Six nodes in two graphs: 0-3 (node 3 is isolated) and 4-5. The caller lists five edges,
@@ -383,32 +383,6 @@ class Graph(Planned):
         """
         self._check_nodes(y, "y", "undo_order()")
         return y if self.order is None else torch.empty_like(y).index_copy_(0, self.order, y)
-
-    def __repr__(self) -> str:
-        if not isinstance(self.col, Tensor):  # what tree_map made of the tensors
-            return f"Graph(row_ptr={self.row_ptr}, col={self.col}, edge={self.edge}, ...)"
-        square = self.num_rows == self.num_cols
-        size = f"N={self.num_rows}" if square else f"N={self.num_rows}x{self.num_cols}"
-        if self.device.type == "meta":  # no values to describe
-            return f"Graph({size}, E={self.num_edges}, meta)"
-        parts = [size, f"E={self.num_edges}"]
-        if self.num_graphs != 1:
-            parts.append(f"G={self.num_graphs}")
-        if self.num_rows:
-            mean, degree = self.num_edges / self.num_rows, self.row_degree
-            parts.append(f"degree mean {mean:.1f} max {int(degree.max())}")
-            parts.append(f"{int((degree == 0).sum())} isolated rows")
-        if self.order is not None:
-            parts.append("reordered")
-        index = str(self.col.dtype).removeprefix("torch.")
-        parts += [index, f"{self._bytes() / 1e6:.1f} MB", str(self.device)]
-        if self.settled is not None:
-            edges = "; gather with edge vectors, gates, attributes or dropout"
-            parts.append(f"plan {self.settled}{edges if self.settled.height else ''}")
-        else:
-            for (width, dtype), plan in self.prepared.plans.items():
-                parts.append(f"plan for width {width} {dtype}: {plan}".replace("torch.", ""))
-        return f"Graph({', '.join(parts)})"
 
     def _check_nodes(self, x: Tensor, name: str, what: str) -> None:
         self._check_square(what)

@@ -25,6 +25,7 @@ class Planned(Stored):
     col_graph_ptr: Tensor  # [G + 1]
     prepared: Prepared
     settled: Plan | None
+    order: Tensor | None  # [N]
 
     @property
     def columns(self) -> ColumnWalk:
@@ -128,6 +129,33 @@ class Planned(Stored):
                 "use 'windows'"
             )
         return pair
+
+    def __repr__(self) -> str:
+        if not isinstance(self.col, Tensor):  # what tree_map made of the tensors
+            return f"Graph(row_ptr={self.row_ptr}, col={self.col}, edge={self.edge}, ...)"
+        square = self.num_rows == self.num_cols
+        size = f"N={self.num_rows}" if square else f"N={self.num_rows}x{self.num_cols}"
+        edges = self.col.shape[0]
+        if self.device.type == "meta":  # no values to describe
+            return f"Graph({size}, E={edges}, meta)"
+        parts = [size, f"E={edges}"]
+        if len(self.graph_ptr) != 2:
+            parts.append(f"G={len(self.graph_ptr) - 1}")
+        if self.num_rows:
+            mean, degree = edges / self.num_rows, self.row_ptr.diff()
+            parts.append(f"degree mean {mean:.1f} max {int(degree.max())}")
+            parts.append(f"{int((degree == 0).sum())} isolated rows")
+        if self.order is not None:
+            parts.append("reordered")
+        index = str(self.col.dtype).removeprefix("torch.")
+        parts += [index, f"{self._bytes() / 1e6:.1f} MB", str(self.device)]
+        if self.settled is not None:
+            others = "; gather with edge vectors, gates, attributes or dropout"
+            parts.append(f"plan {self.settled}{others if self.settled.height else ''}")
+        else:
+            for (width, dtype), plan in self.prepared.plans.items():
+                parts.append(f"plan for width {width} {dtype}: {plan}".replace("torch.", ""))
+        return f"Graph({', '.join(parts)})"
 
     @property
     def _structure(self) -> Structure:

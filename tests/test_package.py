@@ -35,12 +35,20 @@ LAYERS = {
     "graph_pytree": {"graph", "graph_hetero"},  # what it registers, for a type checker
     "graph_storage": {"graph_build", "prepared"},
     "graph_plan": {"graph_build", "graph_storage", "plans", "prepared"},
-    "graph": {
+    "graph_file": {
+        "files",
         "graph_build",
-        "graph_from_pyg",
         "graph_hetero",
         "graph_order",
         "graph_plan",
+        "prepared",
+    },
+    "graph": {
+        "graph_build",
+        "graph_file",
+        "graph_from_pyg",
+        "graph_hetero",
+        "graph_order",
         "graph_pytree",
         "plans",
         "prepared",
@@ -309,6 +317,7 @@ def test_kernels_refuse_their_folder_name():
     "module",
     [
         "fastgt.graph",
+        "fastgt.graph_file",
         "fastgt.graph_plan",
         "fastgt.graph_pytree",
         "fastgt.encodings",

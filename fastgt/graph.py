@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fastgt import graph_build, graph_from_pyg, graph_hetero, graph_order, graph_pytree
+from fastgt import (
+    graph_build,
+    graph_from_pyg,
+    graph_hetero,
+    graph_order,
+    graph_pytree,
+    graph_sample,
+)
 from fastgt.graph_build import normal
 from fastgt.graph_file import Saved
 from fastgt.graph_hetero import Relation, Types
+from fastgt.graph_sample import Sample
 from fastgt.plans import Plan
 from fastgt.prepared import Prepared
 
@@ -383,6 +391,49 @@ class Graph(Saved):
         """
         self._check_nodes(y, "y", "undo_order()")
         return y if self.order is None else torch.empty_like(y).index_copy_(0, self.order, y)
+
+    def sample(
+        self,
+        seeds: Tensor,
+        fanouts: Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+        replace: bool = False,
+    ) -> Sample:
+        """Neighbours of ``seeds``, theirs, and so on: a bipartite block of edges for each layer.
+
+        A block has at most ``fanout`` edges of each of its rows, every set of so many alike
+        likely. Rows of a block are the first of its columns: the seeds, then the other nodes of
+        earlier blocks. Drawing costs no more than looking at all edges of these rows.
+
+        Args:
+            seeds: ``[S]`` integers, the nodes that outputs are for, none twice.
+            fanouts: Edges of a seed, of a node one step away, and so on; -1 takes all.
+            generator: On the graph's device. The same state gives the same sample.
+            replace: Draws each edge anew: one may be there several times.
+
+        Raises:
+            TypeError: ``seeds`` or ``fanouts`` are no integers.
+            ValueError: A seed is no node, or is there twice; or the graph is not square.
+
+        Source: Hamilton et al., Inductive Representation Learning on Large Graphs, 2017,
+        algorithm 2.
+
+        Example:
+            >>> import torch
+            >>> from fastgt import Graph, aggregate
+            >>> graph = Graph.from_edge_index(torch.randint(1000, (2, 20_000)), 1000)
+            >>> x = torch.randn(1000, 8)
+            >>> blocks, n_id, e_id = graph.sample(torch.tensor([7, 3]), (15, 10))
+            >>> h = x[n_id]
+            >>> for block in blocks:
+            ...     h = h[: block.num_rows] + aggregate(h, block, reduce="mean")
+            >>> h.shape, n_id[:2].tolist()
+            (torch.Size([2, 8]), [7, 3])
+        """
+        found = graph_sample.sample(self._structure, seeds, fanouts, generator, replace)
+        blocks, n_id, e_id = found
+        return Sample(tuple(Graph(*block) for block in blocks), n_id, tuple(e_id))
 
     def _check_nodes(self, x: Tensor, name: str, what: str) -> None:
         self._check_square(what)

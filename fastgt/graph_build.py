@@ -106,7 +106,7 @@ def from_csr(row_ptr: Tensor, col: Tensor, num_cols: int | None) -> Structure:
     # a private copy: the graph must not change when the caller's tensors do
     edge = torch.arange(col.shape[0], dtype=dtype, device=col.device)
     row_ptr = row_ptr.to(dtype, copy=True)
-    return _single(rows, cols, row_ptr, col.to(dtype, copy=True), edge)
+    return single(rows, cols, row_ptr, col.to(dtype, copy=True), edge)
 
 
 def from_dense(mask: Tensor) -> Structure:
@@ -120,7 +120,7 @@ def from_dense(mask: Tensor) -> Structure:
     row, col = mask.nonzero(as_tuple=True)  # in row order already
     dtype = index_dtype(rows, cols, col.shape[0])
     edge = torch.arange(col.shape[0], dtype=dtype, device=col.device)
-    return _single(rows, cols, _boundaries(row.to(dtype), rows), col.to(dtype), edge)
+    return single(rows, cols, _boundaries(row.to(dtype), rows), col.to(dtype), edge)
 
 
 def from_scipy(matrix: scipy.sparse.sparray | scipy.sparse.spmatrix) -> Structure:
@@ -201,7 +201,7 @@ def from_pairs(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> Struct
     """One graph of edges in any order, in the smallest index type."""
     dtype = index_dtype(num_rows, num_cols, row.shape[0])
     col, edge, row_ptr, _ = group(row, col, num_rows, dtype)
-    return _single(num_rows, num_cols, row_ptr, col, edge)
+    return single(num_rows, num_cols, row_ptr, col, edge)
 
 
 def group(
@@ -225,7 +225,8 @@ def _boundaries(ordered: Tensor, size: int) -> Tensor:
     return torch.searchsorted(ordered, keys, out_int32=ordered.dtype == torch.int32)
 
 
-def _single(num_rows: int, num_cols: int, row_ptr: Tensor, col: Tensor, edge: Tensor) -> Structure:
+def single(num_rows: int, num_cols: int, row_ptr: Tensor, col: Tensor, edge: Tensor) -> Structure:
+    """One graph, in the index type of ``row_ptr``."""
     graph_ptr = torch.tensor([0, num_rows], dtype=row_ptr.dtype, device=row_ptr.device)
     col_graph_ptr = graph_ptr
     if num_cols != num_rows:

@@ -177,9 +177,9 @@ def _check_columns(walk: ColumnWalk, graph: Structure) -> None:
 
 
 def _check_types(types: Types, graph: Structure) -> None:
-    sizes = graph.num_rows, graph.num_cols, graph.num_edges
-    for name, part, size in zip(types._fields, types, sizes, strict=True):
-        end = 0
+    sizes = {"rows": graph.num_rows, "columns": graph.num_cols, "edges": graph.num_edges}
+    for name, size in sizes.items():
+        part, end = getattr(types, name), 0
         for x in part.values():
             if x.start != end or x.stop < end:
                 raise ValueError(f"types.{name} has {x} after {end}")

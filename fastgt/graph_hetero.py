@@ -44,6 +44,13 @@ def types_from_lists(parts: list[list[list[Any]]]) -> Types:
     return Types(*made)
 
 
+def types_of_sizes(names: tuple[tuple[Any, ...], ...], sizes: list[int]) -> Types:
+    """Of the names in each part, and their sizes one after another."""
+    rest = iter(sizes)
+    rows, columns, edges = (_parts({name: next(rest) for name in part}) for part in names)
+    return Types(rows, columns, edges)
+
+
 def from_hetero(
     edge_index_dict: Mapping[Relation, Any],
     num_nodes: Mapping[str, int] | None,

@@ -57,7 +57,7 @@ class Prepared:
             taken as they stand.
         windows: By path and height.
         plans: By width and dtype of heads.
-        width: ``[N_cols, 0]``, the number of columns as a pytree has it.
+        sizes: The numbers of columns, and of nodes and edges of types, as a pytree has them.
     """
 
     columns: ColumnWalk | None = None
@@ -65,7 +65,7 @@ class Prepared:
     column_buckets: Buckets | tuple[()] | None = None
     windows: dict[tuple[str, int], WindowPair] = field(default_factory=dict)
     plans: dict[tuple[int, torch.dtype], Plan] = field(default_factory=dict)
-    width: Tensor | None = None
+    sizes: tuple[Tensor, ...] | None = None
 
     def columns_of(self, graph: Structure) -> ColumnWalk:
         """The column walk of the graph: one sort of its edges."""
@@ -80,14 +80,14 @@ class Prepared:
             walk = self.columns = map_tensors(normal, walk)
         return walk
 
-    def width_of(self, col: Tensor, num_cols: int) -> Tensor:
-        """An empty tensor with a row for each column: always the same, as torch.export expects."""
-        if self.width is not None:
-            return self.width
-        width = col.new_empty((num_cols, 0))
-        if type(width) is type(col) and _may_be_kept():
-            width = self.width = normal(width)
-        return width
+    def sizes_of(self, col: Tensor, numbers: list[int]) -> tuple[Tensor, ...]:
+        """Empty tensors of so many rows: always the same ones, as torch.export expects."""
+        if self.sizes is not None:
+            return self.sizes
+        sizes = tuple(col.new_empty((n, 0)) for n in numbers)
+        if all(type(x) is type(col) for x in sizes) and _may_be_kept():
+            sizes = self.sizes = map_tensors(normal, sizes)
+        return sizes
 
     def row_buckets_of(self, ptr: Tensor, num_edges: int) -> Buckets | tuple[()]:
         """The buckets of the rows; none where they are taken as they stand."""

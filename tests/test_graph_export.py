@@ -34,7 +34,7 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "reordered": lambda: batch().reordered(torch.tensor([1, 0, 2, 3, 5, 4])),
     "bipartite": lambda: Graph.from_edge_index(SIX, (6, 7)),
     "as many rows as columns": lambda: Graph.complete(PTR, torch.tensor([0, 1, 6])),
-    "hetero": lambda: Graph.from_hetero(HETERO, {"a": 6, "b": 6}),
+    "hetero": lambda: Graph.from_hetero(HETERO, {"a": 6, "b": 7}),
     "no nodes": lambda: Graph.batch([]),
 }
 EVERY = pytest.mark.parametrize("name", GRAPHS)
@@ -225,6 +225,41 @@ def test_columns_that_are_other_nodes_than_rows() -> None:
     square = torch.randn(4, 1, 4)
     with pytest.raises(ValueError, match="GraphSpec"):
         run(square, square, Graph.from_edge_index(SIX[:, :3], 4))
+
+
+class ByType(nn.Module):
+    def forward(self, nodes: dict[str, Tensor], bias: Tensor, graph: Graph) -> dict[str, Tensor]:
+        types = graph.types
+        assert types is not None
+        q = torch.cat([nodes[kind] for kind in types.rows])
+        k = torch.cat([nodes[source] * (i + 1) for i, (source, _, _) in enumerate(types.columns)])
+        parts = [bias[part] * (i + 1) for i, part in enumerate(types.edges.values())]
+        out = neighborhood_attention(q, k, k, graph, edge_bias=torch.cat(parts))
+        return {kind: out[part] for kind, part in types.rows.items()}
+
+
+def test_types_are_of_any_size() -> None:
+    def call(a: int, b: int, edges: tuple[int, int, int]) -> tuple:
+        sizes = {"a": a, "b": b}
+        relations = ("a", "to", "b"), ("b", "to", "b"), ("b", "to", "a")
+        ends = {
+            (source, name, target): torch.stack(
+                [torch.randint(sizes[source], (n,)), torch.randint(sizes[target], (n,))]
+            )
+            for (source, name, target), n in zip(relations, edges, strict=True)
+        }
+        graph = Graph.from_hetero(ends, sizes)
+        nodes = {kind: torch.randn(n, 1, 4) for kind, n in sizes.items()}
+        return nodes, torch.randn(graph.num_edges, 1), graph
+
+    example = call(4, 7, (9, 12, 5))
+    count = len(pytree.tree_leaves(example[2]))
+    assert count == 6 + 2 + 3 + 3
+    size = {0: Dim.AUTO}
+    shapes = ({"a": size, "b": size}, size, [size] * count)
+    run = torch.export.export(ByType(), example, dynamic_shapes=shapes).module()
+    for inputs in (example, call(13, 5, (30, 4, 17)), call(6, 40, (3, 80, 11))):
+        torch.testing.assert_close(run(*inputs), ByType()(*inputs))
 
 
 def test_an_order_is_an_input_too() -> None:

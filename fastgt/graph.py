@@ -408,7 +408,7 @@ class Graph(Saved):
 
         Args:
             seeds: ``[S]`` integers, the nodes that outputs are for, none twice.
-            fanouts: Edges of a seed, of a node one step away, and so on; -1 takes all.
+            fanouts: Edges of a row in the last block, in the one before it, ...; -1 takes all.
             generator: On the graph's device. The same state gives the same sample.
             replace: Draws each edge anew: one may be there several times.
 

@@ -34,6 +34,7 @@ class Sample(NamedTuple):
     Attributes:
         blocks: One for each layer, in the order in which layers run. Rows of a block are the first
             of its columns, and the columns of the next block. Rows of the last one are the seeds.
+            Each draws for all of its rows anew. Those of a batch are one graph each.
         n_id: ``[N_cols]`` int64, the node that each column of the first block is.
         e_id: For each block ``[E]`` int64, the number in the whole graph of each of its edges.
     """

@@ -165,6 +165,26 @@ def test_every_damaged_byte_of_a_tensor_is_seen(columns: bool, tmp_path: Path) -
             Graph.load(path)
 
 
+def test_sizes_are_looked_at_without_a_check_and_values_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "graph"
+    content = content_of(path)
+    assert_same(Graph.load(path, check=False), Graph.load(path))
+    content["tensors"]["col"][0] = 3  # another graph, whose sum is not in the file
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="graph holds no graph: col is damaged: its CRC is 0x"):
+        Graph.load(path)
+    assert Graph.load(path, check=False).col[0] == 3
+    for name in set(content["tensors"]) - {"graph_ptr"}:  # of as many graphs as it says
+        wrong = content["tensors"] | {name: content["tensors"][name][:-1]}
+        torch.save(content | {"tensors": wrong}, path)
+        with pytest.raises(ValueError, match=r"graph holds no graph: .* must be \[\d+\] of torch"):
+            Graph.load(path, check=False)
+        wrong[name] = content["tensors"][name].short()
+        torch.save(content | {"tensors": wrong}, path)
+        with pytest.raises(ValueError, match=r"graph holds no graph: .*torch\.int16"):
+            Graph.load(path, check=False)
+
+
 def content_of(path: Path) -> dict[str, Any]:
     graph = Graph.from_edge_index(SIX, graph_ptr=PTR).reordered(torch.tensor([1, 0, 2, 3, 5, 4]))
     graph.save(path, columns=True)
@@ -175,11 +195,11 @@ INT = torch.int32
 WRONG: dict[str, tuple[str, Any, str]] = {
     "row_ptr decreases": ("row_ptr", [0, 2, 1, 4, 4, 5, 5], "row_ptr decreases from 2 to 1 at 2"),
     "row_ptr ends": ("row_ptr", [0, 1, 2, 3, 4, 4, 4], "row_ptr ends at 4 but there are 5 edges"),
-    "row_ptr's size": ("row_ptr", [0, 5], r"row_ptr must be \[7\], got \[2\]"),
+    "row_ptr's size": ("row_ptr", [0, 5], r"row_ptr must be \[7\] of .* got \[2\]"),
     "col": ("col", [1, 1, 2, 0, 6], "col has index 6 but the graph has 6 columns"),
     "edge": ("edge", [0, 2, 1, 4, 4], "edge has not every number below 5"),
     "edge's range": ("edge", [0, 2, 1, 4, -3], "edge has index -3"),
-    "edge's size": ("edge", [0, 2, 1, 3], r"edge must be \[5\], got \[4\]"),
+    "edge's size": ("edge", [0, 2, 1, 3], r"edge must be \[5\] of .* got \[4\]"),
     "graph_ptr": ("graph_ptr", [0, 4, 7], "graph_ptr ends at 7 but there are 6 nodes"),
     "between graphs": ("graph_ptr", [0, 1, 6], "of another graph of the batch"),
     "order": ("order", [1, 1, 2, 3, 5, 4], "order is not a permutation"),
@@ -209,7 +229,7 @@ def test_graphs_that_are_none_are_refused_by_name(name: str, tmp_path: Path) -> 
     ("field", "value", "message"),
     [
         ("version", 2, "its version is 2, this fastgt reads 1"),
-        ("num_rows", 5, r"row_ptr must be \[6\], got \[7\]"),
+        ("num_rows", 5, r"row_ptr must be \[6\] of .* got \[7\]"),
         ("num_cols", -1, "num_cols must not be negative"),
         ("num_cols", 1.5, "num_cols must be an int"),
         ("types", [[["a", 0, 6]], [["a", 0, 6]], [["r", 0, 4]]], "types.edges ends at 4, .* has 5"),

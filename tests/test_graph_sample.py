@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from fastgt import Graph, graph_sample, neighborhood_attention
 from fastgt.graph_sample import Sample
-from fastgt.testing import random_edge_index, with_index_dtype
+from fastgt.testing import PROBLEMS, random_edge_index, with_index_dtype
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -174,6 +174,27 @@ def test_a_row_of_a_whole_neighbourhood_is_that_of_the_graph() -> None:
     for block, e_id in zip(found.blocks, found.e_id, strict=True):
         h = layer(h, block, bias[e_id])
     torch.testing.assert_close(h, whole[seeds])
+
+
+@pytest.mark.parametrize("sizes", [(15, 10), (100, 10)])
+def test_of_a_graph_with_hubs(sizes: tuple[int, int]) -> None:
+    graph = PROBLEMS["debian"].load()
+    degree = graph.row_degree.long()
+    hub = int(degree.argmax())
+    assert degree[hub] > 20_000
+    others = torch.randperm(graph.num_rows, generator=generator())[:1024]
+    seeds = torch.cat([torch.tensor([hub]), others[others != hub]])
+    found = graph.sample(seeds, sizes, generator=generator())
+    edge_index, rows = graph.edge_index, len(seeds)
+    assert torch.equal(found.n_id[:rows], seeds)
+    assert len(found.n_id.unique()) == len(found.n_id)
+    for block, e_id, fanout in zip(found.blocks[::-1], found.e_id[::-1], sizes, strict=True):
+        assert block.num_rows == rows
+        assert torch.equal(found.n_id[block.edge_index], edge_index[:, e_id])
+        assert torch.equal(block.row_degree.long(), degree[found.n_id[:rows]].clamp(max=fanout))
+        assert len(e_id.unique()) == len(e_id)
+        rows = block.num_cols
+    assert rows == len(found.n_id)
 
 
 def test_gradients_flow_through_blocks_to_their_nodes() -> None:

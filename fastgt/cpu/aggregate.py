@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fastgt.contract import MessageNeeds, Messages, Reduction
-from fastgt.cpu.library import accumulator, dtype_number, filled, kernels, rows_of, walk
+from fastgt.cpu.library import accumulator, dtype_number, kernels, rows_of, walk
 
 _REDUCTIONS = {"sum": 0, "mean": 1, "max": 2}
 _NO_WALK: tuple[int, ...] = (0,) * 5
+_NO_GRADIENTS = (None,) * 4
 
 
 def aggregate_fwd(
@@ -21,7 +22,8 @@ def aggregate_fwd(
     n, width = rows[0].shape[0] - 1, like.shape[1]
     o = like.new_empty(n, width)
     first = rows[0].new_empty(n if reduction.reduce == "max" else 0, width)
-    _run("fwd", messages, reduction, (walk(*rows), _NO_WALK), (o, first, None, None, None, None))
+    found = first if reduction.reduce == "max" else None
+    _run("fwd", messages, reduction, (*walk(*rows), *_NO_WALK), (o, found, *_NO_GRADIENTS))
     return o, first
 
 
@@ -47,8 +49,10 @@ def aggregate_bwd(
     if needs.need_edge_weight:
         assert messages.edge_weight is not None
         dweight = weight_gradient(messages.edge_weight, width)
-    walks = walk(*rows), by_column
-    _run("bwd", messages, reduction, walks, (None, first, rows_of(do), dx, dedge, dweight))
+    walks = (*walk(*rows), *by_column)
+    grads = (x if need else None for x, need in zip((dx, dedge, dweight), needs, strict=True))
+    given = first if reduction.reduce == "max" else None, rows_of(do)
+    _run("bwd", messages, reduction, walks, (None, *given, *grads))
     return dx, dedge, dweight.to(do.dtype)
 
 
@@ -65,7 +69,7 @@ def _run(
     function: str,
     messages: Messages,
     reduction: Reduction,
-    walks: tuple[tuple[int, ...], tuple[int, ...]],
+    walks: tuple[int, ...],
     results: tuple[Tensor | None, ...],  # o, first, do, dx, dedge, dweight
 ) -> None:
     terms = tuple(None if x is None else rows_of(x) for x in messages)
@@ -81,7 +85,7 @@ def _run(
         _REDUCTIONS[reduction.reduce],
         int(reduction.relu),
         int(weight is not None and weight.shape[1] == 1),
-        walks,
-        terms,
-        filled(results),
+        *walks,
+        *terms,
+        *results,
     )

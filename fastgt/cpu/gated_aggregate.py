@@ -30,7 +30,8 @@ def gated_aggregate_fwd(
     e = x.new_empty(rows[2].shape[0] if results.edge_scores else 0, width)
     total = x.new_empty(n if keep else 0, width, dtype=wide)
     average = x.new_empty(n if keep and x.dtype != wide else 0, width, dtype=wide)
-    _run("fwd", gated, mean, (walk(*rows), _NO_WALK), ((o, e, total, average), _NO_GRADIENTS))
+    given = *filled((o, e, total, average)), *_NO_GRADIENTS
+    _run("fwd", gated, mean, (*walk(*rows), *_NO_WALK), given)
     return o, e, total, average
 
 
@@ -56,8 +57,8 @@ def gated_aggregate_bwd(
         grads = *grads[:4], weight_gradient(gated.edge_weight, width), grads[5]
     passed_on = x.new_empty(n, 2 * width, dtype=accumulator(x))
     given = (rows_of(do), None if de is None else rows_of(de), passed_on)
-    walks = walk(*rows), walk(col_ptr, col_row, col_edge)
-    _run("bwd", gated, mean, walks, ((None, None, *kept), (*given, *grads)))
+    walks = *walk(*rows), *walk(col_ptr, col_row, col_edge)
+    _run("bwd", gated, mean, walks, (None, None, *filled((*kept, *given, *grads))))
     return *grads[:4], grads[4].to(x.dtype), grads[5]
 
 
@@ -65,10 +66,9 @@ def _run(
     function: str,
     gated: GatedMessages,
     mean: GatedMean,
-    walks: tuple[tuple[int, ...], tuple[int, ...]],
-    results: tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]],
+    walks: tuple[int, ...],
+    results: tuple[Tensor | None, ...],  # o, e, total, mean, do, de, w and the gradients
 ) -> None:
-    given, backward = results
     kernels().run(
         "gated_aggregate",
         function,
@@ -78,8 +78,7 @@ def _run(
         int(mean.normalize),
         int(gated.edge_weight is not None and gated.edge_weight.shape[1] == 1),
         float(mean.eps),
-        walks,
-        tuple(None if x is None else rows_of(x) for x in gated),
-        filled(given),
-        filled(backward),
+        *walks,
+        *(None if x is None else rows_of(x) for x in gated),
+        *results,
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 _FOLDER = Path(__file__).parent
 _VARIANTS = {"AVX512": "v4", "AVX2": "v3"}
 _EMPTY = 64
+_NONE = 0, 0, 0
 _AGAIN = (
     "with a C++17 compiler (GCC 11, Clang 12 or newer) install fastgt again, from its sources: "
     "pip install --force-reinstall --no-cache-dir"
@@ -84,8 +85,10 @@ def flatten(values: Any) -> list[Any]:
     """A tensor is its address and first two strides, None is three zeros, tuples are spliced."""
     flat: list[Any] = []
     for x in values:
-        if x is None:
-            flat += (0, 0, 0)
+        if type(x) is int:  # most are, and short calls wait for this
+            flat.append(x)
+        elif x is None:
+            flat += _NONE
         elif isinstance(x, Tensor):
             # an empty tensor has no address, and is not None
             strides, address = x.stride(), x.data_ptr() or _EMPTY

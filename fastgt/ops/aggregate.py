@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgt import reference
 from fastgt.contract import MessageNeeds, Messages, Reduction, RowWalk, Signature, Walks
+from fastgt.cpu import aggregate as cpu
 from fastgt.graph import Graph
 from fastgt.ops.channels import PLANS, autocast_all, check_channels, flat, flat_all
 from fastgt.ops.checks import needs_gradient, refuse_forward_mode
@@ -20,6 +21,7 @@ from fastgt.ops.walks import column_walk, row_walk
 
 Reduce = Literal["sum", "mean", "max"]
 Activation = Literal["relu"]
+_REDUCTIONS, _ACTIVATIONS = get_args(Reduce), get_args(Activation)
 
 
 def aggregate(
@@ -82,11 +84,11 @@ def aggregate(
         [[5.0], [3.0], [0.0]]
     """
     x, edge_value, edge_weight = tensors = autocast_all(x, edge_value, edge_weight)
-    if reduce not in get_args(Reduce):
-        raise ValueError(f"reduce must be one of {list(get_args(Reduce))}, got {reduce!r}")
-    if activation is not None and activation not in get_args(Activation):
+    if reduce not in _REDUCTIONS:
+        raise ValueError(f"reduce must be one of {list(_REDUCTIONS)}, got {reduce!r}")
+    if activation is not None and activation not in _ACTIVATIONS:
         raise ValueError(
-            f"activation must be one of {list(get_args(Activation))} or None, got {activation!r}"
+            f"activation must be one of {list(_ACTIVATIONS)} or None, got {activation!r}"
         )
     if x is None and edge_value is None:
         raise ValueError("x and edge_value are both None: there is nothing to aggregate")
@@ -119,7 +121,7 @@ def aggregate(
         out = _Aggregate.apply(*messages, graph, impl, *walks, *reduction)
     else:
         out, _ = _forward(impl, *messages, rows, *reduction)
-    return out.view(graph.num_rows, *like.shape[1:])
+    return out if like.ndim == 2 else out.view(graph.num_rows, *like.shape[1:])
 
 
 def aggregate_in_order(
@@ -197,8 +199,6 @@ class _Upstream(NamedTuple):
 
 def _implementation(impl: str, x: Tensor) -> Any:
     if impl == "cpp":
-        from fastgt.cpu import aggregate as cpu
-
         return cpu
     require_triton(x)
     from fastgt.kernels import aggregate as kernels
@@ -213,9 +213,8 @@ def _any(messages: Messages) -> Tensor:
 
 
 def _launch_forward(impl: str, messages: Messages, walk: RowWalk, reduction: Reduction) -> tuple:
-    with torch.no_grad():  # called by an exported module, gradients may be on
-        run = _implementation(impl, _any(messages)).aggregate_fwd
-        return run(messages, walk.row_walk, reduction)
+    run = _implementation(impl, _any(messages)).aggregate_fwd
+    return run(messages, walk.row_walk, reduction)
 
 
 def _fake_forward(messages: Messages, walk: RowWalk, reduction: Reduction) -> tuple:
@@ -232,10 +231,9 @@ def _launch_backward(
     reduction: Reduction,
     needs: MessageNeeds,
 ) -> tuple:
-    with torch.no_grad():
-        run = _implementation(impl, upstream.do).aggregate_bwd
-        do, first = upstream
-        return run(do, messages, first, *walks, reduction, needs)
+    run = _implementation(impl, upstream.do).aggregate_bwd
+    do, first = upstream
+    return run(do, messages, first, *walks, reduction, needs)
 
 
 def _fake_backward(

@@ -21,8 +21,9 @@ def check_channels(
     check_graph(graph)
     sizes = {"rows": graph.num_rows, "columns": graph.num_cols, "edges": graph.num_edges}
     first, like = "", None
+    optional = len(tensors) > 1
     for name, (x, what) in tensors.items():
-        if x is None and (len(tensors) > 1 and not (required and name == "x")):
+        if x is None and optional and not (required and name == "x"):
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -36,6 +37,7 @@ def check_channels(
             raise ValueError(f"{name} has {x.shape[0]} rows but the graph has {sizes[what]} {what}")
         if like is None:
             first, like = name, x
+            continue
         if x.dtype != like.dtype:
             raise TypeError(f"{name} is {x.dtype} but {first} is {like.dtype}")
         if x.device != like.device:
@@ -55,10 +57,15 @@ def check_channels(
 
 def autocast_all(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors as ``torch.autocast`` has them, on the device of the first."""
-    first = next((x for x in tensors if isinstance(x, Tensor)), None)
-    if first is None or not autocasts(first.device.type):
+    for first in tensors:
+        if isinstance(first, Tensor):
+            break
+    else:
         return list(tensors)
-    dtype = torch.get_autocast_dtype(first.device.type)
+    device = first.device.type
+    if not autocasts(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
     return [None if x is None else autocast(x, dtype) for x in tensors]
 
 

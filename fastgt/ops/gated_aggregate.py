@@ -23,6 +23,7 @@ from fastgt.contract import (
     Signature,
     Walks,
 )
+from fastgt.cpu import gated_aggregate as cpu
 from fastgt.graph import Graph
 from fastgt.ops.aux_request import check_request
 from fastgt.ops.channels import PLANS, autocast_all, check_channels, flat_all
@@ -248,8 +249,6 @@ class _GatedAggregate(torch.autograd.Function):
 
 def _implementation(impl: str, x: Tensor) -> Any:
     if impl == "cpp":
-        from fastgt.cpu import gated_aggregate as cpu
-
         return cpu
     require_triton(x)
     from fastgt.kernels import gated_aggregate as kernels
@@ -260,9 +259,8 @@ def _implementation(impl: str, x: Tensor) -> Any:
 def _launch_forward(
     impl: str, gated: GatedMessages, walk: RowWalk, mean: GatedMean, results: GatedResults
 ) -> tuple:
-    with torch.no_grad():  # called by an exported module, gradients may be on
-        run = _implementation(impl, gated.x).gated_aggregate_fwd
-        return run(gated, walk.row_walk, mean, results)
+    run = _implementation(impl, gated.x).gated_aggregate_fwd
+    return run(gated, walk.row_walk, mean, results)
 
 
 def _fake_forward(
@@ -287,9 +285,8 @@ def _launch_backward(
     mean: GatedMean,
     needs: GatedNeeds,
 ) -> tuple:
-    with torch.no_grad():
-        run = _implementation(impl, gated.x).gated_aggregate_bwd
-        return run(upstream, gated, kept, *walks, mean, needs)
+    run = _implementation(impl, gated.x).gated_aggregate_bwd
+    return run(upstream, gated, kept, *walks, mean, needs)
 
 
 def _fake_backward(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgt import versions
+from fastgt.cpu import library
 
 Impl = Literal["triton", "cpp", "reference"]
 _NAMES = get_args(Impl)
@@ -65,8 +66,6 @@ def _on_cpu() -> Impl:
 
 
 def _why_not_cpp() -> str:
-    from fastgt.cpu import library
-
     loaded = library.load()
     return loaded if isinstance(loaded, str) else ""
 

@@ -27,14 +27,18 @@ def register(
         name: The op's name.
         arguments: The types of the others; ``launch`` and ``fake`` take one value of each.
         results: The schema of what comes back.
-        launch: Runs the op; takes the implementation first.
+        launch: Runs the op, without gradients; takes the implementation first.
         fake: Makes results of the right shapes, without values.
     """
     op = f"fastgt::{name}"
     torch.library.define(op, f"(str impl, {arguments.schema}) -> {results}")
 
     def run(impl: str, *flat: Any) -> Any:
-        return launch(impl, *arguments.split(flat))
+        values = arguments.split(flat)
+        if not torch.is_grad_enabled():
+            return launch(impl, *values)
+        with torch.no_grad():  # called by an exported module, gradients may be on
+            return launch(impl, *values)
 
     def shaped(impl: str, *flat: Any) -> Any:
         return fake(*arguments.split(flat))

@@ -302,6 +302,68 @@ def test_gine_is_that_of_torch_geometric(impl):
     close(1.5 * v + call(x, impl)[0], expected)
 
 
+def same_gradients(ours, theirs, leaves, do):
+    """Values, and the gradients of all leaves."""
+    close(ours, theirs)
+    found = torch.autograd.grad(ours, leaves, do, retain_graph=True)
+    expected = torch.autograd.grad(theirs, leaves, do)
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("train_eps", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gine_has_the_gradients_of_torch_geometric(impl, train_eps):
+    """Of its parameters too, with edge features of another width."""
+    nn = pytest.importorskip("torch_geometric.nn")
+    x = case("sum", 2, 8, 40, relu=True, isolated=1)
+    v, _ = (t.requires_grad_() for t in x.inputs.values())
+    attr = torch.randn(x.graph.num_edges, 3, dtype=FP64, generator=x.generator).to(DEVICE)
+    attr.requires_grad_()
+    conv = nn.GINEConv(torch.nn.Linear(5, 5), eps=0.5, train_eps=train_eps, edge_dim=3)
+    conv = conv.to(DEVICE, FP64)
+    received = aggregate(v, x.graph, edge_value=conv.lin(attr), activation="relu", impl=impl)
+    ours = conv.nn((1 + conv.eps) * v + received)
+    leaves = [v, attr, *conv.parameters()]
+    same_gradients(ours, conv(v, x.edge_index, attr), leaves, x.do)
+
+
+@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_weighted_sum_is_torch_geometrics_gcn(impl, loops):
+    """Its norm is the weight; the gradient of its own weights comes through it."""
+    nn = pytest.importorskip("torch_geometric.nn")
+    x = case("sum", 3, 8, 40, takes=1, isolated=1)
+    (v,) = (t.requires_grad_() for t in x.inputs.values())
+    given = torch.rand(x.graph.num_edges, dtype=FP64, generator=x.generator).to(DEVICE) + 0.5
+    given.requires_grad_()
+    conv = nn.GCNConv(5, 5, add_self_loops=loops).to(DEVICE, FP64)
+    index, norm = nn.conv.gcn_conv.gcn_norm(x.edge_index, given, 8, False, loops)
+    graph = Graph.from_edge_index(index, 8)
+    ours = aggregate(conv.lin(v), graph, edge_weight=norm, impl=impl) + conv.bias
+    leaves = [v, given, *conv.parameters()]
+    same_gradients(ours, conv(v, x.edge_index, given), leaves, x.do)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_weighted_sum_is_a_sparse_product_with_values(impl):
+    """Of a graph whose edges stand in no order, with duplicates."""
+    x = case("sum", 4, 7, 40, cols=5, takes=1, weight="edge")
+    v, weight = (t.requires_grad_() for t in x.inputs.values())
+    dense = v.new_zeros(7, 5).index_put((x.target, x.source), weight, accumulate=True)
+    same_gradients(call(x, impl)[0], dense @ v, [v, weight], x.do)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weights_come_after_the_activation_and_a_mean_counts_edges(impl):
+    graph = Graph.from_edge_index(torch.tensor([[0, 1], [0, 0]], device=DEVICE), (2, 2))
+    x = torch.tensor([[1.0, -3.0], [2.0, 4.0]], device=DEVICE)
+    weight = torch.tensor([-3.0, 0.5], device=DEVICE)
+    for reduce, wanted in (("sum", [-2.0, 2.0]), ("mean", [-1.0, 1.0]), ("max", [1.0, 2.0])):
+        y = aggregate(x, graph, reduce=reduce, edge_weight=weight, activation="relu", impl=impl)
+        assert y.tolist() == [wanted, [0.0, 0.0]]
+
+
 @pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_reductions_are_those_of_torch_geometric(impl, reduce):
@@ -321,6 +383,14 @@ def test_refusals_of_messages(impl):
         (ValueError, "edge_value has 3 rows but .* 6 edges", {"x": x, "edge_value": x}),
         (ValueError, "x has 6 rows but .* 3 columns", {"x": edge}),
         (TypeError, "edge_value is .*64 but x is", {"x": x, "edge_value": edge.double()}),
+        (ValueError, "x and edge_value are both None", {"x": None, "edge_weight": edge}),
+        (ValueError, "edge_weight has 3 rows but .* 6 edges", {"x": x, "edge_weight": x[:, 0]}),
+        (
+            ValueError,
+            r"edge_weight has channels \[1\] but x has \[2\]",
+            {"x": x, "edge_weight": edge[:, :1]},
+        ),
+        (TypeError, "edge_weight is .*64 but x is", {"x": x, "edge_weight": edge[:, 0].double()}),
     ):
         with pytest.raises(error, match=message):
             aggregate(graph=graph, **arguments, impl=impl)

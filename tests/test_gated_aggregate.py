@@ -99,6 +99,72 @@ def test_without_a_denominator_it_is_torch_geometrics_resgated(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_values_on_edges_are_those_of_torch_geometrics_resgated(impl):
+    """Gates and values of [x_j, e_ij], with the gradients of its parameters."""
+    nn = pytest.importorskip("torch_geometric.nn")
+    x = case("gated", 1, 8, 40, isolated=1)
+    conv = nn.ResGatedGraphConv(5, 5, edge_dim=3).to(DEVICE, FP64)
+    v = x.inputs["x"].requires_grad_()
+    attr = torch.randn(x.graph.num_edges, 3, dtype=FP64, generator=x.generator).to(DEVICE)
+    attr.requires_grad_()
+
+    def halves(linear):
+        """What a layer of [x, e] makes of x, and of e."""
+        of_nodes, of_edges = linear.weight.split([5, 3], 1)
+        return v @ of_nodes.T, attr @ of_edges.T
+
+    key, key_edge = halves(conv.lin_key)
+    query, query_edge = halves(conv.lin_query)
+    value, value_edge = halves(conv.lin_value)
+    ours = gated_aggregate(
+        value + conv.lin_value.bias,
+        x.graph,
+        key_edge + query_edge,
+        gate_row=key + conv.lin_key.bias,
+        gate_col=query + conv.lin_query.bias,
+        edge_value=value_edge,
+        normalize=False,
+        impl=impl,
+    )
+    ours = ours + conv.lin_skip(v) + conv.bias
+    theirs = conv(v, x.edge_index, attr)
+    close(ours, theirs)
+    leaves = [v, attr, *conv.parameters()]
+    found, expected = (torch.autograd.grad(y, leaves, x.do) for y in (ours, theirs))
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weights_of_gates_are_those_of_graphgps(impl):
+    """Its factor r_ij, one number an edge, in its layer's own order of operations."""
+    x = case("gated", 1, 8, 40, weight="edge", eps=1e-6)
+    v, c, d, e, r = (t.requires_grad_() for t in x.inputs.values())
+    r.data.sigmoid_()
+    j, i = x.edge_index
+    sigma = torch.sigmoid(d[i] + e[j] + c) * r[:, None]
+    zeros = torch.zeros_like(v)
+    theirs = zeros.index_add(0, i, sigma * v[j]) / (zeros.index_add(0, i, sigma) + 1e-6)
+    ours, scores = call(x, impl)
+    close(ours, theirs)
+    close(scores, d[i] + e[j] + c)
+    found, expected = (torch.autograd.grad(y, (v, c, d, e, r), x.do) for y in (ours, theirs))
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("impl", WAYS)
+def test_a_denominator_of_zero_gives_zero(impl):
+    """Weights of both signs: the sum above is not 0."""
+    x = case("gated", 1, 2, 2, weight="edge", takes=4, eps=0.0)
+    x = x.onto(torch.tensor([[0, 1], [0, 0]], device=DEVICE))
+    weight = torch.tensor([1.0, -1.0], dtype=FP64, device=DEVICE)
+    x = x.having(gate=torch.zeros_like(x.inputs["gate"]), edge_weight=weight, de=x.de * 0)
+    for name, y in evaluate(x, impl).items():
+        assert (y == 0).all(), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_gated_gcn_is_that_of_graphgps(impl):
     """Its layer without norms, in its own order of operations (gather, sigmoid, two scatters)."""
     x = case("gated", 1, 8, 40)
@@ -128,6 +194,18 @@ REFUSALS = {
         ValueError,
         r"gate_row has channels \[2, 1\] but x has \[2\]",
     ),
+    "rows of edge_weight": ({"edge_weight": zeros(5)}, ValueError, "edge_weight has 5 .* 6 edges"),
+    "rows of edge_value": ({"edge_value": zeros(5, 2)}, ValueError, "edge_value has 5 .* 6 edges"),
+    "channels of edge_weight": (
+        {"edge_weight": zeros(6, 3)},
+        ValueError,
+        r"edge_weight has channels \[3\] but x has \[2\]",
+    ),
+    "channels of edge_value": (
+        {"edge_value": zeros(6)},
+        ValueError,
+        r"edge_value has channels \[\] but x has \[2\]",
+    ),
     "no dimension": ({"x": zeros()}, ValueError, r"x must have a first dimension .* got \[\]"),
     "integers": ({"x": zeros(3, 2, dtype=torch.int64)}, TypeError, "x must be float.*int64"),
     "dtype": ({"gate": zeros(6, 2, dtype=FP64)}, TypeError, "gate is .*float64 but x is .*32"),
@@ -135,6 +213,7 @@ REFUSALS = {
     "sparse": ({"x": zeros(3, 2).to_sparse()}, TypeError, "x must be a strided tensor, got"),
     "no tensor": ({"gate": [1.0]}, TypeError, "gate must be a tensor, got list"),
     "no x": ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
+    "no row of weights": ({"edge_weight": 2.0}, TypeError, "edge_weight must be a tensor, got flo"),
     "no graph": ({"graph": zeros(2, 6)}, TypeError, "graph must be a fastgt.Graph, got Tensor"),
     "no gates": (
         {"gate": None, "gate_row": None, "gate_col": None},

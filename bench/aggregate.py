@@ -1,5 +1,5 @@
-"""Aggregations against what users would otherwise run: sums of neighbours, GINE's and GatedGCN's
-messages, and a softmax over edges."""
+"""Aggregations against what users would otherwise run: sums of neighbours, GCN's weighted sums,
+GINE's and GatedGCN's messages, and a softmax over edges."""
 
 from __future__ import annotations
 
@@ -53,6 +53,49 @@ def sums(
             "torch.sparse": torch_sparse,
         },
         work=passes(one_way, one_way),
+    )
+
+
+def gcn(
+    problem: str,
+    *,
+    heads: int = 8,
+    width: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Case:
+    """GCN's sum of neighbours, each times 1 / sqrt(degree_i degree_j): weights without gradient."""
+    graph = load(problem, device)
+    channels = heads * width
+    x, do = draw([(graph.num_cols, channels), (graph.num_rows, channels)], dtype, device)
+    source, target = graph.edge_index
+    sent = torch.bincount(source, minlength=graph.num_cols)
+    weight = (graph.row_degree[target] * sent[source]).double().rsqrt().to(dtype)
+
+    def torch_sparse() -> Provider:
+        row_ptr, col, value = graph.row_ptr.long(), graph.col.long(), weight[graph.edge.long()]
+        size = graph.num_rows, graph.num_cols
+        matrix = torch.sparse_csr_tensor(row_ptr, col, value, size)
+        return Provider(lambda x: matrix @ x)
+
+    node, edge = channels * dtype.itemsize, graph.num_edges
+    # of each edge its column, its number and its weight
+    index = graph.col.element_size() * (2 * edge + graph.num_rows) + dtype.itemsize * edge
+    moved, again = (graph.num_rows + graph.num_cols) * node + index, max(0, edge - graph.num_cols)
+    work = Work(moved, again * node, 2 * edge * channels, table_rows(graph) * node, node)
+    return Case(
+        shape=shape(problem, graph, heads, width, dtype),
+        inputs={"x": x},
+        upstream=do,
+        definition=lambda dtype: Provider(
+            lambda x: reference.aggregate(x, graph, edge_weight=weight.to(dtype))
+        ),
+        providers={
+            "fastgt": lambda: Provider(lambda x: aggregate(x, graph, edge_weight=weight)),
+            **_scattered(graph, lambda x: x[source] * weight[:, None]),
+            "torch.sparse": torch_sparse,
+        },
+        work=passes(work, work),
     )
 
 

@@ -85,6 +85,7 @@ OPERATORS = {
         channelwise_attention.case, _COMPOSED, _ALL, (*_FEW, "points"), ("cora",)
     ),
     "aggregate": Operator(aggregate.sums, (*_COMPOSED, "torch.sparse"), _ALL, _FEW, ("cora",)),
+    "gcn": Operator(aggregate.gcn, (*_COMPOSED, "torch.sparse"), _ALL, _FEW, ("cora",)),
     "gine": Operator(aggregate.gine, _COMPOSED, _ALL, _FEW, ("zinc",)),
     "gated_aggregate": Operator(aggregate.gated, _COMPOSED, _ALL, _FEW, ("cora",)),
     "segment_softmax": Operator(aggregate.softmax, _COMPOSED, _ALL, _FEW, ("cora",)),

@@ -176,7 +176,11 @@ def test_operators_and_problems_are_those_asked_for(monkeypatch, tmp_path):
     quick = {problem for name, problem, *_ in asked if name == "attention"}
     assert len(quick) >= 8
     assert len(quick & {"zinc", "cora", "citeseer", "actor", "squirrel"}) == 5
-    assert {name for name, *_ in chosen("--peers", "torch.sparse")} == {"attention", "aggregate"}
+    assert {name for name, *_ in chosen("--peers", "torch.sparse")} == {
+        "attention",
+        "aggregate",
+        "gcn",
+    }
     assert chosen("gine", "--problems", "zinc", "--heads", "2", "--width", "5") == [
         ("gine", "zinc", 2, 5)
     ]

@@ -53,7 +53,7 @@ KINDS = [
     ),
     *(
         ("gated", {"takes": takes, "normalize": normalize, "weight": weight, "value": value})
-        for takes in (0, 4, 6)
+        for takes in (0, 3, 4)
         for normalize in (True, False)
         for weight, value in (("edge", False), ("channel", True), ("", True))
     ),

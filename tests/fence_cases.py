@@ -164,6 +164,15 @@ _AGGREGATION = {
         ({"op": op, "rows": 13, "edges": 20, "channels": (129,)} | _BUCKETS,),
     ]
     for op in aggregate_cases.OPS
+} | {
+    "weights": [
+        ({"op": "max", "rows": 15, "edges": 40, "channels": (7,), "weight": "channel"} | _BUCKETS,),
+        ({"op": "sum", "rows": 13, "edges": 20, "channels": (129,), "weight": "edge"} | _BUCKETS,),
+        (
+            {"op": "gated", "rows": 17, "edges": 40, "channels": (9,), "dtype": FP16}
+            | {"weight": "edge", "value": True},
+        ),
+    ]
 }
 # tiles of 16 and 32 nodes and features, products over 16 channels at a time
 _LINEAR = [

@@ -93,7 +93,7 @@ REACH = {
     "attention_windows.py": ENDS["windows"][:3],
     "attention_windows_backward.py": ENDS["windows"][:3],
     "buckets.py": [ENDS["sum"][2], ENDS["attention"][4]],
-    "channels.py": ENDS["softmax"][:1],
+    "channels.py": [*ENDS["softmax"][:1], ENDS["weights"][1]],
     "channelwise_attention.py": ENDS["channelwise"][1:2],
     "channelwise_attention_backward.py": ENDS["channelwise"][:3],
     "channelwise_tile.py": ENDS["channelwise"][:3],
@@ -118,6 +118,10 @@ INSIDE = {
     "buckets.py": [
         "tl.load(ptr_ptr + row, mask=mine, other=0)",
         "tl.load(ptr_ptr + row + 1, mask=mine, other=0)",
+    ],
+    "channels.py": [
+        "tl.load(weight.ptr + at, mask=live, other=0.0)",
+        "tl.store(ptr + at, tl.sum(x, 2).to(ptr.dtype.element_ty), mask=live)",
     ],
     "channelwise_attention_backward.py": ["tl.load(cu_ptr + at, mask=mask, other=0.0)"],
     "head_projection.py": ["tl.load(at, mask=active, other=0.0)"],

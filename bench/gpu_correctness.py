@@ -217,6 +217,18 @@ def _key_bias(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]
     return _nodes("q", "k", "v")(graph, heads, width) | {"bias": (graph.num_cols, heads)}
 
 
+def _additive(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]]:
+    rows, cols = (graph.num_rows, heads, width), (graph.num_cols, heads, width)
+    return {"q": rows, "k": cols, "v": cols, "weight": (heads, width)}
+
+
+def _additive_edges(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]]:
+    """One channel of queries and keys, as GAT has."""
+    given = {name: (*size[:-1], 1) for name, size in _additive(graph, heads, width).items()}
+    edges = {"edge_key": (graph.num_edges, heads, 1), "edge_bias": (graph.num_edges, heads)}
+    return given | edges | {"v": (graph.num_cols, heads, width)}
+
+
 def _into_heads(graph: Graph, heads: int, width: int) -> dict[str, tuple[int, ...]]:
     channels = heads * width
     weight = heads, width, channels
@@ -312,6 +324,9 @@ VARIANTS = (
     Variant("neighborhood_attention", "edge gate, keys and values", _VECTORS),
     Variant("neighborhood_attention", "edge attributes, dropout", _LOW_RANK, _dropped),
     Variant("channelwise_attention", "values on edges", _vectors),
+    Variant("additive_attention", "gather", _additive),
+    Variant("additive_attention", "one channel, edge keys, dropout", _additive_edges, _dropped),
+    Variant("additive_attention", "masked heads", _additive, _gate),
     Variant("segment_softmax", "", _edges_only),
     Variant("aggregate", "sum", _messages("x")),
     Variant("aggregate", "mean", _messages("x"), lambda *_: {"reduce": "mean"}),

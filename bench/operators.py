@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from fastgt.bench import (
+    additive_attention,
     aggregate,
     attention,
     channelwise_attention,
@@ -81,6 +82,8 @@ OPERATORS = {
         (*_DRAWN, "complete", *_REAL, *_MORE, "flights"),
         ("molecules", "power_law", *_REAL, "minesweeper"),
     ),
+    "additive_attention": Operator(additive_attention.case, _COMPOSED, _ALL, _FEW, ("cora",)),
+    "gat": Operator(additive_attention.gat, _COMPOSED, _ALL, _FEW, ("cora",)),
     "channelwise_attention": Operator(
         channelwise_attention.case, _COMPOSED, _ALL, (*_FEW, "points"), ("cora",)
     ),

@@ -221,7 +221,7 @@ def times_weight(x, weight):
 
 def additive_attention_bwd(walks, upstream, inputs, slope, needs, terms, mask, dropout):
     """-> dq, dk, dv, dweight, dkey, dbias, None where not needed. ``terms`` have no attributes."""
-    q, k, v, weight = inputs
+    k, weight = inputs.k, inputs.weight
     do, dlse, lse = upstream
     dq, dk, dv = [
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
@@ -236,7 +236,7 @@ def additive_attention_bwd(walks, upstream, inputs, slope, needs, terms, mask, d
     if lse.numel():
         _backward_of_rows(inputs, terms, call, dq, wgamma, walks.row_walk)
     dweight = None
-    if k.shape[0] and any(x is not None for x in (dk, dv, dkey, dbias)) or needs.need_weight:
+    if (k.shape[0] and any(x is not None for x in (dk, dv, dkey, dbias))) or needs.need_weight:
         out = AdditiveColumnGrads(dk, dv, None, dkey, dbias, None, None)
         shares = _backward_of_columns(
             inputs, terms, call, out, needs.need_weight, wgamma, walks.column_walk

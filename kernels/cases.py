@@ -38,6 +38,7 @@ from fastgt.contract import (
     Walks,
 )
 
+from .additive_cases import ADDITIVE_CASES, launch_additive
 from .aggregate import aggregate_bwd, aggregate_fwd
 from .attention import attention_fwd
 from .attention_backward import attention_bwd
@@ -444,6 +445,7 @@ def _launch_projection(case: tuple[int, int, int, torch.dtype]) -> None:
 CASES: dict[str, Callable[[], None]] = {
     name: partial(_launch_attention, case) for name, case in ATTENTION_CASES.items()
 }
+CASES |= {name: partial(launch_additive, case) for name, case in ADDITIVE_CASES.items()}
 CASES |= {name: partial(_launch_channelwise, case) for name, case in CHANNELWISE_CASES.items()}
 CASES |= {name: partial(_launch_aggregate, case) for name, case in AGGREGATE_CASES.items()}
 CASES |= {name: partial(_launch_linear, case) for name, case in LINEAR_CASES.items()}

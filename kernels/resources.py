@@ -232,7 +232,7 @@ def _designed_bytes_gather(kernel: str, meta: dict, pointers: dict[str, int]) ->
     if columns:
         # of the row at the other end: what attributes are multiplied with
         total += query_heads * meta["BLOCK_C"] * size("terms.attr_q", "up.attr_do")
-        if meta["ADD"]:
+        if meta.get("ADD"):
             # the attributes' gradient so far
             total += meta["BLOCK_C"] * size("out.dattr")
     return total

@@ -7,6 +7,7 @@ as the text that makes it. ``ENDS`` has calls at the sizes where tiles end; ``ca
 from dataclasses import replace
 from typing import NamedTuple
 
+import additive_cases
 import aggregate_cases
 import attention_cases
 import channelwise_cases
@@ -34,6 +35,12 @@ def attention(text, gate="", spoilt=False):
         for tensor in (x.q, x.k, x.v, x.do):
             tensor[-1] = torch.nan
     return digests(attention_cases.evaluate(_gated(x, gate, x.q.shape[1]), "triton"))
+
+
+def additive(text, gate=""):
+    """additive_attention."""
+    x = _made(text, additive_cases.case)
+    return digests(additive_cases.evaluate(_gated(x, gate, x.q.shape[1]), "triton"))
 
 
 def channelwise(text, gate=""):
@@ -147,6 +154,12 @@ _WINDOWS = [
         ("windows 64", 65, 60, 1, 5, 5, {"dtype": FP16}, "per graph"),
     )
 ]
+_ADDITIVE = [
+    ({"rows": 9, "edges": 24, "heads": 3, "d": 5, "dv": 9, "dtype": FP32} | _BUCKETS, ""),
+    ({"rows": 17, "edges": 60, "heads": 1, "d": 7, "dv": 8, "terms": "key bias drop"}, ""),
+    ({"rows": 15, "edges": 40, "heads": 3, "d": 1, "dv": 5, "dtype": FP16} | _BUCKETS, "shared"),
+    ({"rows": 5, "edges": 14, "heads": 2, "d": 5, "terms": "attr bias"}, "per graph"),
+]
 _CHANNELWISE = [
     ({"rows": 15, "edges": 40, "channels": (2, 5), "dtype": FP16, "clamped": True}, "shared"),
     ({"rows": 16, "edges": 40, "channels": (7,), "dtype": FP32} | _BUCKETS,),
@@ -223,6 +236,7 @@ ENDS = {
     "attention": _calls(attention, _ATTENTION),
     "edge terms": _calls(attention, _TERMS),
     "windows": _calls(attention, _WINDOWS),
+    "additive": _calls(additive, _ADDITIVE),
     "channelwise": _calls(channelwise, _CHANNELWISE),
     **{name: _calls(aggregation, cases) for name, cases in _AGGREGATION.items()},
     "linear": _calls(linear, _LINEAR),
@@ -230,7 +244,16 @@ ENDS = {
     "projection": _calls(projection, _PROJECTION),
 }
 
-OPERATORS = ("attention", "windows", "channelwise", "aggregation", "linear", "global", "projection")
+OPERATORS = (
+    "attention",
+    "windows",
+    "additive",
+    "channelwise",
+    "aggregation",
+    "linear",
+    "global",
+    "projection",
+)
 
 
 @st.composite
@@ -253,6 +276,9 @@ def calls(draw, operator):
         }
         x = draw(attention_cases.cases("triton", **fixed))
         return attention, x.made_by, gate
+    if operator == "additive":
+        x = draw(additive_cases.cases("triton", rows=draw(rows), d=draw(wide), dv=draw(wide)))
+        return additive, x.made_by, gate
     if operator == "channelwise":
         x = draw(channelwise_cases.cases("triton", rows=draw(rows)))
         return channelwise, x.made_by, gate if x.logits.ndim == 3 else ""

@@ -86,6 +86,8 @@ def test_what_is_read_beside_elements_is_nan(worker):
 
 # by file, the calls that reach all its masks
 REACH = {
+    "additive_attention.py": ENDS["additive"][:2],
+    "additive_attention_backward.py": ENDS["additive"][:2],
     "aggregate.py": [ENDS["mean"][1], ENDS["max"][0], ENDS["sum"][2]],
     "attention.py": ENDS["attention"][:1],
     "attention_backward.py": ENDS["edge terms"][:1],

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastgt import (
     AuxRequest,
     Graph,
+    additive_attention,
     aggregate,
     channelwise_attention,
     gated_aggregate,
@@ -235,6 +236,27 @@ def test_what_edges_weigh_channel_by_channel(impl):
 
     assert count(weigh) == 2 * E * DV
     assert count(weigh, backward=True) == 4 * E * DV
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_additive_attention_counts_the_weight_and_the_values(impl):
+    q, k, v, weight = draw(N, H, D), draw(N, H, D), draw(N, H, DV), draw(H, D)
+    terms = {"edge_attr": draw(E, 4), "edge_key_weight": draw(4, H, D)}
+
+    def attend():
+        return additive_attention(q, k, v, graph(), weight, impl=impl)
+
+    def attributes():
+        return additive_attention(q, k, v, graph(), weight, **terms, impl=impl)
+
+    each = 2 * E * H
+    assert count(attend) == each * (D + DV)
+    assert count(attend, backward=True) == each * (4 * D + 2 * DV)
+    assert count(attributes) == each * (5 * D + DV)
+    assert count(attributes, backward=True) == each * (16 * D + 2 * DV)
+    for x in (q, k, weight):
+        x.requires_grad_(False)
+    assert count(attend, backward=True) == each * (D + DV)
 
 
 @pytest.mark.parametrize("impl", FAST)

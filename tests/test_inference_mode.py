@@ -164,6 +164,7 @@ OPERATORS: dict[str, Callable[[Graph, Tensor, Tensor, Tensor], Any]] = {
     "gate of graphs": lambda g, q, k, v: fastgt.neighborhood_attention(
         q, k, v, g, head_gate=torch.tensor([[1.0, 0.0], [0.5, 1.0]])
     ),
+    "additive": lambda g, q, k, v: fastgt.additive_attention(q, k, v, g, q[0]),
     "channelwise": lambda g, q, k, v: fastgt.channelwise_attention(on_edges(2, 4), v, g),
     "sum": lambda g, q, k, v: fastgt.aggregate(v, g),
     "mean": lambda g, q, k, v: fastgt.aggregate(v, g, reduce="mean"),

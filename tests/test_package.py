@@ -325,6 +325,7 @@ def test_kernels_refuse_their_folder_name():
         "fastgt.encodings",
         "fastgt.reordering",
         "fastgt.ops.implementation",
+        "fastgt.ops.additive_attention",
         "fastgt.ops.aggregate",
         "fastgt.ops.attention",
         "fastgt.ops.channelwise_attention",

@@ -125,6 +125,12 @@ def _linear(feature_map: str, features: int = 0) -> Operator:
     return Operator(_qkv, call)
 
 
+def _additive(p: Problem) -> dict[str, Tensor]:
+    e = p.graph.num_edges
+    terms = {"edge_key": p.draw(e, H, D), "edge_attr": p.draw(e, 3), "edge_bias": p.draw(e, H)}
+    return _qkv(p) | {"weight": p.draw(H, D), "edge_key_weight": p.draw(3, H, D)} | terms
+
+
 OPERATORS = {
     "neighborhood_attention": Operator(
         _attention,
@@ -143,6 +149,13 @@ OPERATORS = {
         lambda p: _qkv(p) | {"head_gate": p.draw(H)},
         lambda g, q, k, v, head_gate, **how: fastgt.neighborhood_attention(
             q, k, v, g, head_gate=head_gate, **how
+        ),
+    ),
+    "additive_attention": Operator(
+        _additive,
+        lambda g, q, k, v, weight, **terms: fastgt.additive_attention(
+            q, k, v, g, weight, dropout_p=0.3, dropout_seed=3,
+            return_aux=AuxRequest(lse=True), **terms,
         ),
     ),
     "channelwise_attention": Operator(
@@ -418,6 +431,7 @@ AHEAD = (
     "edges_gt_zinc_d8_fp32",
     "windows_d64_bf16",
     "graphs_d64_bf16",
+    "additive_key_h8_d16_fp32",
     "channelwise_c64_bf16",
     "aggregate_gine_d64_bf16",
     "gated_d64_bf16",

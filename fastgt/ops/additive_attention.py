@@ -324,17 +324,16 @@ def _launch_fwd(
     dropout: Dropout,
     results: AdditiveResults,
 ) -> tuple[Tensor | None, ...]:
-    run: Any
+    call, options = (walk.row_walk, inputs, logit.slope), (mask, dropout, results.make_weights)
     with torch.no_grad():  # called by an exported module, gradients may be on
         if impl == "cpp":
-            from fastgt.cpu.additive_attention import additive_attention_fwd as run
-        else:
-            require_triton(inputs.q)
-            from fastgt.kernels.additive_attention import additive_attention_fwd as run
+            from fastgt.cpu import additive_attention as cpu
 
-            terms = with_product(terms, mask)
-        options = terms, mask, dropout, results.make_weights
-        return run(walk.row_walk, inputs, logit.slope, *options)
+            return cpu.additive_attention_fwd(*call, terms, *options)
+        require_triton(inputs.q)
+        from fastgt.kernels import additive_attention as kernels
+
+        return kernels.additive_attention_fwd(*call, with_product(terms, mask), *options)
 
 
 def _fake_fwd(
@@ -368,18 +367,17 @@ def _launch_bwd(
 ) -> tuple[Tensor | None, ...]:
     with torch.no_grad():
         if impl == "cpp":
-            from fastgt.cpu.additive_attention import additive_attention_bwd
+            from fastgt.cpu import additive_attention as cpu
 
             call = walks, upstream, inputs, logit.slope, needs, terms, mask, dropout
-            return additive_attention_bwd(*call)
-        from fastgt.kernels.additive_attention_backward import additive_attention_bwd as run
+            return cpu.additive_attention_bwd(*call)
+        from fastgt.kernels import additive_attention_backward as kernels
 
         attributes = needs.need_attr or needs.need_key_weight
         wanted = needs._replace(need_key=needs.need_key or attributes)
         whole = with_product(terms, mask)
-        *grads, dkey, dbias = run(
-            walks, upstream, inputs, logit.slope, wanted, whole, mask, dropout
-        )
+        call = walks, upstream, inputs, logit.slope, wanted, whole, mask, dropout
+        *grads, dkey, dbias = kernels.additive_attention_bwd(*call)
         of_attr: list[Tensor | None] = [None, None]
         if attributes:
             of_attr = attribute_gradients(dkey, terms, mask, needs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastgt.contract import AdditiveNeeds, AdditiveTerms, HeadMask
@@ -27,15 +26,14 @@ def attribute_gradients(
     """-> those of the attributes and of their weight, None where not needed."""
     attr, weight = terms.attr, _unmasked(terms.key_weight, mask)
     assert attr is not None
-    with torch.enable_grad():
-        factors = [
-            attr.detach().requires_grad_(needs.need_attr),
-            weight.detach().requires_grad_(needs.need_key_weight),
-        ]
-        product = _product(*factors)
-    asked = [x for x in factors if x.requires_grad]
-    found = iter(torch.autograd.grad(product, asked, dkey.to(product.dtype)))
-    return [next(found) if x.requires_grad else None for x in factors]
+    flat = dkey.flatten(1)
+    dattr: Tensor | None = None
+    dweight: Tensor | None = None
+    if needs.need_attr:
+        dattr = wide_product(flat[:, None], weight.flatten(1).t()[None])[:, 0].to(attr.dtype)
+    if needs.need_key_weight:
+        dweight = wide_product(attr.t()[:, None], flat[None]).view(weight.shape).to(weight.dtype)
+    return [dattr, dweight]
 
 
 def _product(attr: Tensor, weight: Tensor) -> Tensor:

@@ -25,7 +25,13 @@ from typing import Any
 import torch
 
 from fastgt.contract import PerInput, RaggedPairs
-from fastgt.ops import channelwise_attention, gated_aggregate, global_attention, linear_attention
+from fastgt.ops import (
+    additive_attention,
+    channelwise_attention,
+    gated_aggregate,
+    global_attention,
+    linear_attention,
+)
 from fastgt.ops.attention_launch import BACKWARD, FORWARD
 
 _COUNTER = "torch.utils.flop_counter"
@@ -97,6 +103,23 @@ def _attention_bwd(
         channels *= terms.attr[1]
     q, _, v = inputs
     return 2 * _pairs(q, rows) * (scores * q[2] + weights * v[2] + channels)
+
+
+def _additive_attention_fwd(impl: str, *flat: Any, out_shape: Any) -> int:
+    (q, _, v, _), walk, _, terms, *_ = additive_attention.FORWARD.split(flat)
+    made = 0 if terms.attr is None else terms.attr[1]
+    return 2 * _pairs(q, walk.row_walk) * (q[2] * (1 + made) + v[2])
+
+
+def _additive_attention_bwd(impl: str, *flat: Any, out_shape: Any) -> int:
+    _, (q, _, v, _), walks, _, need, terms, *_ = additive_attention.BACKWARD.split(flat)
+    logits = any(need._replace(need_v=False))
+    # of width D: the logit again, the gradients of q, k and the weight; of width Dv: that of the
+    # attention weight, of v; and what attributes add, with the gradients of both factors
+    scores = 1 + need.need_q + need.need_k + need.need_weight
+    if terms.attr is not None:
+        scores += (1 + need.need_attr + need.need_key_weight) * terms.attr[1]
+    return 2 * _pairs(q, walks.row_walk) * (scores * q[2] + (logits + need.need_v) * v[2])
 
 
 def _channelwise_attention_fwd(impl: str, *flat: Any, out_shape: Any) -> int:
@@ -189,6 +212,8 @@ def _no_products(*shapes: Any, out_shape: Any) -> int:
 _FORMULAS: dict[str, Callable[..., int]] = {
     "attention_fwd": _attention_fwd,
     "attention_bwd": _attention_bwd,
+    "additive_attention_fwd": _additive_attention_fwd,
+    "additive_attention_bwd": _additive_attention_bwd,
     "channelwise_attention_fwd": _channelwise_attention_fwd,
     "channelwise_attention_bwd": _channelwise_attention_bwd,
     "gated_aggregate_fwd": _gated_aggregate_fwd,

@@ -30,6 +30,7 @@ TESTS = (
         "channelwise_gate",
         "channelwise_gradients",
     ),
+    *("additive_attention", "additive_execution"),
     *("head_projection", "global_attention", "linear_attention", "linear_gate"),
 )
 CHOSEN = "(cpp or threads) and not memory and not compil"

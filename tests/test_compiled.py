@@ -91,8 +91,8 @@ def test_rows_are_loaded_16_bytes_at_a_time(report):
     found, budget = report
     for name, used in found.items():
         assert used["wide_loads"] >= budget[name]["wide_loads"], name
-        # 10 channels of 16 bits are 4-byte aligned, and one channel is 4 bytes; beside wider values, keys of 24 channels are
-        # fewer than the program's threads take at 16 bytes each
+        # 10 channels of 16 bits are 4-byte aligned, one channel is at most 4 bytes; beside wider
+        # values, keys of 24 channels are fewer than the program's threads take at 16 bytes each
         # (the weights load k alone, windows of 16 channels have fewer bytes than threads)
         if name.startswith(("linear", "head")):
             continue  # loads of states and projections are counted above

@@ -306,8 +306,7 @@ class _AdditiveAttention(torch.autograd.Function):
             grads = differentiable_gradients(define, tensors[:8], [do, dlse], needs)
         else:
             if do is None:
-                q, _, v, _ = inputs
-                do = q.new_zeros(()).expand(*q.shape[:2], v.shape[2])
+                do = inputs.q.new_zeros(()).expand(*inputs.q.shape[:2], inputs.v.shape[2])
             upstream = AdditiveUpstream(do, dlse, lse)
             flat = *upstream, *inputs, *call.walks, call.slope, *needs, *rest, call.dropout_p
             grads = _bwd(call.impl, *flat)

@@ -70,6 +70,91 @@ template <class A> FASTGT_INLINE Vec<A> slope_at(Vec<A> t, Vec<A> slope) {
     return t > A(0) ? splat(A(1)) : slope;
 }
 
+// What follows is compiled once for A, whatever tensors hold. Functions that are called from several
+// forms stay functions: written out in each, they would make the library large.
+#define FASTGT_APART __attribute__((noinline))
+
+// x of `lanes` heads in all lanes, over and over; `lanes` is a power of two
+template <class A> FASTGT_INLINE Vec<A> over_and_over(const A* x, int lanes) {
+    const auto mask = typename LanesOf<A>::Int(lanes - 1);
+    return __builtin_shuffle(load(x, lanes), lane_numbers<A>() & mask);
+}
+
+// the sum of each head's lanes, in all of them
+template <class A> FASTGT_INLINE Vec<A> sum_of_heads(Vec<A> x, int lanes) {
+    for (int step = lanes; step < WIDTH<A>; step *= 2)
+        x += __builtin_shuffle(x, lane_numbers<A>() ^ typename LanesOf<A>::Int(step));
+    return x;
+}
+
+// softmax_row of `count` rows, whose edges are those from ptr[r] on. lse [rows][lanes]. -> whether
+// one that has edges has no weights
+template <class A>
+FASTGT_APART bool softmax_rows(A* s, const int64_t* ptr, int64_t count, int lanes, A* lse) {
+    return with_lanes<A>(lanes, [&](auto constant) {
+        constexpr int HG = decltype(constant)::value;
+        VecInt<A> dead{};
+        for (int64_t r = 0; r < count; r++)
+            dead |= softmax_row<A, HG>(s + ptr[r] * HG, ptr[r + 1] - ptr[r], -INF<A>, lse + r * HG);
+        return !all_zero<A>(dead);
+    });
+}
+
+template <class A>
+FASTGT_APART void softmax_rows_backward(A* s, A* dp, const int64_t* ptr, int64_t count, int lanes,
+                                        const A* lse, const A* dlse, const A* kept) {
+    with_lanes<A>(lanes, [&](auto constant) {
+        constexpr int HG = decltype(constant)::value;
+        for (int64_t r = 0; r < count; r++) {
+            const int64_t at = ptr[r] * HG;
+            softmax_row_backward<A, HG>(s + at, dp + at, ptr[r + 1] - ptr[r], -INF<A>, lse + r * HG,
+                                        dlse ? dlse + r * HG : nullptr, kept ? kept + at : nullptr);
+        }
+    });
+}
+
+// Where D is 1: t of `count` lanes += q, s = w leaky(t), with heads over and over
+template <class A>
+FASTGT_APART void narrow_logits(A* t, A* s, int64_t count, Vec<A> q, Vec<A> w, Vec<A> slope) {
+    each_vector<A>(count, [&](int64_t i, int n) FASTGT_INLINED {
+        const Vec<A> x = load_some(t + i, n) + q;
+        store_some(t + i, x, n);
+        store_some(s + i, w * (x * slope_at<A>(x, slope)), n);
+    });
+}
+
+// Where D is 1: ds becomes ds g; -> the sums over `count` lanes of that and of ds g t
+template <class A>
+FASTGT_APART void narrow_flow(const A* t, A* ds, int64_t count, Vec<A> slope, Vec<A>& of_q,
+                              Vec<A>& of_w) {
+    constexpr int W = WIDTH<A>;
+    for (int64_t i = 0; i < count;) {
+        Vec<A> some{}, weight_some{};
+        for (const int64_t stop = std::min(count, i + BLOCK * W); i < stop; i += W) {
+            const int n = int(std::min<int64_t>(W, count - i));
+            const Vec<A> x = load_some(t + i, n);
+            const Vec<A> d = load_some(ds + i, n) * slope_at<A>(x, slope);
+            store_some(ds + i, d, n);
+            some += d;
+            weight_some += d * x;
+        }
+        of_q += some;
+        of_w += weight_some;
+    }
+}
+
+template <class A> FASTGT_APART Vec<A> sum_of_lanes(const A* x, int64_t count) {
+    constexpr int W = WIDTH<A>;
+    Vec<A> total{};
+    for (int64_t i = 0; i < count;) {
+        Vec<A> some{};
+        for (const int64_t stop = std::min(count, i + BLOCK * W); i < stop; i += W)
+            some += load_some(x + i, int(std::min<int64_t>(W, count - i)));
+        total += some;
+    }
+    return total;
+}
+
 // c [M][N] = a b, or that is added to it: a's number (m, k) is at [m * a_row + k * a_k], the rows of
 // b and c are `b_row` and `c_row` apart.
 template <class A> struct Product {
@@ -114,7 +199,7 @@ template <class A> struct Product {
         }
     }
 
-    void run(int64_t rows, int64_t width, int64_t terms, bool add) const {
+    FASTGT_APART void run(int64_t rows, int64_t width, int64_t terms, bool add) const {
         constexpr int W = WIDTH<A>;
         int64_t n = 0;
         for (; n + 4 * W <= width; n += 4 * W) columns<4>(rows, n, W, terms, add);
@@ -338,7 +423,7 @@ template <class T> class Additive {
         });
     }
 
-    void copy_walk(const AnyWalk& walk, Chunk& chunk, Room& room) const {
+    FASTGT_APART void copy_walk(const AnyWalk& walk, Chunk& chunk, Room& room) const {
         chunk.reach = std::min(walk.edges - chunk.from, chunk.edges() + MARGIN);
         walk.other.copy(chunk.from, chunk.reach, room.other);
         if (on_edges) walk.edge.copy(chunk.from, chunk.reach, room.edge);
@@ -414,7 +499,7 @@ template <class T> class Additive {
     }
 
     // What dropout makes of the weights of a chunk's edges: 0, or by how much they grow.
-    void keep(const Chunk& chunk, const Group& g, Room& room) const {
+    FASTGT_APART void keep(const Chunk& chunk, const Group& g, Room& room) const {
         const int64_t blocks = bytes_an_edge();
         for (int64_t e = 0; e < chunk.edges(); e++) {
             const uint8_t* bits = kept_bits + room.edge[e] * blocks;
@@ -432,7 +517,7 @@ template <class T> class Additive {
     }
 
     // The heads of a group of some rows of `x`, as products read them.
-    HeadParts<A> packed(const Array& x, int64_t begin, int64_t count, const Group& g, int64_t width,
+    FASTGT_APART HeadParts<A> packed(const Array& x, int64_t begin, int64_t count, const Group& g, int64_t width,
                         int fold, A* to) const {
         const int64_t head = fold > 1 ? W : padded<A>(width), size = g.lanes / fold * head;
         for (int64_t r = 0; r < count; r++)
@@ -481,26 +566,30 @@ template <class T> class Additive {
         return p;
     }
 
-    // f(lanes, heads of a vector) as constants; 0 heads of a vector is the general form
-    template <class F> void with_form(const Group& g, const F& f) const {
-        const bool plain = !call.key && !call.attr;
-        with_lanes<A>(g.lanes, [&](auto lanes) {
-            constexpr int HG = decltype(lanes)::value;
-            if constexpr (sizeof(T) == 4) {
-                const bool close = g.adjacent && call.q.head == call.d && call.k.head == call.d;
-                if (plain && call.d == W) return f(lanes, std::integral_constant<int, 1>());
-                if constexpr (HG >= 2)
-                    if (plain && close && call.d * 2 == W)
-                        return f(lanes, std::integral_constant<int, 2>());
-                if constexpr (HG >= 4 && W >= 8)
-                    if (plain && close && call.d * 4 == W)
-                        return f(lanes, std::integral_constant<int, 4>());
-            }
-            return f(lanes, std::integral_constant<int, 0>());
-        });
+    // How many heads share a vector of D channels; 0: in the general form, of any type and width.
+    int fold_of(const Group& g) const {
+        if (sizeof(T) != 4 || call.attr) return 0;
+        if (call.d == W) return 1;
+        const bool close = g.adjacent && call.q.head == call.d && call.k.head == call.d &&
+                           (!call.key || call.key.head == call.d);
+        if (close && g.lanes >= 2 && call.d * 2 == W) return 2;
+        return close && g.lanes >= 4 && W >= 8 && call.d * 4 == W ? 4 : 0;
     }
 
-    // Zeros in place of what the others hold: rows without weights.
+    // f(lanes, heads of a vector) as constants, where there are some
+    template <class F> void with_form(const Group& g, int fold, const F& f) const {
+        if constexpr (sizeof(T) == 4)
+            with_lanes<A>(g.lanes, [&](auto lanes) {
+                constexpr int HG = decltype(lanes)::value;
+                if (fold == 1) f(lanes, std::integral_constant<int, 1>());
+                if constexpr (HG >= 2)
+                    if (fold == 2) f(lanes, std::integral_constant<int, 2>());
+                if constexpr (HG >= 4 && W >= 8)
+                    if (fold == 4) f(lanes, std::integral_constant<int, 4>());
+            });
+    }
+
+    // Whether a row has no weights.
     bool is_dead(int64_t row, int64_t head) const { return call.lse.at<A>(row)[head] == -INF<A>; }
 
     bool any_dead(const Chunk& chunk, const Group& g, const Room& room) const {
@@ -510,19 +599,19 @@ template <class T> class Additive {
         return false;
     }
 
-    // The numbers that a row has for the heads of a group, null of None.
-    const A* heads_of(const Array& x, int64_t row, const Group& g, A* buffer) const {
+    // The numbers that rows have for the heads of a group, null of None.
+    const A* heads_of(const Array& x, const Chunk& chunk, const Group& g, A* buffer) const {
         if (!x) return nullptr;
-        const A* from = x.at<A>(row);
-        if (g.adjacent) return from + g.head[0];
-        for (int v = 0; v < g.lanes; v++) buffer[v] = from[g.head[v]];
+        for (int64_t r = 0; r < chunk.count(); r++)
+            for (int v = 0; v < g.lanes; v++)
+                buffer[r * g.lanes + v] = x.at<A>(chunk.begin + r)[g.head[v]];
         return buffer;
     }
 
     // ---- attributes
 
     // The weights of a group's heads, in the order of products; what is beside them is 0.
-    void pack_key_weights(const Group& g, Room& room) const {
+    FASTGT_APART void pack_key_weights(const Group& g, Room& room) const {
         std::fill_n(room.key_w, call.attr_width * line, A(0));
         if (room.key_wt) std::fill_n(room.key_wt, g.count * part * wide_c, A(0));
         for (int64_t c = 0; c < call.attr_width; c++)
@@ -548,22 +637,29 @@ template <class T> class Additive {
         if (n) pack_key_weights(g, room);
         for (int64_t from = 0; from < n; from += BLOCK) {
             const int64_t to = std::min(n, from + BLOCK);
-            for (int64_t e = from; e < to; e++) {
-                __builtin_prefetch(call.attr.at<T>(room.edge[std::min(e + AHEAD, chunk.reach - 1)]));
-                const T* x = call.attr.at<T>(room.edge[e]);
-                A* row = room.attr + (e - from) * wide_c;
-                each_vector<A>(call.attr_width,
-                               [&](int64_t c, int k) { store(row + c, load_some(x + c, k)); });
-            }
-            const Product<A> product{room.attr, wide_c, 1, room.key_w, line, room.parts, line};
-            product.run(to - from, g.lanes * part, call.attr_width, false);
+            make_parts(chunk, g, from, to, room);
             f(from, to);
         }
     }
 
+    // room.parts = attributes times their weights, of some edges
+    FASTGT_APART void make_parts(const Chunk& chunk, const Group& g, int64_t from, int64_t to,
+                                 Room& room) const {
+        for (int64_t e = from; e < to; e++) {
+            const int64_t next = room.edge[std::min(e + AHEAD, chunk.reach - 1)];
+            __builtin_prefetch(call.attr.at<T>(next));
+            const T* x = call.attr.at<T>(room.edge[e]);
+            A* row = room.attr + (e - from) * wide_c;
+            each_vector<A>(call.attr_width,
+                           [&](int64_t c, int k) { store(row + c, load_some(x + c, k)); });
+        }
+        const Product<A> product{room.attr, wide_c, 1, room.key_w, line, room.parts, line};
+        product.run(to - from, g.lanes * part, call.attr_width, false);
+    }
+
     // From room.of_parts, the gradient of what attributes added, to those of the factors.
-    void attribute_gradients(const Chunk& chunk, const Group& g, int64_t from, int64_t to,
-                             Room& room) const {
+    FASTGT_APART void attribute_gradients(const Chunk& chunk, const Group& g, int64_t from,
+                                          int64_t to, Room& room) const {
         const int64_t n = to - from;
         if (call.dattr)
             Product<A>{room.of_parts, line, 1, room.key_wt, wide_c, room.of_attr + from * wide_c,
@@ -579,24 +675,29 @@ template <class T> class Additive {
 
     // ---- logits
 
-    void logits(const Chunk& chunk, const Group& g, Room& room) const {
+    FASTGT_APART void logits(const Chunk& chunk, const Group& g, Room& room) const {
         if (narrow) {
-            gather(call.k, chunk, g, room);
-            each_block(chunk, g, room, [&](int64_t from, int64_t to) {
-                add_edges(g, from, to, room);
-            });
-            with_lanes<A>(g.lanes,
-                          [&](auto lanes) { narrow_logits<decltype(lanes)::value>(chunk, g, room); });
+            gather(chunk, g, room);
+            each_block(chunk, g, room,
+                       [&](int64_t from, int64_t to) { add_edges(g, from, to, room); });
+            const V w = head_lanes(call.weight_row(), 0, g), slope = splat(A(call.slope));
+            for (int64_t r = 0; r < chunk.count(); r++) {
+                const int64_t at = room.ptr[r] * g.lanes;
+                narrow_logits<A>(room.t + at, room.s + at, room.ptr[r + 1] * g.lanes - at,
+                                 head_lanes(call.q, chunk.begin + r, g), w, slope);
+            }
         } else {
-            with_form(g, [&](auto lanes, auto heads) {
-                constexpr int HG = decltype(lanes)::value, F = decltype(heads)::value;
-                const int fold = std::max(1, F);
-                const auto q = rows_of(call.q, chunk, g, call.d, fold, room.fixed);
-                const auto w = packed(call.weight_row(), 0, 1, g, call.d, fold, room.w);
-                each_block(chunk, g, room, [&](int64_t from, int64_t to) {
-                    wide_logits<HG, F>(chunk, g, from, to, q, w, room);
+            const int fold = fold_of(g);
+            const Operands x = operands(call.q, call.k, chunk, g, fold, room);
+            if (fold)
+                with_form(g, fold, [&](auto lanes, auto heads) {
+                    constexpr int HG = decltype(lanes)::value, F = decltype(heads)::value;
+                    call.key ? logits_of<HG, F, true>(chunk, x, room)
+                             : logits_of<HG, F, false>(chunk, x, room);
                 });
-            });
+            else
+                each_block(chunk, g, room,
+                           [&](int64_t from, int64_t to) { any_logits(g, from, to, x, room); });
         }
         if (!call.bias) return;
         for (int64_t e = 0; e < chunk.edges(); e++)
@@ -604,66 +705,94 @@ template <class T> class Additive {
                 room.s[e * g.lanes + v] += load_one(call.bias.at<T>(room.edge[e], g.head[v]));
     }
 
-    // s = w . leaky(t) of the edges from `from` on
-    template <int HG, int F>
-    void wide_logits(const Chunk& chunk, [[maybe_unused]] const Group& g, int64_t from, int64_t to,
-                     const HeadParts<A>& q, const HeadParts<A>& w, Room& room) const {
-        const Pointed<T> keys = pointed(call.k, chunk, g, call.d, room);
-        const V slope = splat(A(call.slope));
-        auto ask_for = [&](int64_t e) FASTGT_INLINED {
-            constexpr int ASKED = F ? HG / F : HG;
-            unrolled<ASKED>([&](int v) FASTGT_INLINED { ask<F ? 1 : 0>(keys, from + e, v); });
-        };
-        if constexpr (F > 0) {
-            products<A, HG, F, true>(
-                to - from, A(1), false, room.s + from * HG,
-                [&](int64_t i, int v, bool) FASTGT_INLINED {
-                    const int64_t e = from + i;
-                    const V t = load(q.data + room.row[e] * q.stride + v * q.head) +
-                                load(keys.at(e) + keys.offset[v * F]);
-                    return load(w.data + v * w.head) * (t * slope_at<A>(t, slope));
-                },
-                ask_for);
-        } else {
-            products<A, HG, 1, false>(
-                to - from, A(1), false, room.s + from * HG,
-                [&](int64_t i, int v, bool) FASTGT_INLINED {
-                    const int64_t e = from + i;
-                    const A* x = q.data + room.row[e] * q.stride + v * q.head;
-                    const T* y = keys.at(e) + keys.offset[v];
-                    const T* key = call.key ? call.key.at<T>(room.edge[e], g.head[v]) : nullptr;
-                    const A* added = call.attr ? room.parts + i * line + v * part : nullptr;
-                    const A* factor = w.data + v * w.head;
-                    V s{};
-                    each_vector<A>(call.d, [&](int64_t c, int n) FASTGT_INLINED {
-                        V t = load(x + c) + load_some(y + c, n);
-                        if (key) t += load_some(key + c, n);
-                        if (added) t += load(added + c);
-                        s += load(factor + c) * (t * slope_at<A>(t, slope));
-                    });
-                    return s;
-                },
-                ask_for);
+    // What t is made of: what rows have, and what edges point at; and the weight.
+    struct Operands {
+        HeadParts<A> fixed;
+        Pointed<T> other;
+        Pointed<T> key;
+        HeadParts<A> w;
+        int fold;
+    };
+
+    Operands operands(const Array& own, const Array& others, const Chunk& chunk, const Group& g,
+                      int fold, Room& room) const {
+        fold = std::max(1, fold);
+        Pointed<T> key{};
+        if (call.key) {
+            key = pointed(call.key, chunk, g, call.d, room);
+            key.index = room.edge;
         }
+        return {rows_of(own, chunk, g, call.d, fold, room.fixed),
+                pointed(others, chunk, g, call.d, room), key,
+                packed(call.weight_row(), 0, 1, g, call.d, fold, room.w), fold};
     }
 
-    // room.t = the numbers of x, [., H, 1], that edges point at
-    void gather(const Array& x, const Chunk& chunk, const Group& g, Room& room) const {
-        const bool straight = std::is_same_v<T, A> && g.adjacent && x.head == 1;
-        const int64_t n = chunk.edges();
-        with_lanes<A>(g.lanes, [&](auto lanes) {
-            constexpr int HG = decltype(lanes)::value;
-            for (int64_t e = 0; e < n; e++) {
-                const int64_t next = room.other[std::min(e + 2 * AHEAD, chunk.reach - 1)];
-                __builtin_prefetch(x.at<T>(next, g.head[0]));
-                A* to = room.t + e * HG;
-                if (straight)
-                    std::memcpy(to, x.at<T>(room.other[e], g.head[0]), HG * sizeof(A));
-                else
-                    for (int v = 0; v < HG; v++)
-                        to[v] = load_one(x.at<T>(room.other[e], g.head[v]));
-            }
-        });
+    // s = w . leaky(t) of a chunk's edges
+    template <int HG, int F, bool KEY>
+    void logits_of(const Chunk& chunk, const Operands& x, Room& room) const {
+        const V slope = splat(A(call.slope));
+        products<A, HG, F, true>(
+            chunk.edges(), A(1), false, room.s,
+            [&](int64_t e, int v, bool) FASTGT_INLINED {
+                V t = load(x.fixed.data + room.row[e] * x.fixed.stride + v * x.fixed.head) +
+                      load(x.other.at(e) + x.other.offset[v * F]);
+                if constexpr (KEY) t += load(x.key.at(e) + x.key.offset[v * F]);
+                return load(x.w.data + v * x.w.head) * (t * slope_at<A>(t, slope));
+            },
+            [&](int64_t e) FASTGT_INLINED {
+                unrolled<HG / F>([&](int v) FASTGT_INLINED {
+                    ask<1>(x.other, e, v * F);
+                    if constexpr (KEY) ask<1>(x.key, e, v * F);
+                });
+            });
+    }
+
+    // The same in any type and width, with what attributes add, of some edges. A head of an edge
+    // counts as an edge of one head.
+    FASTGT_APART void any_logits(const Group& g, int64_t from, int64_t to, const Operands& x,
+                                 Room& room) const {
+        const V slope = splat(A(call.slope));
+        const int shift = __builtin_ctz(unsigned(g.lanes)), last = g.lanes - 1;
+        products<A, 1, 1, false>(
+            (to - from) << shift, A(1), false, room.s + (from << shift),
+            [&](int64_t i, int, bool) FASTGT_INLINED {
+                const int64_t e = from + (i >> shift);
+                const int v = int(i) & last;
+                const A* own = x.fixed.data + room.row[e] * x.fixed.stride + v * x.fixed.head;
+                const T* y = x.other.at(e) + x.other.offset[v];
+                const T* key = call.key ? x.key.at(e) + x.key.offset[v] : nullptr;
+                const A* added =
+                    call.attr ? room.parts + (e - from) * line + v * part : nullptr;
+                const A* factor = x.w.data + v * x.w.head;
+                V s{};
+                each_vector<A>(call.d, [&](int64_t c, int n) FASTGT_INLINED {
+                    V t = load(own + c) + load_some(y + c, n);
+                    if (key) t += load_some(key + c, n);
+                    if (added) t += load(added + c);
+                    s += load(factor + c) * (t * slope_at<A>(t, slope));
+                });
+                return s;
+            },
+            [&](int64_t i) FASTGT_INLINED {
+                const int64_t e = from + (i >> shift);
+                ask<0>(x.other, e, int(i) & last);
+                if (call.key) ask<0>(x.key, e, int(i) & last);
+            });
+    }
+
+    // room.t = the keys that edges point at, [., H, 1]
+    FASTGT_APART void gather(const Chunk& chunk, const Group& g, Room& room) const {
+        const bool straight = std::is_same_v<T, A> && g.adjacent && call.k.head == 1;
+        for (int64_t e = 0; e < chunk.edges(); e++) {
+            const int64_t next = room.other[std::min(e + 2 * AHEAD, chunk.reach - 1)];
+            __builtin_prefetch(call.k.at<T>(next, g.head[0]));
+            A* to = room.t + e * g.lanes;
+            if (straight)
+                store(to, load((const A*)call.k.at<T>(room.other[e], g.head[0]), g.lanes), g.lanes);
+            else
+                for (int v = 0; v < g.lanes; v++)
+                    to[v] = load_one(call.k.at<T>(room.other[e], g.head[v]));
+        }
     }
 
     // to room.t what edges have besides
@@ -676,25 +805,11 @@ template <class T> class Additive {
             }
     }
 
-    // lanes: the numbers of a group's heads, over and over
-    template <int HG> V head_lanes(const Array& x, int64_t row, const Group& g) const {
+    // The numbers of a group's heads, over and over.
+    V head_lanes(const Array& x, int64_t row, const Group& g) const {
         A numbers[8] = {};
         for (int v = 0; v < g.count; v++) numbers[v] = load_one(x.at<T>(row, g.head[v]));
-        return repeated<A, HG>(numbers);
-    }
-
-    template <int HG> void narrow_logits(const Chunk& chunk, const Group& g, Room& room) const {
-        const V w = head_lanes<HG>(call.weight_row(), 0, g), slope = splat(A(call.slope));
-        for (int64_t r = 0; r < chunk.count(); r++) {
-            const V q = head_lanes<HG>(call.q, chunk.begin + r, g);
-            A *t = room.t + room.ptr[r] * HG, *s = room.s + room.ptr[r] * HG;
-            each_vector<A>((room.ptr[r + 1] - room.ptr[r]) * HG,
-                           [&](int64_t i, int n) FASTGT_INLINED {
-                               const V x = load_some(t + i, n) + q;
-                               store_some(t + i, x, n);
-                               store_some(s + i, w * (x * slope_at<A>(x, slope)), n);
-                           });
-        }
+        return over_and_over<A>(numbers, g.lanes);
     }
 
     // ---- sums of values
@@ -704,7 +819,7 @@ template <class T> class Additive {
     }
 
     // to = the sums over rows of weights times what edges point at
-    void weigh(const A* weights, const Chunk& chunk, const Group& g, const Array& x,
+    FASTGT_APART void weigh(const A* weights, const Chunk& chunk, const Group& g, const Array& x,
                const Array& to, bool clear, Room& room) const {
         const auto p = value_products(x, g);
         const bool there = in_place(to, g, call.dv, p.fold);
@@ -727,7 +842,7 @@ template <class T> class Additive {
 
     // The values' gradient, adding as spmm does, of the rows that have weights: it does not read
     // what stands upstream of the others, which may be NaN.
-    void value_gradients_beside_dead_rows(const Chunk& chunk, const Group& g, Room& room) const {
+    FASTGT_APART void value_gradients_beside_dead_rows(const Chunk& chunk, const Group& g, Room& room) const {
         for (int64_t r = 0; r < chunk.count(); r++)
             for (int v = 0; v < g.count; v++)
                 each_vector<A>(call.dv, [&](int64_t c, int n) {
@@ -750,19 +865,10 @@ template <class T> class Additive {
 
     void forward_rows(const Chunk& chunk, const Group& g, Room& room) const {
         logits(chunk, g, room);
-        with_lanes<A>(g.lanes, [&](auto lanes) {
-            constexpr int HG = decltype(lanes)::value;
-            VecInt<A> dead{};
-            for (int64_t r = 0; r < chunk.count(); r++) {
-                const int64_t from = room.ptr[r], n = room.ptr[r + 1] - from;
-                A* const row = call.lse.at<A>(chunk.begin + r);
-                A* const lse = g.adjacent ? row + g.head[0] : room.lse;
-                dead |= softmax_row<A, HG>(room.s + from * HG, n, -INF<A>, lse);
-                if (!g.adjacent)
-                    for (int v = 0; v < g.count; v++) row[g.head[v]] = lse[v];
-            }
-            room.any_dead = !all_zero<A>(dead);
-        });
+        room.any_dead = softmax_rows<A>(room.s, room.ptr, chunk.count(), g.lanes, room.lse);
+        for (int64_t r = 0; r < chunk.count(); r++)
+            for (int v = 0; v < g.count; v++)
+                call.lse.at<A>(chunk.begin + r)[g.head[v]] = room.lse[r * g.lanes + v];
         if (call.weights)
             for (int64_t e = 0; e < chunk.edges(); e++)
                 for (int v = 0; v < g.count; v++)
@@ -784,17 +890,10 @@ template <class T> class Additive {
         p.sddmm(rows_of(call.d_o, chunk, g, call.dv, p.fold, room.d_o), room.row,
                 pointed(call.v, chunk, g, call.dv, room), n, A(1), false, room.dp);
         if (call.seed) keep(chunk, g, room);
-        with_lanes<A>(g.lanes, [&](auto lanes) {
-            constexpr int HG = decltype(lanes)::value;
-            for (int64_t r = 0; r < chunk.count(); r++) {
-                const int64_t from = room.ptr[r], at = from * HG;
-                const A *lse = heads_of(call.lse, chunk.begin + r, g, room.lse),
-                        *dlse = heads_of(call.dlse, chunk.begin + r, g, room.dlse);
-                softmax_row_backward<A, HG>(room.s + at, room.dp + at, room.ptr[r + 1] - from,
-                                            -INF<A>, lse, dlse,
-                                            call.seed ? room.kept + at : nullptr);
-            }
-        });
+        softmax_rows_backward<A>(room.s, room.dp, room.ptr, chunk.count(), g.lanes,
+                                 heads_of(call.lse, chunk, g, room.lse),
+                                 heads_of(call.dlse, chunk, g, room.dlse),
+                                 call.seed ? room.kept : nullptr);
         room.any_dead = any_dead(chunk, g, room);
         if (room.any_dead) dead_rows.store(true, std::memory_order_relaxed);
         if (call.dbias)
@@ -804,13 +903,10 @@ template <class T> class Additive {
         if (row_flow) row_gradients(chunk, g, room);
         if (!call.dk && !call.dv_) return;
         A* pair = pairs + (kept_at * rows.edges + chunk.from) * pair_size();
-        with_lanes<A>(g.lanes, [&](auto lanes) {
-            constexpr int HG = decltype(lanes)::value;
-            for (int64_t e = 0; e < n; e++, pair += pair_size()) {
-                std::memcpy(pair, room.s + e * HG, HG * sizeof(A));
-                std::memcpy(pair + HG, room.dp + e * HG, HG * sizeof(A));
-            }
-        });
+        for (int64_t e = 0; e < n; e++, pair += pair_size()) {
+            store(pair, load(room.s + e * g.lanes, g.lanes), g.lanes);
+            store(pair + g.lanes, load(room.dp + e * g.lanes, g.lanes), g.lanes);
+        }
     }
 
     // dq, and the gradients of weights and of what stands on edges. Where D is 1, room.dp becomes
@@ -818,54 +914,66 @@ template <class T> class Additive {
     void row_gradients(const Chunk& chunk, const Group& g, Room& room) const {
         std::fill_n(room.of_w, most * wide_d, A(0));
         if (narrow) {
-            with_lanes<A>(g.lanes, [&](auto lanes) {
-                narrow_flow<decltype(lanes)::value>(chunk, g, room);
-            });
+            const V w = head_lanes(call.weight_row(), 0, g), slope = splat(A(call.slope));
+            V of_weight{};
+            for (int64_t r = 0; r < chunk.count(); r++) {
+                const int64_t at = room.ptr[r] * g.lanes, end = room.ptr[r + 1] * g.lanes;
+                V of_q{};
+                narrow_flow<A>(room.t + at, room.dp + at, end - at, slope, of_q, of_weight);
+                if (call.dq) put_narrow(call.dq, chunk, r, g, w, of_q, room);
+            }
+            store(room.of_w, sum_of_heads<A>(of_weight, g.lanes), g.lanes);
             edge_gradients(chunk, g, room);
-            add_weight_gradients(chunk, g, 1, HeadParts<A>{room.of_w, 0, 1});
+            add_weight_gradients(chunk, g, HeadParts<A>{room.of_w, 0, 1}, 1);
             return;
         }
-        with_form(g, [&](auto lanes, auto heads) {
-            constexpr int HG = decltype(lanes)::value, F = decltype(heads)::value;
-            const int fold = std::max(1, F);
-            const auto q = rows_of(call.q, chunk, g, call.d, fold, room.fixed);
-            const auto w = packed(call.weight_row(), 0, 1, g, call.d, fold, room.w);
-            const auto sum = sums(g, call.d, fold, room.sum);
-            std::fill_n(sum.data, chunk.count() * sum.stride, A(0));
-            const Pointed<T> keys = pointed(call.k, chunk, g, call.d, room);
-            each_block(chunk, g, room, [&](int64_t from, int64_t to) {
-                if constexpr (F > 0)
-                    flow<HG, F>(chunk, q, keys, sum, room.of_w, room);
-                else
-                    any_flow<HG>(g, from, to, q, keys, w, sum, true, room);
-                if (room.of_parts) attribute_gradients(chunk, g, from, to, room);
+        const int fold = fold_of(g);
+        const Operands x = operands(call.q, call.k, chunk, g, fold, room);
+        const auto sum = sums(g, call.d, x.fold, room.sum);
+        std::fill_n(sum.data, chunk.count() * sum.stride, A(0));
+        flow_of(chunk, g, fold, x, sum, true, room);
+        put(chunk, g, x, sum, room.any_dead, call.dq, room);
+        add_weight_gradients(chunk, g, HeadParts<A>{room.of_w, 0, x.w.head}, x.fold);
+    }
+
+    // The sums of ds g, in the form that fits.
+    FASTGT_APART void flow_of(const Chunk& chunk, const Group& g, int fold, const Operands& x,
+                              const HeadParts<A>& sum, bool of_rows, Room& room) const {
+        if (fold)
+            return with_form(g, fold, [&](auto lanes, auto heads) {
+                constexpr int HG = decltype(lanes)::value, F = decltype(heads)::value;
+                call.key ? flow<HG, F, true>(chunk, g, x, sum, of_rows, room)
+                         : flow<HG, F, false>(chunk, g, x, sum, of_rows, room);
             });
-            put(chunk, g, fold, w, sum, room.any_dead, call.dq, room);
-            add_weight_gradients(chunk, g, fold, HeadParts<A>{room.of_w, 0, w.head});
+        each_block(chunk, g, room, [&](int64_t from, int64_t to) {
+            any_flow(g, from, to, x, sum, of_rows, room);
+            if (of_rows && room.of_parts) attribute_gradients(chunk, g, from, to, room);
         });
     }
 
     // to = w times the sums; 0 where nothing was summed, whatever the weights are
-    void put(const Chunk& chunk, const Group& g, int fold, const HeadParts<A>& w,
-             const HeadParts<A>& sum, bool clear, const Array& to, const Room& room) const {
+    FASTGT_APART void put(const Chunk& chunk, const Group& g, const Operands& x,
+                          const HeadParts<A>& sum, bool clear, const Array& to,
+                          const Room& room) const {
         if (!to) return;
         for (int64_t r = 0; r < chunk.count(); r++)
             for (int v = 0; v < g.count; v++) {
                 T* row = to.at<T>(chunk.begin + r, g.head[v]);
-                if (room.ptr[r] == room.ptr[r + 1] || (clear && is_dead(chunk.begin + r, g.head[v]))) {
+                if (room.ptr[r] == room.ptr[r + 1] ||
+                    (clear && is_dead(chunk.begin + r, g.head[v]))) {
                     std::memset((void*)row, 0, call.d * sizeof(T));
                     continue;
                 }
-                const int64_t at = place_of(sum, v, fold, call.d);
-                const A *x = sum.data + r * sum.stride + at, *y = w.data + at;
+                const int64_t at = place_of(sum, v, x.fold, call.d);
+                const A *total = sum.data + r * sum.stride + at, *w = x.w.data + at;
                 each_vector<A>(call.d, [&](int64_t c, int n) FASTGT_INLINED {
-                    store_some(row + c, load_some(x + c, n) * load_some(y + c, n), n);
+                    store_some(row + c, load_some(total + c, n) * load_some(w + c, n), n);
                 });
             }
     }
 
-    void add_weight_gradients(const Chunk& chunk, const Group& g, int fold,
-                              const HeadParts<A>& of_w) const {
+    void add_weight_gradients(const Chunk& chunk, const Group& g, const HeadParts<A>& of_w,
+                              int fold) const {
         if (!call.dweight) return;
         A* to = partials + chunk.task * partial;
         for (int v = 0; v < g.count; v++) {
@@ -874,28 +982,37 @@ template <class T> class Additive {
         }
     }
 
-    // sum of row r += ds g, of_w += ds g t, where t is what a row has and what its edges point at
-    template <int HG, int F>
-    void flow(const Chunk& chunk, const HeadParts<A>& fixed, const Pointed<T>& other,
-              const HeadParts<A>& sum, A* of_w, const Room& room) const {
+    // The sum of row r += ds g. For rows, room.of_w += ds g t, and the gradients of keys on edges.
+    template <int HG, int F, bool KEY>
+    void flow(const Chunk& chunk, const Group& g, const Operands& x, const HeadParts<A>& sum,
+              bool of_rows, const Room& room) const {
         constexpr int VECTORS = HG / F;
         const V slope = splat(A(call.slope));
+        const bool keys = KEY && of_rows && call.dkey;
         for (int64_t r = 0; r < chunk.count(); r++) {
             const int64_t to = room.ptr[r + 1];
-            V x[VECTORS], total[VECTORS] = {}, weight_total[VECTORS] = {};
+            V own[VECTORS], total[VECTORS] = {}, weight_total[VECTORS] = {};
             unrolled<VECTORS>([&](int v) FASTGT_INLINED {
-                x[v] = load(fixed.data + r * fixed.stride + v * fixed.head);
+                own[v] = load(x.fixed.data + r * x.fixed.stride + v * x.fixed.head);
             });
             for (int64_t e = room.ptr[r]; e < to;) {
                 V some[VECTORS] = {}, weight_some[VECTORS] = {};
                 for (const int64_t stop = std::min(to, e + BLOCK); e < stop; e++) {
-                    unrolled<VECTORS>([&](int v) FASTGT_INLINED { ask<1>(other, e, v); });
-                    const T* y = other.at(e);
                     unrolled<VECTORS>([&](int v) FASTGT_INLINED {
-                        const V t = x[v] + load(y + other.offset[v * F]);
+                        ask<1>(x.other, e, v * F);
+                        if constexpr (KEY) ask<1>(x.key, e, v * F);
+                    });
+                    const T* y = x.other.at(e);
+                    unrolled<VECTORS>([&](int v) FASTGT_INLINED {
+                        V t = own[v] + load(y + x.other.offset[v * F]);
+                        if constexpr (KEY) t += load(x.key.at(e) + x.key.offset[v * F]);
                         const V c = weights_of<A, F>(room.dp + e * HG, v) * slope_at<A>(t, slope);
                         some[v] += c;
                         weight_some[v] += c * t;
+                        if constexpr (KEY)
+                            if (keys && v * F < g.count)
+                                store(call.dkey.at<T>(room.edge[e], g.head[v * F]),
+                                      c * load(x.w.data + v * x.w.head));
                     });
                 }
                 unrolled<VECTORS>([&](int v) FASTGT_INLINED {
@@ -905,17 +1022,15 @@ template <class T> class Additive {
             }
             unrolled<VECTORS>([&](int v) FASTGT_INLINED {
                 store(sum.data + r * sum.stride + v * sum.head, total[v]);
-                if (of_w) store(of_w + v * sum.head, load(of_w + v * sum.head) + weight_total[v]);
+                A* of_w = room.of_w + v * sum.head;
+                if (of_rows) store(of_w, load(of_w) + weight_total[v]);
             });
         }
     }
 
-    // The same in any type, width and with what edges add to t; for rows it writes the gradients of
-    // that, and it goes through some edges only, whose sums are added.
-    template <int HG>
-    void any_flow(const Group& g, int64_t first, int64_t last,
-                  const HeadParts<A>& fixed, const Pointed<T>& other, const HeadParts<A>& w,
-                  const HeadParts<A>& sum, bool of_rows, const Room& room) const {
+    // The same in any type and width, with what attributes add, of some edges.
+    FASTGT_APART void any_flow(const Group& g, int64_t first, int64_t last, const Operands& x,
+                               const HeadParts<A>& sum, bool of_rows, const Room& room) const {
         const V slope = splat(A(call.slope));
         const bool keys = of_rows && call.dkey, parts = of_rows && room.of_parts;
         for (int64_t r = room.row[first]; r <= room.row[last - 1]; r++) {
@@ -924,33 +1039,34 @@ template <class T> class Additive {
                 const int h = g.head[v];
                 auto channels = [&](auto count, int64_t c, int lanes) FASTGT_INLINED {
                     constexpr int N = decltype(count)::value;
-                    V x[N], factor[N], total[N] = {}, weight_total[N] = {};
+                    V own[N], factor[N], total[N] = {}, weight_total[N] = {};
                     unrolled<N>([&](int i) FASTGT_INLINED {
-                        x[i] = load(fixed.data + r * fixed.stride + v * fixed.head + c + i * W);
-                        factor[i] = load(w.data + v * w.head + c + i * W);
+                        own[i] = load(x.fixed.data + r * x.fixed.stride + v * x.fixed.head + c +
+                                      i * W);
+                        factor[i] = load(x.w.data + v * x.w.head + c + i * W);
                     });
                     for (int64_t e = from; e < to;) {
                         V some[N] = {}, weight_some[N] = {};
                         for (const int64_t stop = std::min(to, e + BLOCK); e < stop; e++) {
-                            const int64_t ahead = std::min(e + AHEAD, other.reach - 1);
-                            const T* y = other.at(e) + other.offset[v] + c;
-                            const T* next = other.at(ahead) + other.offset[v] + c;
-                            const int64_t edge = on_edges ? room.edge[e] : 0;
-                            const T* key = call.key ? call.key.at<T>(edge, h) + c : nullptr;
-                            if (key) __builtin_prefetch(call.key.at<T>(room.edge[ahead], h) + c);
+                            const int64_t ahead = std::min(e + AHEAD, x.other.reach - 1);
+                            const T* y = x.other.at(e) + x.other.offset[v] + c;
+                            const T* next = x.other.at(ahead) + x.other.offset[v] + c;
+                            const T* key =
+                                call.key ? x.key.at(e) + x.key.offset[v] + c : nullptr;
+                            if (key) __builtin_prefetch(x.key.at(ahead) + x.key.offset[v] + c);
                             const int64_t at = (e - first) * line + v * part + c;
-                            const V ds = splat(room.dp[e * HG + v]);
+                            const V ds = splat(room.dp[e * g.lanes + v]);
                             unrolled<N>([&](int i) FASTGT_INLINED {
                                 if (i * W * sizeof(T) % 64 == 0) __builtin_prefetch(next + i * W);
-                                V t = x[i] + load_some(y + i * W, lanes);
+                                V t = own[i] + load_some(y + i * W, lanes);
                                 if (key) t += load_some(key + i * W, lanes);
                                 if (call.attr) t += load(room.parts + at + i * W);
                                 const V d = ds * slope_at<A>(t, slope);
                                 some[i] += d;
                                 weight_some[i] += d * t;
                                 if (keys)
-                                    store_some(call.dkey.at<T>(edge, h) + c + i * W, d * factor[i],
-                                               lanes);
+                                    store_some(call.dkey.at<T>(room.edge[e], h) + c + i * W,
+                                               d * factor[i], lanes);
                                 if (parts) store(room.of_parts + at + i * W, d * factor[i]);
                             });
                         }
@@ -963,7 +1079,7 @@ template <class T> class Additive {
                         A* out = sum.data + r * sum.stride + v * sum.head + c + i * W;
                         store(out, load(out) + total[i]);
                         if (!of_rows) return;
-                        A* of_w = room.of_w + v * w.head + c + i * W;
+                        A* of_w = room.of_w + v * x.w.head + c + i * W;
                         store(of_w, load(of_w) + weight_total[i]);
                     });
                 };
@@ -976,39 +1092,11 @@ template <class T> class Additive {
         }
     }
 
-    // Where D is 1: dq, of_w, and room.dp = ds g.
-    template <int HG> void narrow_flow(const Chunk& chunk, const Group& g, Room& room) const {
-        const V slope = splat(A(call.slope)), w = head_lanes<HG>(call.weight_row(), 0, g);
-        V of_weight{};
-        for (int64_t r = 0; r < chunk.count(); r++) {
-            const A* t = room.t + room.ptr[r] * HG;
-            A* ds = room.dp + room.ptr[r] * HG;
-            const int64_t count = (room.ptr[r + 1] - room.ptr[r]) * HG;
-            V total{}, weight_total{};
-            for (int64_t i = 0; i < count;) {
-                V some{}, weight_some{};
-                for (const int64_t stop = std::min(count, i + BLOCK * W); i < stop; i += W) {
-                    const int n = int(std::min<int64_t>(W, count - i));
-                    const V x = load_some(t + i, n);
-                    const V d = load_some(ds + i, n) * slope_at<A>(x, slope);
-                    store_some(ds + i, d, n);
-                    some += d;
-                    weight_some += d * x;
-                }
-                total += some;
-                weight_total += weight_some;
-            }
-            of_weight += weight_total;
-            if (call.dq) put_narrow<HG>(call.dq, chunk, r, g, w, total, room);
-        }
-        store(room.of_w, sum_across<A, HG>(of_weight), HG);
-    }
-
-    template <int HG>
+    // to = w times the sum of a row's lanes
     void put_narrow(const Array& to, const Chunk& chunk, int64_t r, const Group& g, V w, V total,
                     const Room& room) const {
         const bool none = room.ptr[r] == room.ptr[r + 1];
-        const V x = none ? V{} : sum_across<A, HG>(total) * w;
+        const V x = none ? V{} : sum_of_heads<A>(total, g.lanes) * w;
         for (int v = 0; v < g.count; v++) store_one(to.at<T>(chunk.begin + r, g.head[v]), x[v]);
     }
 
@@ -1031,16 +1119,13 @@ template <class T> class Additive {
     void backward_columns(const Chunk& chunk, const Group& g, int64_t kept_at, Room& room) const {
         const int64_t n = chunk.edges();
         const A* pair = pairs + kept_at * rows.edges * pair_size();
-        with_lanes<A>(g.lanes, [&](auto lanes) {
-            constexpr int HG = decltype(lanes)::value;
-            for (int64_t e = 0; e < n; e++) {
-                const int64_t ahead = std::min(e + 2 * AHEAD, chunk.reach - 1);
-                __builtin_prefetch(pair + room.slot[ahead] * pair_size());
-                const A* from = pair + room.slot[e] * pair_size();
-                std::memcpy(room.s + e * HG, from, HG * sizeof(A));
-                std::memcpy(room.dp + e * HG, from + HG, HG * sizeof(A));
-            }
-        });
+        for (int64_t e = 0; e < n; e++) {
+            const int64_t ahead = std::min(e + 2 * AHEAD, chunk.reach - 1);
+            __builtin_prefetch(pair + room.slot[ahead] * pair_size());
+            const A* from = pair + room.slot[e] * pair_size();
+            store(room.s + e * g.lanes, load(from, g.lanes), g.lanes);
+            store(room.dp + e * g.lanes, load(from + g.lanes, g.lanes), g.lanes);
+        }
         if (call.dv_ && dead_rows)
             value_gradients_beside_dead_rows(chunk, g, room);
         else if (call.dv_)
@@ -1049,39 +1134,21 @@ template <class T> class Additive {
     }
 
     void key_gradients(const Chunk& chunk, const Group& g, Room& room) const {
-        if (narrow)
-            return with_lanes<A>(g.lanes, [&](auto lanes) {
-                constexpr int HG = decltype(lanes)::value;
-                const V w = head_lanes<HG>(call.weight_row(), 0, g);
-                for (int64_t r = 0; r < chunk.count(); r++) {
-                    const A* ds = room.dp + room.ptr[r] * HG;
-                    const int64_t count = (room.ptr[r + 1] - room.ptr[r]) * HG;
-                    V total{};
-                    for (int64_t i = 0; i < count;) {
-                        V some{};
-                        for (const int64_t stop = std::min(count, i + BLOCK * W); i < stop; i += W)
-                            some += load_some(ds + i, int(std::min<int64_t>(W, count - i)));
-                        total += some;
-                    }
-                    put_narrow<HG>(call.dk, chunk, r, g, w, total, room);
-                }
-            });
-        with_form(g, [&](auto lanes, auto heads) {
-            constexpr int HG = decltype(lanes)::value, F = decltype(heads)::value;
-            const int fold = std::max(1, F);
-            const auto k = rows_of(call.k, chunk, g, call.d, fold, room.fixed);
-            const auto w = packed(call.weight_row(), 0, 1, g, call.d, fold, room.w);
-            const auto sum = sums(g, call.d, fold, room.sum);
-            std::fill_n(sum.data, chunk.count() * sum.stride, A(0));
-            const Pointed<T> queries = pointed(call.q, chunk, g, call.d, room);
-            each_block(chunk, g, room, [&](int64_t from, int64_t to) {
-                if constexpr (F > 0)
-                    flow<HG, F>(chunk, k, queries, sum, nullptr, room);
-                else
-                    any_flow<HG>(g, from, to, k, queries, w, sum, false, room);
-            });
-            put(chunk, g, fold, w, sum, false, call.dk, room);
-        });
+        if (narrow) {
+            const V w = head_lanes(call.weight_row(), 0, g);
+            for (int64_t r = 0; r < chunk.count(); r++) {
+                const int64_t at = room.ptr[r] * g.lanes, end = room.ptr[r + 1] * g.lanes;
+                const V total = sum_of_lanes<A>(room.dp + at, end - at);
+                put_narrow(call.dk, chunk, r, g, w, total, room);
+            }
+            return;
+        }
+        const int fold = fold_of(g);
+        const Operands x = operands(call.k, call.q, chunk, g, fold, room);
+        const auto sum = sums(g, call.d, x.fold, room.sum);
+        std::fill_n(sum.data, chunk.count() * sum.stride, A(0));
+        flow_of(chunk, g, fold, x, sum, false, room);
+        put(chunk, g, x, sum, false, call.dk, room);
     }
 
     // The gradients of the weights: the tasks' sums, in the order of the tasks.

@@ -3,8 +3,8 @@
 // As in attention.cpp, rows go in chunks and heads in groups. With t = q_i + k_j + ..., g its slope
 // and ds the gradient of the logit, a backward needs of each channel ds g, summed over a row for dq
 // and over a column for dk, and ds g t, summed over all edges for the weight's gradient. The row
-// pass writes ds of each edge for the column pass, which makes t anew. Where D is 1, lanes are edges
-// by heads, and the row pass writes ds g, so that columns read neither queries nor keys. What
+// pass writes ds of each edge for the column pass, which makes t anew. Where D is 1, lanes are
+// edges by heads, and the row pass writes ds g, so that columns read neither queries nor keys. What
 // attributes add to t is made for BLOCK edges at a time, wherever t is made.
 #include "philox.h"
 #include "products.h"
@@ -38,9 +38,9 @@ constexpr int64_t CHUNK = 256;          // edges of a chunk, more where one row 
 constexpr int64_t ROW_BYTES = 1 << 14;  // of a chunk's row vectors
 constexpr int64_t MOST_ROWS = 128;
 constexpr int64_t SMALL_TASK = std::min<int64_t>(TASK, 1024);
-constexpr int64_t MARGIN = 2 * AHEAD;    // indices beyond a chunk's that are read early
-constexpr int64_t PARTIALS = 1 << 22;    // numbers that tasks' sums of weights' gradients have
-constexpr int64_t FEWEST_TASKS = 8;      // of a backward, however large these sums are
+constexpr int64_t MARGIN = 2 * AHEAD;   // indices beyond a chunk's that are read early
+constexpr int64_t PARTIALS = 1 << 22;   // numbers that tasks' sums of weights' gradients have
+constexpr int64_t FEWEST_TASKS = 8;     // of a backward, however large these sums are
 
 // The active heads of a chunk that go together.
 struct Group {
@@ -70,8 +70,8 @@ template <class A> FASTGT_INLINE Vec<A> slope_at(Vec<A> t, Vec<A> slope) {
     return t > A(0) ? splat(A(1)) : slope;
 }
 
-// What follows is compiled once for A, whatever tensors hold. Functions that are called from several
-// forms stay functions: written out in each, they would make the library large.
+// Functions that several forms call stay functions: written out in each, they would make the
+// library large. Those outside the class are compiled once for A, whatever tensors hold.
 #define FASTGT_APART __attribute__((noinline))
 
 // x of `lanes` heads in all lanes, over and over; `lanes` is a power of two
@@ -155,8 +155,8 @@ template <class A> FASTGT_APART Vec<A> sum_of_lanes(const A* x, int64_t count) {
     return total;
 }
 
-// c [M][N] = a b, or that is added to it: a's number (m, k) is at [m * a_row + k * a_k], the rows of
-// b and c are `b_row` and `c_row` apart.
+// c [M][N] = a b, or that is added to it: a's number (m, k) is at [m * a_row + k * a_k], the rows
+// of b and c are `b_row` and `c_row` apart.
 template <class A> struct Product {
     const A* a;
     int64_t a_row, a_k;
@@ -517,8 +517,8 @@ template <class T> class Additive {
     }
 
     // The heads of a group of some rows of `x`, as products read them.
-    FASTGT_APART HeadParts<A> packed(const Array& x, int64_t begin, int64_t count, const Group& g, int64_t width,
-                        int fold, A* to) const {
+    FASTGT_APART HeadParts<A> packed(const Array& x, int64_t begin, int64_t count, const Group& g,
+                                     int64_t width, int fold, A* to) const {
         const int64_t head = fold > 1 ? W : padded<A>(width), size = g.lanes / fold * head;
         for (int64_t r = 0; r < count; r++)
             for (int v = 0; v < g.lanes; v++) {
@@ -842,7 +842,8 @@ template <class T> class Additive {
 
     // The values' gradient, adding as spmm does, of the rows that have weights: it does not read
     // what stands upstream of the others, which may be NaN.
-    FASTGT_APART void value_gradients_beside_dead_rows(const Chunk& chunk, const Group& g, Room& room) const {
+    FASTGT_APART void value_gradients_beside_dead_rows(const Chunk& chunk, const Group& g,
+                                                       Room& room) const {
         for (int64_t r = 0; r < chunk.count(); r++)
             for (int v = 0; v < g.count; v++)
                 each_vector<A>(call.dv, [&](int64_t c, int n) {

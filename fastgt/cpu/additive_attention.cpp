@@ -501,11 +501,20 @@ template <class T> class Additive {
     // What dropout makes of the weights of a chunk's edges: 0, or by how much they grow.
     FASTGT_APART void keep(const Chunk& chunk, const Group& g, Room& room) const {
         const int64_t blocks = bytes_an_edge();
+        const int64_t first = g.head[0] / 4, last = g.head[g.count - 1] / 4;
+        const VecInt<A> bit = (lane_numbers<A>() * 0 + 1) << lane_numbers<A>();
         for (int64_t e = 0; e < chunk.edges(); e++) {
             const uint8_t* bits = kept_bits + room.edge[e] * blocks;
-            for (int v = 0; v < g.lanes; v++)
-                room.kept[e * g.lanes + v] =
-                    bits[g.head[v] / 4] >> (g.head[v] % 4) & 1 ? A(call.growth) : A(0);
+            A* to = room.kept + e * g.lanes;
+            if (g.adjacent) {
+                uint32_t word = 0;
+                for (int64_t b = first; b <= last; b++) word |= bits[b] << 4 * (b - first);
+                const VecInt<A> kept = (typename LanesOf<A>::Int(word >> g.head[0] % 4) & bit) != 0;
+                store(to, where_set<A>(kept, splat(A(call.growth))), g.lanes);
+            } else {
+                for (int v = 0; v < g.lanes; v++)
+                    to[v] = bits[g.head[v] / 4] >> (g.head[v] % 4) & 1 ? A(call.growth) : A(0);
+            }
         }
     }
 

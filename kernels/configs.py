@@ -114,7 +114,7 @@ _GLOBAL_TILES = {
         GlobalTile(64, 32, 128, 8, 1),
         GlobalTile(64, 32, 128, 8, 1),
     ),
-    (2, 512): (GlobalTile(16, 16, 512, 8, 1),) * 3,
+    (2, 512): (GlobalTile(16, 16, 256, 8, 1),) * 3,
     (4, 32): (
         GlobalTile(64, 32, 32, 4, 2),
         GlobalTile(64, 32, 32, 4, 1),
@@ -125,7 +125,8 @@ _GLOBAL_TILES = {
         GlobalTile(32, 16, 64, 4, 1),
         GlobalTile(32, 16, 64, 4, 1),
     ),
-    (4, 512): (GlobalTile(16, 16, 128, 8, 1),) * 3,
+    (4, 128): (GlobalTile(16, 16, 128, 8, 1),) * 3,
+    (4, 512): (GlobalTile(16, 16, 64, 8, 1),) * 3,
     (8, 32): (GlobalTile(32, 32, 32, 8, 1),) * 3,
     (8, 512): (GlobalTile(16, 16, 64, 8, 1),) * 3,
 }

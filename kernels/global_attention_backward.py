@@ -72,7 +72,7 @@ def _global_bwd_dq_kernel(
     num_graphs,
     T: tl.constexpr,
 ):
-    """Grid (blocks of queries x heads, slices): dq, gradients of pairs' bias, and the row's sums."""
+    """Grid (blocks of queries x heads, slices): dq, gradients of pairs' bias, sums of rows."""
     ACC: tl.constexpr = sum_dtype(T.WIDE)
     head = tl.program_id(0) % T.H
     channel = tl.program_id(1) * T.BLOCK_D

@@ -198,9 +198,22 @@ def _designed_bytes_windows(kernel: str, meta: dict, pointers: dict[str, int]) -
 
 
 def _designed_bytes_global(kernel: str, meta: dict, pointers: dict[str, int]) -> int:
-    """Keys and values, or queries with what they have upstream and their sums; and biases."""
-    total = (meta["BLOCK_D"] + meta["BLOCK_DV"]) * pointers["x.k.ptr"]
+    """Keys and values, or queries with what they have upstream and their sums; and biases. Of heads
+    in slices the program's own rows too, and the slice of which its output is made."""
     columns, bias = kernel.endswith("dkv_kernel"), pointers.get("x.bias.ptr", 0)
+    d, dv, rows = meta["BLOCK_D"], meta["BLOCK_DV"], meta["BLOCK_M"] / meta["BLOCK_N"]
+
+    def product(width: int, block: int) -> int:
+        """Channels of a product over all of them."""
+        return block if width <= block else round(-(-width // block) * block * (1 + rows))
+
+    channels = product(meta["D"], d)
+    if kernel == "global_fwd_kernel":
+        channels += dv
+    else:
+        channels += product(meta["DV"], dv) + d * (meta["D"] > d)
+        channels += dv * (columns and meta["DV"] > dv)
+    total = channels * pointers["x.k.ptr"]
     if columns:
         total += 3 * pointers["lse_ptr"]
     if meta["PER_KEY"]:

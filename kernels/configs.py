@@ -127,7 +127,11 @@ _GLOBAL_TILES = {
     ),
     (4, 128): (GlobalTile(16, 16, 128, 8, 1),) * 3,
     (4, 512): (GlobalTile(16, 16, 64, 8, 1),) * 3,
-    (8, 32): (GlobalTile(32, 32, 32, 8, 1),) * 3,
+    (8, 32): (
+        GlobalTile(32, 32, 32, 8, 1),
+        GlobalTile(32, 32, 32, 8, 1),
+        GlobalTile(32, 16, 32, 8, 1),
+    ),
     (8, 512): (GlobalTile(16, 16, 64, 8, 1),) * 3,
 }
 _PASSES = ("fwd", "dq", "dkv")

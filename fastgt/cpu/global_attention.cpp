@@ -43,6 +43,7 @@ struct GlobalAttentionCall {
 };
 
 constexpr int64_t QUERIES = 64, KEYS = 96;  // of a block: its logits take half of a first cache
+constexpr int64_t DRAWN = 1 << 20;          // pairs whose dropout a thread remembers
 constexpr int64_t PANEL = 8;                // rows that `product` is given are multiples of it
 
 int64_t whole(int64_t rows) { return (rows + PANEL - 1) / PANEL * PANEL; }
@@ -101,6 +102,8 @@ template <class T> struct Worker {
     const bool backward;
     int64_t d, dv, ldd, ldv, group, block;
     A *q, *qt, *g, *gt, *o, *dq, *k, *v, *s, *ds, *keep, *own, *top, *total, *mean, *fall, *flow;
+    uint8_t* drawn;
+    mutable int64_t pairs_drawn = -1, heads_drawn = -1;
 
     Worker(const GlobalAttentionCall& call, bool backward, char* place)
         : call(call), backward(backward), d(call.d), dv(call.dv), ldd(filled(d)), ldv(filled(dv)),
@@ -117,6 +120,7 @@ template <class T> struct Worker {
         v = take<A>(place, rows * ldv);
         s = take<A>(place, held * QUERIES);
         keep = take<A>(place, call.seed ? held * QUERIES : 0);
+        drawn = take<uint8_t>(place, call.seed ? DRAWN + PHILOX : 0);
         for (A** at : {&top, &total, &mean, &fall, &flow}) *at = take<A>(place, QUERIES);
         if (!backward) return place - from;
         g = take<A>(place, QUERIES * ldv);
@@ -194,19 +198,36 @@ template <class T> struct Worker {
                 for (int64_t r = 0; r < some; r++) f(j, i + r, from + r * step + j * of.row);
         }
     }
+    // Which weights of a part are kept: bit h of a pair's byte is that of head 4 heads_drawn + h. A
+    // part of many pairs is drawn block by block, and again for every head.
+    void draw_part(const Part& part, int64_t head) const {
+        const int64_t first = pair(part, part.begin), count = pair(part, part.end) - first;
+        if (!count || count > DRAWN) return;
+        if (first == pairs_drawn && head / 4 == heads_drawn) return;
+        pairs_drawn = first, heads_drawn = head / 4;
+        for (int64_t e = 0; e < count; e += PHILOX)
+            philox(*(const uint64_t*)call.seed.data, first + e, uint32_t(head / 4),
+                   uint32_t(call.threshold), drawn + e);
+    }
     // what dropout makes of the weights of a block: 0, or by how much they grow
     void draw(A* keep, const Part& part, int64_t at, int64_t count, int64_t head, int64_t key,
               int64_t keys) const {
-        const int64_t ld = filled(count);
-        const uint64_t seed = *(const uint64_t*)call.seed.data;
+        const int64_t ld = filled(count), first = pair(part, part.begin);
+        const bool there = pair(part, part.end) - first <= DRAWN;
+        const uint8_t bit = uint8_t(1 << head % 4);
         for (int64_t i = 0; i < count; i++)
             for (int64_t j = 0; j < keys; j += PHILOX) {
-                uint8_t bits[PHILOX];
-                philox(seed, pair(part, at + i) + key + j, uint32_t(head / 4),
-                       uint32_t(call.threshold), bits);
-                const int64_t some = std::min<int64_t>(PHILOX, keys - j);
-                for (int64_t e = 0; e < some; e++)
-                    keep[(j + e) * ld + i] = bits[e] >> (head % 4) & 1 ? A(call.growth) : A(0);
+                uint8_t some[PHILOX];
+                const uint8_t* bits = some;
+                const int64_t number = pair(part, at + i) + key + j;
+                if (there)
+                    bits = drawn + number - first;
+                else
+                    philox(*(const uint64_t*)call.seed.data, number, uint32_t(head / 4),
+                           uint32_t(call.threshold), some);
+                const int64_t end = std::min<int64_t>(PHILOX, keys - j);
+                for (int64_t e = 0; e < end; e++)
+                    keep[(j + e) * ld + i] = bits[e] & bit ? A(call.growth) : A(0);
             }
     }
 
@@ -425,6 +446,7 @@ template <class T> struct Worker {
             }
             if (!read && held(part)) read_keys(part, 0, part.keys, key_head);
             read = true;
+            if (call.seed) draw_part(part, head);
             if (backward)
                 descend(part, head, sums);
             else

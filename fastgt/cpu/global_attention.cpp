@@ -215,19 +215,25 @@ template <class T> struct Worker {
         const int64_t ld = filled(count), first = pair(part, part.begin);
         const bool there = pair(part, part.end) - first <= DRAWN;
         const uint8_t bit = uint8_t(1 << head % 4);
-        for (int64_t i = 0; i < count; i++)
+        const A growth = A(call.growth);
+        uint8_t some[FILL][PHILOX] = {};
+        const uint8_t* bits[FILL];
+        for (int64_t i = 0; i < count; i += FILL)
             for (int64_t j = 0; j < keys; j += PHILOX) {
-                uint8_t some[PHILOX];
-                const uint8_t* bits = some;
-                const int64_t number = pair(part, at + i) + key + j;
-                if (there)
-                    bits = drawn + number - first;
-                else
+                for (int64_t r = 0; r < FILL; r++) {
+                    // beyond the last query that of the last one
+                    const int64_t query = at + std::min(i + r, count - 1);
+                    const int64_t number = pair(part, query) + key + j;
+                    bits[r] = there ? drawn + number - first : some[r];
+                    if (there || i + r >= count) continue;
                     philox(*(const uint64_t*)call.seed.data, number, uint32_t(head / 4),
-                           uint32_t(call.threshold), some);
+                           uint32_t(call.threshold), some[r]);
+                }
                 const int64_t end = std::min<int64_t>(PHILOX, keys - j);
-                for (int64_t e = 0; e < end; e++)
-                    keep[(j + e) * ld + i] = bits[e] & bit ? A(call.growth) : A(0);
+                for (int64_t e = 0; e < end; e++) {
+                    A* to = keep + (j + e) * ld + i;
+                    for (int64_t r = 0; r < FILL; r++) to[r] = bits[r][e] & bit ? growth : A(0);
+                }
             }
     }
 

@@ -126,7 +126,7 @@ _GLOBAL_TILES = {
         GlobalTile(32, 16, 64, 4, 1),
     ),
     (4, 128): (GlobalTile(16, 16, 128, 8, 1),) * 3,
-    (4, 512): (GlobalTile(16, 16, 64, 8, 1),) * 3,
+    (4, 512): (GlobalTile(16, 16, 64, 4, 1),) * 3,
     (8, 32): (
         GlobalTile(32, 32, 32, 8, 1),
         GlobalTile(32, 32, 32, 8, 1),
@@ -142,13 +142,18 @@ def global_tile(direction: str, width: int, itemsize: int, numbered: bool) -> Gl
     """Tile of the "fwd", "dq" or "dkv" pass of global attention.
 
     Where pairs are asked for their numbers, half as many nodes a step and more warps: the numbers
-    take registers.
+    take registers. Heads of 256 bytes and more have half as many nodes a program too, or slices of
+    256 bytes where these are 16.
     """
     key = min(k for k in _GLOBAL_TILES if k[0] == itemsize and k[1] >= width)
     tile = _GLOBAL_TILES[key][_PASSES.index(direction)]
-    if numbered:
-        tile = tile._replace(block_n=max(16, tile.block_n // 2), num_warps=8)
-    return tile
+    if not numbered:
+        return tile
+    block_m, block_n, channels, _, stages = tile
+    if channels * itemsize >= 256:
+        channels = channels if block_m > 16 else 256 // itemsize
+        block_m = max(16, block_m // 2)
+    return GlobalTile(block_m, max(16, block_n // 2), channels, 8, stages)
 
 
 class LinearTile(NamedTuple):

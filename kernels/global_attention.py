@@ -238,18 +238,18 @@ def row_products(
     T: tl.constexpr,
 ):
     """-> x y^T [M, N] over all channels, of this block's rows with ``other`` ones; and the other
-    ones, [N, BLOCK_D], where a slice has all channels."""
-    tile = load_slice(y, other, within, other_head, 0, D, BLOCK_D, T)
+    ones, [N, D], where they are not read slice by slice."""
     if D <= BLOCK_D:
-        s = dot(held, tl.trans(tile), None, T)
+        theirs = load_slice(y, other, within, other_head, 0, D, BLOCK_D, T)
+        s = dot(held, tl.trans(theirs), None, T)
     else:
-        mine = load_slice(x, own.row, own.read, head, 0, D, BLOCK_D, T)
-        s = dot(mine, tl.trans(tile), None, T)
-        for channel in range(BLOCK_D, D, BLOCK_D):
-            mine = load_slice(x, own.row, own.read, head, channel, D, BLOCK_D, T)
-            theirs = load_slice(y, other, within, other_head, channel, D, BLOCK_D, T)
-            s = dot(mine, tl.trans(theirs), s, T)
-    return s, tile
+        s = tl.full([T.BLOCK_M, T.BLOCK_N], 0.0, sum_dtype(T.WIDE))
+        for channel in range(0, D, BLOCK_D):
+            a = load_slice(x, own.row, own.read, head, channel, D, BLOCK_D, T)
+            b = load_slice(y, other, within, other_head, channel, D, BLOCK_D, T)
+            s = dot(a, tl.trans(b), s, T)
+        theirs = s  # nobody asks
+    return s, theirs
 
 
 @triton.jit

@@ -49,7 +49,13 @@ GLOBAL_CASES = {
     "global_pairs_d16_fp32": GlobalCase(8, 16, torch.float32, bias="pair"),
     "global_pairs_d64_bf16": GlobalCase(8, 64, torch.bfloat16, bias="pair"),
     "global_pairs_drop_d64_bf16": GlobalCase(8, 64, torch.bfloat16, bias="pair", drop=True),
-    "global_drop_d512_fp32": GlobalCase(2, 512, torch.float32, bias="pair", drop=True),
+    "global_pairs_d128_fp16": GlobalCase(4, 128, torch.float16, bias="pair", drop=True),
+    "global_pairs_d512_bf16": GlobalCase(2, 512, torch.bfloat16, bias="pair", drop=True),
+    "global_pairs_d64_fp32": GlobalCase(4, 64, torch.float32, bias="pair", drop=True),
+    "global_pairs_d128_fp32": GlobalCase(4, 128, torch.float32, bias="pair", drop=True),
+    "global_pairs_d32_fp64": GlobalCase(4, 32, torch.float64, bias="pair", drop=True),
+    "global_pairs_d512_fp64": GlobalCase(1, 512, torch.float64, bias="pair", drop=True),
+    "global_pairs_d512_fp32": GlobalCase(2, 512, torch.float32, bias="pair", drop=True),
     "global_masked_d64_bf16": GlobalCase(8, 64, torch.bfloat16, bias="key", masked=True),
 }
 

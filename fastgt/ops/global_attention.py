@@ -125,8 +125,8 @@ def global_attention(
         key_offsets: ``[G + 1]``, likewise of the keys. None: as offsets, and M is N.
         scale: Default ``1 / sqrt(D)``. A number; to learn it, multiply q by it.
         bias: ``[M, H]``, a number for each key and head; or ``[sum_g n_g m_g, H]``, one for each
-            pair: graph after graph, each row after row. One with M rows is taken for the former. How
-            many pairs there are is checked on a CPU only. In q's dtype; it receives a gradient.
+            pair: graph after graph, each row after row. One with M rows is taken for the former.
+            How many pairs there are is checked on a CPU only. In q's dtype; it gets a gradient.
         dropout_p: Probability, in multiples of 2^-24, of dropping a weight; others grow by
             ``1 / (1 - dropout_p)``. Pass 0 in evaluation.
         dropout_seed: As in :func:`fastgt.neighborhood_attention`. A pair's number is its place

@@ -24,7 +24,12 @@ def test_it_has_the_public_signature(name):
 
 
 def test_nothing_else_is_public_but_what_masks_are_defined_by():
-    inner = {"masked_attention", "masked_additive_attention", "masked_channelwise_attention"}
+    inner = {
+        "masked_attention",
+        "masked_additive_attention",
+        "masked_channelwise_attention",
+        "masked_global_attention",
+    }
     assert set(reference.__all__) == {*OPERATORS, *inner}
 
 

@@ -5,8 +5,9 @@ import inspect
 import pytest
 
 from fastgt import contract
-from fastgt.contract import Dropout, HeadMask, Logit, Signature, Switches
+from fastgt.contract import Dropout, HeadMask, Logit, Switches
 from fastgt.ops import attention_launch
+from fastgt.signature import Signature
 
 SIGNATURES = {"forward": attention_launch.FORWARD, "backward": attention_launch.BACKWARD}
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 # layer -> the layers it may import; "triton" and "torch" only where listed or unrestricted
 LAYERS = {
     "contract": set(),
+    "signature": set(),
     "files": set(),
     "options": set(),
     "versions": set(),
@@ -62,6 +63,7 @@ LAYERS = {
     "kernels": {"contract"},
     "ops": {
         "contract",
+        "signature",
         "graph",
         "graph_build",
         "plans",

@@ -21,7 +21,6 @@ from fastgt.contract import (
     Dropout,
     HeadMask,
     RowWalk,
-    Signature,
     Walks,
 )
 from fastgt.graph import Graph
@@ -46,6 +45,7 @@ from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
+from fastgt.signature import Signature
 
 
 @overload

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgt import reference
-from fastgt.contract import MessageNeeds, Messages, Reduction, RowWalk, Signature, Walks
+from fastgt.contract import MessageNeeds, Messages, Reduction, RowWalk, Walks
 from fastgt.cpu import aggregate as cpu
 from fastgt.graph import Graph
 from fastgt.ops.channels import PLANS, autocast_all, check_channels, flat, flat_all
@@ -18,6 +18,7 @@ from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import column_walk, row_walk
+from fastgt.signature import Signature
 
 Reduce = Literal["sum", "mean", "max"]
 Activation = Literal["relu"]

@@ -21,7 +21,6 @@ from fastgt.contract import (
     Inputs,
     Logit,
     PerInput,
-    Signature,
     Switches,
 )
 from fastgt.graph import Graph
@@ -53,6 +52,7 @@ from fastgt.ops.implementation import Impl, resolve_impl
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, column_walk, row_walk
 from fastgt.plans import Plan, tallest
+from fastgt.signature import Signature
 
 
 @overload

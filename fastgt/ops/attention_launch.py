@@ -22,13 +22,12 @@ from fastgt.contract import (
     PerInput,
     Results,
     Saved,
-    Signature,
     Switches,
     Upstream,
-    results_schema,
 )
 from fastgt.ops.checks import accumulator
 from fastgt.ops.implementation import require_triton
+from fastgt.signature import Signature, results_schema
 
 FORWARD = Signature(Inputs, Logit, EdgeTerms, HeadMask, Dropout, Switches)
 BACKWARD = Signature(Upstream, Saved, Inputs, Logit, EdgeTerms, HeadMask, Dropout, Switches)

@@ -19,7 +19,6 @@ from fastgt.contract import (
     ChannelwiseUpstream,
     HeadMask,
     RowWalk,
-    Signature,
     Walks,
 )
 from fastgt.graph import Graph
@@ -41,6 +40,7 @@ from fastgt.ops.head_mask import check_head_gate, gated, masked_aux, node_mask
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
+from fastgt.signature import Signature
 
 
 @overload

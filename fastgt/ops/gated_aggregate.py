@@ -20,7 +20,6 @@ from fastgt.contract import (
     GatedResults,
     GatedUpstream,
     RowWalk,
-    Signature,
     Walks,
 )
 from fastgt.cpu import gated_aggregate as cpu
@@ -32,6 +31,7 @@ from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import column_walk, row_walk
+from fastgt.signature import Signature
 
 
 @overload

@@ -21,8 +21,6 @@ from fastgt.contract import (
     PairNeeds,
     PairTerms,
     RaggedPairs,
-    Signature,
-    results_schema,
 )
 from fastgt.ops.aux_request import check_request
 from fastgt.ops.checks import (
@@ -43,6 +41,7 @@ from fastgt.ops.head_mask import check_head_gate, gated, head_mask
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
 from fastgt.ops.second_order import differentiable_gradients
+from fastgt.signature import Signature, results_schema
 
 MAX_WIDTH = 512
 

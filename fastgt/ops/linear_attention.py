@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgt import reference
-from fastgt.contract import Features, Inputs, NeedQKV, Quotient, Ragged, Signature
+from fastgt.contract import Features, Inputs, NeedQKV, Quotient, Ragged
 from fastgt.ops.checks import (
     accumulator,
     autocast,
@@ -28,6 +28,7 @@ from fastgt.ops.head_mask import check_head_gate, gated, head_mask
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.segment_pool import segment_sum
+from fastgt.signature import Signature
 
 FeatureMap = Literal["identity", "relu", "elu", "sigmoid", "softmax", "relu_random"]
 _RANDOM = ("softmax", "relu_random")  # those with a projection

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastgt.contract import Signature
+from fastgt.signature import Signature
 
 
 def register(

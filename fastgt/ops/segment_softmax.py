@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from fastgt import reference
-from fastgt.contract import RowWalk, Signature
+from fastgt.contract import RowWalk
 from fastgt.graph import Graph
 from fastgt.ops.channels import PLANS, check_channels, flat
 from fastgt.ops.checks import accumulator, autocast, autocasts, refuse_forward_mode
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
 from fastgt.ops.walks import row_walk
+from fastgt.signature import Signature
 
 
 def segment_softmax(x: Tensor, graph: Graph, *, impl: Impl | None = None) -> Tensor:

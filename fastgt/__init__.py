@@ -1,6 +1,7 @@
 """fastgt: attention kernels that graph transformers run on."""
 
 from fastgt.contract import Aux, AuxRequest
+from fastgt.drop_in import accelerate, restore
 from fastgt.graph import Graph
 from fastgt.ops.additive_attention import additive_attention
 from fastgt.ops.aggregate import aggregate
@@ -23,6 +24,7 @@ __all__ = [
     "Aux",
     "AuxRequest",
     "Graph",
+    "accelerate",
     "additive_attention",
     "aggregate",
     "channelwise_attention",
@@ -33,6 +35,7 @@ __all__ = [
     "linear_attention",
     "neighborhood_attention",
     "prune_heads",
+    "restore",
     "segment_max",
     "segment_mean",
     "segment_softmax",

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
-def is_plain_linear(layer: object) -> bool:
+def is_plain_linear(layer: Any, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether a call of the layer is ``x W^T + b``, of its parameters as they stand, and no more.
 
+    ``kind`` is the class that a plain layer has, with a weight and a bias like ``nn.Linear``'s.
     Only then may a module read the parameters instead of the call. All else is called: adapters,
     subclasses, as parametrizations, sharding and quantisation make them, an instance with a forward
     of its own or compiled by itself, hooks of the layer or of all modules, and weights that are
     tensors of a type of their own.
     """
     return (
-        type(layer) is nn.Linear
-        and not (
-            layer._forward_pre_hooks
-            or layer._forward_hooks
-            or layer._backward_pre_hooks
-            or layer._backward_hooks
-            or hooks._global_forward_pre_hooks
-            or hooks._global_forward_hooks
-            or hooks._global_backward_pre_hooks
-            or hooks._global_backward_hooks
-        )
+        type(layer) is kind
+        and not has_hooks(layer)
         and "forward" not in layer.__dict__
         and layer._compiled_call_impl is None
         and _is_plain_tensor(layer.weight)
         and (layer.bias is None or _is_plain_tensor(layer.bias))
+    )
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether a call of the layer runs hooks, its own or those of all modules."""
+    return bool(
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_forward_hooks
+        or hooks._global_backward_pre_hooks
+        or hooks._global_backward_hooks
     )
 
 

@@ -1,0 +1,182 @@
+"""What the layers share: when torch-geometric's own code runs, and that somebody is told."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn import MessagePassing
+from torch_geometric.typing import SparseTensor
+from torch_geometric.utils import is_torch_sparse_tensor
+
+from fastgt.graph import Graph
+from fastgt.pyg.sharing import Edges, edges_of
+
+_HOOKS = tuple(
+    f"_{name}_forward_{when}"
+    for name in ("propagate", "message", "aggregate", "message_and_aggregate", "edge_update")
+    for when in ("pre_hooks", "hooks")
+)
+_METHODS = ("message", "aggregate", "message_and_aggregate", "update", "edge_update")
+_told: set[tuple[str, str]] = set()
+
+
+def explain(model: nn.Module) -> dict[str, str]:
+    """Which layers of a model run fused, and why the others run torch-geometric's own code.
+
+    Returns:
+        A sentence for each layer of :mod:`fastgt.pyg` in the model, by its name there. It is of
+        the layer's last forward.
+
+    Example:
+        >>> import torch
+        >>> from fastgt.pyg import TransformerConv, explain
+        >>> model = torch.nn.Sequential(TransformerConv(8, 8, aggr="max"))
+        >>> _ = model[0](torch.randn(2, 8), torch.tensor([[0], [1]]))
+        >>> explain(model)
+        {'0': "torch-geometric's own code runs: messages are put together by 'max'"}
+    """
+    return {name: layer.ran() for name, layer in model.named_modules() if isinstance(layer, Fused)}
+
+
+class Fused:
+    """A layer of torch-geometric whose computation is overridden.
+
+    Attributes:
+        PYG: torch-geometric's class.
+        why_pyg: Why the last forward ran torch-geometric's own code; "" if it did not.
+    """
+
+    PYG: ClassVar[type[nn.Module]]
+    why_pyg: str | None = None
+
+    def ran(self) -> str:
+        """What the last forward was, in a sentence."""
+        if self.why_pyg is None:
+            return "it has not run"
+        return f"torch-geometric's own code runs: {self.why_pyg}" if self.why_pyg else "fused"
+
+    def by_pyg(self, why: str, *args: Any, **kwargs: Any) -> Any:
+        """torch-geometric's own forward; the first time, a warning says why.
+
+        A Graph among the arguments gives its ``edge_index``, for torch-geometric has no such type.
+        """
+        self.tell(why)
+        args = tuple(x.edge_index if isinstance(x, Graph) else x for x in args)
+        return self.PYG.forward(self, *args, **kwargs)
+
+    def tell(self, why: str) -> None:
+        """Note why torch-geometric's code runs; the first time, warn."""
+        self.note(why)
+        told = type(self).__name__, why
+        if not torch.compiler.is_compiling() and told not in _told:
+            _told.add(told)
+            warnings.warn(
+                f"fastgt.pyg.{told[0]} runs torch-geometric's own code: {why}", stacklevel=4
+            )
+
+    def note(self, why: str) -> None:
+        """Keep why torch-geometric's code runs, "" where it does not, for :func:`explain`."""
+        if not torch.compiler.is_compiling() and self.why_pyg != why:
+            self.why_pyg = why
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles: torch-geometric's layer with the same parameters."""
+        return as_pyg(self)
+
+
+def as_pyg(layer: Any) -> nn.Module:
+    """torch-geometric's layer with the parameters, buffers and hooks of a fused one."""
+    theirs = layer.PYG.__new__(layer.PYG)
+    theirs.__dict__ = {k: x for k, x in layer.__dict__.items() if k != "why_pyg"}
+    if isinstance(theirs, MessagePassing):
+        theirs._set_jittable_templates()
+    return theirs
+
+
+class FusedMessages(Fused):
+    """A :class:`Fused` ``MessagePassing``."""
+
+    def _set_jittable_templates(self: Any, raise_on_error: bool = False) -> None:
+        # PyG reads from a class's source what its messages take, and tells classes by their names
+        self.inspector._source_dict.setdefault(self.PYG.__name__, inspect.getsource(self.PYG))
+        super()._set_jittable_templates(raise_on_error)  # type: ignore[misc]
+
+    @staticmethod
+    def plain(edge_index: Any) -> bool:
+        """Whether it is ``[2, E]``, not a matrix."""
+        return (
+            isinstance(edge_index, Tensor)
+            and edge_index.layout == torch.strided
+            and not isinstance(edge_index, SparseTensor)
+        )
+
+    def unfusable(self: Any, nodes: tuple[Tensor | None, ...], edge_index: Any) -> str:
+        """Why messages of these nodes cannot be fused; "" if they can."""
+        if torch.jit.is_tracing():
+            return "torch.jit traces it"
+        if not all(x is None or isinstance(x, Tensor) for x in nodes):
+            return "its inputs are not tensors"
+        if self.explain:
+            return "an explainer masks its messages"
+        if self.decomposed_layers > 1:
+            return "its channels are decomposed"
+        if self.aggr not in ("add", "sum"):
+            return f"messages are put together by {self.aggr!r}"
+        if any(getattr(self, name) for name in _HOOKS):
+            return "its messages have hooks"
+        for name in _METHODS:
+            if name in self.__dict__ or getattr(type(self), name) is not getattr(self.PYG, name):
+                return f"it has a {name} of its own"
+        if self.flow == "target_to_source" and nodes[0] is not nodes[1]:
+            return "messages flow from targets to sources, which are other nodes"
+        for x in nodes:
+            if x is None:
+                continue
+            if x.dim() != 2 or x.layout != torch.strided:
+                return "node features are not [N, channels]: a static graph, or sparse features"
+            if not x.is_floating_point():
+                return "node features are not floating-point"
+        return self._odd_edges(edge_index)
+
+    def _odd_edges(self: Any, edge_index: Any) -> str:
+        if isinstance(edge_index, (Graph, SparseTensor)):
+            sparse = isinstance(edge_index, SparseTensor)
+        elif not isinstance(edge_index, Tensor):
+            return f"edge_index is a {type(edge_index).__name__}"
+        else:
+            sparse = is_torch_sparse_tensor(edge_index)
+            if not sparse and (edge_index.dim() != 2 or edge_index.shape[0] != 2):
+                return "edge_index is not [2, E]"
+            if sparse and edge_index.layout not in (torch.sparse_coo, torch.sparse_csr):
+                return f"edge_index has the layout {edge_index.layout}"
+            if sparse and edge_index.layout == torch.sparse_coo and not edge_index.is_coalesced():
+                return "edge_index is not coalesced"
+        if sparse and self.flow == "target_to_source":
+            return "edge_index is sparse and messages flow from targets to sources"
+        return ""
+
+    def edges(
+        self: Any, edge_index: Any, source: Tensor, target: Tensor | None, size: Any = None
+    ) -> Edges:
+        """The Graph of an ``edge_index``.
+
+        Raises:
+            ValueError: Its sizes are not those of the nodes; both are given.
+        """
+        known: Any = (None, None) if size is None else size
+        if isinstance(edge_index, Graph):
+            known = edge_index.num_cols, edge_index.num_rows
+        elif isinstance(edge_index, SparseTensor) or is_torch_sparse_tensor(edge_index):
+            known = edge_index.size(1), edge_index.size(0)
+        sources = source.shape[0]
+        targets = (known[1] or sources) if target is None else target.shape[0]
+        if known[0] not in (None, sources) or known[1] not in (None, targets):
+            raise ValueError(
+                f"edges go from {known[0]} sources to {known[1]} targets but x has {sources} and "
+                f"{targets}"
+            )
+        return edges_of(edge_index, sources, targets, self.flow)

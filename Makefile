@@ -17,7 +17,7 @@ BUILT = if [ -f $(NOT_BUILT) ]; then echo "the CPU kernels were not built, the s
 CHECKED = tests/test_package.py tests/test_versions.py::test_values_and_gradients \
   tests/test_versions.py::test_every_public_operator_is_here tests/test_versions.py::test_graphs_travel
 
-.PHONY: setup test-setup demo check test sanitize matrix matrix-lowest matrix-highest bench gpu budget lint clean
+.PHONY: setup test-setup demo check test sanitize matrix matrix-lowest matrix-highest pyg-tests bench gpu budget lint clean
 
 setup: $(VENV)/demo.stamp
 
@@ -66,6 +66,10 @@ bench: $(VENV)/test.stamp
 	  --json bench/results/reordering-cpu.json
 	$(BIN)/python -m fastgt.bench.traffic --json bench/results/traffic.json
 	$(BIN)/python tools/render.py
+
+# torch-geometric's own tests on fastgt.pyg; SRC: a checkout of torch-geometric's sources
+pyg-tests: $(VENV)/test.stamp
+	$(BIN)/python tests/pyg/run.py "$(SRC)" --beside
 
 # All that a GPU is for, within 10 minutes, on a machine that fetches nothing: no environment is
 # made. OUT: folder of results; CARRIED: folder that `python -m fastgt.bench.gpu --pack` made.

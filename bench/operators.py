@@ -13,6 +13,7 @@ from fastgt.bench import (
     aggregate,
     attention,
     channelwise_attention,
+    drop_in,
     global_attention,
     linear_attention,
     masked_heads,
@@ -147,6 +148,17 @@ OPERATORS |= {
         epochs=partial(models.epochs, model),
     )
     for model, problems in models.MODELS.items()
+}
+
+OPERATORS |= {
+    f"drop_in_{model}": Operator(
+        partial(drop_in.case, model),
+        ("pyg", "pyg, compiled"),
+        _ALL,
+        ("tolokers", "amazon_computers", "debian", "zinc"),
+        ("molecules",),
+    )
+    for model in drop_in.MODELS
 }
 
 # peers whose sources are found under --peer-path

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 
 import pytest
 
@@ -124,10 +125,21 @@ def test_a_wrong_fastgt_is_a_failure(capsys, monkeypatch):
 
 
 def test_what_an_operator_refuses_leaves_the_others(capsys):
+    pytest.importorskip("torch_geometric")
     where = ["--problems", "cora", "--width", "300", "--peers", "pyg"]
     assert bench("transformer_conv", "segment_pool", *where) == 0
     out = capsys.readouterr().out
-    assert "transformer_conv, cora: refused: out_channels must be from 1 to 256, got 300" in out
+    refused = "refused: fastgt.pyg.TransformerConv is not fused: heads have more than 256 channels"
+    assert f"transformer_conv, cora: {refused}" in out
+    assert "segment_pool, cora: 40 nodes" in out
+
+
+def test_layers_of_an_absent_package_leave_the_others(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastgt.pyg", None)
+    where = ["--problems", "cora", "--peers", "pyg"]
+    assert bench("transformer_conv", "segment_pool", *where) == 0
+    out = capsys.readouterr().out
+    assert "transformer_conv, cora: skipped: import of fastgt.pyg halted" in out
     assert "segment_pool, cora: 40 nodes" in out
 
 

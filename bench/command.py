@@ -189,7 +189,7 @@ def _measure(choice: _Choice, args: argparse.Namespace, where: str) -> Rows | No
             else:
                 case = operator.case(choice.problem, **choice.options)
                 rows = harness.compare(case, repeats=choice.repeats, only=args.peers, tell=tell)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ImportError) as error:
             why = f"skipped: {error}"
         except ValueError as error:  # widths that an operator does not have, and the like
             why = f"refused: {error}"

@@ -313,7 +313,7 @@ def _short(row: dict[str, Any]) -> str:
 
 
 _NEEDED_FOR = {
-    "torch_geometric": "its peers are left out",
+    "torch_geometric": "its peers and the layers of fastgt.pyg are left out",
     "torch_scatter": "it is no peer here",
     "scipy": "no step needs it",
 }

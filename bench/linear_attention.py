@@ -1,11 +1,12 @@
-"""Linear attention on ragged batches against padded ones: the operator, and the module
-PerformerAttention against torch-geometric's."""
+"""Linear attention on ragged batches against padded ones: the operator, and
+fastgt.pyg.PerformerAttention against torch-geometric's own code."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,10 @@ from fastgt.bench import peer_paths
 from fastgt.bench.attention import draw
 from fastgt.bench.harness import Case, Provider
 from fastgt.bench.roofline import Work, passes
-from fastgt.nn import PerformerAttention
 from fastgt.testing import PROBLEMS
+
+if TYPE_CHECKING:
+    from fastgt.pyg import PerformerAttention
 
 RAGGED = "ragged"  # 256 graphs of 10 to 500 nodes; of other problems the graphs, without edges
 
@@ -91,11 +94,19 @@ def performer(
 
     torch-geometric's counts padded keys in its denominators: as released it disagrees, and is not
     timed. Beside it stands the same module with the features of padded keys zeroed, which agrees.
+
+    Raises:
+        ImportError: torch-geometric is not installed.
+        ValueError: The layer would run torch-geometric's own code.
     """
+    from fastgt.pyg import PerformerAttention
+
     sizes, offsets = sizes_of(problem, device)
     nodes = int(offsets[-1])
     torch.manual_seed(0)
     ours = PerformerAttention(channels, heads, width).to(device, dtype)
+    if why := ours.unfusable():
+        raise ValueError(f"fastgt.pyg.PerformerAttention is not fused: {why}")
     x, do = draw([(nodes, channels)] * 2, dtype, device)
 
     def definition(dtype: torch.dtype) -> Provider:
@@ -103,7 +114,7 @@ def performer(
 
         def call(x: Tensor) -> Tensor:
             with implementation("reference"):
-                return wide(x, offsets)
+                return wide(x, offsets=offsets)
 
         return Provider(call, tuple(wide.parameters()))
 
@@ -127,7 +138,9 @@ def performer(
         upstream=do,
         definition=definition,
         providers={
-            "fastgt": lambda: Provider(lambda x: ours(x, offsets), tuple(ours.parameters())),
+            "fastgt": lambda: Provider(
+                lambda x: ours(x, offsets=offsets), tuple(ours.parameters())
+            ),
             "pyg": lambda: padded(False),
             "pyg, padded keys zeroed": lambda: padded(True),
         },
@@ -162,13 +175,11 @@ def padding(
 
 
 def _pyg(ours: PerformerAttention, repaired: bool) -> nn.Module:
-    """PyG's module with the parameters of ours; ImportError where the package is absent."""
+    """PyG's module with the parameters of ours."""
     from torch_geometric.nn.attention import PerformerAttention as PyG
     from torch_geometric.nn.attention import performer as module
 
-    channels = ours.attn_out.out_features
-    heads, width = ours.heads, ours.q.out_features // ours.heads
-    theirs = PyG(channels, heads, width)
+    theirs = PyG(ours.attn_out.out_features, ours.heads, ours.head_channels)
     theirs.load_state_dict(ours.state_dict())
     theirs = theirs.to(ours.q.weight)
     if not repaired:

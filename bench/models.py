@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy, l1_loss
 from fastgt import Graph, implementation
 from fastgt.bench import harness, timing
 from fastgt.bench.harness import Case, Provider
-from fastgt.bench.on_pyg import GINE, GPS, Edges, OnPyG, on_pyg
+from fastgt.bench.on_pyg import GPS, Edges, GPSLayer, OnPyG, on_pyg
 from fastgt.models import (
     EdgeGraphTransformer,
     EdgeGraphTransformerConfig,
@@ -31,7 +31,7 @@ from fastgt.models import (
     GraphTransformer,
     GraphTransformerConfig,
 )
-from fastgt.nn import PerformerAttention, random_features
+from fastgt.nn import random_features
 from fastgt.testing import PROBLEMS
 from fastgt.training.molecules import ATOM_TYPES, BOND_TYPES, load_zinc
 from fastgt.training.proteins import CLASSES, NODE_TYPES, load_dd
@@ -75,6 +75,7 @@ def case(
 
     Raises:
         FileNotFoundError: The problem's data is absent.
+        ImportError: GPS without torch-geometric.
     """
     shape, ours, (batch,) = _prepare(model, problem, 1, torch.device(device), dtype, sizes)
     return _case(shape, ours, batch)
@@ -218,7 +219,7 @@ def _off_kinks(ours: nn.Module, batch: Batch) -> None:
         return move(layer, out)
 
     def before_conv(conv: Any, args: Any) -> None:
-        x, e, graph = args
+        x, graph, e = args
         move(conv.lin, x[graph.edge_index[0]] + conv.lin(e))
 
     def before_attention(attn: Any, args: Any) -> None:
@@ -234,10 +235,9 @@ def _off_kinks(ours: nn.Module, batch: Batch) -> None:
             for layer, following in pairwise(module):
                 if isinstance(following, nn.ReLU):
                     layer.register_forward_hook(after_linear)
-        elif isinstance(module, GINE):
-            module.register_forward_pre_hook(before_conv)
-        elif isinstance(module, PerformerAttention):
-            module.register_forward_pre_hook(before_attention)
+        elif isinstance(module, GPSLayer):
+            module.conv.register_forward_pre_hook(before_conv)
+            module.attn.register_forward_pre_hook(before_attention)
     _defined(wide, batch)(*batch.inputs.values())
     for module in wide.modules():
         if isinstance(module, nn.BatchNorm1d):

@@ -1,7 +1,7 @@
 """Models on torch-geometric's layers, with the parameters of ours.
 
 Attention is a ``MessagePassing``, pooling is ``global_mean_pool`` and GPS is ``GPSConv``; the rest
-is ours.
+is ours. Our GPS has the layers of fastgt.pyg.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import math
 import re
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from fastgt import Graph, aggregate, segment_mean
+from fastgt import Graph, segment_mean
 from fastgt.models import EdgeGraphTransformer, GraphClassifier, GraphTransformer
 from fastgt.models.graph_transformer import readout
-from fastgt.nn import PerformerAttention
 from fastgt.training.molecules import ATOM_TYPES, BOND_TYPES
 
 
@@ -51,8 +49,11 @@ class GPSLayer(nn.Module):
     """As torch-geometric's ``GPSConv(GINEConv, attn_type="performer")``, and its parameters."""
 
     def __init__(self, dim: int, heads: int, width: int):
+        from fastgt.pyg import GINEConv, PerformerAttention
+
         super().__init__()
-        self.conv = GINE(dim)
+        update = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.conv = GINEConv(update, edge_dim=dim)
         self.attn = PerformerAttention(dim, heads, width)
         self.mlp = nn.Sequential(
             nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Dropout(0.0), nn.Linear(2 * dim, dim)
@@ -60,25 +61,9 @@ class GPSLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.BatchNorm1d(dim) for _ in range(3))
 
     def forward(self, x: Tensor, e: Tensor, graph: Graph) -> Tensor:
-        out = self.norm1(self.conv(x, e, graph) + x)
-        out = out + self.norm2(self.attn(x, graph.graph_ptr) + x)
+        out = self.norm1(self.conv(x, graph, e) + x)
+        out = out + self.norm2(self.attn(x, offsets=graph.graph_ptr) + x)
         return self.norm3(out + self.mlp(out))
-
-
-class GINE(nn.Module):
-    """As torch-geometric's ``GINEConv`` with an ``edge_dim``, and its parameters."""
-
-    eps: Tensor
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.nn = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
-        self.register_buffer("eps", torch.zeros(1))
-        self.lin = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, e: Tensor, graph: Graph) -> Tensor:
-        received = aggregate(x, graph, edge_value=self.lin(e), activation="relu")
-        return self.nn(received + (1 + self.eps) * x)
 
 
 class GPS(nn.Module):

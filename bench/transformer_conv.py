@@ -1,12 +1,13 @@
-"""TransformerConv with edge features against torch-geometric's, from the same parameters.
+"""fastgt.pyg.TransformerConv with edge features against torch-geometric's own code.
 
-Gradients are those of x, the edge attributes and all parameters.
+Parameters are the same. Gradients are those of x, the edge attributes and all parameters.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from fastgt import Graph, implementation
 from fastgt.bench.attention import draw, load, shape
 from fastgt.bench.harness import Case, Provider
-from fastgt.nn import TransformerConv
+
+if TYPE_CHECKING:
+    from fastgt.pyg import TransformerConv
 
 
 def case(
@@ -27,7 +30,14 @@ def case(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Case:
-    """``edge_dim`` attributes an edge, ``in_channels`` a node."""
+    """``edge_dim`` attributes an edge, ``in_channels`` a node.
+
+    Raises:
+        ImportError: torch-geometric is not installed.
+        ValueError: The layer would run torch-geometric's own code.
+    """
+    from fastgt.pyg import TransformerConv
+
     graph = load(problem, device)
     torch.manual_seed(0)
     ours = TransformerConv(in_channels, width, heads, edge_dim=edge_dim).to(device, dtype)
@@ -77,7 +87,7 @@ def case(
 
 
 def _pyg(ours: TransformerConv) -> nn.Module:
-    """PyG's module with the parameters of ours; ImportError where the package is absent."""
+    """PyG's module with the parameters of ours."""
     from torch_geometric.nn import TransformerConv as PyG
 
     theirs = PyG(ours.in_channels, ours.out_channels, ours.heads, edge_dim=ours.edge_dim)
@@ -103,4 +113,6 @@ def _terms(
     for hook in hooks:
         hook.remove()
     conv.zero_grad()
+    if conv.why_pyg:
+        raise ValueError(f"fastgt.pyg.TransformerConv is not fused: {conv.why_pyg}")
     return found

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 from torch import Tensor, nn
 
 from fastgt.models import (
@@ -22,8 +23,6 @@ from fastgt.nn import (
     EdgeGatedAttention,
     LinearAttention,
     NeighborhoodAttention,
-    PerformerAttention,
-    TransformerConv,
     VirtualNode,
 )
 from fastgt.pruning import SkipLayer, TokenPruning
@@ -59,7 +58,17 @@ def _configured(model: type, config: type, **defaults: Any) -> Callable[..., nn.
     return make
 
 
+def _performer(dim: int, heads: int, **options: Any) -> nn.Module:
+    pytest.importorskip("torch_geometric")
+    from fastgt.pyg import PerformerAttention
+
+    return PerformerAttention(dim, heads, **options)
+
+
 def _conv(dim: int, heads: int, **options: Any) -> nn.Module:
+    pytest.importorskip("torch_geometric")
+    from fastgt.pyg import TransformerConv
+
     return TransformerConv(dim, dim // heads, heads, **options)
 
 
@@ -71,7 +80,7 @@ MODULES = {
         EdgeGatedAttention, lambda m, b, **how: m(b.x, b.edge, b.graph, **how)
     ),
     "LinearAttention": Module(LinearAttention, lambda m, b, **how: m(b.x, b.offsets, **how)),
-    "PerformerAttention": Module(PerformerAttention, lambda m, b: m(b.x, b.offsets)),
+    "PerformerAttention": Module(_performer, lambda m, b: m(b.x, offsets=b.offsets)),
     "TransformerConv": Module(_conv, lambda m, b: m(b.x, b.graph)),
     "TransformerConv with edges": Module(_conv, lambda m, b: m(b.x, b.graph, b.edge)),
     "VirtualNode": Module(

@@ -27,9 +27,7 @@ from fastgt.testing import PROBLEMS
 test_reference_is_the_equations = ADDITIVE.obeys(
     laws.equals_its_oracle, 40, ["reference"], dtype=FP64
 )
-test_implementations_agree_in_float64 = ADDITIVE.obeys(
-    laws.equals_its_oracle, 60, FAST, dtype=FP64
-)
+test_implementations_agree_in_float64 = ADDITIVE.obeys(laws.equals_its_oracle, 60, FAST, dtype=FP64)
 
 
 @pytest.mark.parametrize("d", [1, 2, 4, 7, 8, 16, 33])

@@ -112,6 +112,8 @@ def test_pyg_peer_is_transformer_conv():
 @pytest.mark.parametrize("name", [name for name, x in OPERATORS.items() if not x.epochs])
 def test_every_operator_s_providers_agree(name, monkeypatch):
     """But for torch-geometric's Performer, which counts padding; and all are listed."""
+    if name in ("performer", "transformer_conv"):
+        pytest.importorskip("torch_geometric")  # they are layers of fastgt.pyg
     for problem in ("tiny", "ragged"):
         batch = Problem(problem, lambda: random_batch(0, [(7, 30), (12, 40), (3, 0)]))
         monkeypatch.setitem(attention.PROBLEMS, problem, batch)

@@ -25,7 +25,7 @@ from fastgt import (
     neighborhood_attention,
     segment_softmax,
 )
-from fastgt.nn import HeadGate, NeighborhoodAttention, TransformerConv, random_features
+from fastgt.nn import HeadGate, NeighborhoodAttention, random_features
 from fastgt.testing import random_graph
 
 N, E, H, D, DV = 12, 50, 3, 5, 7
@@ -289,6 +289,12 @@ def test_a_module_counts_its_layers_and_its_edges(compiled_kernels):
     attention.head_gate = HeadGate(torch.tensor([1.0, 0.0, 0.0, 1.0])).to(DEVICE)
     of_edges = E * 12 * 2 if DEVICE == "cpu" else 2 * E * 12 * 2
     assert count(lambda: attention(draw(N, 12), graph())) == 4 * 2 * N * 12 * 12 + of_edges
+
+
+def test_transformer_conv_counts_its_layers_and_its_edges(compiled_kernels):
+    pytest.importorskip("torch_geometric")
+    from fastgt.pyg import TransformerConv
+
     conv = TransformerConv(12, 5, 3, edge_dim=4).to(DEVICE)
     products = 4 * 2 * N * 12 * 15 + 2 * E * 3 * 5 * 2 + 2 * E * 4 * 15
     assert count(lambda: conv(draw(N, 12), graph(), draw(E, 4))) == products

@@ -53,7 +53,6 @@ TAKE_A_GRAPH = (
     "NeighborhoodAttention",
     "NeighborhoodAttention without heads",
     "EdgeGatedAttention",
-    "TransformerConv",
     "GraphTransformerLayer",
     "GraphTransformerEdgeLayer",
     "GraphTransformer",

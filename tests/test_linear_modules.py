@@ -1,6 +1,7 @@
-"""LinearAttention, PerformerAttention, VirtualNode and their random features."""
+"""LinearAttention, VirtualNode, random features, and fastgt.pyg.PerformerAttention."""
 
 import copy
+import importlib
 import math
 import pickle
 import sys
@@ -12,7 +13,7 @@ from attention_cases import DEVICE, close
 from fastgt import Graph
 from fastgt.bench import harness, table
 from fastgt.bench import linear_attention as bench
-from fastgt.nn import LinearAttention, PerformerAttention, VirtualNode, random_features
+from fastgt.nn import LinearAttention, VirtualNode, random_features
 from fastgt.testing import PROBLEMS, Problem, random_batch
 
 
@@ -98,23 +99,32 @@ def test_linear_attention_module_refuses():
         LinearAttention(16, 4, num_features=8)
     with pytest.raises(ValueError, match="impl must be one of"):
         LinearAttention(16, 4, impl="cuda")
-    with pytest.raises(ValueError, match="feature_map must be 'relu_random' or 'softmax'"):
-        PerformerAttention(16, 4, feature_map="elu")
+
+
+@pytest.fixture
+def pyg():
+    """fastgt.pyg, where torch-geometric is installed."""
+    pytest.importorskip("torch_geometric")
+    return importlib.import_module("fastgt.pyg")
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
 @pytest.mark.parametrize("nodes", [1, 20])
-def test_performer_is_torch_geometrics_where_nothing_is_padded(nodes, qkv_bias):
-    attention = pytest.importorskip("torch_geometric.nn.attention")
+def test_performer_is_torch_geometrics_where_nothing_is_padded(nodes, qkv_bias, pyg):
+    from torch_geometric.nn import attention
+
     torch.manual_seed(0)
     theirs = attention.PerformerAttention(32, 4, 8, qkv_bias=qkv_bias).to(DEVICE)
-    ours = PerformerAttention(32, 4, 8, qkv_bias=qkv_bias).to(DEVICE)
+    ours = pyg.PerformerAttention(32, 4, 8, qkv_bias=qkv_bias).to(DEVICE)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(3, nodes, 32, device=DEVICE)
     offsets = (torch.arange(4) * nodes).to(DEVICE)
     mask = torch.ones(3, nodes, dtype=torch.bool, device=DEVICE)
     found = []
-    for f in (lambda t: theirs(t, mask).flatten(0, 1), lambda t: ours(t.flatten(0, 1), offsets)):
+    for f in (
+        lambda t: theirs(t, mask).flatten(0, 1),
+        lambda t: ours(t.flatten(0, 1), offsets=offsets),
+    ):
         leaf = x.clone().requires_grad_()
         out = f(leaf)
         module = theirs if not found else ours
@@ -123,12 +133,18 @@ def test_performer_is_torch_geometrics_where_nothing_is_padded(nodes, qkv_bias):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_performer_does_not_see_padding():
+def test_performer_does_not_see_padding(pyg):
     """Where torch-geometric's does."""
     torch.manual_seed(0)
-    module = PerformerAttention(32, 4, 8).to(DEVICE)
+    module = pyg.PerformerAttention(32, 4, 8).to(DEVICE)
     x, offsets = batch(sizes=(4, 9), dim=32)
-    close(module(x, offsets)[:4], module(x[:4]), tolerance=1e-5)
+    out = module(x, offsets=offsets)
+    close(out[:4], module(x[None, :4])[0], tolerance=1e-5)
+    dense = x.new_full((2, 9, 32), 7.0)
+    mask = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
+    mask[0, 4:] = False
+    dense[mask] = x
+    close(module(dense, mask)[mask], out, tolerance=1e-5)
     before = module.fast_attn.projection_matrix.clone()
     module.redraw_projection_matrix()
     assert not torch.equal(before, module.fast_attn.projection_matrix)
@@ -159,12 +175,11 @@ def rows(monkeypatch):
     """-> rows of the benchmark on ragged graphs."""
     sizes = [(2, 3), (9, 20), (5, 0), (7, 12)]
     monkeypatch.setitem(PROBLEMS, "tiny", Problem("tiny", lambda: random_batch(0, sizes)))
-    return lambda: harness.compare(bench.performer("tiny", channels=8, heads=2, width=4), repeats=1)
+    return lambda: harness.compare(bench.performer("tiny", channels=8, heads=2, width=8), repeats=1)
 
 
-def test_benchmark_times_who_agrees(rows):
+def test_benchmark_times_who_agrees(rows, pyg):
     """torch-geometric's module as released disagrees, and is not timed."""
-    pytest.importorskip("torch_geometric.nn")
     found = rows()
     assert [(row["provider"], row["match"]) for row in found] == [
         ("fastgt", True),
@@ -177,11 +192,22 @@ def test_benchmark_times_who_agrees(rows):
     assert "MISMATCH" in table.table(found)
 
 
-def test_benchmark_without_torch_geometric(rows, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_geometric.nn.attention", None)
+def test_benchmark_without_peers(rows, pyg, monkeypatch):
+    def absent(ours, repaired):
+        raise ImportError("no such package")
+
+    monkeypatch.setattr(bench, "_pyg", absent)
     found = rows()
     assert [row["match"] for row in found] == [True, None, None]
     assert "not installed" in table.table(found)
+
+
+def test_nothing_is_measured_without_torch_geometric_or_by_its_code(rows, pyg, monkeypatch):
+    with pytest.raises(ValueError, match="is not fused: heads have 300 channels and 1711 features"):
+        bench.performer("tiny", channels=8, heads=2, width=300)
+    monkeypatch.setitem(sys.modules, "fastgt.pyg", None)
+    with pytest.raises(ImportError, match=r"fastgt\.pyg"):
+        rows()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -203,27 +229,60 @@ def test_a_virtual_nodes_layers_within_autocast(residual, dtype):
 def test_modules_refuse_by_name():
     padded = torch.zeros(2, 5, 16)
     offsets = torch.tensor([0, 10])
-    for attention in (LinearAttention(16, 4), PerformerAttention(16, 4)):
-        assert "heads=4" in repr(attention)
-        with pytest.raises(ValueError, match=r"x must be \[N, 16\], got \[2, 5, 16\].*x\[mask\]"):
-            attention(padded)
-        with pytest.raises(ValueError, match=r"x must be \[N, 16\], got \[10, 15\]"):
-            attention(torch.zeros(10, 15), offsets)
-        with pytest.raises(ValueError, match=r"batch\.ptr, not batch\.batch"):
-            attention(torch.zeros(10, 16), torch.zeros(10, dtype=torch.long))
-        graph = Graph.from_edge_index(torch.tensor([[0], [1]]))
-        with pytest.raises(TypeError, match=r"got Graph: its graph_ptr is"):
-            attention(torch.zeros(10, 16), graph)
+    attention = LinearAttention(16, 4)
+    assert "heads=4" in repr(attention)
+    with pytest.raises(ValueError, match=r"x must be \[N, 16\], got \[2, 5, 16\].*x\[mask\]"):
+        attention(padded)
+    with pytest.raises(ValueError, match=r"x must be \[N, 16\], got \[10, 15\]"):
+        attention(torch.zeros(10, 15), offsets)
+    with pytest.raises(ValueError, match=r"batch\.ptr, not batch\.batch"):
+        attention(torch.zeros(10, 16), torch.zeros(10, dtype=torch.long))
+    graph = Graph.from_edge_index(torch.tensor([[0], [1]]))
+    with pytest.raises(TypeError, match=r"got Graph: its graph_ptr is"):
+        attention(torch.zeros(10, 16), graph)
     with pytest.raises(ValueError, match="feature_map must be one of"):
         LinearAttention(16, 4, feature_map="gelu")
     for heads in (0, 3):
         with pytest.raises(ValueError, match=f"heads must divide dim.*heads={heads}"):
             LinearAttention(16, heads)
-    for heads, width in ((0, 4), (4, 0)):
-        with pytest.raises(ValueError, match=f"must be positive, got {heads} and {width}"):
-            PerformerAttention(16, heads, width)
-    with pytest.raises(ValueError, match="head_channels=256 has 1419 random features"):
-        PerformerAttention(16, 1, 256)
+
+
+def test_performer_refuses_by_name(pyg):
+    attention, x = pyg.PerformerAttention(16, 4), torch.zeros(10, 16)
+    with pytest.raises(ValueError, match=r"x must be \[N, channels\], got \[2, 5, 16\]"):
+        attention(x.unflatten(0, (2, 5)), offsets=torch.tensor([0, 10]))
+    with pytest.raises(ValueError, match=r"x must be \[B, n, channels\], got \[10, 16\]"):
+        attention(x)
+    with pytest.raises(ValueError, match=r"batch\.ptr, not batch\.batch"):
+        attention(x, offsets=torch.zeros(10, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"got Graph: its graph_ptr is"):
+        attention(x, offsets=Graph.from_edge_index(torch.tensor([[0], [1]])))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"head_channels": 256}, "heads have 256 channels and 1419 features"),
+        ({"head_channels": 4, "kernel": torch.nn.Softplus()}, "the kernel is Softplus"),
+    ],
+)
+def test_a_performer_that_is_not_fused_takes_no_offsets(options, why, pyg):
+    """PyG's code takes dense batches only: in a GPSConv it runs on them."""
+    attention = pyg.PerformerAttention(8, 2, **options)
+    with pytest.raises(ValueError, match=f"torch-geometric's own code cannot run, but {why}"):
+        attention(torch.zeros(6, 8), offsets=torch.tensor([0, 6]))
+    theirs = pyg.PerformerAttention.PYG(8, 2, **options)
+    theirs.load_state_dict(attention.state_dict())
+    x = torch.randn(1, 6, 8)
+    with pytest.warns(UserWarning, match=why):
+        found = attention(x)
+    assert torch.equal(found, theirs(x))
+    conv = pyg.GPSConv(8, None, heads=2, attn_type="performer", attn_kwargs=options)
+    expected = pyg.GPSConv.PYG(8, None, heads=2, attn_type="performer", attn_kwargs=options)
+    expected.load_state_dict(conv.state_dict())
+    with pytest.warns(UserWarning, match=why):
+        found = conv(x[0], torch.zeros(2, 0, dtype=torch.long))
+    torch.testing.assert_close(found, expected(x[0], torch.zeros(2, 0, dtype=torch.long)))
 
 
 def test_wide_heads_have_as_many_features_as_there_may_be():

@@ -76,6 +76,8 @@ LAYERS = {
         "kernels",
     },
     "nn": {"contract", "graph", "ops"},
+    "pyg": {"contract", "graph", "nn", "ops"},
+    "drop_in": {"pyg"},
     "pruning": {"contract", "graph", "ops", "nn"},
     "models": {"contract", "graph", "encodings", "nn", "ops"},
     "drawn_graphs": {"graph"},
@@ -91,6 +93,7 @@ LAYERS = {
         "ops",
         "kernels",
         "nn",
+        "pyg",
         "models",
         "published",
         "real_graphs",
@@ -118,7 +121,7 @@ LAYERS = {
     "cli": {"options", "ops", "demo", "training", "bench", "doctor", "__init__"},
     "__main__": {"cli"},
     "data": set(),
-    "__init__": {"contract", "graph", "ops", "encodings", "pruning"},
+    "__init__": {"contract", "drop_in", "graph", "ops", "encodings", "pruning"},
 }
 MODULES = [
     *(ROOT / "fastgt").rglob("*.py"),
@@ -184,6 +187,23 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
         cwd=ROOT.anchor,
         env=os.environ | environment,
     )
+
+
+def test_all_but_fastgt_pyg_works_without_torch_geometric():
+    code = (
+        "import sys; sys.modules['torch_geometric'] = None\n"
+        "import torch, fastgt.nn, fastgt.models, fastgt.pruning, fastgt.training, fastgt.testing\n"
+        "import fastgt.bench.operators\n"
+        "def tell(call):\n"
+        "    try: call()\n"
+        "    except ImportError as error: print(error)\n"
+        "def imported(): import fastgt.pyg\n"
+        "tell(imported)\n"
+        "tell(lambda: fastgt.accelerate(torch.nn.Linear(2, 2)))\n"
+    )
+    run = run_python(code)
+    said = "fastgt.pyg needs torch-geometric, which is not installed: pip install torch-geometric\n"
+    assert run.stdout == 2 * said, run.stdout + run.stderr
 
 
 def test_import_is_light():
@@ -317,6 +337,28 @@ def test_kernels_refuse_their_folder_name():
     assert "fastgt.kernels" in run.stderr
 
 
+# modules whose examples import torch-geometric
+OF_PYG = [
+    "fastgt.drop_in",
+    "fastgt.pyg",
+    "fastgt.pyg.fused",
+    "fastgt.pyg.gat_conv",
+    "fastgt.pyg.gine_conv",
+    "fastgt.pyg.gps_conv",
+    "fastgt.pyg.hgt_conv",
+    "fastgt.pyg.linear_attention",
+    "fastgt.pyg.point_transformer_conv",
+    "fastgt.pyg.res_gated_graph_conv",
+    "fastgt.pyg.sharing",
+    "fastgt.pyg.transformer_conv",
+]
+
+
+def test_every_layer_of_pyg_has_examples_that_run():
+    there = {f"fastgt.pyg.{path.stem}" for path in (ROOT / "fastgt" / "pyg").glob("*_conv.py")}
+    assert there <= set(OF_PYG)
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -339,7 +381,6 @@ def test_kernels_refuse_their_folder_name():
         "fastgt.nn.attention",
         "fastgt.nn.head_gate",
         "fastgt.nn.linear_attention",
-        "fastgt.nn.transformer_conv",
         "fastgt.nn.virtual_node",
         "fastgt.pruning.heads",
         "fastgt.pruning.layers",
@@ -351,15 +392,19 @@ def test_kernels_refuse_their_folder_name():
         "fastgt.training.molecules",
         "fastgt.training.proteins",
         "fastgt.testing",
+        *OF_PYG,
     ],
 )
 def test_docstring_examples(module):
+    if module in OF_PYG:
+        pytest.importorskip("torch_geometric")
     found = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
     assert found.attempted, f"{module} has no example"
     assert not found.failed
 
 
 def test_readme_code_runs():
+    pytest.importorskip("torch_geometric")  # of which a block accelerates a model
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
     names = {"__name__": "readme"}  # one session: a block uses what those above it made

@@ -193,25 +193,32 @@ def test_refusals():
             call()
 
 
-def test_layers_of_transformer_conv_learn_while_their_weights_are_pruned():
-    """It multiplies with the weights of some layers without calling them."""
+def test_layers_of_transformer_conv_learn_while_their_weights_are_masked():
+    """It multiplies with the weights of some layers without calling them.
+
+    They are torch-geometric's own linear layers, which torch.nn.utils.prune masks as any.
+    """
+    pytest.importorskip("torch_geometric")
     from fastgt import Graph
-    from fastgt.nn import TransformerConv
+    from fastgt.pyg import TransformerConv
 
     torch.manual_seed(0)
     conv = TransformerConv(8, 4, heads=2, edge_dim=3, beta=True).to(DEVICE)
-    pruning = GradualPruning(conv, 0.5, end=4, every=2)
+    layers = [conv.lin_edge, conv.lin_beta, conv.lin_query]
+    for layer in layers:
+        prune.l1_unstructured(layer, "weight", 0.5)
     optimizer = torch.optim.SGD(conv.parameters(), lr=0.01)
     graph = Graph.from_edge_index(torch.tensor([[0, 1, 2, 2], [1, 2, 0, 1]], device=DEVICE))
     x, e = torch.randn(3, 8, device=DEVICE), torch.randn(4, 3, device=DEVICE)
     for _ in range(5):
         optimizer.zero_grad()
         conv(x, graph, e).square().sum().backward()
-        for layer in (conv.lin_edge, conv.lin_beta, conv.lin_query):
+        for layer in layers:
             assert layer.weight_orig.grad.any()
             assert not layer.weight_orig.grad[layer.weight_mask == 0].any()
         optimizer.step()
-        pruning.step()
     out = conv(x, graph, e)
-    pruning.finish()
+    assert conv.ran() == "fused"
+    for layer in layers:
+        prune.remove(layer, "weight")
     torch.testing.assert_close(conv(x, graph, e), out)

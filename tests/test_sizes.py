@@ -38,9 +38,7 @@ SIZES = {
         "feature_map": "softmax",
     },
     modules.NeighborhoodAttention: {"dim": 8, "heads": 4, "kv_heads": 2, "context_dim": 5},
-    modules.PerformerAttention: {"channels": 8, "heads": 2, "head_channels": 4},
     modules.TopKHeadGate: {"heads": 4, "k": 2},
-    modules.TransformerConv: {"in_channels": 8, "out_channels": 4, "heads": 2, "edge_dim": 3},
     modules.VirtualNode: {"dim": 8, "hidden_dim": 6},
     modules.random_features: {"num_features": 6, "width": 4},
     graph_transformer.GraphTransformerLayer: {"dim": 8, "heads": 2},
@@ -134,21 +132,6 @@ def test_integers_of_numpy_and_torch_are_ints(thing, name):
 def test_sizes_below_their_range_are_refused_with_the_number(thing, name):
     with pytest.raises(ValueError, match=r"got .*-1"):
         make(thing, **{name: -1})
-
-
-def test_widths_of_two_kinds_of_nodes_are_ints_too():
-    make_conv = modules.TransformerConv
-    conv = make_conv((np.int64(8), np.int32(6)), 4)
-    assert (conv.in_channels, type(conv.in_channels[0])) == ((8, 6), int)
-    assert make_conv([8, 6], 4).in_channels == (8, 6)
-    for wrong in ((8.0, 6), (8, True), "86", 8.0):
-        with pytest.raises(TypeError, match="in_channels must be an int, got"):
-            make_conv(wrong, 4)
-    for wrong in ((8,), (8, 6, 4)):
-        with pytest.raises(
-            ValueError, match=f"in_channels must be an int or two, got {len(wrong)}"
-        ):
-            make_conv(wrong, 4)
 
 
 def test_a_number_of_graphs_is_an_int():

@@ -1,4 +1,4 @@
-"""fastgt.nn.TransformerConv against torch-geometric's, from one state_dict."""
+"""fastgt.pyg.TransformerConv against torch-geometric's own code, from one state_dict."""
 
 import copy
 import math
@@ -12,7 +12,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastgt import Graph, implementation
 from fastgt.bench import harness, memory, table
 from fastgt.bench import transformer_conv as bench
-from fastgt.nn import TransformerConv
 from fastgt.real_graphs import open_data
 from fastgt.testing import (
     PROBLEMS,
@@ -22,16 +21,28 @@ from fastgt.testing import (
     random_graph,
 )
 
-pyg_nn = pytest.importorskip("torch_geometric.nn")
-IMPLS = ["reference", FAST[0]]
+pytest.importorskip("torch_geometric")
+
+from torch_geometric import nn as pyg_nn
+
+from fastgt.pyg import TransformerConv
+
+IMPLS = pytest.mark.parametrize("impl", ["reference", FAST[0]], indirect=True)
 WIDTHS = (7, 5)  # of sources and of targets
 
 
-def pair(*arguments, dtype=FP64, impl=None, **options):
+@pytest.fixture
+def impl(request):
+    """All of the test runs on it."""
+    with implementation(request.param):
+        yield request.param
+
+
+def pair(*arguments, dtype=FP64, **options):
     """Theirs and ours from its state_dict, which must fit key by key."""
     torch.manual_seed(0)
     theirs = pyg_nn.TransformerConv(*arguments, **options)
-    ours = TransformerConv(*arguments, **options, impl=impl)
+    ours = TransformerConv(*arguments, **options)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs.to(DEVICE, dtype), ours.to(DEVICE, dtype)
 
@@ -44,6 +55,7 @@ def evaluate(conv, x, edges, edge_attr=None, dtype=FP64):
     inputs = {name: t.detach().to(dtype).requires_grad_() for name, t in inputs.items()}
     x = tuple(t for name, t in inputs.items() if name != "edge_attr")
     out = conv(x if len(x) == 2 else x[0], edges, inputs.get("edge_attr"))
+    assert not isinstance(conv, TransformerConv) or conv.ran() == "fused"
     leaves = dict(conv.named_parameters()) | inputs
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=FP64)
     grads = torch.autograd.grad(out, leaves.values(), upstream.to(out), allow_unused=True)
@@ -90,7 +102,7 @@ def random_inputs(seed, bipartite, edge_dim, kind="hub"):
 @pytest.mark.parametrize("edge_dim", [None, 3])
 @pytest.mark.parametrize("beta", [False, True], ids=["no beta", "beta"])
 @pytest.mark.parametrize("concat", [True, False], ids=["concat", "mean"])
-@pytest.mark.parametrize("impl", IMPLS)
+@IMPLS
 def test_is_pygs_from_its_own_parameters(impl, concat, beta, edge_dim, root_weight, bipartite):
     theirs, ours = pair(
         WIDTHS if bipartite else WIDTHS[0],
@@ -100,7 +112,6 @@ def test_is_pygs_from_its_own_parameters(impl, concat, beta, edge_dim, root_weig
         beta=beta,
         edge_dim=edge_dim,
         root_weight=root_weight,
-        impl=impl,
     )
     for seed, kind in enumerate(("hub", "power_law")):
         x, edge_index, graph, edge_attr = random_inputs(seed, bipartite, edge_dim, kind)
@@ -145,7 +156,7 @@ def molecules():
     return one_hot(atom, 21).double(), one_hot(bond - 1, 3).double()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@IMPLS
 @pytest.mark.parametrize(
     ("problem", "features"),
     [("zinc", molecules), ("power10k", power_grid)],
@@ -157,11 +168,11 @@ def test_real_graphs_with_their_own_edge_features(problem, features, impl):
         x, edge_attr = (t.to(DEVICE) for t in features())
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    theirs, ours = pair(x.shape[1], 8, heads=4, beta=True, edge_dim=edge_attr.shape[1], impl=impl)
+    theirs, ours = pair(x.shape[1], 8, heads=4, beta=True, edge_dim=edge_attr.shape[1])
     assert_same(theirs, ours, x, graph.edge_index, graph, edge_attr)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@IMPLS
 def test_training_goes_the_same_way(impl):
     """From the same seed: initial parameters bit for bit, then three steps of two layers."""
     x, edge_index, graph, edge_attr = random_inputs(0, False, 3)
@@ -174,12 +185,11 @@ def test_training_goes_the_same_way(impl):
         initial = {name: p.detach().clone() for name, p in layers.named_parameters()}
         layers.double()
         optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
-        with implementation(impl):
-            for _ in range(3):
-                out = layers[1](layers[0](x, edges, edge_attr).relu(), edges)
-                optimizer.zero_grad()
-                out.square().mean().backward()
-                optimizer.step()
+        for _ in range(3):
+            out = layers[1](layers[0](x, edges, edge_attr).relu(), edges)
+            optimizer.zero_grad()
+            out.square().mean().backward()
+            optimizer.step()
         ends.append((initial, layers.state_dict()))
     (initial, end), (expected_initial, expected_end) = ends[1], ends[0]
     assert initial.keys() == expected_initial.keys()
@@ -188,44 +198,34 @@ def test_training_goes_the_same_way(impl):
         torch.testing.assert_close(end[name], expected_end[name], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("edge_dim", [None, 3])
-@pytest.mark.parametrize("beta", [False, True])
-@pytest.mark.parametrize("root_weight", [False, True])
-def test_state_dict_goes_both_ways(root_weight, beta, edge_dim):
-    options = {"edge_dim": edge_dim, "beta": beta, "root_weight": root_weight, "heads": 2}
-    theirs, ours = pair(7, 4, **options)
-    for p in ours.parameters():
-        torch.nn.init.normal_(p)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    assert list(theirs.state_dict()) == list(ours.state_dict())
-    assert ours.beta is theirs.beta is (beta and root_weight)
-    x, edge_index, graph, edge_attr = random_inputs(0, False, edge_dim)
-    again = TransformerConv(7, 4, **options).to(DEVICE, FP64)
-    again.load_state_dict(ours.state_dict())
-    with implementation("reference"):
-        out = ours(x, graph, edge_attr)
-        assert torch.equal(again(x, graph, edge_attr), out)
-    torch.testing.assert_close(theirs(x, edge_index, edge_attr), out, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
+@IMPLS
 def test_attention_weights_are_pygs(impl):
-    theirs, ours = pair(WIDTHS, 4, heads=2, edge_dim=3, dropout=0.5, impl=impl)
+    theirs, ours = pair(WIDTHS, 4, heads=2, edge_dim=3, dropout=0.5)
     x, edge_index, graph, edge_attr = random_inputs(0, True, 3)
-    out, (index, weights) = ours(x, graph, edge_attr, return_attention_weights=True)
+    theirs.eval()
     _, (_, expected) = theirs(x, edge_index, edge_attr, return_attention_weights=True)
+    with torch.no_grad():
+        for edges in (graph, edge_index):
+            out, (index, weights) = ours(x, edges, edge_attr, return_attention_weights=True)
+            assert ours.ran() == "fused"
+            assert index is edges
+            # those of before dropout
+            torch.testing.assert_close(weights, expected.detach(), rtol=1e-10, atol=1e-10)
+            assert out.shape == (30, 8)
+    assert ours(x, graph, edge_attr).shape == (30, 8)
+    # with gradients, torch-geometric's code runs on the Graph's edges
+    ours.eval()
+    _, (index, weights) = ours(x, graph, edge_attr, return_attention_weights=True)
+    assert "gradients are recorded" in ours.ran()
     assert torch.equal(index, edge_index)
-    assert not weights.requires_grad
-    torch.testing.assert_close(weights, expected, rtol=1e-10, atol=1e-10)
-    assert out.shape == (30, 8)
-    for no in (None, False):
-        assert ours(x, graph, edge_attr, return_attention_weights=no).shape == (30, 8)
+    assert weights.requires_grad
+    assert torch.equal(weights, expected)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@IMPLS
 def test_without_edges_only_the_root_is_left(impl):
     for options in ({"edge_dim": 3}, {"concat": False, "beta": True}):
-        theirs, ours = pair(7, 4, heads=2, impl=impl, **options)
+        theirs, ours = pair(7, 4, heads=2, **options)
         edge_attr = torch.zeros(0, 3, device=DEVICE) if "edge_dim" in options else None
         for nodes in (4, 0):
             none = torch.zeros(2, 0, dtype=torch.int64, device=DEVICE)
@@ -233,13 +233,13 @@ def test_without_edges_only_the_root_is_left(impl):
             assert_same(theirs, ours, x, none, Graph.from_edge_index(none, nodes), edge_attr)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@IMPLS
 def test_dropout_keeps_an_edge_whole_or_not_at_all(impl):
     """One edge a row: each head gives 0 or (v + e) / (1 - p), as often as p says."""
     nodes, p = 500, 0.3
     target = torch.arange(nodes, device=DEVICE)
     graph = Graph.from_edge_index(torch.stack([target.flip(0), target]), nodes)
-    _, ours = pair(7, 4, heads=3, edge_dim=3, dropout=p, root_weight=False, impl=impl)
+    _, ours = pair(7, 4, heads=3, edge_dim=3, dropout=p, root_weight=False)
     x = torch.randn(nodes, 7, dtype=FP64, device=DEVICE)
     edge_attr = torch.randn(nodes, 3, dtype=FP64, device=DEVICE)
     whole = ours.eval()(x, graph, edge_attr).view(nodes, 3, 4)
@@ -252,11 +252,11 @@ def test_dropout_keeps_an_edge_whole_or_not_at_all(impl):
     assert abs(dropped.double().mean().item() - p) < 5 * spread
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@IMPLS
 def test_dropout_is_for_training_and_repeats(impl):
-    theirs, ours = pair(7, 4, heads=2, edge_dim=3, dropout=0.4, impl=impl)
+    theirs, ours = pair(7, 4, heads=2, edge_dim=3, dropout=0.4)
     x, edge_index, graph, edge_attr = random_inputs(0, False, 3)
-    plain = TransformerConv(7, 4, heads=2, edge_dim=3, impl=impl).to(DEVICE, FP64)
+    plain = TransformerConv(7, 4, heads=2, edge_dim=3).to(DEVICE, FP64)
     plain.load_state_dict(ours.state_dict())
     calm = ours.eval()(x, graph, edge_attr)
     assert torch.equal(plain.train()(x, graph, edge_attr), calm)
@@ -287,13 +287,13 @@ def test_autocast_is_as_accurate_as_pygs():
     assert_as_accurate(out, eager.to(BF16), oracle["out"], "out")
 
 
-@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("impl", FAST, indirect=True)
 @pytest.mark.parametrize("edge_dim", [None, 3])
 def test_compiles_whole_and_once(edge_dim, impl):
     """One compilation serves graphs of every size, forward and backward."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    conv = TransformerConv(7, 4, heads=2, beta=True, edge_dim=edge_dim, impl=impl).to(DEVICE)
+    conv = TransformerConv(7, 4, heads=2, beta=True, edge_dim=edge_dim).to(DEVICE)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(conv, fullgraph=True, dynamic=True, backend=counter)
     counts = []
@@ -314,46 +314,32 @@ def test_compiles_whole_and_once(edge_dim, impl):
     assert counts == counts[:1] * 3
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"in_channels": -1}, "in_channels must be positive, nothing is lazy: got -1"),
-        ({"in_channels": (4, 0)}, r"in_channels must be positive.* got \(4, 0\)"),
-        ({"out_channels": 0}, "out_channels must be from 1 to 256, got 0"),
-        ({"heads": 0}, "heads must be positive, got 0"),
-        ({"edge_dim": -1}, "edge_dim must be from 1 to 256, got -1"),
-        ({"dropout": 1.5}, "dropout must be from 0 to 1, got 1.5"),
-        ({"impl": "cuda"}, "impl must be one of .* got 'cuda'"),
-    ],
-)
-def test_arguments_that_make_no_module(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        TransformerConv(**{"in_channels": 4, "out_channels": 2} | arguments)
+@pytest.mark.parametrize(("width", "edge_dim", "fused"), [(300, 3, False), (4, 300, True)])
+def test_wider_than_kernels_are(width, edge_dim, fused):
+    """Heads of more channels run torch-geometric's code; attributes are projected before."""
+    theirs, ours = pair(7, width, heads=2, edge_dim=edge_dim)
+    x, edge_index, graph, edge_attr = random_inputs(0, False, edge_dim)
+    expected = theirs(x, edge_index, edge_attr)
+    for edges in (graph, edge_index):
+        torch.testing.assert_close(ours(x, edges, edge_attr), expected, rtol=1e-10, atol=1e-10)
+        assert (ours.ran() == "fused") == fused
 
 
 @pytest.mark.parametrize(
     ("edge_dim", "changes", "error", "message"),
     [
-        (3, {"edge_attr": None}, ValueError, r"edge_attr .*edge_dim\] = \[20, 3\], got None"),
-        (3, {"edge_attr": torch.zeros(19, 3)}, ValueError, r"= \[20, 3\], got \[19, 3\]"),
-        (3, {"edge_attr": torch.zeros(20, 4)}, ValueError, r"= \[20, 3\], got \[20, 4\]"),
-        (3, {"edge_attr": torch.zeros(60)}, ValueError, r"= \[20, 3\], got \[60\]"),
         (3, {"edge_attr": torch.zeros(20, 3, dtype=FP64)}, TypeError, "edge_attr is .*float64"),
-        (None, {"edge_attr": torch.zeros(20, 3)}, ValueError, "edge_dim is None, but there is an"),
-        (None, {"x": torch.zeros(7, 4)}, ValueError, "q has 7 rows but the graph has 6 rows"),
-        (None, {"x": (torch.zeros(6, 4), None)}, ValueError, "got None for x_dst"),
-        (
-            None,
-            {"graph": torch.zeros(2, 20, dtype=torch.int64)},
-            TypeError,
-            r"graph must be a fastgt.Graph, got Tensor: .* Graph.from_edge_index\(edge_index",
-        ),
+        (3, {"edge_attr": torch.zeros(20, 4)}, ValueError, "edge_key_weight must be .* = .4, "),
+        (3, {"edge_attr": None}, AssertionError, ""),  # torch-geometric's own from here on
+        (3, {"edge_attr": torch.zeros(19, 3)}, RuntimeError, "tensor"),
+        (None, {"x": torch.zeros(7, 4)}, ValueError, "from 6 sources to 6 targets but x has 7 and"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(edge_dim, changes, error, message):
     conv = TransformerConv(4, 2, edge_dim=edge_dim)
     edge_attr = None if edge_dim is None else torch.zeros(20, edge_dim)
-    fitting = {"x": torch.zeros(6, 4), "graph": random_graph(0, 6, 20), "edge_attr": edge_attr}
+    graph = random_graph(0, 6, 20)
+    fitting = {"x": torch.zeros(6, 4), "edge_index": graph, "edge_attr": edge_attr}
     with pytest.raises(error, match=message):
         conv(**fitting | changes)
 
@@ -416,8 +402,19 @@ def test_a_wrong_bias_is_not_hidden_by_what_its_gradient_sums(rows, monkeypatch)
 
 
 def test_an_absent_peer_is_listed(rows, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_geometric.nn", None)
+    def absent(ours):
+        raise ImportError("no such package")
+
+    monkeypatch.setattr(bench, "_pyg", absent)
     assert [row["match"] for row in rows().values()] == [True, None, None]
+
+
+def test_nothing_is_measured_without_torch_geometric_or_by_its_code(rows, monkeypatch):
+    with pytest.raises(ValueError, match="TransformerConv is not fused: heads have more than 256"):
+        bench.case("tiny", width=300)
+    monkeypatch.setitem(sys.modules, "fastgt.pyg", None)
+    with pytest.raises(ImportError, match=r"fastgt\.pyg"):
+        rows()
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="measures the CPU path")

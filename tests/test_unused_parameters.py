@@ -12,7 +12,6 @@ from fastgt.models.graph_transformer import GraphTransformerEdgeLayer
 from fastgt.nn import (
     EdgeGatedAttention,
     HeadGate,
-    TransformerConv,
 )
 
 N, E, DIM, HEADS = 5, 8, 8, 2
@@ -115,7 +114,7 @@ def test_models_run_under_distributed_data_parallel(name, group):
 
 def test_what_is_unused_can_be_left_out(group):
     """The published last layer, and TransformerConv's lin_skip without a root."""
-    conv = TransformerConv(DIM, 4, root_weight=False)
+    conv = made("TransformerConv", {"root_weight": False})
     with pytest.raises(RuntimeError, match="parameters that were not used"):
         steps("TransformerConv", conv)
     conv.lin_skip.requires_grad_(False)

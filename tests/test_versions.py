@@ -226,6 +226,7 @@ EVERY = pytest.mark.parametrize(
 def test_every_public_operator_is_here():
     """What ``make check`` says of this file."""
     others = {"Aux", "AuxRequest", "Graph", "implementation", "prune_heads"}
+    others |= {"accelerate", "restore"}
     assert {name.partition(",")[0] for name in OPERATORS} == set(fastgt.__all__) - others
 
 
@@ -386,23 +387,41 @@ def test_models_train(impl):
         GraphTransformer,
         GraphTransformerConfig,
     )
-    from fastgt.nn import LinearAttention, TransformerConv
+    from fastgt.nn import LinearAttention
 
     graph = problem().graph
     n, e = graph.num_rows, graph.num_edges
     kinds = torch.arange(n, device=DEVICE) % 3
     bonds = torch.arange(e, device=DEVICE) % 2
-    x, attr = torch.randn(n, 8, device=DEVICE), torch.randn(e, 4, device=DEVICE)
+    x = torch.randn(n, 8, device=DEVICE)
     torch.manual_seed(0)
     nodes = GraphTransformer(GraphTransformerConfig(3, 2, dim=8, heads=2, layers=1, pe_dim=0))
     edges = EdgeGraphTransformer(EdgeGraphTransformerConfig(dim=8, heads=2, layers=1, pe_dim=0))
-    conv, linear = TransformerConv(8, 4, heads=2, edge_dim=4), LinearAttention(8, 2)
+    linear = LinearAttention(8, 2)
     calls = {
         nodes: lambda: nodes(kinds, graph),
         edges: lambda: edges(kinds, bonds, graph),
-        conv: lambda: conv(x, graph, attr),
         linear: lambda: linear(x, graph.graph_ptr),
     }
+    assert_trains(calls, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_layers_of_torch_geometric_train(impl):
+    pytest.importorskip("torch_geometric", reason="torch-geometric is not installed")
+    from fastgt.pyg import TransformerConv
+
+    graph = problem().graph
+    x, attr = torch.randn(graph.num_rows, 8), torch.randn(graph.num_edges, 4)
+    x, attr = x.to(DEVICE), attr.to(DEVICE)
+    torch.manual_seed(0)
+    conv = TransformerConv(8, 4, heads=2, edge_dim=4)
+    assert_trains({conv: lambda: conv(x, graph, attr)}, impl)
+    assert conv.ran() == "fused"
+
+
+def assert_trains(calls, impl):
+    """Modules, and calls of them."""
     with fastgt.implementation(impl):
         for module, call in calls.items():
             module.to(DEVICE)

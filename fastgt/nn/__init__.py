@@ -2,8 +2,7 @@
 
 from fastgt.nn.attention import EdgeGatedAttention, NeighborhoodAttention
 from fastgt.nn.head_gate import HardConcreteHeadGate, HeadGate, TopKHeadGate
-from fastgt.nn.linear_attention import LinearAttention, PerformerAttention, random_features
-from fastgt.nn.transformer_conv import TransformerConv
+from fastgt.nn.linear_attention import LinearAttention, random_features
 from fastgt.nn.virtual_node import VirtualNode
 
 __all__ = [
@@ -12,9 +11,7 @@ __all__ = [
     "HeadGate",
     "LinearAttention",
     "NeighborhoodAttention",
-    "PerformerAttention",
     "TopKHeadGate",
-    "TransformerConv",
     "VirtualNode",
     "random_features",
 ]

@@ -1,4 +1,4 @@
-"""Modules around linear_attention."""
+"""A module around linear_attention, and random features."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.nn.gated_heads import GatedHeads
-from fastgt.nn.sublayers import reset_sublayers
 from fastgt.ops.checks import check_offsets, integer
 from fastgt.ops.implementation import Impl, check_impl
 from fastgt.ops.linear_attention import MAX_FEATURES, FeatureMap, linear_attention
@@ -158,123 +157,14 @@ class LinearAttention(GatedHeads):
 
     def redraw_projection(self, generator: torch.Generator | None = None) -> None:
         """New random features, in place."""
-        _redraw(self.projection, self.norms, generator)
+        if self.projection is None:
+            raise ValueError("this feature map has no projection to be drawn anew")
+        drawn = random_features(*self.projection.shape, norms=self.norms, generator=generator)
+        self.projection.copy_(drawn)
 
     def extra_repr(self) -> str:
         features = "" if self.projection is None else f", num_features={len(self.projection)}"
         return f"heads={self.heads}, feature_map={self.feature_map!r}{features}"
-
-
-class PerformerAttention(nn.Module):
-    """``torch_geometric.nn.attention.PerformerAttention`` on ragged batches, from its state_dict.
-
-    Where torch-geometric's takes a padded batch and counts padded keys in the denominator, this one
-    takes nodes as they lie: on a single graph, or one without padding, both are equal. Of their
-    kernels, ReLU and the softmax one are here (``feature_map``): a state_dict does not tell which
-    it was. ``torch_geometric.nn.GPSConv`` calls only its own attention classes, whatever its
-    ``attn`` is set to: this one is for layers that call it themselves.
-
-    Args:
-        channels: Width of the input and the output.
-        heads: Attention heads.
-        head_channels: Width of a head.
-        feature_map: ``"relu_random"`` is torch-geometric's default; ``"softmax"`` is FAVOR+.
-        qkv_bias, attn_out_bias: Whether the projections have a bias.
-        dropout: Probability of dropping an element of the output, in training.
-        impl: As for :func:`fastgt.linear_attention`.
-
-    Source:
-        Choromanski et al., arXiv 2009.14794, as in torch-geometric 2.8.
-
-    Example:
-        >>> import torch
-        >>> from fastgt.nn import PerformerAttention
-        >>> attention = PerformerAttention(64, heads=4, head_channels=16)
-        >>> attention(torch.randn(10, 64), torch.tensor([0, 3, 10])).shape
-        torch.Size([10, 64])
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        heads: int,
-        head_channels: int = 64,
-        *,
-        feature_map: Literal["relu_random", "softmax"] = "relu_random",
-        qkv_bias: bool = False,
-        attn_out_bias: bool = True,
-        dropout: float = 0.0,
-        impl: Impl | None = None,
-    ):
-        super().__init__()
-        channels, heads = integer("channels", channels, 1), integer("heads", heads)
-        head_channels = integer("head_channels", head_channels)
-        check_impl(impl)
-        if feature_map not in ("relu_random", "softmax"):
-            raise ValueError(f"feature_map must be 'relu_random' or 'softmax', got {feature_map!r}")
-        if heads < 1 or head_channels < 1:
-            raise ValueError(
-                f"heads and head_channels must be positive, got {heads} and {head_channels}"
-            )
-        if (features := _default_features(head_channels)) > MAX_FEATURES:
-            raise ValueError(
-                f"head_channels={head_channels} has {features} random features; supported are up "
-                f"to {MAX_FEATURES}"
-            )
-        self.channels, self.heads = channels, heads
-        self.feature_map, self.impl = feature_map, impl
-        inner = heads * head_channels
-        self.fast_attn = _Projection(
-            head_channels, "gaussian" if feature_map == "softmax" else "unit"
-        )
-        self.q = nn.Linear(channels, inner, bias=qkv_bias)
-        self.k = nn.Linear(channels, inner, bias=qkv_bias)
-        self.v = nn.Linear(channels, inner, bias=qkv_bias)
-        self.attn_out = nn.Linear(inner, channels, bias=attn_out_bias)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """x ``[N, channels]``; offsets ``[G + 1]``, None for one graph."""
-        _check_nodes(x, self.channels)
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))
-        attended = linear_attention(
-            q,
-            k,
-            v,
-            offsets,
-            feature_map=self.feature_map,
-            projection=self.fast_attn.projection_matrix,
-            eps=0.0,  # features are positive
-            impl=self.impl,
-        )
-        return self.dropout(self.attn_out(attended.flatten(-2)))
-
-    def reset_parameters(self) -> None:
-        """Draw every parameter, and the projection, anew."""
-        reset_sublayers(self)
-
-    def redraw_projection_matrix(self, generator: torch.Generator | None = None) -> None:
-        """New random features, in place."""
-        _redraw(self.fast_attn.projection_matrix, self.fast_attn.norms, generator)
-
-    def extra_repr(self) -> str:
-        features = len(self.fast_attn.projection_matrix)
-        return f"heads={self.heads}, feature_map={self.feature_map!r}, num_features={features}"
-
-
-class _Projection(nn.Module):
-    """Holds the projection where torch-geometric's state_dict has it."""
-
-    projection_matrix: Tensor
-
-    def __init__(self, width: int, norms: Literal["gaussian", "unit"]):
-        super().__init__()
-        self.norms: Literal["gaussian", "unit"] = norms
-        projection = random_features(_default_features(width), width, norms=norms)
-        self.register_buffer("projection_matrix", projection)
-
-    def reset_parameters(self) -> None:
-        _redraw(self.projection_matrix, self.norms, None)
 
 
 def _check_nodes(x: object, width: int) -> None:
@@ -287,13 +177,3 @@ def _check_nodes(x: object, width: int) -> None:
 
 def _default_features(width: int) -> int:
     return max(1, int(width * math.log(width)))
-
-
-def _redraw(
-    projection: Tensor | None,
-    norms: Literal["gaussian", "unit"],
-    generator: torch.Generator | None,
-) -> None:
-    if projection is None:
-        raise ValueError("this feature map has no projection to be drawn anew")
-    projection.copy_(random_features(*projection.shape, norms=norms, generator=generator))

@@ -202,7 +202,7 @@ def test_all_but_fastgt_pyg_works_without_torch_geometric():
         "tell(lambda: fastgt.accelerate(torch.nn.Linear(2, 2)))\n"
     )
     run = run_python(code)
-    said = "fastgt.pyg needs torch-geometric, which is not installed: pip install torch-geometric\n"
+    said = 'fastgt.pyg needs torch-geometric, which is not installed: pip install "fastgt[pyg]"\n'
     assert run.stdout == 2 * said, run.stdout + run.stderr
 
 
@@ -403,13 +403,14 @@ def test_docstring_examples(module):
     assert not found.failed
 
 
-def test_readme_code_runs():
+@pytest.mark.parametrize("document", ["README.md", "docs/torch-geometric.md"])
+def test_code_of_documents_runs(document):
     pytest.importorskip("torch_geometric")  # of which a block accelerates a model
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert blocks
-    names = {"__name__": "readme"}  # one session: a block uses what those above it made
+    names = {"__name__": "document"}  # one session: a block uses what those above it made
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, document, "exec"), names)
 
 
 def test_readme_figures_are_those_of_the_result_files():

@@ -408,6 +408,15 @@ def test_a_forward_that_fails_ends_its_scope():
         net(wide(N, C + 1), edges())
     assert not sharing._SCOPE.depth
 
+    def fail(*_):
+        raise KeyError("first")
+
+    handle = nn.modules.module.register_module_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="first"):
+        net(wide(N, C), edges())
+    handle.remove()
+    assert not sharing._SCOPE.depth
+
 
 def test_adapters_and_hooks_of_projections_work():
     index, x, attr = edges(), wide(N, C), wide(E, 5)

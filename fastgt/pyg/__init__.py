@@ -18,7 +18,7 @@ try:
     import torch_geometric as _  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "fastgt.pyg needs torch-geometric, which is not installed: pip install torch-geometric"
+        'fastgt.pyg needs torch-geometric, which is not installed: pip install "fastgt[pyg]"'
     ) from error
 
 from fastgt.pyg.accelerating import Report

@@ -72,8 +72,8 @@ def enter() -> None:
 
 
 def leave() -> None:
-    """End what the last :func:`enter` began."""
-    _SCOPE.depth -= 1
+    """End what the last :func:`enter` began; a hook of all modules may fail before there is one."""
+    _SCOPE.depth = max(0, _SCOPE.depth - 1)
     if not _SCOPE.depth:
         _SCOPE.kept = {}
 

@@ -18,10 +18,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """-> exit status: 0 if every test passed that passes without fastgt."""
+    """-> exit status: 0 if no test fails; with ``--beside``, if none does that passes as it is."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,10 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in files:
             substitute(path)
         ours = run(copy, files, options)
-    print(f"{len(files)} files on fastgt.pyg: {ours[1]}")
+    print(f"{len(files)} files on fastgt.pyg: {ours.counts}")
+    failed = ours.failed
     if theirs is not None:
-        print(f"{len(files)} files as they are: {theirs[1]}")
-    return ours[0]
+        print(f"{len(files)} files as they are: {theirs.counts}")
+        failed = failed - theirs.failed
+        print("\n".join(f"only on fastgt.pyg: {name}" for name in sorted(failed)))
+    return 1 if failed or not ours.counts else 0
 
 
 def layers() -> set[str]:
@@ -88,8 +92,15 @@ def substitute(path: Path) -> None:
     path.write_text("".join(lines))
 
 
-def run(folder: Path, files: Sequence[Path], options: Sequence[str]) -> tuple[int, str]:
-    """-> pytest's exit status and its last line."""
+class Ran(NamedTuple):
+    """What pytest said."""
+
+    counts: str  # "" if it came to no end
+    failed: set[str]
+
+
+def run(folder: Path, files: Sequence[Path], options: Sequence[str]) -> Ran:
+    """Run the tests of these files."""
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--color=no")
     environment = os.environ | {"FULL_TEST": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
@@ -100,11 +111,15 @@ def run(folder: Path, files: Sequence[Path], options: Sequence[str]) -> tuple[in
         text=True,
     )
     assert process.stdout is not None
-    last = ""
+    counts, failed = "", set()
     for line in process.stdout:
         print(line, end="", flush=True)
-        last = line if re.match(r"\d+ \w+", line) else last
-    return process.wait(), last.strip()
+        if re.match(r"\d+ \w+, .* in [\d.]+s", line) or re.match(r"\d+ passed", line):
+            counts = line.strip()
+        elif found := re.match(r"(?:FAILED|ERROR) (\S+)", line):
+            failed.add(found[1])
+    process.wait()
+    return Ran(counts, failed)
 
 
 if __name__ == "__main__":

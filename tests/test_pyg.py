@@ -382,6 +382,18 @@ def test_one_graph_for_all_layers(monkeypatch):
     assert len(made) == 3
 
 
+def test_self_loops_of_a_graph_are_one_graph(monkeypatch):
+    made = made_graphs(monkeypatch)
+    net, x = model(), wide(N, C)
+    index = edges()
+    expected = net(x, index)
+    fastgt.accelerate(net)
+    graph = Graph.from_edge_index(index, N)
+    made.clear()
+    torch.testing.assert_close(net(x, graph), expected)
+    assert len(made) == 1
+
+
 def test_a_changed_edge_index_is_another_graph():
     conv, x = ours.TransformerConv(C, 4).double(), wide(N, C)
     index = edges()

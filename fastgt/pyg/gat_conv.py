@@ -14,7 +14,7 @@ from fastgt.nn.sublayers import is_plain_linear
 from fastgt.ops.additive_attention import additive_attention
 from fastgt.ops.checks import MAX_WIDTH
 from fastgt.pyg.fused import FusedMessages
-from fastgt.pyg.sharing import with_self_loops
+from fastgt.pyg.sharing import shared, with_self_loops
 
 
 class _Additive(FusedMessages):
@@ -39,7 +39,8 @@ class _Additive(FusedMessages):
             return "edge_attr has another number of edges"
         if self.add_self_loops:
             if isinstance(edge_index, Graph):
-                edge_index = edge_index.edge_index
+                graph = edge_index
+                edge_index = shared("edge_index", graph, (), lambda: graph.edge_index)
             nodes = source.shape[0] if target is None else min(source.shape[0], target.shape[0])
             nodes = nodes if size is None else min(size)
             edge_index, edge_attr = with_self_loops(edge_index, edge_attr, nodes, self.fill_value)

@@ -1,5 +1,6 @@
 """Reference models, one file each."""
 
+from fastgt.models.authors_checkpoints import graph_transformer_state_dict
 from fastgt.models.graph_classifier import GraphClassifier, GraphClassifierConfig
 from fastgt.models.graph_transformer import (
     EdgeGraphTransformer,
@@ -15,4 +16,5 @@ __all__ = [
     "GraphClassifierConfig",
     "GraphTransformer",
     "GraphTransformerConfig",
+    "graph_transformer_state_dict",
 ]

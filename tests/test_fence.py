@@ -99,6 +99,8 @@ REACH = {
     "channelwise_attention.py": ENDS["channelwise"][1:2],
     "channelwise_attention_backward.py": ENDS["channelwise"][:3],
     "channelwise_tile.py": ENDS["channelwise"][:3],
+    "global_attention.py": ENDS["global"],
+    "global_attention_backward.py": ENDS["global"],
     "head_projection.py": ENDS["projection"][::3],
     "linear_attention.py": ENDS["linear"][:1],
     "linear_attention_backward.py": ENDS["linear"][:1],

@@ -133,7 +133,7 @@ def _global_fwd_kernel(
     store_rows(o_ptr, own.row, own.mine, head, T.H, T.DV, T.BLOCK_DV, o, channel)
     pivot = tl.where(top == float("-inf"), 0.0, top)
     lse = tl.where(empty, float("-inf"), pivot + tl.log(tl.where(empty, 1.0, total)))
-    tl.store(lse_ptr + own.row * T.H + head, lse, mask=own.mine & (channel == 0))
+    tl.store(lse_ptr + own.row * T.H + head, lse, mask=rows_where(own, channel == 0))
 
 
 @triton.jit
@@ -160,8 +160,15 @@ def active_block(blocks, number, head, num_graphs, T: tl.constexpr):
     """Block ``number`` of queries, of which nothing is read where the head is masked."""
     graph, own = take_block(blocks, number, num_graphs, T.BLOCK_M)
     active = head_active(blocks, graph, head)
-    own = own_rows(own, own.mine & active)
+    own = own_rows(own, rows_where(own, active))
     return until(own, tl.where(active, own.last, own.first))
+
+
+@triton.jit
+def rows_where(own, condition):
+    """The block's rows where a scalar condition holds, else none."""
+    # not `own.mine & condition`, of which Triton 3.9's interpreter makes a mask of integers
+    return own.row < tl.where(condition, own.begin + own.width, own.begin)
 
 
 @triton.jit

@@ -36,6 +36,7 @@ from .global_attention import (
     own_rows,
     pair_numbers,
     row_products,
+    rows_where,
     slices,
     take_block,
 )
@@ -98,7 +99,7 @@ def _global_bwd_dq_kernel(
         delta += tl.sum(p * dp, 1)
     norm = tl.where(alive, 1.0 / tl.where(total == 0.0, 1.0, total), 0.0)
     gamma = tl.where(alive, delta * norm - g, 0.0)
-    first_slice = own.mine & (channel == 0)
+    first_slice = rows_where(own, channel == 0)
     tl.store(out.stat + 2 * at_row, norm, mask=first_slice)
     tl.store(out.stat + 2 * at_row + 1, gamma, mask=first_slice)
 
@@ -111,7 +112,7 @@ def _global_bwd_dq_kernel(
             ds = tl.where(alive[:, None], p * norm[:, None] * (dp - gamma[:, None]), 0.0)
             if out.dbias is not None:
                 place = out.dbias + number * T.H + head
-                there = (own.read & (channel == 0))[:, None] & within[None, :]
+                there = (own.read & rows_where(own, channel == 0))[:, None] & within[None, :]
                 tl.store(place, ds.to(out.dbias.dtype.element_ty), mask=there)
             if out.dq is not None:
                 if T.D > T.BLOCK_D:
@@ -165,7 +166,7 @@ def _global_bwd_dkv_kernel(
     any_active = kv_head < 0
     for member in range(T.GROUP):
         any_active |= head_active(blocks, graph, kv_head * T.GROUP + member)
-    own = own_rows(own, own.mine & any_active)
+    own = own_rows(own, rows_where(own, any_active))
     k = hold_rows(x.k, own.row, own.read, kv_head, T.D, T.BLOCK_D, T)  # [M, D]
     v = hold_rows(x.v, own.row, own.read, kv_head, T.DV, T.BLOCK_DV, T)
     channel, channel_v = tl.program_id(1) * T.BLOCK_D, tl.program_id(1) * T.BLOCK_DV
@@ -178,7 +179,7 @@ def _global_bwd_dkv_kernel(
         bias = tl.full([T.BLOCK_M], 0.0, ACC)
         if x.bias is not None and T.PER_KEY:
             at_bias = own.row * x.bias.stride[0] + head.to(tl.int64) * x.bias.stride[1]
-            asked = own.mine & (last > own.first)
+            asked = rows_where(own, last > own.first)
             bias = tl.load(x.bias.ptr + at_bias, mask=asked, other=0.0).to(ACC)
         dbias = tl.full([T.BLOCK_M], 0.0, ACC)
         for at in range(own.first, last, T.BLOCK_N):
@@ -218,14 +219,16 @@ def _global_bwd_dkv_kernel(
                     dk = dot(ds.to(q.dtype), q, dk, T)
         if out.dbias is not None:
             place = out.dbias + own.row * T.H + head
-            tl.store(place, dbias.to(out.dbias.dtype.element_ty), mask=own.mine & (channel == 0))
+            tl.store(
+                place, dbias.to(out.dbias.dtype.element_ty), mask=rows_where(own, channel == 0)
+            )
 
     if out.dk is not None:
         dk *= scalar(scale, ACC)
-        there = own.mine & (channel < T.D)
+        there = rows_where(own, channel < T.D)
         store_rows(out.dk, own.row, there, kv_head, H_KV, T.D, T.BLOCK_D, dk, channel)
     if out.dv is not None:
-        there = own.mine & (channel_v < T.DV)
+        there = rows_where(own, channel_v < T.DV)
         store_rows(out.dv, own.row, there, kv_head, H_KV, T.DV, T.BLOCK_DV, dv, channel_v)
 
 

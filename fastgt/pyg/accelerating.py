@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastgt.pyg.fused import Fused, FusedMessages
+from fastgt.pyg.fused import Fused
 from fastgt.pyg.gat_conv import GATConv, GATv2Conv
 from fastgt.pyg.gine_conv import GINEConv
 from fastgt.pyg.gps_conv import GPSConv
@@ -157,4 +157,4 @@ def _leave(model: nn.Module, args: Any, out: Any) -> None:
         leave()
 
 
-__all__ = ["LAYERS", "FusedMessages", "Report", "accelerate", "restore"]
+__all__ = ["LAYERS", "Report", "accelerate", "restore"]

@@ -167,8 +167,8 @@ def active_block(blocks, number, head, num_graphs, T: tl.constexpr):
 @triton.jit
 def rows_where(own, condition):
     """The block's rows where a scalar condition holds, else none."""
-    # not `own.mine & condition`, of which Triton 3.9's interpreter makes a mask of integers
-    return own.row < tl.where(condition, own.begin + own.width, own.begin)
+    # Triton 3.9's interpreter makes integers of a block and a scalar, and takes no mask of them
+    return (own.mine & condition) != 0
 
 
 @triton.jit

@@ -686,7 +686,6 @@ template <class T> class Attention {
 
     void backward_rows(const Chunk& chunk, const Group& g, int64_t kept_at, Room& room) const {
         const int64_t n = chunk.edges();
-        const Array& value = call.key_is_value ? call.key : call.value;
         logits(chunk, g, room);
         weight_gradients(chunk, g, room);
         if (call.seed) keep(chunk, g, room);

@@ -38,7 +38,8 @@ struct LinearAttentionCall {
     int64_t slice, piece;  // nodes
     Array q, k, v, o, d_o, dq, dk, d_v;
     Array projection;  // [M, D] in the accumulator's precision
-    void* states;      // of the pieces: [1 or 2, pieces, H, numbers of a state]
+    void* states;      // of the pieces, or their gradients: [pieces, H, numbers of a state]
+    void* kept;        // of the graphs in pieces, from the forward: [graphs, H, numbers of a state]
 };
 
 // ---- one thread
@@ -59,6 +60,7 @@ template <class A> struct State {
 // A graph, or a piece of one
 struct Part {
     int64_t begin, end, graph, first, count, number;  // count pieces from slot `first` on; this one
+    int64_t place;                                    // of the graph among those in pieces
 };
 
 template <class T> struct Worker {
@@ -403,7 +405,7 @@ template <class T> void run(const LinearAttentionCall& call, bool backward) {
         const int64_t count = (nodes + call.piece - 1) / call.piece;
         for (int64_t i = 0; i < count; i++) {
             const int64_t from = begin + i * call.piece, to = std::min(from + call.piece, end);
-            parts.push_back({from, to, g, slots, count, i});
+            parts.push_back({from, to, g, slots, count, i, int64_t(first.size())});
         }
         if (count > 1) first.push_back(parts.back()), slots += count;
     }
@@ -447,13 +449,11 @@ template <class T> void run(const LinearAttentionCall& call, bool backward) {
                 f(worker, part, head, (part.first + part.number) * heads + head);
         });
     };
-    auto state = [&](int64_t slot, bool gradient) {
-        return State<A>((A*)call.states + (slot + (gradient ? slots * heads : 0)) * size, call.m,
-                        ldv);
-    };
-    // the state of a graph in pieces, once they are added up
+    auto state = [&](int64_t slot) { return State<A>((A*)call.states + slot * size, call.m, ldv); };
+    // the state of a graph in pieces, once they are added up, or its gradient
     auto of_graph = [&](const Part& part, int64_t head, bool gradient) {
-        return state(part.first * heads + head, gradient);
+        if (gradient) return state(part.first * heads + head);
+        return State<A>((A*)call.kept + (part.place * heads + head) * size, call.m, ldv);
     };
     auto add_up = [&](bool gradient) {
         each(int64_t(first.size()) * heads, [&](const Worker<T>&, int64_t i) {
@@ -461,8 +461,9 @@ template <class T> void run(const LinearAttentionCall& call, bool backward) {
             const int64_t head = i % heads;
             if (!active(part.graph, head)) return;
             A* sum = of_graph(part, head, gradient).s;
+            if (!gradient) std::copy_n(state(part.first * heads + head).s, size, sum);
             for (int64_t p = 1; p < part.count; p++) {
-                const A* more = state((part.first + p) * heads + head, gradient).s;
+                const A* more = state((part.first + p) * heads + head).s;
                 for (int64_t c = 0; c < call.m * ldv + ldm; c++) sum[c] += more[c];
             }
         });
@@ -473,32 +474,31 @@ template <class T> void run(const LinearAttentionCall& call, bool backward) {
         const int64_t head = i % heads;
         if (!active(part.graph, head)) return worker.masked(part, head, backward);
         if (part.count == 1) return worker.whole(part, head, backward);
-        const State<A> own = state((part.first + part.number) * heads + head, false);
+        if (backward) return;  // its state is kept
+        const State<A> own = state((part.first + part.number) * heads + head);
         if (call.map == SOFTMAX)
             worker.find_top(part, head, own.top);
         else
             worker.sum_keys(part, head, own, false);
     });
     if (first.empty()) return;
-    if (call.map == SOFTMAX) {
+    if (!backward && call.map == SOFTMAX) {
         each(int64_t(first.size()) * heads, [&](const Worker<T>&, int64_t i) {
             const Part& part = first[i / heads];
-            auto top = [&](int64_t p) {
-                return state((part.first + p) * heads + i % heads, false).top;
-            };
+            auto top = [&](int64_t p) { return state((part.first + p) * heads + i % heads).top; };
             for (int64_t p = 1; p < part.count; p++)
                 if (*top(p) > *top(0) || *top(p) != *top(p)) *top(0) = *top(p);
             for (int64_t p = 1; p < part.count; p++) *top(p) = *top(0);
         });
         each_piece([&](const Worker<T>& worker, const Part& part, int64_t head, int64_t slot) {
-            worker.sum_keys(part, head, state(slot, false), false);
+            worker.sum_keys(part, head, state(slot), false);
         });
     }
-    add_up(false);
+    if (!backward) add_up(false);
     each_piece([&](const Worker<T>& worker, const Part& part, int64_t head, int64_t slot) {
         const State<A> sum = of_graph(part, head, false);
         if (backward)
-            worker.queries_backward(part, head, sum, state(slot, true));
+            worker.queries_backward(part, head, sum, state(slot));
         else
             worker.queries(part, head, sum);
     });

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgt import reference
 from fastgt.contract import Features, Inputs, NeedQKV, Quotient, Ragged
+from fastgt.cpu import linear_attention as cpu
 from fastgt.ops.checks import (
     accumulator,
     autocast,
@@ -280,16 +281,16 @@ def _check(
 class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, impl: str, *flat: Any) -> tuple[Tensor, Tensor]:
-        o, tops = _fwd(impl, *flat)
+        o, kept = _fwd(impl, *flat)
         inputs, features, ragged, quotient = FORWARD.split(flat)
-        ctx.save_for_backward(*inputs, tops, features.projection, *ragged)
+        ctx.save_for_backward(*inputs, kept, features.projection, *ragged)
         ctx.impl, ctx.feature_map, ctx.quotient = impl, features.feature_map, quotient
-        ctx.mark_non_differentiable(tops)
-        return o, tops
+        ctx.mark_non_differentiable(kept)
+        return o, kept
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, _: None) -> tuple:
-        q, k, v, tops, projection, *ragged = ctx.saved_tensors
+        q, k, v, kept, projection, *ragged = ctx.saved_tensors
         inputs, features = Inputs(q, k, v), Features(ctx.feature_map, projection)
         needs = NeedQKV(*ctx.needs_input_grad[1:4])
         if torch.is_grad_enabled():
@@ -297,7 +298,7 @@ class _LinearAttention(torch.autograd.Function):
             define = functools.partial(_definition, features, Ragged(*ragged), ctx.quotient)
             grads = differentiable_gradients(define, inputs, [do], needs)
         else:
-            given = _bwd(ctx.impl, do, tops, *inputs, *features, *ragged, *ctx.quotient, *needs)
+            given = _bwd(ctx.impl, do, kept, *inputs, *features, *ragged, *ctx.quotient, *needs)
             grads = [x if need else None for x, need in zip(given, needs, strict=True)]
         return (None, *grads, *[None] * (FORWARD.size - len(inputs)))
 
@@ -322,27 +323,31 @@ def _definition(
 FORWARD = Signature(Inputs, Features, Ragged, Quotient)
 BACKWARD = Signature(Inputs, Features, Ragged, Quotient, NeedQKV)
 
-# tops are the stabilisers of "softmax" keys [G, H]: a CPU makes them anew, and has none [0, H]
+# kept: a GPU's kernels keep the stabilisers of "softmax" keys [G, H], a CPU's the states of graphs
+# in pieces
 torch.library.define(
-    "fastgt::linear_attention_fwd", f"(str impl, {FORWARD.schema}) -> (Tensor o, Tensor tops)"
+    "fastgt::linear_attention_fwd", f"(str impl, {FORWARD.schema}) -> (Tensor o, Tensor kept)"
 )
 torch.library.define(
     "fastgt::linear_attention_bwd",
-    f"(str impl, Tensor do, Tensor tops, {BACKWARD.schema}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"(str impl, Tensor do, Tensor kept, {BACKWARD.schema}) -> (Tensor dq, Tensor dk, Tensor dv)",
 )
 
 
 @torch.library.register_fake("fastgt::linear_attention_fwd")
 def _(impl: str, *flat: Any) -> tuple[Tensor, Tensor]:
-    (q, _, v), features, ragged, _ = FORWARD.split(flat)
+    inputs, features, ragged, _ = FORWARD.split(flat)
+    q, _, v = inputs
+    if impl == "cpp":
+        return q.new_empty(v.shape), cpu.states_kept(inputs, features, ragged)
     graphs = 0
-    if impl == "triton" and features.feature_map == "softmax":
+    if features.feature_map == "softmax":
         graphs = 1 if ragged.offsets is None else ragged.offsets.shape[0] - 1
     return q.new_empty(v.shape), q.new_empty(graphs, q.shape[1], dtype=accumulator(q))
 
 
 @torch.library.register_fake("fastgt::linear_attention_bwd")
-def _(impl: str, do: Tensor, tops: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+def _(impl: str, do: Tensor, kept: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     inputs, *_, needs = BACKWARD.split(flat)
     return tuple(
         x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True)
@@ -352,8 +357,6 @@ def _(impl: str, do: Tensor, tops: Tensor, *flat: Any) -> tuple[Tensor, ...]:
 def _launch_fwd(impl: str, *flat: Any) -> tuple[Tensor, Tensor]:
     inputs, features, ragged, quotient = FORWARD.split(flat)
     if impl == "cpp":
-        from fastgt.cpu import linear_attention as cpu
-
         return cpu.linear_attention_fwd(inputs, features, ragged, quotient)
     require_triton(inputs.q)
     from fastgt.kernels.linear_attention import linear_attention_fwd
@@ -361,15 +364,13 @@ def _launch_fwd(impl: str, *flat: Any) -> tuple[Tensor, Tensor]:
     return linear_attention_fwd(inputs, features, ragged, quotient)
 
 
-def _launch_bwd(impl: str, do: Tensor, tops: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_bwd(impl: str, do: Tensor, kept: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, features, ragged, quotient, needs = BACKWARD.split(flat)
     if impl == "cpp":
-        from fastgt.cpu import linear_attention as cpu
-
-        return cpu.linear_attention_bwd(do, inputs, features, ragged, quotient, needs)
+        return cpu.linear_attention_bwd(do, kept, inputs, features, ragged, quotient, needs)
     from fastgt.kernels.linear_attention_backward import linear_attention_bwd
 
-    return linear_attention_bwd(do, tops, inputs, features, ragged, quotient, needs)
+    return linear_attention_bwd(do, kept, inputs, features, ragged, quotient, needs)
 
 
 torch.library.impl("fastgt::linear_attention_fwd", "CompositeExplicitAutograd", _launch_fwd)

@@ -231,12 +231,15 @@ class PairNeeds(NamedTuple):
 
 
 class Messages(NamedTuple):
-    """What aggregate puts together, ``activation(x_j + edge_value_ij)``: at least one of them; and
-    what it multiplies each message with."""
+    """What aggregate puts together, ``activation(x_j + edge_value_ij)``: at least one of them; what
+    it multiplies each message with; and values of edges in their low-rank form, ``edge_attr_ij @
+    edge_value_weight``, both factors or none."""
 
     x: Tensor | None  # [N_cols, D]
     edge_value: Tensor | None  # [E, D]
     edge_weight: Tensor | None  # [E, D], or [E, 1]: one number an edge
+    edge_attr: Tensor | None = None  # [E, C]
+    edge_value_weight: Tensor | None = None  # [C, D]
 
 
 class Reduction(NamedTuple):
@@ -252,6 +255,8 @@ class MessageNeeds(NamedTuple):
     need_x: bool
     need_edge_value: bool
     need_edge_weight: bool
+    need_edge_attr: bool = False
+    need_edge_value_weight: bool = False
 
 
 class GatedMessages(NamedTuple):

@@ -37,7 +37,8 @@ from .loads import rows_of, store_channels, sum_dtype
 
 def aggregate_fwd(messages, rows, reduction):
     """-> o [N, D]; for a maximum the edge it was found on [N, D], -1 for none, else [0, D]."""
-    x, edge_value, weight = messages
+    messages = _with_values(messages)
+    x, edge_value, weight, *_ = messages
     like = edge_value if x is None else x
     n, width = rows[0].shape[0] - 1, like.shape[1]
     maximum, relu = reduction.reduce == "max", reduction.relu
@@ -86,8 +87,30 @@ def aggregate_fwd(messages, rows, reduction):
 
 
 def aggregate_bwd(do, messages, first, rows, columns, reduction, needs):
-    """-> dx [M, D], dedge [E, D] in the caller's edge order, dweight as the weights; empty where
-    not needed."""
+    """-> dx [M, D], dedge [E, D] in the caller's edge order; dweight, dattr, dvalue_weight as what
+    they are the gradients of. Empty where not needed."""
+    _, _, _, attr, value_weight = messages
+    low_rank = needs.need_edge_attr or needs.need_edge_value_weight
+    asked = needs._replace(need_edge_value=needs.need_edge_value or low_rank)
+    given = do, _with_values(messages), first, rows, columns, reduction, asked
+    dx, dedge, dweight = _gathered_bwd(*given)
+    dattr = dedge @ value_weight.T if needs.need_edge_attr else do.new_empty(0)
+    dvalue = attr.T @ dedge if needs.need_edge_value_weight else do.new_empty(0)
+    return dx, dedge if needs.need_edge_value else do.new_empty(0), dweight, dattr, dvalue
+
+
+def _with_values(messages):
+    """The messages, with values of low rank made, [E, D]."""
+    if messages.edge_attr is None:
+        return messages
+    values = messages.edge_attr @ messages.edge_value_weight
+    if messages.edge_value is not None:
+        values += messages.edge_value
+    return messages._replace(edge_value=values, edge_attr=None, edge_value_weight=None)
+
+
+def _gathered_bwd(do, messages, first, rows, columns, reduction, needs):
+    """-> dx, dedge, dweight of messages whose values are there."""
     m, num_edges, width = columns[0].shape[0] - 1, rows[2].shape[0], do.shape[1]
     dx = do.new_empty((m, width) if needs.need_x else (0,))
     dedge = do.new_empty((num_edges, width) if needs.need_edge_value else (0,))

@@ -47,6 +47,12 @@ KINDS = [
         )
     ),
     *(
+        (op, {"takes": takes, "relu": relu, "ties": op == "max", "weight": weight, "attr": 3})
+        for op in ("sum", "mean", "max")
+        for takes in range(3)
+        for relu, weight in ((False, ""), (True, ""), (True, "edge"), (True, "channel"))
+    ),
+    *(
         ("gated", {"takes": takes, "normalize": normalize})
         for takes in range(7)
         for normalize in (True, False)
@@ -78,6 +84,8 @@ OVER = {
     "x": "cols",
     "edge_value": "edges",
     "edge_weight": "edges",
+    "edge_attr": "edges",
+    "edge_value_weight": "none",
     "gate": "edges",
     "gate_row": "rows",
     "gate_col": "cols",
@@ -139,12 +147,14 @@ def case(
     ties=False,
     weight="",
     value=False,
+    attr=0,
     plan="gather",
 ):
     """A random case; ``takes`` says which of the optional inputs are there. With ``ties``, values
     are quarters: many are equal, and no sum of two is rounded. Weights are then 0, 1, 2 or -1, -2.
 
     ``weight``: one an "edge", one a "channel" or "" for none. ``value``: on edges, of gated ones.
+    ``attr``: attributes of an edge, of messages.
     """
     made_by = f"case({', '.join(f'{name}={value!r}' for name, value in locals().items())})"
     cols = rows if cols is None else cols
@@ -170,6 +180,10 @@ def case(
         inputs["edge_weight"] = each.round().clamp(-2, 2) if ties else each
     if value and op == "gated":
         inputs["edge_value"] = tensor(sizes["edges"])
+    if attr and op in ("sum", "mean", "max"):
+        inputs["edge_attr"] = tensor(sizes["edges"], (attr,))
+        factor = tensor(attr)
+        inputs["edge_value_weight"] = factor.round().clamp(-1, 1) if ties else factor
     options = {}
     if op in ("sum", "mean", "max"):
         options = {"reduce": op, "activation": "relu" if relu else None}
@@ -204,6 +218,7 @@ def cases(draw, impl, **fixed):
         "ties": st.booleans(),
         "weight": st.sampled_from(["", "edge", "channel"]),
         "value": st.booleans(),
+        "attr": st.sampled_from([0, 0, 1, 4, 17]),
     }
     if impl == "triton":
         choices["plan"] = st.sampled_from(PLANS)
@@ -289,7 +304,7 @@ def _softmax(mine, given, num_edges):
 def _messages(mine, given, num_edges, *, reduce, activation):
     do = given["do"]
     o = np.zeros_like(do)
-    names = [name for name in ("x", "edge_value", "edge_weight") if name in given]
+    names = [name for name in given if name not in ("do", "de")]
     grads = {f"d{name}": np.zeros_like(given[name]) for name in names}
     for i, edges in enumerate(mine):
         for c in range(do.shape[1]):
@@ -300,6 +315,8 @@ def _messages(mine, given, num_edges, *, reduce, activation):
             for e, j in edges:
                 raw[e] = given["x"][j, c] if "x" in given else 0.0
                 raw[e] += given["edge_value"][e, c] if "edge_value" in given else 0.0
+                if "edge_attr" in given:
+                    raw[e] += given["edge_attr"][e] @ given["edge_value_weight"][:, c]
             bare = {e: max(v, 0.0) if activation else v for e, v in raw.items()}
             m = {e: weight[e] * v for e, v in bare.items()}
             share = dict.fromkeys(m, 0.0)
@@ -314,10 +331,14 @@ def _messages(mine, given, num_edges, *, reduce, activation):
                 if "edge_weight" in given:
                     grads["dedge_weight"][e, at] += share[e] * do[i, c] * bare[e]
                 if activation is None or raw[e] > 0:
+                    dm = weight[e] * share[e] * do[i, c]
                     if "x" in given:
-                        grads["dx"][j, c] += weight[e] * share[e] * do[i, c]
+                        grads["dx"][j, c] += dm
                     if "edge_value" in given:
-                        grads["dedge_value"][e, c] += weight[e] * share[e] * do[i, c]
+                        grads["dedge_value"][e, c] += dm
+                    if "edge_attr" in given:
+                        grads["dedge_attr"][e] += dm * given["edge_value_weight"][:, c]
+                        grads["dedge_value_weight"][:, c] += dm * given["edge_attr"][e]
     return {"o": o} | grads
 
 

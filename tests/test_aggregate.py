@@ -381,11 +381,11 @@ def test_refusals_of_messages(impl):
     for error, message, arguments in (
         (ValueError, "reduce must be one of .*'sum'.* got 'median'", {"x": x, "reduce": "median"}),
         (ValueError, "activation must be one of .* got 'gelu'", {"x": x, "activation": "gelu"}),
-        (ValueError, "x and edge_value are both None", {"x": None}),
+        (ValueError, "x, edge_value and edge_attr are all None", {"x": None}),
         (ValueError, "edge_value has 3 rows but .* 6 edges", {"x": x, "edge_value": x}),
         (ValueError, "x has 6 rows but .* 3 columns", {"x": edge}),
         (TypeError, "edge_value is .*64 but x is", {"x": x, "edge_value": edge.double()}),
-        (ValueError, "x and edge_value are both None", {"x": None, "edge_weight": edge}),
+        (ValueError, "edge_attr are all None", {"x": None, "edge_weight": edge}),
         (ValueError, "edge_weight has 3 rows but .* 6 edges", {"x": x, "edge_weight": x[:, 0]}),
         (
             ValueError,

@@ -68,10 +68,10 @@ def test_nothing_is_computed_for_gradients_not_asked_for(impl):
         grads = ops.gated_aggregate_bwd(impl, *args, *needs)
         assert tuple(bool(g.numel()) for g in grads) == needs
         assert not any(g.isnan().any() for g in grads)
-    x = case("sum", 0, 5, 12, weight="edge")
+    x = case("sum", 0, 5, 12, weight="edge", attr=2)
     x.inputs["edge_weight"] = x.inputs["edge_weight"][:, None]
     first = x.graph.edge.new_empty(0, 5)
-    for needs in itertools.product([False, True], repeat=3):
+    for needs in itertools.product([False, True], repeat=5):
         args = x.do, first, *x.inputs.values(), rows, columns, "sum", True
         grads = ops.aggregate_bwd(impl, *args, *needs)
         assert tuple(bool(g.numel()) for g in grads) == needs
@@ -378,14 +378,21 @@ def test_opcheck(impl, edges, layout, dtype):
     x = case("sum", 0, 4, edges, weight="channel", **made)
     rows, columns = walks(x.graph, impl)
     values, weight = list(x.inputs.values())[:2], x.inputs["edge_weight"]
-    for reduce, weights in (("sum", None), ("max", None), ("sum", weight), ("max", weight[:, :1])):
-        forward = (impl, *values, weights, rows, reduce, True)
+    factors = list(case("sum", 0, 4, edges, attr=2, **made).inputs.values())[2:]
+    for reduce, weights, low_rank in (
+        ("sum", None, (None, None)),
+        ("max", None, (None, None)),
+        ("sum", weight, factors),
+        ("max", weight[:, :1], (None, None)),
+    ):
+        messages = *values, weights, *low_rank
+        forward = (impl, *messages, rows, reduce, True)
         check(ops.aggregate_fwd.default, forward)
         _, first = ops.aggregate_fwd(*forward)
-        inputs = x.do, first, *values, weights, rows, columns, reduce, True
-        needs = True, reduce == "sum", weights is not None
+        inputs = x.do, first, *messages, rows, columns, reduce, True
+        needs = True, reduce == "sum", weights is not None, *(low_rank == factors,) * 2
         check(ops.aggregate_bwd.default, (impl, *inputs, *needs))
-    alone = None, x.inputs["edge_value"], None
+    alone = None, x.inputs["edge_value"], None, None, None
     check(ops.aggregate_fwd.default, (impl, *alone, rows, "mean", False))
     x = case("gated", 0, 4, edges, weight="channel", value=True, **made)
     inputs = tuple(x.inputs.values())

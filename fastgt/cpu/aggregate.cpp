@@ -1,5 +1,9 @@
 // aggregate: sums, means and maxima of the messages weight_ij act(x_j + e_ij), and their gradients.
+// In sums and means, e_ij may be of low rank, attr_ij W: `LowRank` makes it for some edges at a time.
+#include <memory>
+
 #include "lines.h"
+#include "matrix.h"
 
 namespace fastgt {
 namespace {
@@ -8,11 +12,14 @@ enum Reduce : int64_t { SUM, MEAN, MAX };
 
 struct AggregateCall {
     int64_t dtype, threads, width, reduce, relu, one_weight;  // one: a number an edge
+    int64_t attr_width;
     WalkArrays rows, columns;
     // [M, D]; [E, D] in the caller's order; [E, D] or [E, 1] likewise; null for None
     Array x, edge_value, weight;
-    Array o, first;                   // [N, D]; edges of a maximum, -1 for none, as wide as indices
-    Array d_o, d_x, d_edge, d_weight;  // as the above, but sums [E, 1]; null where not needed
+    Array attr, value_weight;  // [E, C], [C, D]: both or none
+    Array o, first;  // [N, D]; edges of a maximum, -1 for none, as wide as indices
+    // as the above, but sums [E, 1]; null where not needed
+    Array d_o, d_x, d_edge, d_weight, d_attr, d_value_weight;
 };
 
 constexpr int64_t PIECE = 4096;  // edges over which the place of a maximum is counted
@@ -306,6 +313,203 @@ template <class T> void sum_to_columns(const AggregateCall& call, bool edges) {
     });
 }
 
+// ---- values of low rank
+
+// Products attr_ij W of some slots of a walk, in the memory of one thread, and their gradients.
+template <class T> struct LowRank {
+    using A = Accumulator<T>;
+
+    static constexpr int64_t MANY = 256;  // slots that are summed up at once
+    static constexpr int64_t FEW = 64;    // slots whose products join a sum at once
+
+    const AggregateCall& call;
+    const AnyWalk& walk;
+    const A *w, *wt;              // [C, D] and [D, C]
+    const int64_t ldc, ldd, room;  // `room`: slots that there is place for
+    A *attr, *value, *of_value, *of_attr, *total;
+    A* sums = nullptr;                          // of the task: the gradient of W
+    int64_t begin = 0, end = 0, task_end = 0;  // slots whose values are there
+
+    LowRank(const AggregateCall& call, const AnyWalk& walk, const A* w, const A* wt, char* place)
+        : call(call), walk(walk), w(w), wt(wt), ldc(filled(call.attr_width)),
+          ldd(filled(call.width)), room(std::clamp<int64_t>(32768 / (ldd + 1), MANY, 4 * MANY)) {
+        lay(place);
+    }
+    int64_t lay(char* const from) {
+        char* place = from;
+        for (A** at : {&attr, &of_attr}) *at = take<A>(place, room * ldc);
+        for (A** at : {&value, &of_value}) *at = take<A>(place, room * ldd);
+        total = take<A>(place, ldd);
+        return place - from;
+    }
+    bool gradients() const { return call.d_attr || call.d_value_weight; }
+    const A* value_of(int64_t slot) const { return value + (slot - begin) * ldd; }
+    A* gradient_of(int64_t slot) const { return of_value + (slot - begin) * ldd; }
+
+    void start(int64_t from, int64_t to, A* sums_of_task) {
+        begin = end = from;
+        task_end = to;
+        sums = sums_of_task;
+    }
+    // Values of the slots from `from` to `to`. Those before `from` are done with.
+    void need(int64_t from, int64_t to) {
+        if (to <= end) return;
+        finish(from);
+        begin = from;
+        end = std::min(from + room, task_end);
+        for (int64_t i = begin; i < end; i++) {
+            const int64_t next = std::min(i + AHEAD, end - 1);
+            __builtin_prefetch(call.attr.at<T>(walk.edge[next]));
+            const T* row = call.attr.at<T>(walk.edge[i]);
+            A* to_row = attr + (i - begin) * ldc;
+            each_vector<A>(call.attr_width,
+                           [&](int64_t c, int n) { store(to_row + c, load_some(row + c, n)); });
+        }
+        product<A>(value, ldd, attr, ldc, 1, w, ldd, end - begin, call.attr_width, call.width);
+    }
+    // From the gradients of values to those of both factors, for all slots before `to`.
+    void finish(int64_t to) {
+        const int64_t count = to - begin, c = call.attr_width;
+        if (call.d_attr) {
+            product<A>(of_attr, ldc, of_value, ldd, 1, wt, ldc, count, call.width, c);
+            for (int64_t i = 0; i < count; i++) {
+                T* row = call.d_attr.at<T>(walk.edge[begin + i]);
+                each_vector<A>(c, [&](int64_t at, int n) {
+                    store_some(row + at, load(of_attr + i * ldc + at), n);
+                });
+            }
+        }
+        if (!call.d_value_weight) return;
+        for (int64_t i = 0; i < count; i += FEW)
+            product<A>(sums, ldd, attr + i * ldc, 1, ldc, of_value + i * ldd, ldd, c,
+                       std::min(FEW, count - i), call.width, true);
+    }
+};
+
+// put(segment, sums) of each segment's sums of term(values, segment, slot, c, n), a line from channel
+// c on whose last vector has n lanes. A segment's sum has one order, whatever lies beside it.
+template <class T, class Term, class Put>
+void sum_low_rank(const AggregateCall& call, const AnyWalk& walk, Term term, Put put) {
+    using A = Accumulator<T>;
+    using Values = LowRank<T>;
+    const int64_t ldc = filled(call.attr_width), ldd = filled(call.width);
+    const int64_t factor = call.attr_width * ldd, partial = call.d_value_weight ? factor : 0;
+    // sums of tasks are added up in the order of tasks, which are the same for every thread count
+    constexpr int64_t FEWEST_TASKS = 16, PARTIALS = 1 << 20;
+    int64_t tasks = count_tasks(walk, TASK / 2);
+    if (partial) tasks = std::min(tasks, std::max(FEWEST_TASKS, PARTIALS / partial));
+    const std::unique_ptr<A[]> w(new A[factor]()), wt(new A[call.width * ldc]());
+    for (int64_t c = 0; c < call.attr_width; c++)
+        each_vector<A>(call.width, [&](int64_t d, int n) {
+            store_some(w.get() + c * ldd + d, load_some(call.value_weight.at<T>(c) + d, n), n);
+        });
+    transpose(wt.get(), ldc, w.get(), ldd, call.attr_width, call.width);
+    const int64_t bytes = Values(call, walk, nullptr, nullptr, nullptr).lay(nullptr);
+    const std::unique_ptr<char[]> room(new char[call.threads * bytes + 64]);
+    const std::unique_ptr<A[]> sums(new A[tasks * partial]());
+    char* const aligned = (char*)((int64_t(room.get()) + 63) / 64 * 64);
+
+    each_task(call.threads, tasks, [&](int64_t t, int64_t thread) {
+        Values values(call, walk, w.get(), wt.get(), aligned + thread * bytes);
+        const int64_t first = first_segment(walk, t, tasks), end = first_segment(walk, t + 1, tasks);
+        if (first == end) return;
+        values.start(walk.ptr[first], walk.ptr[end], sums.get() + t * partial);
+        for (int64_t s = first; s < end; s++) {
+            std::fill_n(values.total, ldd, A(0));
+            const int64_t last = walk.ptr[s + 1];
+            for (int64_t from = walk.ptr[s]; from < last; from += Values::MANY) {
+                const int64_t to = std::min(last, from + Values::MANY);
+                values.need(from, to);
+                each_line<A, 4>(call.width, [&](auto z, int64_t c, int n) {
+                    constexpr int Z = decltype(z)::COUNT;
+                    auto more = sum_line<A, Z>(from, to, [&](int64_t i) FASTGT_INLINED {
+                        return term(values, z, s, i, c, n);
+                    });
+                    more += load_line<Z>(values.total + c, n);
+                    store_line<Z>(values.total + c, more, n);
+                });
+            }
+            put(s, values.total);
+        }
+        values.finish(walk.ptr[end]);
+    });
+    each_task(call.threads, partial ? call.attr_width : 0, [&](int64_t c, int64_t) {
+        each_vector<A>(call.width, [&](int64_t d, int n) {
+            Vec<A> total{};
+            for (int64_t t = 0; t < tasks;) {
+                Vec<A> some{};
+                for (const int64_t stop = std::min(tasks, t + BLOCK); t < stop; t++)
+                    some += load(sums.get() + t * partial + c * ldd + d);
+                total += some;
+            }
+            store_some(call.d_value_weight.at<T>(c) + d, total, n);
+        });
+    });
+}
+
+template <class T> void low_rank_forward(const AggregateCall& call) {
+    using A = Accumulator<T>;
+    const AnyWalk walk(call.rows);
+    sum_low_rank<T>(
+        call, walk,
+        [&](const LowRank<T>& values, auto z, int64_t, int64_t i, int64_t c, int n)
+            FASTGT_INLINED {
+                constexpr int Z = decltype(z)::COUNT;
+                auto m = message<T, Z>(call, walk, i, c, n);
+                m += load_line<Z>(values.value_of(i) + c, n);
+                if (call.relu) m = by_vector<A, Z>([&](int v) { return relu_of<A>(m.v[v]); });
+                if (call.weight) times_weight<T, Z>(call, m, walk.edge[i], c, n);
+                return m;
+            },
+        [&](int64_t r, const A* total) {
+            const A count = A(std::max<int64_t>(walk.ptr[r + 1] - walk.ptr[r], 1));
+            each_vector<A>(call.width, [&](int64_t c, int n) {
+                Vec<A> x = load(total + c);
+                if (call.reduce == MEAN) x /= count;
+                store_some(call.o.at<T>(r) + c, x, n);
+            });
+        });
+}
+
+// All gradients, column by column.
+template <class T> void low_rank_backward(const AggregateCall& call) {
+    using A = Accumulator<T>;
+    const AnyWalk walk(call.columns);
+    const Indices row_ptr{call.rows.ptr, call.rows.wide != 0};
+    sum_low_rank<T>(
+        call, walk,
+        [&](const LowRank<T>& values, auto z, int64_t j, int64_t i, int64_t c, int n)
+            FASTGT_INLINED {
+                constexpr int Z = decltype(z)::COUNT;
+                const int64_t edge = walk.edge[i], next = std::min(i + AHEAD, walk.edges - 1);
+                prefetch_line<Z>(call.d_o.at<T>(walk.other[next]) + c);
+                auto m = load_line<Z>(call.x.at<T>(j) + c, n);
+                if (call.edge_value) {
+                    prefetch_line<Z>(call.edge_value.at<T>(walk.edge[next]) + c);
+                    m += load_line<Z>(call.edge_value.at<T>(edge) + c, n);
+                }
+                m += load_line<Z>(values.value_of(i) + c, n);
+                auto g = passed_on<Z, T>(call, row_ptr, walk.other[i], c, n);
+                if (call.weight) {
+                    g = through_weight<T, Z>(call, g, m, edge, c, n);
+                } else {
+                    if (call.relu)
+                        g = by_vector<A, Z>([&](int v) {
+                            return through_relu<A>(g.v[v], m.v[v]);
+                        });
+                    if (call.d_edge) store_line<Z>(call.d_edge.at<T>(edge) + c, g, n);
+                }
+                if (values.gradients()) store_line<Z>(values.gradient_of(i) + c, g, n);
+                return g;
+            },
+        [&](int64_t j, const A* total) {
+            if (!call.d_x) return;
+            each_vector<A>(call.width, [&](int64_t c, int n) {
+                store_some(call.d_x.at<T>(j) + c, load(total + c), n);
+            });
+        });
+}
+
 }  // namespace
 }  // namespace fastgt
 
@@ -317,6 +521,7 @@ FASTGT_EXPORT void aggregate_fwd(const AggregateCall* call) {
     with_type(call->dtype, [&](auto t) {
         using T = decltype(t);
         expect_writes(call->o.data, call->rows.segments * call->width * int64_t(sizeof(T)));
+        if (call->attr) return low_rank_forward<T>(*call);
         call->reduce == MAX ? maxima<T>(*call) : sums<T>(*call);
     });
 }
@@ -328,6 +533,7 @@ FASTGT_EXPORT void aggregate_bwd(const AggregateCall* call) {
         expect_writes(call->d_edge.data, AnyWalk(call->rows).edges * line);
         if (!call->one_weight) expect_writes(call->d_weight.data, AnyWalk(call->rows).edges * line);
         expect_writes(call->d_x.data, call->columns.segments * line);
+        if (call->attr) return low_rank_backward<T>(*call);
         const bool looked_at = call->edge_value && call->relu && call->reduce != MAX;
         const bool together = call->d_x && (call->weight || looked_at);
         if (call->d_x) sum_to_columns<T>(*call, bool(call->d_edge));

@@ -10,7 +10,7 @@ from fastgt.cpu.library import accumulator, dtype_number, kernels, rows_of, walk
 
 _REDUCTIONS = {"sum": 0, "mean": 1, "max": 2}
 _NO_WALK: tuple[int, ...] = (0,) * 5
-_NO_GRADIENTS = (None,) * 4
+_NO_GRADIENTS = (None,) * 6
 
 
 def aggregate_fwd(
@@ -35,25 +35,33 @@ def aggregate_bwd(
     columns: tuple[Tensor, ...],
     reduction: Reduction,
     needs: MessageNeeds,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dx [M, D], dedge [E, D] in the caller's edge order, dweight as the weights; empty where
-    not needed."""
+) -> tuple[Tensor, ...]:
+    """-> dx [M, D], dedge [E, D] in the caller's edge order; dweight, dattr, dvalue_weight as what
+    they are the gradients of. Empty where not needed."""
     width, by_column = do.shape[1], _NO_WALK
-    dx, dedge, dweight = do.new_empty(0), do.new_empty(0), do.new_empty(0)
-    if needs.need_x:
+    dx, dedge, dweight, dattr, dvalue_weight = (do.new_empty(0) for _ in range(5))
+    if needs.need_x or messages.edge_attr is not None:
         col_ptr, col_row, _, col_edge = columns
         by_column = walk(col_ptr, col_row, col_edge)
-        dx = do.new_empty(col_ptr.shape[0] - 1, width)
+    if needs.need_x:
+        dx = do.new_empty(columns[0].shape[0] - 1, width)
     if needs.need_edge_value:
         dedge = do.new_empty(rows[2].shape[0], width)
     if needs.need_edge_weight:
         assert messages.edge_weight is not None
         dweight = weight_gradient(messages.edge_weight, width)
+    if needs.need_edge_attr:
+        assert messages.edge_attr is not None
+        dattr = do.new_empty(messages.edge_attr.shape)
+    if needs.need_edge_value_weight:
+        assert messages.edge_value_weight is not None
+        dvalue_weight = do.new_empty(messages.edge_value_weight.shape)
     walks = (*walk(*rows), *by_column)
-    grads = (x if need else None for x, need in zip((dx, dedge, dweight), needs, strict=True))
+    results = dx, dedge, dweight, dattr, dvalue_weight
+    grads = (x if need else None for x, need in zip(results, needs, strict=True))
     given = first if reduction.reduce == "max" else None, rows_of(do)
     _run("bwd", messages, reduction, walks, (None, *given, *grads))
-    return dx, dedge, dweight.to(do.dtype)
+    return dx, dedge, dweight.to(do.dtype), dattr, dvalue_weight
 
 
 def weight_gradient(weight: Tensor, width: int) -> Tensor:
@@ -70,7 +78,7 @@ def _run(
     messages: Messages,
     reduction: Reduction,
     walks: tuple[int, ...],
-    results: tuple[Tensor | None, ...],  # o, first, do, dx, dedge, dweight
+    results: tuple[Tensor | None, ...],  # o, first, do, dx, dedge, dweight, dattr, dvalue_weight
 ) -> None:
     terms = tuple(None if x is None else rows_of(x) for x in messages)
     like = results[0] if results[2] is None else results[2]
@@ -85,6 +93,7 @@ def _run(
         _REDUCTIONS[reduction.reduce],
         int(reduction.relu),
         int(weight is not None and weight.shape[1] == 1),
+        0 if messages.edge_attr is None else messages.edge_attr.shape[1],
         *walks,
         *terms,
         *results,

@@ -10,7 +10,7 @@ namespace fastgt {
 namespace {
 
 constexpr int64_t FILL = 16;
-constexpr int64_t AHEAD = 12;  // rows whose lines are asked for before they are needed
+constexpr int64_t ROWS_AHEAD = 12;  // rows whose lines are asked for before they are needed
 
 inline int64_t filled(int64_t width) { return (width + FILL - 1) / FILL * FILL; }
 
@@ -119,7 +119,7 @@ inline void read_rows(Accumulator<T>* to, int64_t ld, const Array& from, int64_t
     using A = Accumulator<T>;
     for (int64_t j = 0; j < count; j++) {
         const T* row = from.at<T>(begin + j, head);
-        const T* next = from.at<T>(begin + std::min(j + AHEAD, count - 1), head);
+        const T* next = from.at<T>(begin + std::min(j + ROWS_AHEAD, count - 1), head);
         for (int64_t c = 0; c < width; c += 64 / sizeof(T)) __builtin_prefetch(next + c);
         each_vector<A>(width, [&](int64_t c, int n) {
             store(to + j * ld + c, load_some(row + c, n));

@@ -12,7 +12,14 @@ from fastgt import reference
 from fastgt.contract import MessageNeeds, Messages, Reduction, RowWalk, Walks
 from fastgt.cpu import aggregate as cpu
 from fastgt.graph import Graph
-from fastgt.ops.channels import PLANS, autocast_all, check_channels, flat, flat_all
+from fastgt.ops.channels import (
+    PLANS,
+    autocast_all,
+    check_channels,
+    check_low_rank,
+    flat,
+    flat_all,
+)
 from fastgt.ops.checks import needs_gradient, refuse_forward_mode
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
@@ -32,6 +39,8 @@ def aggregate(
     reduce: Reduce = "sum",
     edge_value: Tensor | None = None,
     edge_weight: Tensor | None = None,
+    edge_attr: Tensor | None = None,
+    edge_value_weight: Tensor | None = None,
     activation: Activation | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
@@ -39,7 +48,8 @@ def aggregate(
 
     For row i and its columns j, channel by channel::
 
-        m_ij  = edge_weight_ij * activation(x_j + edge_value_ij)
+        e_ij  = edge_value_ij + edge_attr_ij @ edge_value_weight
+        m_ij  = edge_weight_ij * activation(x_j + e_ij)
         out_i = sum_j m_ij,   sum_j m_ij / degree_i   or   max_j m_ij
 
     A weight multiplies its message after the activation. The mean still divides by the number of
@@ -57,13 +67,16 @@ def aggregate(
         edge_value: ``[E, ...]``, as many channels as x, in the caller's edge order and x's dtype.
         edge_weight: ``[E]``, one number an edge, or ``[E, ...]``, one for each channel of x; in the
             caller's edge order and x's dtype. None: 1.
+        edge_attr: ``[E, C]``, C from 1 to 256, with ``edge_value_weight [C, ...]``: values of edges
+            in their low-rank form, as a linear layer makes them of few attributes.
         activation: None or ``"relu"``.
         impl: As in :func:`fastgt.neighborhood_attention`.
 
     Returns:
         ``[N_rows, ...]`` in x's dtype. Sums are kept in float32 (float64 for float64). No
         message is stored: memory is O(N D), D the channels, beside the gradients of what stands on
-        edges; that of weights ``[E]`` needs O(E (1 + D / 128)).
+        edges; that of weights ``[E]`` needs O(E (1 + D / 128)). Values in their low-rank form are
+        not stored on a CPU. They are while a GPU's kernel runs, and for the backward of a maximum.
         Under ``torch.autocast`` the inputs are cast first. Second derivatives go through the
         plain definition, with its O(E D) memory; ``torch.func`` transforms and forward-mode
         derivatives need ``impl="reference"``.
@@ -84,15 +97,22 @@ def aggregate(
         >>> aggregate(torch.tensor([[1.0], [2.0], [3.0]]), graph).tolist()
         [[5.0], [3.0], [0.0]]
     """
-    x, edge_value, edge_weight = tensors = autocast_all(x, edge_value, edge_weight)
+    x, edge_value, edge_weight, edge_attr, edge_value_weight = autocast_all(
+        x, edge_value, edge_weight, edge_attr, edge_value_weight
+    )
     if reduce not in _REDUCTIONS:
         raise ValueError(f"reduce must be one of {list(_REDUCTIONS)}, got {reduce!r}")
     if activation is not None and activation not in _ACTIVATIONS:
         raise ValueError(
             f"activation must be one of {list(_ACTIVATIONS)} or None, got {activation!r}"
         )
-    if x is None and edge_value is None:
-        raise ValueError("x and edge_value are both None: there is nothing to aggregate")
+    if x is None and edge_value is None and edge_attr is None:
+        raise ValueError("x, edge_value and edge_attr are all None: there is nothing to aggregate")
+    other = ("edge_value", edge_value) if x is None else ("x", x)
+    check_low_rank(graph, edge_attr, edge_value_weight, other)
+    if edge_attr is not None and edge_value_weight is not None and x is None and edge_value is None:
+        edge_value = torch.tensordot(edge_attr, edge_value_weight, 1)
+        edge_attr = edge_value_weight = None
     check_channels(
         graph,
         x=(x, "columns"),
@@ -101,6 +121,11 @@ def aggregate(
     )
     like = edge_value if x is None else x
     assert like is not None
+    if edge_attr is not None and edge_value_weight is not None and (x is None or reduce == "max"):
+        # no kernel makes these on its way
+        made = torch.tensordot(edge_attr, edge_value_weight, 1)
+        edge_value = made if edge_value is None else edge_value + made
+        edge_attr = edge_value_weight = None
     impl = resolve_impl(impl, like)
     if impl == "reference":
         return reference.aggregate(
@@ -109,8 +134,11 @@ def aggregate(
             reduce=reduce,
             edge_value=edge_value,
             edge_weight=edge_weight,
+            edge_attr=edge_attr,
+            edge_value_weight=edge_value_weight,
             activation=activation,
         )
+    tensors = x, edge_value, edge_weight, edge_attr, edge_value_weight
     refuse_forward_mode(*tensors)
     plan = PLANS[impl]
     messages, reduction = Messages(*flat_all(*tensors)), Reduction(reduce, activation == "relu")
@@ -134,7 +162,10 @@ def aggregate_in_order(
     refuse_forward_mode(edge_value)
     edge = torch.arange(edge_value.shape[0], dtype=row_ptr.dtype, device="cpu")
     rows = row_ptr.contiguous(), edge, edge
-    messages, reduction = Messages(None, flat(edge_value), None), Reduction(reduce, False)
+    messages, reduction = (
+        Messages(None, flat(edge_value), None, None, None),
+        Reduction(reduce, False),
+    )
     if needs_gradient(edge_value):
         out = _Aggregate.apply(*messages, graph, "cpp", rows, (), *reduction)
     else:
@@ -149,6 +180,8 @@ class _Aggregate(torch.autograd.Function):
         x: Tensor | None,
         edge_value: Tensor | None,
         edge_weight: Tensor | None,
+        edge_attr: Tensor | None,
+        edge_value_weight: Tensor | None,
         graph: Graph | Callable[[], Graph],
         impl: str,
         rows: tuple[Tensor, ...],
@@ -156,8 +189,9 @@ class _Aggregate(torch.autograd.Function):
         reduce: Reduce,
         relu: bool,
     ) -> Tensor:
-        o, first = _forward(impl, x, edge_value, edge_weight, rows, reduce, relu)
-        ctx.save_for_backward(x, edge_value, edge_weight, first)
+        messages = x, edge_value, edge_weight, edge_attr, edge_value_weight
+        o, first = _forward(impl, *messages, rows, reduce, relu)
+        ctx.save_for_backward(*messages, first)
         ctx.graph, ctx.impl, ctx.walks = graph, impl, Walks(rows, columns)
         ctx.reduction = reduce, relu
         return o
@@ -165,24 +199,17 @@ class _Aggregate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple:
         *messages, first = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        needs = ctx.needs_input_grad[: len(messages)]
         grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():
             graph = ctx.graph if isinstance(ctx.graph, Graph) else ctx.graph()
             reduce, relu = ctx.reduction
             activation: Activation | None = "relu" if relu else None
 
-            def define(
-                x: Tensor | None, edge_value: Tensor | None, edge_weight: Tensor | None
-            ) -> tuple[Tensor]:
-                out = reference.aggregate(
-                    x,
-                    graph,
-                    reduce=reduce,
-                    edge_value=edge_value,
-                    edge_weight=edge_weight,
-                    activation=activation,
-                )
+            def define(*tensors: Tensor | None) -> tuple[Tensor]:
+                x, *edges = Messages(*tensors)
+                terms = dict(zip(Messages._fields[1:], edges, strict=True))
+                out = reference.aggregate(x, graph, reduce=reduce, activation=activation, **terms)
                 return (out,)
 
             grads = differentiable_gradients(define, messages, [do], needs)
@@ -250,7 +277,13 @@ def _fake_backward(
         do.new_empty((walks.column_walk[0].shape[0] - 1, d) if needs.need_x else (0,)),
         do.new_empty((e, d) if needs.need_edge_value else (0,)),
         do.new_empty((e, _weights(messages)) if needs.need_edge_weight else (0,)),
+        _like(messages.edge_attr if needs.need_edge_attr else None, do),
+        _like(messages.edge_value_weight if needs.need_edge_value_weight else None, do),
     )
+
+
+def _like(x: Tensor | None, do: Tensor) -> Tensor:
+    return do.new_empty((0,) if x is None else x.shape)
 
 
 def _weights(messages: Messages) -> int:
@@ -258,17 +291,20 @@ def _weights(messages: Messages) -> int:
     return 0 if messages.edge_weight is None else messages.edge_weight.shape[1]
 
 
+FORWARD = Signature(Messages, RowWalk, Reduction)
+BACKWARD = Signature(_Upstream, Messages, Walks, Reduction, MessageNeeds)
+
 _forward = register(
     "aggregate_fwd",
-    Signature(Messages, RowWalk, Reduction),
+    FORWARD,
     "(Tensor o, Tensor first)",
     launch=_launch_forward,
     fake=_fake_forward,
 )
 _backward = register(
     "aggregate_bwd",
-    Signature(_Upstream, Messages, Walks, Reduction, MessageNeeds),
-    "(Tensor dx, Tensor dedge, Tensor dweight)",
+    BACKWARD,
+    "(Tensor dx, Tensor dedge, Tensor dweight, Tensor dattr, Tensor dvalue_weight)",
     launch=_launch_backward,
     fake=_fake_backward,
 )

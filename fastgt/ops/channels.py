@@ -9,6 +9,7 @@ from torch import Tensor
 from fastgt.graph import Graph
 from fastgt.ops.checks import FLOATS, autocast, autocasts, check_graph
 from fastgt.ops.walks import CPU, GATHER
+from fastgt.tiles import MAX_WIDTH
 
 PLANS = {"cpp": CPU, "triton": GATHER}
 """By implementation: channels never meet, so edges are gathered."""
@@ -52,6 +53,50 @@ def check_channels(
     if graph.device != like.device:
         raise ValueError(
             f"graph is on {graph.device} but {first} is on {like.device}: use graph.to()"
+        )
+
+
+def check_low_rank(
+    graph: Graph,
+    edge_attr: Tensor | None,
+    edge_value_weight: Tensor | None,
+    like: tuple[str, Tensor | None],
+) -> None:
+    """Both factors are there or none, and fit each other, the graph, and a tensor of channels."""
+    for one, other, x, y in (
+        ("edge_attr", "edge_value_weight", edge_attr, edge_value_weight),
+        ("edge_value_weight", "edge_attr", edge_value_weight, edge_attr),
+    ):
+        if x is not None and y is None:
+            raise ValueError(f"{one} needs {other}, which is None")
+    if edge_attr is None or edge_value_weight is None:
+        return
+    check_channels(graph, edge_attr=(edge_attr, "edges"))
+    if edge_attr.ndim != 2:
+        raise ValueError(
+            f"edge_attr must be [E, C] = [{graph.num_edges}, C], got {list(edge_attr.shape)}"
+        )
+    channels, weight = edge_attr.shape[1], edge_value_weight
+    if not 1 <= channels <= MAX_WIDTH:
+        raise ValueError(f"edge_attr has {channels} channels; supported are 1 to {MAX_WIDTH}")
+    if not isinstance(weight, Tensor) or weight.layout != torch.strided:
+        raise TypeError(f"edge_value_weight must be a strided tensor, got {type(weight).__name__}")
+    if weight.ndim == 0 or weight.shape[0] != channels:
+        raise ValueError(
+            f"edge_value_weight must be [C, ...] = [{channels}, ...], got {list(weight.shape)}"
+        )
+    first, x = like
+    for name, y in (("edge_value_weight", weight), (first, x)):
+        if not isinstance(y, Tensor):
+            continue
+        if y.dtype != edge_attr.dtype:
+            raise TypeError(f"{name} is {y.dtype} but edge_attr is {edge_attr.dtype}")
+        if y.device != edge_attr.device:
+            raise ValueError(f"{name} is on {y.device} but edge_attr is on {edge_attr.device}")
+    if isinstance(x, Tensor) and x.ndim and weight.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"edge_value_weight has channels {list(weight.shape[1:])} but {first} has "
+            f"{list(x.shape[1:])}"
         )
 
 

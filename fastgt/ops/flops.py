@@ -27,6 +27,7 @@ import torch
 from fastgt.contract import PerInput, RaggedPairs
 from fastgt.ops import (
     additive_attention,
+    aggregate,
     channelwise_attention,
     gated_aggregate,
     global_attention,
@@ -132,6 +133,22 @@ def _channelwise_attention_bwd(impl: str, *flat: Any, out_shape: Any) -> int:
     return 2 * _size(inputs.logits) * (needs.need_logits + needs.need_v)
 
 
+def _aggregate_fwd(impl: str, *shapes: Any, out_shape: Any) -> int:
+    messages, *_ = aggregate.FORWARD.split(shapes)
+    return 2 * _low_rank(messages)
+
+
+def _aggregate_bwd(impl: str, *shapes: Any, out_shape: Any) -> int:
+    _, messages, *_, needs = aggregate.BACKWARD.split(shapes)
+    return 2 * _low_rank(messages) * (1 + needs.need_edge_attr + needs.need_edge_value_weight)
+
+
+def _low_rank(messages: Any) -> int:
+    """Edges times attributes times channels; of shapes."""
+    attr, weight = messages.edge_attr, messages.edge_value_weight
+    return 0 if attr is None else _size(attr) * weight[1]
+
+
 def _gated_aggregate_fwd(impl: str, *shapes: Any, out_shape: Any) -> int:
     gated, walk, *_ = gated_aggregate.FORWARD.split(shapes)
     return 2 * walk.row_walk[2][0] * gated.x[1]
@@ -227,8 +244,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "head_outer": _head_outer,
     "segment_softmax_fwd": _no_products,
     "segment_softmax_bwd": _no_products,
-    "aggregate_fwd": _no_products,
-    "aggregate_bwd": _no_products,
+    "aggregate_fwd": _aggregate_fwd,
+    "aggregate_bwd": _aggregate_bwd,
 }
 # those that get tensors, not their shapes
 _BY_VALUES = {"global_attention_fwd", "global_attention_bwd"}

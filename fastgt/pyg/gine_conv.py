@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor
 from torch_geometric import nn as pyg
 
+from fastgt.nn.sublayers import is_plain_linear
 from fastgt.ops.aggregate import aggregate
+from fastgt.ops.checks import MAX_WIDTH
 from fastgt.pyg.fused import FusedMessages
 
 
@@ -15,6 +17,9 @@ class GINEConv(FusedMessages, pyg.GINEConv):
     """``torch_geometric.nn.GINEConv`` without messages ``[E, channels]`` of its own::
 
         x'_i = nn((1 + eps) x_i + sum_j relu(x_j + e_ij)),   e_ij = edge_attr_ij or lin edge_attr_ij
+
+    Where ``lin`` is a plain linear layer of fewer attributes than channels, e_ij is not made before
+    the sum. One that is more, for an adapter or a hook, is called.
 
     Torch-geometric's own code runs for an explainer, under ``torch.jit``, for static graphs and for
     another ``aggr`` than a sum.
@@ -49,11 +54,18 @@ class GINEConv(FusedMessages, pyg.GINEConv):
         edge_attr = edges.edge_attr if edge_attr is None else edge_attr
         if edge_attr is None or edge_attr.dim() != 2 or edge_attr.shape[0] != edges.graph.num_edges:
             return self.by_pyg("edge_attr is not [E, channels]", *given)
-        e = edge_attr if self.lin is None else self.lin(edge_attr)
-        if e.shape[1] != source.shape[1]:
+        layer, width = self.lin, source.shape[1]
+        if is_plain_linear(layer, pyg.Linear) and edge_attr.shape[1] <= min(width, MAX_WIDTH):
+            values = {"edge_attr": edge_attr, "edge_value_weight": layer.weight.T}
+            channels = layer.weight.shape[0]
+            messages = source if layer.bias is None else source + layer.bias
+        else:
+            e = edge_attr if layer is None else layer(edge_attr)
+            values, channels, messages = {"edge_value": e}, e.shape[1], source
+        if channels != width:
             return self.by_pyg("edges and nodes have other numbers of channels", *given)
         self.note("")
-        out = aggregate(source, edges.graph, edge_value=e, activation="relu")
+        out = aggregate(messages, edges.graph, **values, activation="relu")
         if target is not None:
             out = out + (1 + self.eps) * target
         return self.nn(out)

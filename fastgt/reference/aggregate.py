@@ -18,12 +18,16 @@ def aggregate(
     reduce: Literal["sum", "mean", "max"] = "sum",
     edge_value: Tensor | None = None,
     edge_weight: Tensor | None = None,
+    edge_attr: Tensor | None = None,
+    edge_value_weight: Tensor | None = None,
     activation: Literal["relu"] | None = None,
 ) -> Tensor:
     """See :func:`fastgt.aggregate`."""
     column, row = graph.edge_index
     terms = [] if x is None else [x[column]]
     terms += [] if edge_value is None else [edge_value]
+    if edge_attr is not None and edge_value_weight is not None:
+        terms.append(torch.tensordot(edge_attr, edge_value_weight, 1))
     message = sum(terms[1:], start=terms[0])  # [E, ...]
     if activation == "relu":
         message = message.relu()

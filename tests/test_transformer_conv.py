@@ -443,3 +443,21 @@ def test_no_tensor_of_edges_by_width_is_made(compiled_kernels):
     grown = 4 * edges * heads * (64 - 16)
     assert peaks[2] - peaks[0] > 4 * grown
     assert peaks[3] - peaks[1] < grown / 8
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU path")
+@pytest.mark.parametrize("degree", [1, 6, 7, 20])
+def test_edges_of_more_than_six_a_node_are_not_made(degree):
+    nodes, width = 300, 64
+    graph = random_graph(0, nodes, nodes * degree)
+    theirs, ours = pair(5, 8, heads=8, edge_dim=3, dtype=FP32)
+    x = torch.randn(nodes, 5)
+    attr = torch.randn(graph.num_edges, 3)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        out = ours(x, graph, attr)
+    calls = [event for event in profile.events() if [graph.num_edges, 3] in event.input_shapes]
+    made = any(event.name == "aten::linear" for event in calls)
+    assert made == (degree <= 6)
+    expected = theirs(x, graph.edge_index, attr)
+    assert out.shape == (nodes, width)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)

@@ -10,10 +10,13 @@ from torch.nn.functional import linear
 from torch_geometric import nn as pyg
 
 from fastgt.contract import AuxRequest
+from fastgt.graph import Graph
 from fastgt.nn.sublayers import is_plain_linear
 from fastgt.ops.attention import neighborhood_attention
 from fastgt.ops.checks import MAX_WIDTH
 from fastgt.pyg.fused import FusedMessages
+
+FEW_EDGES = 6  # a node
 
 
 class TransformerConv(FusedMessages, pyg.TransformerConv):
@@ -28,9 +31,10 @@ class TransformerConv(FusedMessages, pyg.TransformerConv):
         x'_i = m_i + r_i;  with beta  b_i r_i + (1 - b_i) m_i,
                            b_i = sigmoid(lin_beta [m_i, r_i, m_i - r_i])
 
-    e_ij, of size E H D, is never made while ``lin_edge`` is a plain linear layer; one that is more,
-    for an adapter or a hook, is called, as are all others. Dropout drops other weights from the
-    same seed than torch-geometric's.
+    e_ij, of size E H D, is not made while ``lin_edge`` is a plain linear layer, but on a CPU for
+    graphs of up to six edges a node, where that is faster. A layer that is more, for an adapter or
+    a hook, is called, as are all others. Dropout drops other weights from the same seed than
+    torch-geometric's.
 
     Torch-geometric's own code runs where attention weights are asked for while gradients are
     recorded, for an explainer, under ``torch.jit``, for another ``aggr`` than a sum, and for heads
@@ -86,7 +90,7 @@ class TransformerConv(FusedMessages, pyg.TransformerConv):
             self.lin_key(source).unflatten(-1, heads),
             self.lin_value(source).unflatten(-1, heads),
             graph,
-            **self._edge_terms(edge_attr),
+            **self._edge_terms(edge_attr, graph),
             dropout_p=self.dropout if self.training else 0.0,
             return_aux=AuxRequest(weights=weights),
         )
@@ -111,18 +115,27 @@ class TransformerConv(FusedMessages, pyg.TransformerConv):
             return "edge_attr is not [E, channels]"
         return ""
 
-    def _edge_terms(self, edge_attr: Tensor | None) -> dict[str, Any]:
+    def _edge_terms(self, edge_attr: Tensor | None, graph: Graph) -> dict[str, Any]:
         """What the attention takes of edges."""
         if edge_attr is None:
             return {}
         layer, heads = self.lin_edge, (self.heads, self.out_channels)
         plain = is_plain_linear(layer, pyg.Linear) and layer.bias is None
-        if plain and edge_attr.shape[1] <= MAX_WIDTH:
+        if plain and edge_attr.shape[1] <= MAX_WIDTH and not self._few(edge_attr, graph):
             weight = layer.weight.unflatten(0, heads).permute(2, 0, 1)  # [C, H, D]
             both = {"edge_key_weight": weight, "edge_value_weight": weight}
             return {"edge_attr": edge_attr, **both}
         e = layer(edge_attr).unflatten(-1, heads)
         return {"edge_key": e, "edge_value": e}
+
+    def _few(self, edge_attr: Tensor, graph: Graph) -> bool:
+        """Whether products of nodes cost more than those of the edges; what does not fit is refused
+        by the operator."""
+        if edge_attr.device.type != "cpu" or torch.compiler.is_compiling():
+            return False  # one compilation serves graphs of any number
+        weight = self.lin_edge.weight
+        fits = edge_attr.dtype == weight.dtype and edge_attr.shape[1] == weight.shape[1]
+        return fits and graph.num_edges <= FEW_EDGES * graph.num_rows
 
     def _with_root(self, m: Tensor, r: Tensor) -> Tensor:
         layer = self.lin_beta

@@ -156,7 +156,7 @@ def test_compiles_whole(impl):
         same_bits(found, evaluate(x, impl))
 
 
-def test_values_are_not_stored_on_a_cpu():
+def test_no_memory_is_taken_for_values_on_a_cpu():
     n, edges, d = 50, 40_000, 64
     x = case("sum", 0, n, edges, channels=(d,), dtype=FP32, relu=True, takes=1, attr=4)
     evaluate(x, "cpp")

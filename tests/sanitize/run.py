@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "sanitize"
 TESTS = (
-    *("aggregate", "aggregate_execution", "gated_aggregate", "segment_softmax", "segment_pool"),
+    *("aggregate", "aggregate_execution", "aggregate_low_rank", "gated_aggregate"),
+    *("segment_softmax", "segment_pool"),
     *("attention", "attention_edges", "attention_edges_execution", "attention_execution"),
     *("attention_gate", "attention_gradients", "attention_windows", "magnitudes"),
     *(
@@ -33,7 +34,7 @@ TESTS = (
     *("additive_attention", "additive_execution"),
     *("head_projection", "global_attention", "linear_attention", "linear_gate"),
 )
-CHOSEN = "(cpp or threads) and not memory and not compil"
+CHOSEN = "(cpp or threads or cpu) and not memory and not compil"
 FLAGS = {
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
     "threads": "-fsanitize=thread",

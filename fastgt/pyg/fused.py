@@ -104,6 +104,13 @@ class FusedMessages(Fused):
         # PyG reads from a class's source what its messages take, and tells classes by their names
         self.inspector._source_dict.setdefault(self.PYG.__name__, inspect.getsource(self.PYG))
         super()._set_jittable_templates(raise_on_error)  # type: ignore[misc]
+        kind = type(self)
+        for name in ("propagate", "edge_updater"):
+            # PyG keeps what it compiled for the base class as what stood there before, but an
+            # explainer's masks are in MessagePassing's own alone
+            compiled = [vars(base).get(f"_jinja_{name}") for base in kind.__mro__[1:]]
+            if vars(kind).get(f"_orig_{name}") in [x for x in compiled if x is not None]:
+                setattr(kind, f"_orig_{name}", getattr(MessagePassing, name))
 
     @staticmethod
     def plain(edge_index: Any) -> bool:

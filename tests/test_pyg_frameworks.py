@@ -1,0 +1,108 @@
+"""Layers of fastgt.pyg with explainers, hooks, wrappers and transforms."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("torch_geometric")
+
+from torch_geometric import nn as pyg
+from torch_geometric.explain import Explainer, GNNExplainer
+
+import fastgt
+from fastgt import pyg as ours
+
+N, E, C = 9, 30, 6
+WIDE = torch.float64
+
+LAYERS = {
+    "TransformerConv": lambda kinds, **more: kinds.TransformerConv(C, 4, heads=2, **more),
+    "GATConv": lambda kinds, **more: kinds.GATConv(C, 4, heads=2, **more),
+    "GATv2Conv": lambda kinds, **more: kinds.GATv2Conv(C, 4, heads=2, **more),
+    "GINEConv": lambda kinds, **more: kinds.GINEConv(nn.Linear(C, 8), edge_dim=C, **more),
+    "ResGatedGraphConv": lambda kinds, **more: kinds.ResGatedGraphConv(C, 8, **more),
+    "PointTransformerConv": lambda kinds, **more: kinds.PointTransformerConv(C, 8, **more),
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+pytestmark = pytest.mark.filterwarnings("ignore:fastgt.pyg")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def pair(name, **more):
+    """Torch-geometric's layer, which is made first, and that of ours, with the same parameters."""
+    expected = LAYERS[name](pyg, **more).double()
+    found = LAYERS[name](ours, **more).double()
+    found.load_state_dict(expected.state_dict())
+    return found, expected
+
+
+def call(layer, x, index):
+    """Of any layer, of the same edges."""
+    if isinstance(layer, pyg.PointTransformerConv):
+        return layer(x, x[:, :3], index)
+    if isinstance(layer, pyg.GINEConv):
+        return layer(x, index, x[index[0]] - x[index[1]])
+    return layer(x, index)
+
+
+def given():
+    return torch.randn(N, C, dtype=WIDE), torch.randint(N, (2, E))
+
+
+def assert_same(found, expected, *args):
+    torch.testing.assert_close(call(found, *args), call(expected, *args), rtol=1e-9, atol=1e-11)
+
+
+@every_layer
+def test_masks_of_an_explainer_count(name):
+    x, index = given()
+    layers = pair(name)
+    plain = call(layers[1], x, index)
+    for layer in layers:
+        layer.explain, layer._edge_mask = True, torch.linspace(-1, 1, E, dtype=WIDE)
+        layer._loop_mask = index[0] != index[1]
+    assert_same(*layers, x, index)
+    assert not torch.allclose(call(layers[0], x, index), plain)
+    for layer in layers:
+        layer.explain, layer._edge_mask, layer._loop_mask = False, None, None
+    torch.testing.assert_close(call(layers[0], x, index), plain)
+    assert layers[0].ran() == "fused"
+
+
+@pytest.mark.parametrize("name", ["TransformerConv", "GATConv", "GATv2Conv"])
+def test_gnn_explainer_explains_the_same(name):
+    class Net(nn.Module):
+        def __init__(self, kinds):
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two = LAYERS[name](kinds), getattr(kinds, name)(8, 3)
+
+        def forward(self, x, index):
+            return self.two(self.one(x, index).relu(), index).log_softmax(-1)
+
+    x, index = given()
+    masks = []
+    nets = [Net(pyg), Net(ours), Net(pyg)]
+    fastgt.accelerate(nets[2])
+    for net in nets:
+        torch.manual_seed(0)
+        explainer = Explainer(
+            net,
+            GNNExplainer(epochs=5),
+            explanation_type="model",
+            edge_mask_type="object",
+            node_mask_type="attributes",
+            model_config={
+                "mode": "multiclass_classification",
+                "task_level": "node",
+                "return_type": "log_probs",
+            },
+        )
+        masks.append(explainer(x.float(), index, index=2).edge_mask)
+    assert masks[0].any()
+    for mask in masks[1:]:
+        torch.testing.assert_close(mask, masks[0])

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 
 pytest.importorskip("torch_geometric")
 
@@ -11,6 +13,8 @@ from torch_geometric.explain import Explainer, GNNExplainer
 
 import fastgt
 from fastgt import pyg as ours
+from fastgt.nn import LinearAttention
+from fastgt.pyg.fused import as_pyg
 
 N, E, C = 9, 30, 6
 WIDE = torch.float64
@@ -49,12 +53,27 @@ def call(layer, x, index):
     return layer(x, index)
 
 
+class Call(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, index):
+        return call(self.layer, x, index)
+
+
 def given():
     return torch.randn(N, C, dtype=WIDE), torch.randint(N, (2, E))
 
 
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
 def assert_same(found, expected, *args):
-    torch.testing.assert_close(call(found, *args), call(expected, *args), rtol=1e-9, atol=1e-11)
+    assert_close(call(found, *args), call(expected, *args))
 
 
 @every_layer
@@ -106,3 +125,49 @@ def test_gnn_explainer_explains_the_same(name):
     assert masks[0].any()
     for mask in masks[1:]:
         torch.testing.assert_close(mask, masks[0])
+
+
+@every_layer
+def test_transforms_of_torch_func(name):
+    layers, (x, index) = [Call(layer) for layer in pair(name)], given()
+
+    def squares(layer, p, x):
+        return functional_call(layer, p, (x, index)).square().sum()
+
+    transforms = [
+        lambda layer, p: torch.func.grad(lambda p: squares(layer, p, x))(p),
+        lambda layer, p: torch.func.vmap(
+            torch.func.grad(lambda p, x: squares(layer, p, x)), (None, 0)
+        )(p, torch.stack([x, -x])),
+        lambda layer, p: torch.func.jvp(lambda x: layer(x, index), (x,), (x,)),
+    ]
+    for transform in transforms:
+        found, expected = (transform(layer, dict(layer.named_parameters())) for layer in layers)
+        assert_close(found, expected)
+        assert "torch.func transforms it" in layers[0].layer.ran()
+    with forward_ad.dual_level():
+        found, expected = (
+            forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x.cos()), index)).tangent
+            for layer in layers
+        )
+        assert_close(found, expected)
+
+
+def test_transforms_of_global_attention():
+    batch = torch.tensor([0] * 4 + [1] * 5)
+    x, index = torch.randn(N, 8, dtype=WIDE), torch.randint(N, (2, E))
+    expected = pyg.GPSConv(8, None, heads=2).double().eval()
+    found = ours.GPSConv(8, None, heads=2).double().eval()
+    found.load_state_dict(expected.state_dict())
+
+    def gradient(layer, x, *more):
+        return torch.func.grad(lambda x: layer(x, *more).square().sum())(x)
+
+    assert_close(gradient(found, x, index, batch), gradient(expected, x, index, batch))
+    attn = ours.PolynormerAttention(8, 2, head_channels=4).double()
+    assert_close(gradient(attn, x[None]), gradient(as_pyg(attn), x[None]))
+    assert attn.ran() == "fused"  # padded keys do not count, as elsewhere
+    for found.attn in (attn, LinearAttention(8, 2).double()):
+        y = x.clone().requires_grad_()
+        expected = torch.autograd.grad(found(y, index, batch).square().sum(), y)[0]
+        assert_close(gradient(found, x, index, batch), expected)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import SparseTensor
 from torch_geometric.utils import is_torch_sparse_tensor
 
 from fastgt.graph import Graph
+from fastgt.ops.implementation import implementation
 from fastgt.pyg.sharing import Edges, edges_of
 
 _HOOKS = tuple(
@@ -40,6 +43,22 @@ def explain(model: nn.Module) -> dict[str, str]:
         {'0': "torch-geometric's own code runs: messages are put together by 'max'"}
     """
     return {name: layer.ran() for name, layer in model.named_modules() if isinstance(layer, Fused)}
+
+
+def transformed() -> str:
+    """Why what runs around a layer takes derivatives or batches that kernels have not; else ""."""
+    if torch.jit.is_tracing():
+        return "torch.jit traces it"
+    if torch.compiler.is_compiling():
+        return ""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms it"
+    return "" if forward_ad._current_level < 0 else "forward-mode derivatives are taken"
+
+
+def as_transformed() -> AbstractContextManager[None]:
+    """Operators take it, for a layer that PyG's code computes otherwise or not at all."""
+    return implementation("reference") if transformed() else nullcontext()
 
 
 class Fused:
@@ -123,8 +142,8 @@ class FusedMessages(Fused):
 
     def unfusable(self: Any, nodes: tuple[Tensor | None, ...], edge_index: Any) -> str:
         """Why messages of these nodes cannot be fused; "" if they can."""
-        if torch.jit.is_tracing():
-            return "torch.jit traces it"
+        if why := transformed():
+            return why
         if not all(x is None or isinstance(x, Tensor) for x in nodes):
             return "its inputs are not tensors"
         if self.explain:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 from torch_geometric import nn as pyg
@@ -13,7 +12,7 @@ from fastgt.graph import Graph
 from fastgt.nn.linear_attention import LinearAttention
 from fastgt.nn.sublayers import has_hooks
 from fastgt.ops.global_attention import MAX_WIDTH, global_attention
-from fastgt.pyg.fused import Fused
+from fastgt.pyg.fused import Fused, as_transformed, transformed
 from fastgt.pyg.linear_attention import Ragged
 from fastgt.pyg.sharing import offsets_of
 
@@ -88,11 +87,11 @@ class GPSConv(Fused, pyg.GPSConv):
 
     def _why_not(self, x: Any) -> str:
         attn = self.attn
-        if torch.jit.is_tracing():
-            return "torch.jit traces it"
         if not isinstance(x, Tensor) or x.dim() != 2:
             return "x is not [N, channels]"
         if type(attn) is nn.MultiheadAttention:
+            if why := transformed():
+                return why
             if has_hooks(attn) or "forward" in vars(attn):
                 return "attn has hooks"
             if attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn:
@@ -110,7 +109,8 @@ class GPSConv(Fused, pyg.GPSConv):
     def _attend(self, x: Tensor, offsets: Tensor) -> Tensor:
         attn = self.attn
         if not isinstance(attn, nn.MultiheadAttention):
-            return attn(x, offsets=offsets)
+            with as_transformed():
+                return attn(x, offsets=offsets)
         q, k, v = (
             part.unflatten(-1, (attn.num_heads, attn.head_dim))
             for part in linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)

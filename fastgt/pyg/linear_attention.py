@@ -11,7 +11,7 @@ from torch_geometric.nn import attention as pyg
 from fastgt.ops.checks import MAX_WIDTH, check_offsets
 from fastgt.ops.linear_attention import MAX_FEATURES, linear_attention
 from fastgt.ops.segment_pool import segment_sum
-from fastgt.pyg.fused import Fused
+from fastgt.pyg.fused import Fused, as_transformed
 
 Padding = Literal["ignored", "counted"]
 
@@ -58,7 +58,8 @@ class Ragged(Fused):
                 raise ValueError(f"with offsets, torch-geometric's own code cannot run, but {why}")
             check_offsets(offsets, x.shape[0], x.device)
             self.note("")
-            return self.attend(x, offsets)
+            with as_transformed():
+                return self.attend(x, offsets)
         if self.padding == "counted" and mask is not None:
             why = "padded keys are to be counted"
         if why:
@@ -69,11 +70,14 @@ class Ragged(Fused):
         graphs, nodes = x.shape[:2]
         if mask is None:
             offsets = torch.arange(graphs + 1, device=x.device) * nodes
-            return self.attend(x.flatten(0, 1), offsets).unflatten(0, (graphs, nodes))
+            with as_transformed():
+                out = self.attend(x.flatten(0, 1), offsets)
+            return out.unflatten(0, (graphs, nodes))
         if mask.shape != x.shape[:2]:
             raise ValueError(f"mask must be {list(x.shape[:2])}, got {list(mask.shape)}")
         offsets = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
-        out = self.attend(x[mask], offsets)
+        with as_transformed():
+            out = self.attend(x[mask], offsets)
         return out.new_zeros(graphs, nodes, out.shape[-1]).index_put((mask,), out)
 
 

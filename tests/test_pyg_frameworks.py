@@ -12,6 +12,7 @@ from torch_geometric import nn as pyg
 from torch_geometric.explain import Explainer, GNNExplainer
 
 import fastgt
+from fastgt import Graph
 from fastgt import pyg as ours
 from fastgt.nn import LinearAttention
 from fastgt.pyg.fused import as_pyg
@@ -171,3 +172,19 @@ def test_transforms_of_global_attention():
         y = x.clone().requires_grad_()
         expected = torch.autograd.grad(found(y, index, batch).square().sum(), y)[0]
         assert_close(gradient(found, x, index, batch), expected)
+
+
+@pytest.mark.parametrize("norm", ["batch_norm", "graph_norm"])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_graphs_of_a_graph_are_those_of_gps(norm, hooked):
+    """In norms too, and where torch-geometric's own code runs."""
+    graph = Graph.batch([Graph.complete(torch.tensor([0, n])) for n in (4, 5)])
+    batch, x = torch.tensor([0] * 4 + [1] * 5), torch.randn(N, 8, dtype=WIDE)
+    layer = ours.GPSConv(8, None, heads=2, norm=norm).double()
+    if hooked:
+        layer.attn.register_forward_hook(lambda *_: None)
+    assert_close(layer(x, graph), layer(x, graph.edge_index, batch))
+    assert ("attn has hooks" in layer.ran()) == hooked
+    if hooked:
+        with pytest.raises(ValueError, match="edge_index has 9 nodes but x has 8"):
+            layer(x[1:], graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 from torch_geometric import nn as pyg
@@ -68,7 +69,11 @@ class GPSConv(Fused, pyg.GPSConv):
         ``edge_index`` may be a :class:`fastgt.Graph`. Its graphs are those of the batch where no
         ``batch`` is given.
         """
-        why = self._why_not(x)
+        why, offsets = self._why_not(x), None
+        if batch is None and isinstance(edge_index, Graph):
+            offsets = edge_index.graph_ptr
+            if why or self.norm_with_batch:
+                batch = _batch_of(edge_index, x)
         if why:
             return self.by_pyg(why, x, edge_index, batch, **kwargs)
         self.note("")
@@ -76,9 +81,7 @@ class GPSConv(Fused, pyg.GPSConv):
         if self.conv is not None:
             h = self.conv(x, edge_index, **kwargs)
             sums.append(self._joined(self.norm1, h, x, batch))
-        if batch is None and isinstance(edge_index, Graph):
-            offsets = edge_index.graph_ptr
-        else:
+        if offsets is None:
             offsets = offsets_of(batch, x.shape[0], x.device)
         sums.append(self._joined(self.norm2, self._attend(x, offsets), x, batch))
         out = sum(sums)
@@ -126,3 +129,11 @@ class GPSConv(Fused, pyg.GPSConv):
         if norm is None:
             return h
         return norm(h, batch=batch) if self.norm_with_batch else norm(h)
+
+
+def _batch_of(graph: Graph, x: Tensor) -> Tensor:
+    """The number of each node's graph, ``[N]``."""
+    if graph.num_rows != x.shape[0]:
+        raise ValueError(f"edge_index has {graph.num_rows} nodes but x has {x.shape[0]}")
+    graphs = torch.arange(graph.num_graphs, device=x.device)
+    return graphs.repeat_interleave(graph.graph_ptr.diff(), output_size=x.shape[0])

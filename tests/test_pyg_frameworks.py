@@ -10,6 +10,7 @@ pytest.importorskip("torch_geometric")
 
 from torch_geometric import nn as pyg
 from torch_geometric.explain import Explainer, GNNExplainer
+from torch_geometric.utils import to_dense_batch
 
 import fastgt
 from fastgt import Graph
@@ -185,6 +186,21 @@ def test_graphs_of_a_graph_are_those_of_gps(norm, hooked):
         layer.attn.register_forward_hook(lambda *_: None)
     assert_close(layer(x, graph), layer(x, graph.edge_index, batch))
     assert ("attn has hooks" in layer.ran()) == hooked
-    if hooked:
-        with pytest.raises(ValueError, match="edge_index has 9 nodes but x has 8"):
-            layer(x[1:], graph)
+    with pytest.raises(ValueError, match="edge_index has 9 nodes, x has 8"):
+        layer(x[1:], graph)
+
+
+@pytest.mark.parametrize("name", ["PerformerAttention", "SGFormerAttention", "PolynormerAttention"])
+@pytest.mark.parametrize("as_graph", [False, True])
+def test_gps_calls_attention_that_counts_padding(name, as_graph):
+    batch, x = torch.tensor([0] * 4 + [1] * 5), torch.randn(N, 8)
+    index = torch.zeros(2, 0, dtype=torch.int64)
+    layer = ours.GPSConv(8, None, heads=2, norm=None)
+    layer.mlp = nn.Identity()
+    width = 8 if name == "SGFormerAttention" else 4  # the mean of its heads
+    layer.attn = getattr(ours, name)(8, heads=2, head_channels=width, padding="counted")
+    dense, mask = to_dense_batch(x, batch)
+    expected = 2 * (layer.attn(dense, mask)[mask] + x)
+    if as_graph:
+        index, batch = Graph.batch([Graph.complete(torch.tensor([0, n])) for n in (4, 5)]), None
+    torch.testing.assert_close(layer(x, index, batch), expected)

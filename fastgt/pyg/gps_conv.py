@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 from torch_geometric import nn as pyg
+from torch_geometric.utils import to_dense_batch
 
 from fastgt.graph import Graph
 from fastgt.nn.linear_attention import LinearAttention
@@ -31,7 +32,8 @@ class GPSConv(Fused, pyg.GPSConv):
     ``attn_type="performer"``, which torch-geometric pads, ``attn`` becomes
     :class:`fastgt.pyg.PerformerAttention`, in whose denominator no padded key counts.
 
-    Torch-geometric's own code runs where ``attn`` is another class than these, or has hooks.
+    Torch-geometric's own code runs where ``attn`` is another class than these, or has hooks. A
+    layer of fastgt.pyg that counts padded keys gets them.
 
     Args:
         channels, conv, heads, dropout, act, act_kwargs, norm, norm_kwargs, attn_type, attn_kwargs:
@@ -72,8 +74,10 @@ class GPSConv(Fused, pyg.GPSConv):
         why, offsets = self._why_not(x), None
         if batch is None and isinstance(edge_index, Graph):
             offsets = edge_index.graph_ptr
+            if edge_index.num_rows != x.shape[0]:
+                raise ValueError(f"edge_index has {edge_index.num_rows} nodes, x has {x.shape[0]}")
             if why or self.norm_with_batch:
-                batch = _batch_of(edge_index, x)
+                batch = _batch_of(edge_index.graph_ptr, x)
         if why:
             return self.by_pyg(why, x, edge_index, batch, **kwargs)
         self.note("")
@@ -103,14 +107,14 @@ class GPSConv(Fused, pyg.GPSConv):
                 return f"heads have more than {MAX_WIDTH} channels"
             return ""
         if isinstance(attn, (Ragged, LinearAttention)):
-            if not isinstance(attn, Ragged):
-                return ""
-            counted = attn.padding == "counted"
-            return "padded keys are to be counted" if counted else attn.unfusable()
+            return ""
         return f"attn is a {type(attn).__name__}"
 
     def _attend(self, x: Tensor, offsets: Tensor) -> Tensor:
         attn = self.attn
+        if isinstance(attn, Ragged) and (attn.padding == "counted" or attn.unfusable()):
+            h, mask = to_dense_batch(x, _batch_of(offsets, x))
+            return self.attn(h, mask)[mask]
         if not isinstance(attn, nn.MultiheadAttention):
             with as_transformed():
                 return attn(x, offsets=offsets)
@@ -131,9 +135,7 @@ class GPSConv(Fused, pyg.GPSConv):
         return norm(h, batch=batch) if self.norm_with_batch else norm(h)
 
 
-def _batch_of(graph: Graph, x: Tensor) -> Tensor:
+def _batch_of(offsets: Tensor, x: Tensor) -> Tensor:
     """The number of each node's graph, ``[N]``."""
-    if graph.num_rows != x.shape[0]:
-        raise ValueError(f"edge_index has {graph.num_rows} nodes but x has {x.shape[0]}")
-    graphs = torch.arange(graph.num_graphs, device=x.device)
-    return graphs.repeat_interleave(graph.graph_ptr.diff(), output_size=x.shape[0])
+    graphs = torch.arange(offsets.shape[0] - 1, device=x.device)
+    return graphs.repeat_interleave(offsets.diff(), output_size=x.shape[0])

@@ -204,3 +204,20 @@ def test_gps_calls_attention_that_counts_padding(name, as_graph):
     if as_graph:
         index, batch = Graph.batch([Graph.complete(torch.tensor([0, n])) for n in (4, 5)]), None
     torch.testing.assert_close(layer(x, index, batch), expected)
+
+
+@every_layer
+def test_what_puts_messages_together_is_asked(name):
+    x, index = given()
+    layers = pair(name)
+    for layer in layers:
+        layer.aggr_module.register_forward_hook(lambda _, args, out: 2 * out)
+    assert_same(*layers, x, index)
+    assert "has hooks" in layers[0].ran()
+    layers = pair(name)
+    for layer in layers:
+        layer.aggr_module = pyg.MeanAggregation()
+    assert_same(*layers, x, index)
+    layers = pair(name, aggr=pyg.SumAggregation())
+    assert_same(*layers, x, index)
+    assert layers[0].ran() == "fused"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch_geometric.nn import MessagePassing
+from torch_geometric.nn import MessagePassing, SumAggregation
 from torch_geometric.typing import SparseTensor
 from torch_geometric.utils import is_torch_sparse_tensor
 
@@ -40,7 +40,7 @@ def explain(model: nn.Module) -> dict[str, str]:
         >>> model = torch.nn.Sequential(TransformerConv(8, 8, aggr="max"))
         >>> _ = model[0](torch.randn(2, 8), torch.tensor([[0], [1]]))
         >>> explain(model)
-        {'0': "torch-geometric's own code runs: messages are put together by 'max'"}
+        {'0': "torch-geometric's own code runs: messages are put together by MaxAggregation()"}
     """
     return {name: layer.ran() for name, layer in model.named_modules() if isinstance(layer, Fused)}
 
@@ -150,10 +150,13 @@ class FusedMessages(Fused):
             return "an explainer masks its messages"
         if self.decomposed_layers > 1:
             return "its channels are decomposed"
-        if self.aggr not in ("add", "sum"):
-            return f"messages are put together by {self.aggr!r}"
+        aggr = self.aggr_module
+        if type(aggr) is not SumAggregation:
+            return f"messages are put together by {aggr}"
         if any(getattr(self, name) for name in _HOOKS):
             return "its messages have hooks"
+        if aggr._forward_hooks or aggr._forward_pre_hooks or "forward" in aggr.__dict__:
+            return "what puts messages together has hooks"
         for name in _METHODS:
             if name in self.__dict__ or getattr(type(self), name) is not getattr(self.PYG, name):
                 return f"it has a {name} of its own"

@@ -1,5 +1,7 @@
 """Layers of fastgt.pyg with explainers, hooks, wrappers and transforms."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -221,3 +223,82 @@ def test_what_puts_messages_together_is_asked(name):
     layers = pair(name, aggr=pyg.SumAggregation())
     assert_same(*layers, x, index)
     assert layers[0].ran() == "fused"
+
+
+def test_subclasses_that_propagate_themselves_do_so():
+    def twice(function):
+        return lambda *args, **kwargs: 2 * function(*args, **kwargs)
+
+    def doubled(kind, name):
+        return type("Doubled", (kind,), {name: lambda *a, **k: 2 * getattr(kind, name)(*a, **k)})
+
+    x, index = given()
+    for name, what in (("TransformerConv", "propagate"), ("GATConv", "edge_updater")):
+        layers = [doubled(getattr(kinds, name), what)(C, 4).double() for kinds in (ours, pyg)]
+        layers[1].load_state_dict(layers[0].state_dict())
+        assert_same(*layers, x, index)
+        assert "a propagation of its own" in layers[0].ran()
+        layers = pair(name)
+        for layer in layers:
+            setattr(layer, what, twice(getattr(layer, what)))
+        assert_same(*layers, x, index)
+        assert f"a {what} of its own" in layers[0].ran()
+
+        class Same(getattr(ours, name)):
+            pass
+
+        layer = Same(C, 4).double()
+        call(layer, x, index)
+        assert layer.ran() == "fused"
+
+
+RELATIONS = [("a", "to", "b"), ("b", "to", "a"), ("a", "to", "a")]
+
+
+def hgt(kind):
+    torch.manual_seed(0)
+    return kind(C, 8, (["a", "b"], RELATIONS), heads=2).double()
+
+
+def hetero():
+    x = {"a": torch.randn(N, C, dtype=WIDE), "b": torch.randn(N, C, dtype=WIDE)}
+    return x, {relation: torch.randint(N, (2, E)) for relation in RELATIONS}
+
+
+def test_subclasses_of_hgt_are_fused():
+    class Same(ours.HGTConv):
+        pass
+
+    x, edges = hetero()
+    expected = hgt(pyg.HGTConv)(x, edges)
+    for layer in (hgt(Same), copy.deepcopy(hgt(Same))):
+        assert_close(layer(x, edges), expected)
+        assert layer.ran() == "fused"
+
+
+@pytest.mark.parametrize("name", ["TransformerConv", "HGTConv"])
+def test_layers_are_accelerated_and_restored_around_an_explanation(name):
+    if name == "HGTConv":
+        layer, args, edges = hgt(pyg.HGTConv), hetero(), 3 * E
+    else:
+        layer, args, edges = LAYERS[name](pyg).double(), given(), E
+    plain = layer(*args)
+
+    def explained(layer, on):
+        layer.explain, layer._edge_mask = on, torch.zeros(edges, dtype=WIDE) if on else None
+        layer._loop_mask = torch.ones(edges, dtype=torch.bool)
+        return layer(*args)
+
+    masked = explained(layer, True)
+    for before in (True, False):
+        assert_close(explained(layer, before), masked if before else plain)
+        fastgt.accelerate(layer)
+        assert_close(layer(*args), masked if before else plain)
+        assert_close(explained(layer, True), masked)
+        assert_close(explained(layer, False), plain)
+        assert layer.ran() == "fused"
+        assert_close(copy.deepcopy(layer)(*args), plain)
+        assert_close(explained(layer, not before), plain if before else masked)
+        fastgt.restore(layer)
+        assert_close(layer(*args), plain if before else masked)
+        assert_close(explained(layer, False), plain)

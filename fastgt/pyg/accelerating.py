@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch_geometric.nn import MessagePassing
 
 from fastgt.pyg.fused import Fused
 from fastgt.pyg.gat_conv import GATConv, GATv2Conv
@@ -82,7 +83,7 @@ def accelerate(model: nn.Module, *, dry_run: bool = False) -> Report:
             if issubclass(ours, Ragged):
                 report.notes[name] = "padded nodes no longer count: outputs differ from PyG's"
             if not dry_run:
-                layer.__class__ = ours
+                _change(layer, ours)
                 setattr(layer, _MARK, True)
         elif isinstance(layer, Fused):
             report.kept[name] = "it is fastgt's already"
@@ -122,14 +123,27 @@ def replace(parent: nn.Module, name: str) -> None:
     child = getattr(parent, name)
     ours = _OURS.get(type(child))
     if ours is not None:
-        child.__class__ = ours
+        _change(child, ours)
 
 
 def back(layer: Any) -> None:
     """A replaced layer has torch-geometric's class again."""
-    layer.__class__ = layer.PYG
+    _change(layer, layer.PYG)
     for name in (_MARK, "why_pyg"):
         vars(layer).pop(name, None)
+
+
+def _change(layer: Any, kind: type[Any]) -> None:
+    """Another class for a layer. PyG binds propagate to one that is, or was, explained: anew."""
+    before = type(layer)
+    layer.__class__ = kind
+    bound = getattr(vars(layer).get("propagate"), "__func__", None)
+    if bound is None or bound not in (before._jinja_propagate, before._orig_propagate):
+        return
+    if layer.explain or layer.decomposed_layers > 1:
+        layer.propagate = MessagePassing.propagate.__get__(layer, MessagePassing)
+    else:
+        del layer.propagate
 
 
 def _why_kept(layer: nn.Module) -> str:

@@ -117,7 +117,14 @@ def as_pyg(layer: Any) -> nn.Module:
 
 
 class FusedMessages(Fused):
-    """A :class:`Fused` ``MessagePassing``."""
+    """A :class:`Fused` ``MessagePassing``.
+
+    Attributes:
+        propagates: Whether the class is a subclass that has written ``propagate`` itself, or
+            ``edge_updater``.
+    """
+
+    propagates = False
 
     def _set_jittable_templates(self: Any, raise_on_error: bool = False) -> None:
         # PyG reads from a class's source what its messages take, and tells classes by their names
@@ -130,6 +137,10 @@ class FusedMessages(Fused):
             compiled = [vars(base).get(f"_jinja_{name}") for base in kind.__mro__[1:]]
             if vars(kind).get(f"_orig_{name}") in [x for x in compiled if x is not None]:
                 setattr(kind, f"_orig_{name}", getattr(MessagePassing, name))
+            # what a class has written itself is not compiled
+            written = vars(kind).get(name)
+            if written is not None and written is vars(kind).get(f"_orig_{name}"):
+                kind.propagates = "PYG" not in vars(kind)
 
     @staticmethod
     def plain(edge_index: Any) -> bool:
@@ -157,6 +168,8 @@ class FusedMessages(Fused):
             return "its messages have hooks"
         if aggr._forward_hooks or aggr._forward_pre_hooks or "forward" in aggr.__dict__:
             return "what puts messages together has hooks"
+        if why := self._own_propagation():
+            return why
         for name in _METHODS:
             if name in self.__dict__ or getattr(type(self), name) is not getattr(self.PYG, name):
                 return f"it has a {name} of its own"
@@ -170,6 +183,17 @@ class FusedMessages(Fused):
             if not x.is_floating_point():
                 return "node features are not floating-point"
         return self._odd_edges(edge_index)
+
+    def _own_propagation(self: Any) -> str:
+        """What PyG compiles for each class is none of its own; what a subclass has written is."""
+        kind, own = type(self), self.__dict__
+        for name in ("propagate", "edge_updater"):
+            if name in own and getattr(own[name], "__func__", None) not in (
+                getattr(MessagePassing, name),
+                getattr(kind, f"_jinja_{name}", None),
+            ):
+                return f"it has a {name} of its own"
+        return "it has a propagation of its own" if kind.propagates else ""
 
     def _odd_edges(self: Any, edge_index: Any) -> str:
         if isinstance(edge_index, (Graph, SparseTensor)):

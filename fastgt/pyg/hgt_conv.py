@@ -59,3 +59,12 @@ class HGTConv(FusedMessages, pyg.HGTConv):
             given["q"], given["k"], given["v"], graph, edge_gate=given["edge_attr"]
         )
         return out.flatten(1)
+
+    _orig_propagate = _jinja_propagate = propagate  # PyG binds one of them after an explanation
+
+    def _set_jittable_templates(self, raise_on_error: bool = False) -> None:
+        kind: Any = type(self)
+        if "propagate" not in vars(kind):
+            kind.propagate = HGTConv.propagate  # else PyG compiles its own for a subclass
+        super()._set_jittable_templates(raise_on_error)
+        kind.propagates = kind.propagate is not HGTConv.propagate

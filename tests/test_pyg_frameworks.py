@@ -302,3 +302,12 @@ def test_layers_are_accelerated_and_restored_around_an_explanation(name):
         fastgt.restore(layer)
         assert_close(layer(*args), plain if before else masked)
         assert_close(explained(layer, False), plain)
+
+
+@pytest.mark.parametrize("node_dim", [0, 1, -1])
+def test_nodes_may_stand_in_another_dimension(node_dim):
+    x, index = torch.randn(C, C, dtype=WIDE), torch.randint(C, (2, C))
+    inside = nn.Identity()
+    layers = [kinds.GINEConv(inside, node_dim=node_dim).double() for kinds in (ours, pyg)]
+    assert_close(*(layer(x, index, x) for layer in layers))
+    assert (layers[0].ran() == "fused") == (node_dim == 0)

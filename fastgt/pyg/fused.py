@@ -161,6 +161,8 @@ class FusedMessages(Fused):
             return "an explainer masks its messages"
         if self.decomposed_layers > 1:
             return "its channels are decomposed"
+        if self.node_dim not in (0, -2):
+            return f"nodes stand in dimension {self.node_dim}"
         aggr = self.aggr_module
         if type(aggr) is not SumAggregation:
             return f"messages are put together by {aggr}"

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 pytest.importorskip("torch_geometric")
 
+from torch_geometric import EdgeIndex
 from torch_geometric import nn as pyg
 from torch_geometric.explain import Explainer, GNNExplainer
 from torch_geometric.utils import to_dense_batch
@@ -311,3 +312,26 @@ def test_nodes_may_stand_in_another_dimension(node_dim):
     layers = [kinds.GINEConv(inside, node_dim=node_dim).double() for kinds in (ours, pyg)]
     assert_close(*(layer(x, index, x) for layer in layers))
     assert (layers[0].ran() == "fused") == (node_dim == 0)
+
+
+def test_sizes_of_edges_are_those_of_nodes():
+    none, x = torch.zeros(2, 0, dtype=torch.int64), torch.randn(N, C, dtype=WIDE)
+    found, expected = pair("GATConv", add_self_loops=False)
+    assert_close(*(layer((x, None), none, size=(N, 0)) for layer in (found, expected)))
+    found, expected = pair("GINEConv")
+    attr = torch.zeros(0, C, dtype=WIDE)
+    for size in ((N, 0), (None, 0)):
+        assert_close(*(layer((x, None), none, attr, size=size) for layer in (found, expected)))
+    with pytest.raises(ValueError, match="from any sources to 3 targets but x has 9 and 9"):
+        found((x, x), none, attr, size=(None, 3))
+
+
+@every_layer
+def test_an_edge_index_of_other_sizes_is_refused(name):
+    x, index = given()
+    layers = pair(name)
+    for sizes in ((N, N), (None, N), (None, None)):
+        assert_same(*layers, x, EdgeIndex(index, sparse_size=sizes))
+        assert layers[0].ran() == "fused"
+    with pytest.raises(ValueError, match="from 10 sources to 9 targets but x has 9 and 9"):
+        call(layers[0], x, EdgeIndex(index, sparse_size=(N + 1, N)))

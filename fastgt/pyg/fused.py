@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing, SumAggregation
 from torch_geometric.typing import SparseTensor
 from torch_geometric.utils import is_torch_sparse_tensor
@@ -225,13 +226,17 @@ class FusedMessages(Fused):
         known: Any = (None, None) if size is None else size
         if isinstance(edge_index, Graph):
             known = edge_index.num_cols, edge_index.num_rows
+        elif isinstance(edge_index, EdgeIndex):
+            known = edge_index.num_rows, edge_index.num_cols
         elif isinstance(edge_index, SparseTensor) or is_torch_sparse_tensor(edge_index):
             known = edge_index.size(1), edge_index.size(0)
         sources = source.shape[0]
-        targets = (known[1] or sources) if target is None else target.shape[0]
+        targets = known[1] if target is None else target.shape[0]
+        targets = sources if targets is None else targets
         if known[0] not in (None, sources) or known[1] not in (None, targets):
+            ends = ["any" if n is None else n for n in known]
             raise ValueError(
-                f"edges go from {known[0]} sources to {known[1]} targets but x has {sources} and "
+                f"edges go from {ends[0]} sources to {ends[1]} targets but x has {sources} and "
                 f"{targets}"
             )
         return edges_of(edge_index, sources, targets, self.flow)

@@ -13,6 +13,7 @@ pytest.importorskip("torch_geometric")
 from torch_geometric import EdgeIndex
 from torch_geometric import nn as pyg
 from torch_geometric.explain import Explainer, GNNExplainer
+from torch_geometric.typing import SparseTensor
 from torch_geometric.utils import to_dense_batch
 
 import fastgt
@@ -335,3 +336,56 @@ def test_an_edge_index_of_other_sizes_is_refused(name):
         assert layers[0].ran() == "fused"
     with pytest.raises(ValueError, match="from 10 sources to 9 targets but x has 9 and 9"):
         call(layers[0], x, EdgeIndex(index, sparse_size=(N + 1, N)))
+
+
+class Matrix(SparseTensor):
+    """What layers ask of a torch_sparse.SparseTensor, which may not be installed."""
+
+    def __init__(self, row, col, value, size):
+        self.entries, self.sizes = (row, col, value), size
+
+    def coo(self):
+        return self.entries
+
+    def csr(self):
+        row, col, value = self.entries
+        return torch.searchsorted(row, torch.arange(self.sizes[0] + 1)), col, value
+
+    def size(self, i):
+        return self.sizes[i]
+
+    def set_value(self, value, layout):
+        return Matrix(*self.entries[:2], value, self.sizes)
+
+
+@pytest.mark.parametrize("name", ["TransformerConv", "GATConv", "GATv2Conv"])
+def test_attention_weights_come_with_edges_as_they_were_given(name):
+    x, index = given()
+    index = index.unique(dim=1)
+    row, col = index
+    coo = torch.sparse_coo_tensor(index, torch.ones(len(row), dtype=WIDE), (N, N)).coalesce()
+    more = {} if name == "TransformerConv" else {"add_self_loops": False}
+    layers = pair(name, **more)
+
+    def results(layer, edges):
+        with torch.no_grad():
+            out, rest = layer(x, edges, return_attention_weights=True)
+        if isinstance(rest, Matrix):
+            return out, rest.coo()
+        edges, weights = rest
+        return out, weights, edges.layout, edges.to_dense()
+
+    for edges in (index, coo, coo.to_sparse_csr(), Matrix(row, col, None, (N, N))):
+        found, expected = (results(layer, edges) for layer in layers)
+        assert layers[0].ran() == "fused"
+        assert str(found[2:]) == str(expected[2:])
+        assert_close(found[:2], expected[:2])
+    graph = Graph.from_edge_index(index, N)
+    assert_close(results(layers[0], graph)[3], index)
+
+
+@pytest.mark.parametrize("name", ["GATConv", "GATv2Conv"])
+def test_attributes_of_edges_may_have_more_dimensions(name):
+    x, index = given()
+    attr = torch.randn(E, 1, 3, dtype=WIDE)
+    assert_close(*(layer(x, index, attr) for layer in pair(name, edge_dim=3)))

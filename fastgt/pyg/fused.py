@@ -215,6 +215,14 @@ class FusedMessages(Fused):
             return "edge_index is sparse and messages flow from targets to sources"
         return ""
 
+    def with_weights(self: Any, out: Tensor, edge_index: Any, weights: Tensor) -> Any:
+        """What torch-geometric returns where weights of edges are asked for."""
+        if isinstance(edge_index, SparseTensor):
+            return out, edge_index.set_value(weights, layout="coo")
+        if isinstance(edge_index, Graph):
+            edge_index = edge_index.edge_index
+        return out, (edge_index, weights)
+
     def edges(
         self: Any, edge_index: Any, source: Tensor, target: Tensor | None, size: Any = None
     ) -> Edges:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch_geometric import nn as pyg
+from torch_geometric.utils import is_torch_sparse_tensor
+from torch_geometric.utils.sparse import set_sparse_value
 
 from fastgt.contract import AuxRequest
 from fastgt.graph import Graph
@@ -34,9 +36,10 @@ class _Additive(FusedMessages):
             return "self loops are added to a sparse matrix"
         if edge_attr is not None and edge_attr.dim() == 1:
             edge_attr = edge_attr[:, None]
-        known = edge_index.num_edges if isinstance(edge_index, Graph) else edge_index.shape[-1]
-        if edge_attr is not None and not sparse and edge_attr.shape[0] != known:
-            return "edge_attr has another number of edges"
+        if edge_attr is not None and not sparse:
+            known = edge_index.num_edges if isinstance(edge_index, Graph) else edge_index.shape[-1]
+            if edge_attr.dim() != 2 or edge_attr.shape[0] != known:
+                return "edge_attr is not [E, channels]"
         if self.add_self_loops:
             if isinstance(edge_index, Graph):
                 graph = edge_index
@@ -49,6 +52,11 @@ class _Additive(FusedMessages):
         if edge_attr is not None and self.lin_edge is None:
             return "edge_attr is given without edge_dim"
         return edge_index, edges.graph, edge_attr
+
+    def with_weights(self: Any, out: Tensor, edge_index: Any, weights: Tensor) -> Any:
+        if isinstance(edge_index, Tensor) and is_torch_sparse_tensor(edge_index):
+            edge_index = set_sparse_value(edge_index, weights)
+        return super().with_weights(out, edge_index, weights)
 
     def why_not(self: Any, weights: bool) -> str:
         """Why the heads cannot be fused, whatever the edges are."""
@@ -138,7 +146,7 @@ class GATConv(_Additive, pyg.GATConv):
             return_aux=AuxRequest(weights=weights),
         )
         out = self.out_of_heads(out, res)
-        return (out, (edge_index, aux.weights)) if weights else out
+        return out if aux.weights is None else self.with_weights(out, edge_index, aux.weights)
 
     def _into_heads(
         self, source: Tensor, target: Tensor | None, same: bool
@@ -234,7 +242,7 @@ class GATv2Conv(_Additive, pyg.GATv2Conv):
             return_aux=AuxRequest(weights=weights),
         )
         out = self.out_of_heads(out, res)
-        return (out, (edge_index, aux.weights)) if weights else out
+        return out if aux.weights is None else self.with_weights(out, edge_index, aux.weights)
 
     def _edge_terms(self, edge_attr: Tensor | None) -> dict[str, Any]:
         if edge_attr is None:

@@ -97,7 +97,7 @@ class TransformerConv(FusedMessages, pyg.TransformerConv):
         out = m.flatten(-2) if self.concat else m.mean(-2)
         if self.root_weight:
             out = self._with_root(out, self.lin_skip(target))
-        return out if aux.weights is None else (out, (edge_index, aux.weights))
+        return out if aux.weights is None else self.with_weights(out, edge_index, aux.weights)
 
     def _why_not(self, nodes: tuple[Tensor, Tensor | None], weights: bool) -> str:
         if nodes[1] is None:

@@ -389,3 +389,17 @@ def test_attributes_of_edges_may_have_more_dimensions(name):
     x, index = given()
     attr = torch.randn(E, 1, 3, dtype=WIDE)
     assert_close(*(layer(x, index, attr) for layer in pair(name, edge_dim=3)))
+
+
+@pytest.mark.parametrize("attn_nn", [None, nn.Linear(8, 1), nn.Linear(8, 8)], ids=str)
+@pytest.mark.parametrize("pos_nn", [nn.Linear(3, 1), nn.Linear(3, 8)], ids=str)
+def test_networks_of_points_may_give_one_channel(pos_nn, attn_nn):
+    layers = pair("PointTransformerConv", pos_nn=pos_nn, attn_nn=attn_nn)
+    assert_same(*layers, *given())
+    assert layers[0].ran() == "fused"
+
+
+def test_points_without_a_position_are_refused():
+    (x, index), layer = given(), pair("PointTransformerConv")[0]
+    with pytest.raises(ValueError, match="pos has 8 sources and 8 targets but x has 9 and 9"):
+        layer(x, x[1:, :3], index)

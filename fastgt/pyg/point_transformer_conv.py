@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch_geometric import nn as pyg
 
@@ -49,11 +50,16 @@ class PointTransformerConv(FusedMessages, pyg.PointTransformerConv):
         if why or (target is None and (why := "there are no features of targets")):
             return self.by_pyg(why, x, pos, edge_index)
         pos_source, pos_target = (pos, pos) if isinstance(pos, Tensor) else pos
+        sizes = source.shape[0], target.shape[0]
+        if (pos_source.shape[0], pos_target.shape[0]) != sizes:
+            raise ValueError(
+                f"pos has {pos_source.shape[0]} sources and {pos_target.shape[0]} targets but x "
+                f"has {sizes[0]} and {sizes[1]}"
+            )
         if self.add_self_loops:
             if not self.plain(edge_index):
                 return self.by_pyg("self loops are added to a sparse matrix", x, pos, edge_index)
-            nodes = min(pos_source.shape[0], pos_target.shape[0])
-            edge_index, _ = with_self_loops(edge_index, None, nodes)
+            edge_index, _ = with_self_loops(edge_index, None, min(sizes))
         graph = self.edges(edge_index, source, target).graph
         self.note("")
         column, row = graph.edge_index
@@ -61,4 +67,8 @@ class PointTransformerConv(FusedMessages, pyg.PointTransformerConv):
         logits = self.lin_dst(target)[row] - self.lin_src(source)[column] + delta
         if self.attn_nn is not None:
             logits = self.attn_nn(logits)
-        return channelwise_attention(logits, self.lin(source), graph, edge_value=delta)
+        value = self.lin(source)
+        # what has one channel counts for all of them
+        channels = torch.broadcast_shapes(*(x.shape[1:] for x in (delta, logits, value)))
+        delta, logits, value = (x.expand(-1, *channels) for x in (delta, logits, value))
+        return channelwise_attention(logits, value, graph, edge_value=delta)

@@ -403,3 +403,24 @@ def test_points_without_a_position_are_refused():
     (x, index), layer = given(), pair("PointTransformerConv")[0]
     with pytest.raises(ValueError, match="pos has 8 sources and 8 targets but x has 9 and 9"):
         layer(x, x[1:, :3], index)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_attributes_of_another_type_are_promoted(dtype):
+    x, index = given()
+    attr = torch.randint(3, (E, C)).to(dtype)
+    assert_close(*(layer(x, index, attr) for layer in pair("ResGatedGraphConv", edge_dim=C)))
+    inside = nn.Identity()
+    assert_close(*(kinds.GINEConv(inside).double()(x, index, attr) for kinds in (ours, pyg)))
+
+
+@pytest.mark.parametrize("name", ["ResGatedGraphConv", "GINEConv"])
+def test_autocast_gives_nodes_and_edges_one_type(name):
+    x, index = given()
+    layers = [
+        layer.float() for layer in pair(name, **({} if name == "GINEConv" else {"edge_dim": C}))
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (layer(x.bfloat16(), index, x[index[0]].float()) for layer in layers)
+    torch.testing.assert_close(found.float(), expected.float(), rtol=5e-2, atol=5e-2)
+    assert layers[0].ran() == "fused"

@@ -16,6 +16,7 @@ from torch_geometric.typing import SparseTensor
 from torch_geometric.utils import is_torch_sparse_tensor
 
 from fastgt.graph import Graph
+from fastgt.ops.checks import autocasts
 from fastgt.ops.implementation import implementation
 from fastgt.pyg.sharing import Edges, edges_of
 
@@ -25,6 +26,7 @@ _HOOKS = tuple(
     for when in ("pre_hooks", "hooks")
 )
 _METHODS = ("message", "aggregate", "message_and_aggregate", "update", "edge_update")
+_AUTOCAST = {torch.float16, torch.bfloat16, torch.float32}
 _told: set[tuple[str, str]] = set()
 
 
@@ -186,6 +188,14 @@ class FusedMessages(Fused):
             if not x.is_floating_point():
                 return "node features are not floating-point"
         return self._odd_edges(edge_index)
+
+    @staticmethod
+    def promoted(x: Tensor, e: Tensor) -> str:
+        """Why nodes and edges need another type, which autocast would give them."""
+        cast = autocasts(x.device.type) and {x.dtype, e.dtype} <= _AUTOCAST
+        if x.dtype == e.dtype or cast:
+            return ""
+        return f"edges are {e.dtype} but nodes {x.dtype}"
 
     def _own_propagation(self: Any) -> str:
         """What PyG compiles for each class is none of its own; what a subclass has written is."""

@@ -64,6 +64,8 @@ class GINEConv(FusedMessages, pyg.GINEConv):
             values, channels, messages = {"edge_value": e}, e.shape[1], source
         if channels != width:
             return self.by_pyg("edges and nodes have other numbers of channels", *given)
+        if why := self.promoted(source, e):
+            return self.by_pyg(why, *given)
         self.note("")
         out = aggregate(messages, edges.graph, **values, activation="relu")
         if target is not None:

@@ -58,6 +58,8 @@ class ResGatedGraphConv(FusedMessages, pyg.ResGatedGraphConv):
             self.edge_dim,
         ):
             return self.by_pyg("edge_attr is not [E, edge_dim]", *given)
+        if edge_attr is not None and (why := self.promoted(source, edge_attr)):
+            return self.by_pyg(why, *given)
         self.note("")
         key, query, value = self.lin_key, self.lin_query, self.lin_value
         if edge_attr is None:

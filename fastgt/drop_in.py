@@ -56,10 +56,14 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`accelerate`: the layers that it replaced are torch-geometric's again.
 
     Args:
-        model: What was accelerated.
+        model: What was accelerated, or a model of which parts were.
 
     Returns:
         The same model.
+
+    Raises:
+        ImportError: torch-geometric is not installed.
+        TypeError: ``model`` is no module.
 
     Example:
         >>> import fastgt

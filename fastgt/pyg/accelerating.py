@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch_geometric.nn import MessagePassing
 
-from fastgt.pyg.fused import Fused
+from fastgt.pyg.fused import Fused, check_module
 from fastgt.pyg.gat_conv import GATConv, GATv2Conv
 from fastgt.pyg.gine_conv import GINEConv
 from fastgt.pyg.gps_conv import GPSConv
@@ -68,8 +68,7 @@ class Report:
 
 def accelerate(model: nn.Module, *, dry_run: bool = False) -> Report:
     """Replace in place; see :func:`fastgt.accelerate`."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     report = Report()
     for name, layer in model.named_modules():
         kind = type(layer)
@@ -92,9 +91,11 @@ def accelerate(model: nn.Module, *, dry_run: bool = False) -> Report:
         elif any(isinstance(layer, theirs) for theirs in _OURS):
             report.kept[name] = f"{kind.__name__} is a subclass with code of its own"
     if not report.replaced:
+        why = "; ".join(f"{name or 'the model'}: {x}" for name, x in report.kept.items())
+        names = ", ".join(layer.__name__ for layer in LAYERS)
         warnings.warn(
-            f"there is nothing to replace in {type(model).__name__}: it has no layer of "
-            f"torch-geometric among {', '.join(layer.__name__ for layer in LAYERS)}",
+            f"there is nothing to replace in {type(model).__name__}: "
+            f"{why or f'it has no layer of torch-geometric among {names}'}",
             stacklevel=3,
         )
     elif not dry_run:
@@ -106,16 +107,18 @@ def accelerate(model: nn.Module, *, dry_run: bool = False) -> Report:
 
 def restore(model: nn.Module) -> None:
     """Undo; see :func:`fastgt.restore`."""
+    check_module(model)
     for layer in model.modules():
         if vars(layer).get(_MARK):
             back(layer)
-    for hooks, hook in (
-        (model._forward_pre_hooks, _enter),
-        (model._forward_hooks, _leave),
-    ):
-        for number in [number for number, x in hooks.items() if x is hook]:
-            del hooks[number]
-            model._forward_hooks_always_called.pop(number, None)
+        # parts of the model may have been accelerated before it
+        for hooks, hook in (
+            (layer._forward_pre_hooks, _enter),
+            (layer._forward_hooks, _leave),
+        ):
+            for number in [number for number, x in hooks.items() if x is hook]:
+                del hooks[number]
+                layer._forward_hooks_always_called.pop(number, None)
 
 
 def replace(parent: nn.Module, name: str) -> None:
@@ -128,9 +131,18 @@ def replace(parent: nn.Module, name: str) -> None:
 
 def back(layer: Any) -> None:
     """A replaced layer has torch-geometric's class again."""
-    _change(layer, layer.PYG)
+    ours = next(base for base in type(layer).__mro__ if base in LAYERS)
+    theirs = layer.PYG if type(layer) is ours else _on_another(type(layer), ours, layer.PYG)
+    _change(layer, theirs)
     for name in (_MARK, "why_pyg"):
         vars(layer).pop(name, None)
+
+
+def _on_another(kind: type[Any], base: type[Any], other: type[Any]) -> type[Any]:
+    """The class that a parametrization or sharding has made of one layer, made of another."""
+    bases = tuple(other if x is base else x for x in kind.__bases__)
+    held = {k: x for k, x in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, bases, held)
 
 
 def _change(layer: Any, kind: type[Any]) -> None:

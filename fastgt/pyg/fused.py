@@ -37,6 +37,9 @@ def explain(model: nn.Module) -> dict[str, str]:
         A sentence for each layer of :mod:`fastgt.pyg` in the model, by its name there. It is of
         the layer's last forward.
 
+    Raises:
+        TypeError: ``model`` is no module.
+
     Example:
         >>> import torch
         >>> from fastgt.pyg import TransformerConv, explain
@@ -45,7 +48,13 @@ def explain(model: nn.Module) -> dict[str, str]:
         >>> explain(model)
         {'0': "torch-geometric's own code runs: messages are put together by MaxAggregation()"}
     """
+    check_module(model)
     return {name: layer.ran() for name, layer in model.named_modules() if isinstance(layer, Fused)}
+
+
+def check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def transformed() -> str:

@@ -20,6 +20,7 @@ import fastgt
 from fastgt import Graph
 from fastgt import pyg as ours
 from fastgt.nn import LinearAttention
+from fastgt.pruning import GradualPruning
 from fastgt.pyg.fused import as_pyg
 
 N, E, C = 9, 30, 6
@@ -424,3 +425,28 @@ def test_autocast_gives_nodes_and_edges_one_type(name):
         found, expected = (layer(x.bfloat16(), index, x[index[0]].float()) for layer in layers)
     torch.testing.assert_close(found.float(), expected.float(), rtol=5e-2, atol=5e-2)
     assert layers[0].ran() == "fused"
+
+
+@every_layer
+def test_weights_are_pruned_gradually(name):
+    """Torch-geometric's linear layers are no nn.Linear."""
+    x, index = given()
+    for layer in pair(name):
+        linears = [m for m in layer.modules() if isinstance(m, (pyg.Linear, nn.Linear))]
+        size = sum(m.weight.numel() for m in linears)
+        pruning = GradualPruning(layer, 0.5, end=1)
+        assert pruning.size == size > 0
+        optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+        call(layer, x, index).square().sum().backward()
+        assert all(m.weight_orig.grad is not None for m in linears)
+        optimizer.step()
+        pruning.step()
+        assert sum(int((m.weight == 0).sum()) for m in linears) == size // 2
+        before = call(layer, x, index)
+        pruning.finish()
+        assert_close(call(layer, x, index), before)
+
+
+def test_layers_without_a_size_are_not_pruned():
+    with pytest.raises(ValueError, match="the weight of 'lin_key' has no size yet"):
+        GradualPruning(ours.TransformerConv(-1, 4), 0.5, end=1)

@@ -28,6 +28,13 @@ def is_plain_linear(layer: Any, kind: type[nn.Module] = nn.Linear) -> bool:
     )
 
 
+def is_linear(layer: nn.Module) -> bool:
+    """Whether it is an ``nn.Linear``, or torch-geometric's, which has the same fields."""
+    kinds = {(kind.__module__, kind.__name__) for kind in type(layer).__mro__}
+    theirs = "torch_geometric.nn.dense.linear", "Linear"  # by name: it need not be installed
+    return isinstance(layer, nn.Linear) or theirs in kinds
+
+
 def has_hooks(layer: nn.Module) -> bool:
     """Whether a call of the layer runs hooks, its own or those of all modules."""
     return bool(

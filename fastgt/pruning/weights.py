@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parameters_to_vector, prune
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastgt.nn.sublayers import is_linear
 from fastgt.ops.checks import integer
 
 
@@ -30,7 +33,8 @@ class GradualPruning:
     :meth:`step` brings it up to date, and only then may the model be copied with ``deepcopy``.
 
     Args:
-        model: Whose ``nn.Linear`` layers lose weights; biases, norms and embeddings do not.
+        model: Whose ``nn.Linear`` layers, and torch-geometric's, lose weights; biases, norms and
+            embeddings do not.
         final: s_f, at ``end`` and after.
         begin, end: Steps, in whole numbers, as ``int(0.75 * steps)`` is.
         every: Steps between two changes.
@@ -39,8 +43,8 @@ class GradualPruning:
     Raises:
         TypeError: ``begin``, ``end`` or ``every`` is no int: a float may never be reached.
         ValueError: A setting is out of range; there is no layer; or one is pruned already, shares
-            its weight, has one that is made by a parametrization or is sharded or quantised, or
-            belongs to ``nn.MultiheadAttention``, which never calls it.
+            its weight, has one that is made by a parametrization, is sharded or quantised or has no
+            size yet, or belongs to a module that never calls it, as ``nn.MultiheadAttention``.
         RuntimeError: A call after :meth:`finish`.
 
     Source:
@@ -88,10 +92,10 @@ class GradualPruning:
             )
         self.final, self.begin, self.end = final, begin, end
         self.every, self.initial, self.done = every, initial, 0
-        layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        layers = [(name, m) for name, m in model.named_modules() if is_linear(m)]
         self.layers: list[Any] = [layer for _, layer in layers]  # with prune's attributes
         if not self.layers:
-            raise ValueError("model has no nn.Linear layer")
+            raise ValueError("model has no nn.Linear layer, nor one of torch-geometric")
         for name, layer in layers:
             if prune.is_pruned(layer):
                 raise ValueError(f"{name!r} is pruned already")
@@ -99,6 +103,10 @@ class GradualPruning:
                 raise ValueError(
                     f"the weight of {name!r} is made by a hook or a parametrization, as weight "
                     "norms are: remove that before it is pruned"
+                )
+            if is_lazy(layer.weight):
+                raise ValueError(
+                    f"the weight of {name!r} has no size yet: run the model once before"
                 )
             if is_traceable_wrapper_subclass(layer.weight):
                 raise ValueError(
@@ -111,6 +119,11 @@ class GradualPruning:
                 raise ValueError(
                     f"{name!r} is an nn.MultiheadAttention, which reads the weight of its output "
                     "layer without calling it: give the other parts of the model"
+                )
+            if type(module).__name__ == "HeteroDictLinear" and "pyg_lib" in sys.modules:
+                raise ValueError(
+                    f"{name!r} is a HeteroDictLinear, which with pyg_lib reads the weights of its "
+                    "layers without calling them: give the other parts of the model"
                 )
             # an embedding may have it too
             for key in weights & {id(p) for p in module._parameters.values()}:

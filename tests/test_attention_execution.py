@@ -461,6 +461,21 @@ def test_compiles_where_dynamo_cannot_ask_for_autocast(monkeypatch):
             assert found.dtype == (BF16 if enabled else FP32)
 
 
+def test_compiles_once_for_any_seed_of_dropout():
+    torch._dynamo.reset()
+    x, counter = case(0, 5, 12, dtype=FP32), CompileCounterWithBackend("aot_eager")
+
+    def f(seed):
+        return neighborhood_attention(x.q, x.k, x.v, x.graph, dropout_p=0.5, dropout_seed=seed)
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for seed in (3, 4, 2**40, -5):
+        assert torch.equal(compiled(seed), f(seed))
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 4
+
+
 @pytest.mark.parametrize("impl", FAST)
 def test_compiles_with_one_tensor_in_all_places(impl):
     torch._dynamo.reset()

@@ -238,8 +238,9 @@ def dropout_key(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """The 64 bits that dropout hangs on, ``[1]`` int64; drawn from PyTorch's generator for None."""
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
-    if not isinstance(seed, Tensor) and hasattr(seed, "__index__"):
-        seed = operator.index(seed)
+    # an int at once: a compiled program may have a dynamic one, which has no attributes
+    if isinstance(seed, int) or (not isinstance(seed, Tensor) and hasattr(seed, "__index__")):
+        seed = seed if isinstance(seed, int) else operator.index(seed)
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"dropout_seed must fit in 64 bits, got {seed}")
         return torch.full((1,), seed, dtype=torch.int64, device=device)

@@ -136,6 +136,21 @@ def test_compiles_whole_and_once(impl, terms):
 
 
 @pytest.mark.parametrize("impl", FAST)
+def test_two_layers_with_edge_terms_compile_with_dynamic_sizes(impl):
+    torch._dynamo.reset()
+    x = case(3, 8, 60, dv=4, d=4, dtype=FP32, terms="key")
+
+    def f(q, k):
+        for _ in range(2):
+            q = neighborhood_attention(q, k, k, x.graph, edge_key=x.terms["edge_key"], impl=impl)
+        return q
+
+    q, k = (t.detach().requires_grad_() for t in (x.q, x.k))
+    found = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")(q, k)
+    torch.testing.assert_close(found, f(q, k))
+
+
+@pytest.mark.parametrize("impl", FAST)
 def test_compiled_dropout_draws_anew(impl):
     torch._dynamo.reset()
     x = case(3, 8, 60, dtype=FP32)

@@ -248,7 +248,8 @@ def neighborhood_attention(
     if logit_clamp is not None:
         low, high = (math.inf * x if abs(x) > largest(q) else x for x in (low, high))
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
-    dropout = _NO_DROPOUT
+    # a float that a compiled program finds in a module is an input to it, first asked for inside
+    dropout = Dropout(None, 0.0) if torch.compiler.is_compiling() else _NO_DROPOUT
     if dropout_p or dropout_seed is not None:
         seed = dropout_key(dropout_seed, q.device)
         dropout = Dropout(seed, dropout_p) if dropout_p else dropout

@@ -1,0 +1,96 @@
+"""Scripts of examples/ train as they do for torch-geometric, which is two lines apart at most."""
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from raw_data_sets import write_cora, write_tolokers, write_zinc
+
+pytest.importorskip("torch_geometric")
+
+from fastgt.pyg import explain
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+STEPS = 20
+
+
+def run(source: str, name: str, *arguments: Any) -> dict[str, Any]:
+    """What a script has when it ends."""
+    names = {"__name__": "__main__"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        exec(compile(source, name, "exec"), names)
+    return names
+
+
+def for_pyg(source: str) -> str:
+    """The script without fastgt: layers are imported from torch-geometric, models left alone."""
+    source = source.replace("\nfrom fastgt.pyg import", "\nfrom torch_geometric.nn import")
+    return re.sub(r"^(import fastgt|fastgt\.accelerate\(model\))\n", "", source, flags=re.MULTILINE)
+
+
+def lines_changed(before: str, after: str) -> int:
+    """Lines that are put in or out; one that stands for another counts once."""
+    pairs = difflib.SequenceMatcher(None, before.splitlines(), after.splitlines(), autojunk=False)
+    changes = [ends for tag, *ends in pairs.get_opcodes() if tag != "equal"]
+    return sum(max(i1 - i0, j1 - j0) for i0, i1, j0, j1 in changes)
+
+
+# of a script, its arguments; dropout draws other weights from a seed, so that there is none
+CASES = {
+    "gat": ("gat.py", ["--conv", "GATConv", "--epochs", STEPS, "--dropout", 0]),
+    "gatv2": ("gat.py", ["--conv", "GATv2Conv", "--epochs", STEPS, "--dropout", 0]),
+    "unimp": ("unimp.py", ["--epochs", STEPS, "--dropout", 0]),
+    "gps": ("gps.py", ["--epochs", STEPS // 4, "--layers", 4, "--dropout", 0]),
+    "hgt": ("hgt.py", ["--epochs", STEPS, "--packages", 800]),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of real data sets, or of parts of them."""
+    root = tmp_path_factory.mktemp("data")
+    write_cora(root)
+    write_tolokers(root, 1500)
+    write_zinc(root, {"train": 128, "val": 32, "test": 32})
+    return root
+
+
+WARNINGS = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning:torch_geometric"
+)
+
+
+@pytest.mark.parametrize("case", CASES)
+@WARNINGS
+def test_training_is_that_of_torch_geometric(case: str, request: pytest.FixtureRequest) -> None:
+    name, arguments = CASES[case]
+    if name != "hgt.py":
+        arguments = ["--root", request.getfixturevalue("root"), *arguments]
+    ours = (EXAMPLES / name).read_text()
+    theirs = for_pyg(ours)
+    assert 1 <= lines_changed(theirs, ours) <= 2
+    expected, found = run(theirs, name, *arguments), run(ours, name, *arguments)
+    assert not explain(expected["model"])
+    assert set(explain(found["model"]).values()) == {"fused"}
+    assert len(expected["losses"]) == STEPS
+    assert expected["losses"][-1] < expected["losses"][0]
+    losses = [torch.tensor(x["losses"], dtype=torch.float64) for x in (found, expected)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gat.py", "unimp.py", "gps.py"])
+@WARNINGS
+def test_scripts_run_with_dropout(
+    name: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--root", root, "--epochs", STEPS, *(["--layers", 2] if name == "gps.py" else [])]
+    found = run((EXAMPLES / name).read_text(), name, *arguments)
+    assert set(explain(found["model"]).values()) == {"fused"}
+    assert sum(found["losses"][-5:]) < sum(found["losses"][:5])
+    said = capsys.readouterr().out
+    assert re.search(r"epoch 20: loss \d\.\d{4}, validation .*\d\.\d+\ntest \w+ \d\.\d+\n", said)

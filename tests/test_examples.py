@@ -94,3 +94,20 @@ def test_scripts_run_with_dropout(
     assert sum(found["losses"][-5:]) < sum(found["losses"][:5])
     said = capsys.readouterr().out
     assert re.search(r"epoch 20: loss \d\.\d{4}, validation .*\d\.\d+\ntest \w+ \d\.\d+\n", said)
+
+
+@WARNINGS
+def test_sampled_training_is_that_of_torch_geometric(capsys: pytest.CaptureFixture[str]) -> None:
+    ours = (EXAMPLES / "sampled.py").read_text()
+    theirs = for_pyg(ours).replace(
+        "block.num_rows]), block)", "block.num_rows]), block.edge_index)"
+    )
+    assert lines_changed(theirs, ours) == 2
+    arguments = ["--batch", 64, "--channels", 16, "--epochs", 2, "--steps", STEPS // 2]
+    expected, found = run(theirs, "sampled.py", *arguments), run(ours, "sampled.py", *arguments)
+    assert set(explain(found["model"]).values()) == {"fused"}
+    assert len(found["losses"]) == STEPS
+    assert sum(found["losses"][-5:]) < sum(found["losses"][:5])
+    losses = [torch.tensor(x["losses"], dtype=torch.float64) for x in (found, expected)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    assert "share of drawing and Graphs: " in capsys.readouterr().out

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgt.cpu import graph_sample as cpu
 from fastgt.graph_build import (
     Structure,
     check_device,
@@ -59,15 +60,26 @@ def sample(
     nodes = _checked_seeds(seeds, graph)
     blocks, edges = [], []
     for fanout in counts:
-        row_ptr, slot = _slots(graph.row_ptr, nodes, fanout, generator, replace)
-        col = graph.col.index_select(0, slot).long()
+        row_ptr, col, number = _drawn(graph, nodes, fanout, generator, replace)
         rows = len(nodes)
         nodes, col = _numbered(nodes, col, graph.num_rows)
         dtype = index_dtype(rows, len(nodes), len(col))
         edge = torch.arange(len(col), dtype=dtype, device=col.device)
         blocks.append(single(rows, len(nodes), row_ptr.to(dtype), col.to(dtype), edge))
-        edges.append(graph.edge.index_select(0, slot).long())
+        edges.append(number)
     return blocks[::-1], nodes, edges[::-1]
+
+
+def _drawn(
+    graph: Structure, nodes: Tensor, fanout: int, generator: torch.Generator | None, replace: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> where the edges of each node begin, the other end of each, and its number."""
+    if (replace or fanout <= FEW) and cpu.can_draw(graph.row_ptr, nodes):
+        walk = graph.row_ptr, graph.col, graph.edge
+        return cpu.draw(walk, nodes, fanout, generator, replace)
+    row_ptr, slot = _slots(graph.row_ptr, nodes, fanout, generator, replace)
+    col, edge = (x.index_select(0, slot) for x in (graph.col, graph.edge))
+    return row_ptr, col, edge.long()
 
 
 def _slots(
@@ -128,9 +140,16 @@ def _picks(degree: Tensor, fanout: int, generator: torch.Generator | None, repla
 
 
 def _numbered(nodes: Tensor, col: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
-    """-> ``nodes``, then those of ``col`` that are not among them, in order; ``col`` as places."""
+    """-> ``nodes``, then those of ``col`` that are not among them, in order; ``col`` as places.
+
+    ``col`` itself may be written to.
+    """
     known = torch.arange(len(nodes), device=nodes.device)
-    if num_nodes <= DENSE * (len(nodes) + len(col)):
+    dense = num_nodes <= DENSE * (len(nodes) + len(col))
+    if dense and cpu.can_draw(col, nodes):
+        return cpu.renumber(nodes, col, num_nodes), col
+    col = col.long()
+    if dense:
         there = torch.zeros(num_nodes, dtype=torch.bool, device=nodes.device)
         there[col] = True
         there[nodes] = False

@@ -21,9 +21,16 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(params=["one after another", "sorted"])
+def never(*given: Tensor) -> bool:
+    return False
+
+
+@pytest.fixture(params=["cpp", "one after another", "sorted"])
 def drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to draw."""
+    """Every way to draw."""
+    if request.param == "cpp":
+        return
+    monkeypatch.setattr(graph_sample.cpu, "can_draw", never)
     if request.param == "sorted":
         monkeypatch.setattr(graph_sample, "FEW", 0)
 
@@ -84,11 +91,11 @@ def test_blocks_are_parts_of_the_graph(
 def test_of_a_hub_every_edge_is_as_likely(fanout: int) -> None:
     degree, count = 200, 400
     graph = Graph.complete(torch.tensor([0, count]), torch.tensor([0, degree]))
-    row_ptr, slot = graph_sample._slots(
-        graph.row_ptr, torch.arange(count), fanout, generator(), replace=False
+    row_ptr, col, _ = graph_sample._drawn(
+        graph._structure, torch.arange(count), fanout, generator(), replace=False
     )
     assert row_ptr.diff().tolist() == [fanout] * count
-    seen = torch.bincount(graph.col[slot].long(), minlength=degree)
+    seen = torch.bincount(col, minlength=degree)
     # as a binomial of count draws with fanout / degree: five deviations for each of 200 edges
     share = fanout / degree
     deviation = (count * share * (1 - share)) ** 0.5
@@ -100,10 +107,10 @@ def test_of_a_hub_every_edge_is_as_likely(fanout: int) -> None:
 def test_every_set_of_edges_is_as_likely(fanout: int) -> None:
     degree, count = 5, 4000
     graph = Graph.complete(torch.tensor([0, count]), torch.tensor([0, degree]))
-    _, slot = graph_sample._slots(
-        graph.row_ptr, torch.arange(count), fanout, generator(), replace=False
+    _, col, _ = graph_sample._drawn(
+        graph._structure, torch.arange(count), fanout, generator(), replace=False
     )
-    seen = Counter(tuple(sorted(row)) for row in graph.col[slot].view(count, fanout).tolist())
+    seen = Counter(tuple(sorted(row)) for row in col.view(count, fanout).tolist())
     sets = list(combinations(range(degree), fanout))
     assert set(seen) == set(sets)
     share = 1 / len(sets)
@@ -111,11 +118,13 @@ def test_every_set_of_edges_is_as_likely(fanout: int) -> None:
     assert max(abs(seen[x] - count * share) for x in sets) < 4 * deviation
 
 
+@pytest.mark.usefixtures("drawn")
 def test_edges_that_may_repeat_are_drawn_one_by_one() -> None:
     count, degree = 3000, 3
     graph = Graph.complete(torch.tensor([0, count]), torch.tensor([0, degree]))
-    _, slot = graph_sample._slots(graph.row_ptr, torch.arange(count), 2, generator(), replace=True)
-    seen = Counter(map(tuple, graph.col[slot].view(count, 2).tolist()))
+    nodes = torch.arange(count)
+    _, col, _ = graph_sample._drawn(graph._structure, nodes, 2, generator(), replace=True)
+    seen = Counter(map(tuple, col.view(count, 2).tolist()))
     deviation = (count / 9 * 8 / 9) ** 0.5
     assert len(seen) == 9
     assert max(abs(n - count / 9) for n in seen.values()) < 4 * deviation
@@ -144,6 +153,29 @@ def test_a_sample_is_that_of_its_generator(replace: bool) -> None:
     torch.manual_seed(1)
     assert torch.equal(graph.sample(seeds, [5], replace=replace).e_id[0], a)
     assert not torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@examples
+@given(cases(square=True), fanouts, st.booleans(), st.booleans())
+def test_cpp_draws_what_plain_pytorch_draws(
+    case: Case, fanouts: list[int], replace: bool, wide: bool
+) -> None:
+    graph = with_index_dtype(case.graph(), torch.int64 if wide else torch.int32)
+    seeds = torch.randperm(case.rows)[: case.rows // 2 + 1]
+    found = []
+    for plain in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if plain:
+                patch.setattr(graph_sample.cpu, "can_draw", never)
+            found.append(graph.sample(seeds, fanouts, generator=generator(), replace=replace))
+    a, b = found
+    assert torch.equal(a.n_id, b.n_id)
+    assert a.n_id.untyped_storage().nbytes() == a.n_id.nbytes
+    for x, y, e, f in zip(a.blocks, b.blocks, a.e_id, b.e_id, strict=True):
+        assert_same(x, y)
+        assert e.dtype == f.dtype
+        assert torch.equal(e, f)
 
 
 @few

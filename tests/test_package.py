@@ -36,7 +36,7 @@ LAYERS = {
     "graph_pytree": {"graph", "graph_hetero"},  # what it registers, for a type checker
     "graph_storage": {"graph_build", "prepared"},
     "graph_plan": {"graph_build", "graph_storage", "plans", "prepared"},
-    "graph_sample": {"graph", "graph_build"},  # its result, for a type checker
+    "graph_sample": {"cpu", "graph", "graph_build"},  # its result, for a type checker
     "graph_file": {
         "files",
         "graph_build",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgt import files
+from fastgt.cpu import graph_file as cpu
 from fastgt.graph_build import (
     Structure,
     check_boundaries,
@@ -121,20 +122,21 @@ def _checked(content: Any, values: bool) -> dict[str, Any]:
         found = zlib.crc32(x.contiguous().numpy()) if values else sums[name]
         if found != sums[name]:
             raise ValueError(f"{name} is damaged: its CRC is {found:#x} instead of {sums[name]:#x}")
-    walk = [tensors.pop(f"columns.{name}", None) for name in ColumnWalk._fields]
+    parts = [tensors.pop(f"columns.{name}", None) for name in ColumnWalk._fields]
     order = tensors.pop("order", None)
     tensors.setdefault("col_graph_ptr", tensors["graph_ptr"])
     rows, cols = (size_of(content[name], name) for name in ("num_rows", "num_cols"))
     graph = Structure(num_rows=rows, num_cols=cols, **tensors)
-    columns = None if walk[0] is None else ColumnWalk(*walk)
+    columns = None if parts[0] is None else ColumnWalk(*parts)
     types = None if content["types"] is None else types_from_lists(content["types"])
     _check_shapes(graph, columns, order)
     if types is not None:
         _check_types(types, graph)
     if values:
-        _check_structure(graph)
-        if columns is not None:
-            _check_columns(columns, graph)
+        walk = graph.row_ptr, graph.col, graph.edge
+        if not cpu.is_sound(rows, cols, walk, columns or ()):
+            _check_walks(graph, columns)  # says what is wrong
+        _check_batch(graph)
         if order is not None:
             permutation(order, graph)
     prepared = Prepared(columns=columns)
@@ -164,10 +166,15 @@ def _check_shapes(graph: Structure, columns: ColumnWalk | None, order: Tensor | 
             raise ValueError(f"{name} must be [{size}] of {kind}, got {list(x.shape)} of {x.dtype}")
 
 
-def _check_structure(graph: Structure) -> None:
+def _check_walks(graph: Structure, columns: ColumnWalk | None) -> None:
     check_boundaries(graph.row_ptr, "row_ptr", graph.num_edges, "edges")
     check_range(graph.col, graph.num_cols, "col", "columns")
     _check_permutation(graph.edge, "edge")
+    if columns is not None:
+        _check_columns(columns, graph)
+
+
+def _check_batch(graph: Structure) -> None:
     for name, size in (("graph_ptr", graph.num_rows), ("col_graph_ptr", graph.num_cols)):
         check_ptr(getattr(graph, name), name, "G + 1")
         check_boundaries(getattr(graph, name), name, size, "nodes")

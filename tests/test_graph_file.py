@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from graph_cases import SIX, Sorts, assert_same, cases, few
+from graph_cases import SIX, Sorts, assert_same, cases, examples, few
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgt import Graph, neighborhood_attention
+from fastgt import Graph, graph_file, neighborhood_attention
+from fastgt.prepared import ColumnWalk
+from fastgt.testing import with_index_dtype
 
 PTR = torch.tensor([0, 4, 6])
 HETERO = {("a", "to", "b"): SIX, ("b", "to", "b"): SIX[:, :2]}
@@ -223,6 +225,60 @@ def test_graphs_that_are_none_are_refused_by_name(name: str, tmp_path: Path) -> 
     torch.save(content, path)
     with pytest.raises(ValueError, match=f"graph holds no graph: .*{message}"):
         Graph.load(path)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@examples
+@given(cases(), st.sampled_from([torch.int32, torch.int64]), st.data())
+def test_cpp_finds_sound_what_has_no_fault(case: Any, dtype: torch.dtype, data: Any) -> None:
+    graph = with_index_dtype(case.graph(), dtype)
+    arrays = {name: getattr(graph, name).clone() for name in ("row_ptr", "col", "edge")}
+    arrays |= {f"columns.{name}": x.clone() for name, x in graph.columns._asdict().items()}
+    field = data.draw(st.sampled_from(["none", *(name for name, x in arrays.items() if len(x))]))
+    if field != "none":
+        place = data.draw(st.integers(0, len(arrays[field]) - 1))
+        extremes = st.sampled_from([torch.iinfo(dtype).min, torch.iinfo(dtype).max])
+        arrays[field][place] = data.draw(st.integers(-2, graph.num_edges + 2) | extremes)
+    walk = [arrays.pop(name) for name in ("row_ptr", "col", "edge")]
+    damaged = graph._structure._replace(row_ptr=walk[0], col=walk[1], edge=walk[2])
+    sizes = graph.num_rows, graph.num_cols
+    for columns in ((), tuple(arrays.values())):
+        try:
+            graph_file._check_walks(damaged, ColumnWalk(*columns) if columns else None)
+            sound = True
+        except ValueError:
+            sound = False
+        assert graph_file.cpu.is_sound(*sizes, walk, columns) == sound
+        assert sound or field != "none"
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"row_ptr": [0, 3, 1, 3]},
+        {"row_ptr": [1, 2, 2, 3]},
+        {"edge": [0, 1, 1]},
+        {"ptr": [0, 3, 1, 3]},
+        {"slot": [0, 0, 2], "number": [0, 0, 2]},  # an edge that is there twice, once in its place
+    ],
+)
+def test_cpp_finds_faults_that_hide(wrong: dict[str, list[int]]) -> None:
+    right = {"row_ptr": [0, 2, 2, 3], "col": [0, 0, 2], "edge": [0, 1, 2]}
+    right |= {"ptr": [0, 2, 2, 3], "row": [0, 0, 2], "slot": [0, 1, 2], "number": [0, 1, 2]}
+    for arrays, sound in ((right, True), (right | wrong, False)):
+        given = [torch.tensor(x) for x in arrays.values()]
+        assert graph_file.cpu.is_sound(3, 3, given[:3], given[3:]) == sound
+        if wrong.keys() <= {"row_ptr", "col", "edge"}:
+            assert graph_file.cpu.is_sound(3, 3, given[:3], ()) == sound
+
+
+def test_a_sound_file_is_looked_at_once(
+    compiled_kernels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large().save(tmp_path / "graph", columns=True)
+    monkeypatch.delattr(graph_file, "_check_walks")
+    assert Graph.load(tmp_path / "graph").num_rows == 1000
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ LAYERS = {
     "graph_plan": {"graph_build", "graph_storage", "plans", "prepared"},
     "graph_sample": {"cpu", "graph", "graph_build"},  # its result, for a type checker
     "graph_file": {
+        "cpu",
         "files",
         "graph_build",
         "graph_hetero",

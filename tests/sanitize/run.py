@@ -32,7 +32,8 @@ TESTS = (
         "channelwise_gradients",
     ),
     *("additive_attention", "additive_execution"),
-    *("head_projection", "global_attention", "linear_attention", "linear_gate", "graph_sample"),
+    *("head_projection", "global_attention", "linear_attention", "linear_gate"),
+    *("graph_file", "graph_sample"),
 )
 CHOSEN = "(cpp or threads or cpu) and not memory and not compil"
 FLAGS = {

@@ -45,7 +45,6 @@ CASES = {
     "gat": ("gat.py", ["--conv", "GATConv", "--epochs", STEPS, "--dropout", 0]),
     "gatv2": ("gat.py", ["--conv", "GATv2Conv", "--epochs", STEPS, "--dropout", 0]),
     "unimp": ("unimp.py", ["--epochs", STEPS, "--dropout", 0]),
-    "gps": ("gps.py", ["--epochs", STEPS // 4, "--layers", 4, "--dropout", 0]),
     "hgt": ("hgt.py", ["--epochs", STEPS, "--packages", 800]),
 }
 
@@ -81,6 +80,29 @@ def test_training_is_that_of_torch_geometric(case: str, request: pytest.FixtureR
     assert expected["losses"][-1] < expected["losses"][0]
     losses = [torch.tensor(x["losses"], dtype=torch.float64) for x in (found, expected)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+@WARNINGS
+def test_training_of_gps_is_that_of_torch_geometric_in_float64(tmp_path: Path) -> None:
+    """In float32 a rounding error may turn a ReLU on or off, which changes the losses that follow.
+
+    Torch-geometric's own then differ by as much if its parameters are changed by 1e-7.
+    """
+    write_zinc(tmp_path, {"train": 64, "val": 8, "test": 8})
+    ours = (EXAMPLES / "gps.py").read_text()
+    theirs = for_pyg(ours)
+    assert lines_changed(theirs, ours) == 2
+    arguments = ["--root", tmp_path, "--epochs", STEPS // 2, "--layers", 10, "--dropout", 0]
+    torch.set_default_dtype(torch.float64)
+    try:
+        expected, found = (run(x, "gps.py", *arguments) for x in (theirs, ours))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert next(found["model"].parameters()).dtype == torch.float64
+    assert set(explain(found["model"]).values()) == {"fused"}
+    assert len(found["losses"]) == STEPS
+    losses = [torch.tensor(x["losses"], dtype=torch.float64) for x in (found, expected)]
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("name", ["gat.py", "unimp.py", "gps.py"])

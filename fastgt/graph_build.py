@@ -263,7 +263,13 @@ def owners(ptr: Tensor, size: int) -> Tensor:
 
 
 def index_dtype(num_rows: int, num_cols: int, num_edges: int) -> torch.dtype:
-    return torch.int32 if max(num_rows, num_cols, num_edges) <= INT32_MAX else torch.int64
+    sizes = num_rows, num_cols, num_edges
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        # how many edges are left after a mask is not known there
+        return torch.int32 if all(guard_or_false(n <= INT32_MAX) for n in sizes) else torch.int64
+    return torch.int32 if max(sizes) <= INT32_MAX else torch.int64
 
 
 def check_square(graph: Structure, what: str) -> None:
@@ -306,7 +312,8 @@ def size_of(n: Any, name: str) -> int:
     try:
         if isinstance(n, bool):
             raise TypeError
-        size = operator.index(n)
+        # one that is dynamic in a compiled program stays so
+        size: Any = n if isinstance(n, (int, torch.SymInt)) else operator.index(n)
     except TypeError:
         raise TypeError(f"{name} must be an int, got {type(n).__name__}") from None
     if size < 0:
@@ -317,6 +324,11 @@ def size_of(n: Any, name: str) -> int:
 
 
 def check_range(index: Tensor, size: int, name: str, of: str) -> None:
+    if torch.compiler.is_compiling():
+        # numbers would end a program here; what finds a bad index raises when it runs
+        inside = (index >= 0) & (index < size)
+        torch._assert_async(inside.all(), f"{name} has an index that is none of the {of}")
+        return
     if not index.numel():
         return
     low, high = (int(x) for x in torch.aminmax(index))

@@ -15,6 +15,7 @@ from torch_geometric import nn as pyg
 
 import fastgt
 from fastgt import Graph
+from fastgt import pyg as pyg_layers
 from fastgt.pyg import GATv2Conv, GINEConv, GPSConv, TransformerConv
 from fastgt.testing import random_edge_index
 
@@ -88,7 +89,9 @@ def test_compiled_layers_give_what_they_give(layer):
     theirs = copy.deepcopy(list(net))
     for each in net:
         fastgt.accelerate(each)
-    compiled = torch.compile(lambda *given: net.forward(*given), backend="aot_eager", dynamic=True)
+    compiled = torch.compile(
+        lambda *given: net.forward(*given), backend="aot_eager", dynamic=True, fullgraph=True
+    )
     for n, edges in ((9, 30), (21, 55)):
         x, e = torch.randn(n, 8, requires_grad=True), torch.randn(edges, 8)
         edge_index = random_edge_index(n, n, edges)
@@ -98,3 +101,36 @@ def test_compiled_layers_give_what_they_give(layer):
         do = torch.randn_like(expected)
         grads = [torch.autograd.grad(out, x, do)[0] for out in (found, expected)]
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: TransformerConv(8, 4),
+        lambda: GATv2Conv(8, 4),
+        lambda: pyg_layers.PointTransformerConv(8, 4),
+        lambda: pyg_layers.ResGatedGraphConv(8, 4),
+    ],
+    ids=["transformer", "gatv2 with self loops", "point transformer", "gated"],
+)
+def test_an_exported_layer_takes_an_edge_index(layer):
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer()
+
+        def forward(self, x, edge_index):
+            if isinstance(self.layer, pyg.PointTransformerConv):
+                return self.layer(x, x[:, :3], edge_index)
+            return self.layer(x, edge_index)
+
+    net, sizes = Net().eval(), ({0: Dim.DYNAMIC}, {1: Dim.DYNAMIC})
+    args = torch.randn(9, 8), random_edge_index(0, 9, 30)
+    run = torch.export.export(net, args, dynamic_shapes=sizes).module()
+    x, edge_index = torch.randn(14, 8), random_edge_index(1, 14, 50)
+    torch.testing.assert_close(run(x, edge_index), net(x, edge_index), rtol=1e-4, atol=1e-5)
+    for wrong in (edge_index + 9, edge_index - 9):
+        with pytest.raises(RuntimeError, match="edge_index has an index that is none of the nodes"):
+            run(x, wrong)

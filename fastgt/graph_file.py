@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
 from pathlib import Path
@@ -94,9 +95,10 @@ class Saved(Planned):
         """
         try:
             content = torch.load(path, mmap=mmap, weights_only=True, map_location="cpu")
-        except OSError:
-            raise
         except Exception as error:  # a damaged pickle may raise any
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
+            # nor can what is cut short be mapped
             raise ValueError(f"{os.fspath(path)} cannot be read as a graph: {error}") from error
         try:
             return cls(**_checked(content, check))

@@ -305,3 +305,14 @@ def test_sizes_that_do_not_fit_are_refused(
     torch.save(content | {field: value}, tmp_path / "graph")
     with pytest.raises(ValueError, match=f"graph holds no graph: .*{message}"):
         Graph.load(tmp_path / "graph")
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_file_that_is_cut_short_is_refused(mmap: bool, tmp_path: Path) -> None:
+    path = tmp_path / "graph"
+    Graph.complete(torch.tensor([0, 6])).save(path)
+    whole = path.read_bytes()
+    for left in (0, 10, len(whole) // 2, len(whole) - 3, len(whole) - 1):
+        path.write_bytes(whole[:left])
+        with pytest.raises(ValueError, match="cannot be read as a graph"):
+            Graph.load(path, mmap)

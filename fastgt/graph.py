@@ -413,7 +413,7 @@ class Graph(Saved):
             replace: Draws each edge anew: one may be there several times.
 
         Raises:
-            TypeError: ``seeds`` or ``fanouts`` are no integers.
+            TypeError: ``seeds`` or ``fanouts`` are no integers, or ``generator`` is none.
             ValueError: A seed is no node, or is there twice; or the graph is not square.
 
         Source: Hamilton et al., Inductive Representation Learning on Large Graphs, 2017,

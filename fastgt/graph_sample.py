@@ -57,6 +57,8 @@ def sample(
         raise RuntimeError("a graph on the meta device has no edges to sample")
     check_square(graph, "sample()")
     counts = _checked_fanouts(fanouts)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     nodes = _checked_seeds(seeds, graph)
     blocks, edges = [], []
     for fanout in counts:

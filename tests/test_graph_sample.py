@@ -314,3 +314,9 @@ def test_graphs_that_cannot_be_sampled_are_refused() -> None:
     graph = Graph.from_edge_index(SIX, 6).to("meta")
     with pytest.raises(RuntimeError, match="meta device has no edges to sample"):
         graph.sample(SEEDS.to("meta"), [2])
+
+
+def test_a_generator_is_one():
+    graph = Graph.complete(torch.tensor([0, 6]))
+    with pytest.raises(TypeError, match=r"generator must be a torch\.Generator, got int"):
+        graph.sample(torch.tensor([0]), [2], generator=3)

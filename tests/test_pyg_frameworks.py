@@ -13,6 +13,7 @@ pytest.importorskip("torch_geometric")
 from torch_geometric import EdgeIndex
 from torch_geometric import nn as pyg
 from torch_geometric.explain import Explainer, GNNExplainer
+from torch_geometric.nn import attention as pyg_attention
 from torch_geometric.typing import SparseTensor
 from torch_geometric.utils import to_dense_batch
 
@@ -450,3 +451,23 @@ def test_weights_are_pruned_gradually(name):
 def test_layers_without_a_size_are_not_pruned():
     with pytest.raises(ValueError, match="the weight of 'lin_key' has no size yet"):
         GradualPruning(ours.TransformerConv(-1, 4), 0.5, end=1)
+
+
+def test_a_batch_that_numbers_no_graphs_is_refused():
+    x, index = given()
+    layer = ours.GPSConv(C, None, heads=2).double()
+    with pytest.raises(ValueError, match="batch has graph -1; it must not be negative"):
+        layer(x, index, torch.arange(N) - 1)
+    with pytest.raises(TypeError, match=r"batch must hold integers, got torch\.float32"):
+        layer(x, index, torch.zeros(N))
+
+
+def test_hooks_on_a_performer_s_projection_run():
+    expected = pyg_attention.PerformerAttention(8, 2, head_channels=4).double()
+    found = ours.PerformerAttention(8, 2, head_channels=4).double()
+    found.load_state_dict(expected.state_dict())
+    for layer in (found, expected):
+        layer.fast_attn.register_forward_hook(lambda _, args, out: 2 * out)
+    x = torch.randn(2, 5, 8, dtype=WIDE)
+    assert_close(found(x), expected(x))
+    assert "fast_attn has hooks" in found.ran()

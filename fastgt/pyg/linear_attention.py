@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import attention as pyg
+from torch_geometric.nn.attention.performer import PerformerProjection
 
 from fastgt.ops.checks import MAX_WIDTH, check_offsets
 from fastgt.ops.linear_attention import MAX_FEATURES, linear_attention
@@ -119,8 +120,13 @@ class PerformerAttention(Ragged, pyg.PerformerAttention):
         self.padding = _checked(padding)
 
     def unfusable(self) -> str:
-        if type(self.fast_attn.kernel) is not nn.ReLU:
-            return f"the kernel is {self.fast_attn.kernel}"
+        attn = self.fast_attn
+        if type(attn) is not PerformerProjection or "forward" in vars(attn):
+            return "fast_attn has a forward of its own"
+        if attn._forward_hooks or attn._forward_pre_hooks:
+            return "fast_attn has hooks"
+        if type(attn.kernel) is not nn.ReLU:
+            return f"the kernel is {attn.kernel}"
         if self.head_channels > MAX_WIDTH or not 1 <= self.fast_attn.num_rows <= MAX_FEATURES:
             return (
                 f"heads have {self.head_channels} channels and {self.fast_attn.num_rows} features"

@@ -150,10 +150,13 @@ def offsets_of(batch: Tensor | None, num_nodes: int, device: torch.device) -> Te
     """The boundaries ``[G + 1]`` of the graphs that a sorted ``batch`` numbers.
 
     Raises:
-        ValueError: ``batch`` is not sorted, or has another number of nodes.
+        TypeError: ``batch`` does not hold integers.
+        ValueError: ``batch`` is not sorted, is negative, or has another number of nodes.
     """
     if batch is None:
         return torch.tensor([0, num_nodes], device=device)
+    if batch.is_floating_point() or batch.dtype == torch.bool:
+        raise TypeError(f"batch must hold integers, got {batch.dtype}")
     if batch.shape != (num_nodes,):
         raise ValueError(f"batch must be [N] = [{num_nodes}], got {list(batch.shape)}")
 
@@ -165,6 +168,8 @@ def offsets_of(batch: Tensor | None, num_nodes: int, device: torch.device) -> Te
                 f"batch is not sorted: node {i} is of graph {int(batch[i])}, node {i + 1} of graph "
                 f"{int(batch[i + 1])}"
             )
+        if num_nodes and batch[0] < 0:
+            raise ValueError(f"batch has graph {int(batch[0])}; it must not be negative")
         graphs = int(batch[-1]) + 1 if num_nodes else 0
         return torch.searchsorted(batch.long(), torch.arange(graphs + 1, device=device))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgt.cpu.library import kernels, load
+from fastgt.cpu import library
 
 
 def can_group(key: Tensor, other: Tensor) -> bool:
@@ -14,7 +14,7 @@ def can_group(key: Tensor, other: Tensor) -> bool:
     tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     if not plain or tracing or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return key.dtype in (torch.int32, torch.int64) and not isinstance(load(), str)
+    return key.dtype in (torch.int32, torch.int64) and not isinstance(library.load(), str)
 
 
 def group(
@@ -27,7 +27,7 @@ def group(
     numbers = None if number is None else torch.empty_like(order)
     ptr = key.new_empty(size + 1, dtype=dtype)
     results = (ptr, ends, order, numbers)
-    kernels().run(
+    library.kernels().run(
         "graph",
         "group",
         key.shape[0],

@@ -54,20 +54,30 @@ class GINEConv(FusedMessages, pyg.GINEConv):
         edge_attr = edges.edge_attr if edge_attr is None else edge_attr
         if edge_attr is None or edge_attr.dim() != 2 or edge_attr.shape[0] != edges.graph.num_edges:
             return self.by_pyg("edge_attr is not [E, channels]", *given)
-        layer, width = self.lin, source.shape[1]
-        if is_plain_linear(layer, pyg.Linear) and edge_attr.shape[1] <= min(width, MAX_WIDTH):
-            values = {"edge_attr": edge_attr, "edge_value_weight": layer.weight.T}
-            channels = layer.weight.shape[0]
-            messages = source if layer.bias is None else source + layer.bias
+        messages = source
+        values: dict[str, Any] = {}
+        if self._fits(edge_attr, source):
+            weight, bias = self.lin.weight, self.lin.bias
+            values = {"edge_attr": edge_attr, "edge_value_weight": weight.T}
+            made, channels = weight, weight.shape[0]
+            messages = source if bias is None else source + bias
         else:
-            e = edge_attr if layer is None else layer(edge_attr)
-            values, channels, messages = {"edge_value": e}, e.shape[1], source
-        if channels != width:
+            made = values["edge_value"] = edge_attr if self.lin is None else self.lin(edge_attr)
+            channels = made.shape[1]
+        if channels != source.shape[1]:
             return self.by_pyg("edges and nodes have other numbers of channels", *given)
-        if why := self.promoted(source, e):
+        if why := self.promoted(source, made):
             return self.by_pyg(why, *given)
         self.note("")
         out = aggregate(messages, edges.graph, **values, activation="relu")
         if target is not None:
             out = out + (1 + self.eps) * target
         return self.nn(out)
+
+    def _fits(self, edge_attr: Tensor, source: Tensor) -> bool:
+        """Whether the layer of edges is no more than a product, of attributes that fit it."""
+        if not is_plain_linear(self.lin, pyg.Linear):
+            return False
+        weight, attributes = self.lin.weight, edge_attr.shape[1]
+        few = attributes <= min(source.shape[1], MAX_WIDTH)
+        return few and attributes == weight.shape[1] and edge_attr.dtype == weight.dtype

@@ -48,6 +48,8 @@ constexpr int64_t PANEL = 8;                // rows that `product` is given are 
 
 int64_t whole(int64_t rows) { return (rows + PANEL - 1) / PANEL * PANEL; }
 
+typedef uint32_t VFloatBits __attribute__((vector_size(sizeof(VFloat))));
+
 // exp, but for x that is far above 0
 FASTGT_INLINE VFloat exponential_below(VFloat x) {
     const VFloat magic = splat(12582912.0f);
@@ -63,7 +65,8 @@ FASTGT_INLINE VFloat exponential_below(VFloat x) {
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = p * (f * f) + (f + 1.0f);
-    p = (VFloat)((VFloatInt)p + (((VFloatInt)moved - (VFloatInt)magic) << 23));
+    // unsigned: in lanes that nothing reads, any number of steps may be added
+    p = (VFloat)((VFloatBits)p + (((VFloatBits)moved - (VFloatBits)magic) << 23));
     p = x < -87.3f ? VFloat{} : p;
     return x == x ? p : x;
 }

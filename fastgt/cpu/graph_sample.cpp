@@ -79,7 +79,7 @@ template <class I> void renumber(const GraphSampleCall& call) {
     int64_t* found = (int64_t*)call.found;
     I *source = (I*)call.source, *place = (I*)call.place;
     uint8_t* seen = (uint8_t*)call.seen;
-    std::memset(seen, 0, call.num_nodes);
+    std::fill_n(seen, call.num_nodes, uint8_t(0));  // there may be none
     for (int64_t e = 0; e < call.edges; e++) seen[source[e]] = 1;
     int64_t count = 0;
     for (; count < call.rows; count++) {

@@ -14,9 +14,12 @@ from fastgt.models import (
     EdgeGraphTransformerConfig,
     GraphClassifier,
     GraphClassifierConfig,
+    GraphGPS,
+    GraphGPSConfig,
     GraphTransformer,
     GraphTransformerConfig,
 )
+from fastgt.models.graph_gps_layer import GlobalAttention, GraphGPSLayer
 from fastgt.models.graph_transformer import GraphTransformerEdgeLayer, GraphTransformerLayer
 from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
 from fastgt.nn import (
@@ -72,6 +75,7 @@ def _conv(dim: int, heads: int, **options: Any) -> nn.Module:
     return TransformerConv(dim, dim // heads, heads, **options)
 
 
+BARE = {"node_types": 3, "walk_steps": 0, "walk_dim": 0}
 MODULES = {
     "NeighborhoodAttention": Module(
         NeighborhoodAttention, lambda m, b, **how: m(b.x, b.graph, **how)
@@ -86,6 +90,8 @@ MODULES = {
     "VirtualNode": Module(
         lambda dim, heads: VirtualNode(dim), lambda m, b: m(b.x, b.state, b.offsets)
     ),
+    "GlobalAttention": Module(GlobalAttention, lambda m, b, **how: m(b.x, b.offsets, **how)),
+    "GraphGPSLayer": Module(GraphGPSLayer, lambda m, b: m(b.x, b.edge, b.graph)),
     "GraphTransformerLayer": Module(GraphTransformerLayer, lambda m, b: m(b.x, b.graph)),
     "GraphTransformerEdgeLayer": Module(
         GraphTransformerEdgeLayer, lambda m, b: m(b.x, b.edge, b.graph)
@@ -102,6 +108,14 @@ MODULES = {
     "EdgeGraphTransformer": Module(
         _configured(EdgeGraphTransformer, EdgeGraphTransformerConfig, node_types=3, edge_types=2),
         lambda m, b: m(b.node_type, b.edge_type, b.graph, b.pe),
+    ),
+    "GraphGPS": Module(
+        _configured(GraphGPS, GraphGPSConfig, edge_types=2, **BARE),
+        lambda m, b: m(b.node_type, b.edge_type, b.graph),
+    ),
+    "GraphGPS without edges": Module(
+        _configured(GraphGPS, GraphGPSConfig, edge_types=(), **BARE),
+        lambda m, b: m(b.node_type, None, b.graph),
     ),
     "GraphClassifier": Module(
         _configured(GraphClassifier, GraphClassifierConfig, node_types=3, out_dim=2),

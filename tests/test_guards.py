@@ -46,6 +46,7 @@ GIVEN = Given(
 OPTIONS = {
     "GraphTransformer": {"layers": 2},
     "EdgeGraphTransformer": {"layers": 2, "pe_dim": 0},
+    "GraphGPS": {"layers": 2},
     "GraphClassifier": {"layers": 2},
     "PackageClassifier": {"layers": 2},
 }
@@ -57,6 +58,8 @@ TAKE_A_GRAPH = (
     "GraphTransformerEdgeLayer",
     "GraphTransformer",
     "EdgeGraphTransformer",
+    "GraphGPSLayer",
+    "GraphGPS",
     "GraphClassifier",
     "PackageClassifier",
     "TokenPruning",
@@ -65,6 +68,8 @@ TAKE_A_GRAPH = (
 TAKE_OFFSETS = (
     "LinearAttention",
     "LinearAttention without heads",
+    "GlobalAttention",
+    "GlobalAttention without heads",
     "PerformerAttention",
     "VirtualNode",
 )
@@ -132,6 +137,7 @@ TYPED = {
         {"node_type": (NODE_TYPE, 3), "edge_type": (EDGE_TYPE, 2)},
         {"graph": GRAPH},
     ),
+    "GraphGPS": ({"node": (NODE_TYPE, 3), "edge": (EDGE_TYPE, 2)}, {"graph": GRAPH}),
     "GraphClassifier": ({"node_type": (NODE_TYPE, 3)}, {"graph": GRAPH}),
     "PackageClassifier": (
         {"word_ptr": (WORD_PTR, 6), "word": (WORD, 5), "edge_kind": (EDGE_TYPE, 2)},

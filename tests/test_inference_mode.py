@@ -220,6 +220,7 @@ VALIDATED: dict[str, dict[str, Any]] = {
     "GraphTransformer": SMALL,
     "EdgeGraphTransformer": SMALL | {"pe_dim": 0},
     "GraphClassifier": SMALL,
+    "GraphGPS": SMALL,
 }
 
 

@@ -388,6 +388,8 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.pruning.tokens",
         "fastgt.pruning.weights",
         "fastgt.models.graph_classifier",
+        "fastgt.models.graph_gps",
+        "fastgt.models.graph_gps_layer",
         "fastgt.models.graph_transformer",
         "fastgt.training.archive",
         "fastgt.training.molecules",

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastgt import models, pruning
 from fastgt import nn as modules
+from fastgt.models.graph_gps_layer import GlobalAttention, GraphGPSLayer
 from fastgt.models.graph_transformer import GraphTransformerEdgeLayer, GraphTransformerLayer
 from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
 
@@ -29,6 +30,10 @@ MAKE = {
     "TopKHeadGate": lambda: modules.TopKHeadGate(4, 2),
     "TransformerConv": lambda: MODULES["TransformerConv"].make(48, 4, edge_dim=20, beta=True),
     "VirtualNode": lambda: modules.VirtualNode(48),
+    "GlobalAttention": lambda: GlobalAttention(48, 4),
+    "GraphGPSLayer gat": lambda: GraphGPSLayer(48, 4, local="gat", attention="performer"),
+    "GraphGPSLayer gcn": lambda: GraphGPSLayer(48, 4, local="gcn", norm="graph"),
+    "GraphGPSLayer gatedgcn": lambda: GraphGPSLayer(48, 4, local="gatedgcn", stable=True),
     "GraphTransformerLayer": lambda: GraphTransformerLayer(48, 4),
     "GraphTransformerEdgeLayer": lambda: GraphTransformerEdgeLayer(48, 4, norm="layer"),
     "GraphTransformer": lambda: models.GraphTransformer(
@@ -36,6 +41,12 @@ MAKE = {
     ),
     "EdgeGraphTransformer": lambda: models.EdgeGraphTransformer(
         models.EdgeGraphTransformerConfig(**SIZES)
+    ),
+    "GraphGPS": lambda: models.GraphGPS(
+        models.GraphGPSConfig(lap_pe=5, lap_dim=6, edge_types=(), **SIZES)
+    ),
+    "GraphGPS stable": lambda: models.GraphGPS(
+        models.GraphGPSConfig(walk_steps=0, walk_dim=0, stable_pe=5, local="gatedgcn", **SIZES)
     ),
     "GraphClassifier": lambda: models.GraphClassifier(
         models.GraphClassifierConfig(30, 20, gated=True, **SIZES)

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastgt import models, pruning
 from fastgt import nn as modules
-from fastgt.models import graph_transformer
+from fastgt.models import graph_gps_layer, graph_transformer
 from fastgt.models.package_classifier import PackageClassifierConfig
 from fastgt.ops.checks import integer
 from fastgt.pruning import GradualPruning, HeadSparsity
@@ -43,6 +43,12 @@ SIZES = {
     modules.random_features: {"num_features": 6, "width": 4},
     graph_transformer.GraphTransformerLayer: {"dim": 8, "heads": 2},
     graph_transformer.GraphTransformerEdgeLayer: {"dim": 8, "heads": 2},
+    graph_gps_layer.GlobalAttention: {"dim": 8, "heads": 2},
+    graph_gps_layer.GraphGPSLayer: {"dim": 8, "heads": 2, "performer_width": 4},
+    models.GraphGPSConfig: NODES
+    | {"dim": 16, "edge_types": 4, "node_features": 0, "edge_features": 0, "performer_width": 4}
+    | {"walk_steps": 3, "walk_dim": 4, "lap_pe": 2, "lap_dim": 5, "lap_layers": 2}
+    | {"stable_pe": 0, "head_layers": 2},
     models.GraphTransformerConfig: NODES | {"pe_dim": 2},
     models.EdgeGraphTransformerConfig: NODES | {"edge_types": 4, "pe_dim": 2},
     models.GraphClassifierConfig: NODES,

@@ -536,6 +536,11 @@ MODELS = {
     "nodes": ("GraphTransformer", {"layers": 2, "pe_dim": 2}),
     "edges": ("EdgeGraphTransformer", {"layers": 2, "pe_dim": 2, "edge_types": 4}),
     "graphs": ("GraphClassifier", {"layers": 2, "gated": True}),
+    "gps": ("GraphGPS", {"layers": 2, "edge_types": 4}),
+    "gps gated": (
+        "GraphGPS",
+        {"layers": 2, "local": "gatedgcn", "edge_types": 4, "last_edges": False},
+    ),
     "packages": ("PackageClassifier", {"edge_kinds": 4}),
     "tokens": ("TokenPruning", {}),
 }

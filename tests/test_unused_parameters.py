@@ -30,6 +30,7 @@ WITH_GATES = {
     "edge": ("EdgeGatedAttention", {}),
     "edge without output": ("EdgeGatedAttention", {"edge_output": False}),
     "linear": ("LinearAttention", {}),
+    "global": ("GlobalAttention", {}),
 }
 MODELS = {
     "performer": ("PerformerAttention", {}),
@@ -39,6 +40,19 @@ MODELS = {
     "typed edges": (
         "EdgeGraphTransformer",
         {"layers": 2, "pe_dim": 0, "edge_types": 4, "last_edges": False},
+    ),
+    "gps": ("GraphGPS", {"layers": 2, "edge_types": 4}),
+    "gps gated": (
+        "GraphGPS",
+        {"layers": 2, "local": "gatedgcn", "edge_types": 4, "last_edges": False},
+    ),
+    "gps additive": (
+        "GraphGPS without edges",
+        {"layers": 2, "local": "gat", "attention": "performer"},
+    ),
+    "gps without edges": (
+        "GraphGPS without edges",
+        {"layers": 2, "local": "gcn", "attention": "linear", "norm": "graph"},
     ),
     "packages": ("PackageClassifier", {"layers": 2, "edge_kinds": 4}),
 }

@@ -384,6 +384,8 @@ def test_models_train(impl):
     from fastgt.models import (
         EdgeGraphTransformer,
         EdgeGraphTransformerConfig,
+        GraphGPS,
+        GraphGPSConfig,
         GraphTransformer,
         GraphTransformerConfig,
     )
@@ -398,7 +400,10 @@ def test_models_train(impl):
     nodes = GraphTransformer(GraphTransformerConfig(3, 2, dim=8, heads=2, layers=1, pe_dim=0))
     edges = EdgeGraphTransformer(EdgeGraphTransformerConfig(dim=8, heads=2, layers=1, pe_dim=0))
     linear = LinearAttention(8, 2)
+    small = {"dim": 8, "heads": 2, "layers": 1, "walk_steps": 0, "walk_dim": 0}
+    beside = GraphGPS(GraphGPSConfig(local="gatedgcn", **small))
     calls = {
+        beside: lambda: beside(kinds, bonds, graph),
         nodes: lambda: nodes(kinds, graph),
         edges: lambda: edges(kinds, bonds, graph),
         linear: lambda: linear(x, graph.graph_ptr),

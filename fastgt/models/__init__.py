@@ -2,6 +2,8 @@
 
 from fastgt.models.authors_checkpoints import graph_transformer_state_dict
 from fastgt.models.graph_classifier import GraphClassifier, GraphClassifierConfig
+from fastgt.models.graph_gps import GraphGPS
+from fastgt.models.graph_gps_config import GraphGPSConfig
 from fastgt.models.graph_transformer import (
     EdgeGraphTransformer,
     EdgeGraphTransformerConfig,
@@ -14,6 +16,8 @@ __all__ = [
     "EdgeGraphTransformerConfig",
     "GraphClassifier",
     "GraphClassifierConfig",
+    "GraphGPS",
+    "GraphGPSConfig",
     "GraphTransformer",
     "GraphTransformerConfig",
     "graph_transformer_state_dict",

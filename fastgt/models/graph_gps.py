@@ -1,0 +1,155 @@
+"""GraphGPS: message passing and global attention side by side (arXiv 2205.12454).
+
+    l_i  = norm(x_i + dropout(MPNN(x, e)_i))            over the neighbours, see graph_gps_local.py
+    a_i  = norm(x_i + dropout(Attention(x)_i))          over all nodes of the graph
+    h_i  = l_i + a_i
+    x_i' = norm(h_i + dropout(W_2 dropout(act(W_1 h_i))))
+
+GatedGCN updates e too, and has its own residual and dropout within l_i. The attention is a softmax,
+that of Performer, or linear. It is computed graph by graph, without padding: where the authors'
+Performer lets padded nodes into the denominator, here there are none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastgt.graph import Graph
+from fastgt.models.graph_gps_config import GraphGPSConfig
+from fastgt.models.graph_gps_encoders import (
+    FeatureEncoder,
+    LaplacianEncoder,
+    Readout,
+    SharedEncoder,
+    StableEncoder,
+    TypeEncoder,
+    WalkEncoder,
+)
+from fastgt.models.graph_gps_layer import GraphGPSLayer
+from fastgt.models.graph_gps_local import WITH_EDGES, edge_distance
+from fastgt.nn.sublayers import reset_sublayers
+from fastgt.ops.checks import check_graph
+
+
+class GraphGPS(nn.Module):
+    """Numbers for every graph of a batch, or for every node.
+
+    The edges of the last GatedGCN reach no output: its norm of edges is there, as in the authors'
+    code and parameter counts, but is not computed and gets no gradient. With ``last_edges=False``
+    it is not there, as suits ``DistributedDataParallel``. Weights are drawn as torch's layers draw
+    theirs.
+
+    Source:
+        Rampasek et al., Recipe for a General, Powerful, Scalable Graph Transformer, arXiv
+        2205.12454.
+
+    Example:
+        >>> import torch
+        >>> from fastgt import Graph
+        >>> from fastgt.models import GraphGPS, GraphGPSConfig
+        >>> model = GraphGPS(GraphGPSConfig.published("zinc"))
+        >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 0]]))
+        >>> atoms, bonds = torch.tensor([0, 27, 1]), torch.tensor([1, 3, 2])
+        >>> model(atoms, bonds, graph, walk_pe=torch.rand(3, 20)).shape
+        torch.Size([1, 1])
+    """
+
+    def __init__(self, config: GraphGPSConfig):
+        super().__init__()
+        c = self.config = config
+        assert not isinstance(c.node_types, int)
+        assert not isinstance(c.edge_types, int)
+        width = c.dim - c.walk_dim - c.lap_dim
+        self.embed: nn.Module = (
+            TypeEncoder(c.node_types, width)
+            if c.node_types
+            else FeatureEncoder(c.node_features, width)
+        )
+        self.embed_lap = LaplacianEncoder(c.lap_pe, c.lap_dim, c.lap_layers) if c.lap_pe else None
+        self.embed_walk = WalkEncoder(c.walk_steps, c.walk_dim) if c.walk_steps else None
+        self.embed_stable = StableEncoder(c.stable_pe, c.dim) if c.stable_pe else None
+        self.embed_edge: nn.Module | None = None
+        if c.local in WITH_EDGES:
+            if c.edge_types:
+                self.embed_edge = TypeEncoder(c.edge_types, c.dim)
+            elif c.edge_features:
+                self.embed_edge = FeatureEncoder(c.edge_features, c.dim)
+            else:
+                self.embed_edge = SharedEncoder(c.dim)
+        self.layers = nn.ModuleList(
+            GraphGPSLayer(
+                c.dim,
+                c.heads,
+                local=c.local,
+                attention=c.attention,
+                performer_width=c.performer_width,
+                norm=c.norm,
+                activation=c.activation,
+                dropout=c.dropout,
+                attention_dropout=c.attention_dropout,
+                stable=c.stable_pe > 0,
+                edge_output=i < c.layers or c.last_edges,
+            )
+            for i in range(1, c.layers + 1)
+        )
+        self.readout = Readout(
+            c.head,
+            c.dim,
+            c.out_dim,
+            layers=c.head_layers,
+            pooling=c.pooling,
+            activation=c.activation,
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
+
+    def forward(
+        self,
+        node: Tensor,
+        edge: Tensor | None,
+        graph: Graph,
+        *,
+        walk_pe: Tensor | None = None,
+        lap_vectors: Tensor | None = None,
+        lap_values: Tensor | None = None,
+    ) -> Tensor:
+        """Nodes, edges and encodings -> ``[G, out_dim]``, or ``[N, out_dim]`` of a head of nodes.
+
+        Args:
+            node: Types ``[N]``, or ``[N, columns]``, integers; or features ``[N, node_features]``.
+            edge: As node, of edges. None with one vector for all, or where none is used.
+            graph: The batch.
+            walk_pe: ``[N, walk_steps]``.
+            lap_vectors: ``[N, lap_pe]``, or ``[N, stable_pe]``. NaN stands for an eigenvector that
+                a small graph does not have.
+            lap_values: ``[G, lap_pe]``, the eigenvalues.
+        """
+        check_graph(graph)
+        c, n = self.config, graph.num_rows
+        for name, given, wanted, why in (
+            ("walk_pe", walk_pe, c.walk_steps, "walk_steps is 0"),
+            ("lap_vectors", lap_vectors, c.lap_pe + c.stable_pe, "lap_pe and stable_pe are 0"),
+            ("lap_values", lap_values, c.lap_pe, "lap_pe is 0"),
+        ):
+            if given is not None and not wanted:
+                raise ValueError(f"{name} must be None ({why}), got {list(given.shape)}")
+        parts = [self.embed("node", node, "N", n, graph)]
+        if self.embed_lap is not None:
+            parts.append(self.embed_lap(lap_vectors, lap_values, graph))
+        if self.embed_walk is not None:
+            parts.append(self.embed_walk(walk_pe, graph))
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        e = distance = None
+        if self.embed_edge is not None:
+            e = self.embed_edge("edge", edge, "E", graph.num_edges, graph)
+        elif edge is not None:
+            raise ValueError(f"edge must be None: local={c.local!r} uses no edges")
+        if self.embed_stable is not None:
+            distance = edge_distance(self.embed_stable(lap_vectors, graph), graph)
+        for i, layer in enumerate(self.layers, 1):
+            last = i == len(self.layers)
+            x, e = layer(x, e, graph, distance=distance, edge_output=False if last else None)
+        return self.readout(x, graph.graph_ptr)

@@ -1,0 +1,221 @@
+"""Settings of GraphGPS, and those of the published models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fastgt.models.graph_gps_encoders import Head, Pooling
+from fastgt.models.graph_gps_layer import Attention, GPSNorm
+from fastgt.models.graph_gps_local import WITH_EDGES, Activation, Local
+from fastgt.ops.checks import integer
+
+_SIZES = ("out_dim", "dim", "heads", "layers", "performer_width", "head_layers", "lap_layers")
+_WIDTHS = (
+    "node_features",
+    "edge_features",
+    "walk_steps",
+    "walk_dim",
+    "lap_pe",
+    "lap_dim",
+    "stable_pe",
+)
+
+
+@dataclass
+class GraphGPSConfig:
+    """Settings of :class:`GraphGPS`; defaults are the authors' for ZINC.
+
+    Attributes:
+        out_dim: Numbers to predict.
+        node_types: How many kinds of nodes there are, or how many in each column of types; () for
+            nodes with features.
+        node_features: Width of these; 0 for nodes with types.
+        edge_types, edge_features: As of nodes. Neither: one learnt vector stands on all edges.
+        dim: Width of nodes and edges; a multiple of ``heads``.
+        heads: Of the attention, and of ``"gat"`` and ``"attention"`` among the neighbours.
+        layers: So many times.
+        local: ``"none"``, ``"gcn"``, ``"gin"``, ``"gine"``, ``"gat"``, ``"attention"`` or
+            ``"gatedgcn"``. The first three use no edge features, and take none.
+        attention: ``"none"``, ``"softmax"``, ``"performer"`` or ``"linear"``, over whole graphs.
+        performer_width: Of a head of Performer.
+        norm: ``"batch"``, ``"graph"`` (over the nodes and channels of each graph) or ``"none"``.
+            GatedGCN has batch norms besides. In training a batch norm needs two nodes and two
+            edges, or no edge, and refuses one.
+        activation: ``"relu"`` or ``"gelu"``.
+        dropout: Inside the layers.
+        attention_dropout: Of a softmax's weights, of the output of the other attentions.
+        walk_steps: Probabilities of return of a node; 0 for a model without them.
+        walk_dim: What they are made as wide as.
+        lap_pe: Laplacian eigenvectors of a node; 0 for a model without them.
+        lap_dim: What they are made as wide as.
+        lap_layers: Linear layers of their DeepSet.
+        stable_pe: Laplacian eigenvectors that give the factors of edges in ``"gine"`` or
+            ``"gatedgcn"``, in the place of ``walk_steps`` and ``lap_pe``; 0 for none.
+        head: ``"san_graph"``, ``"default"`` (of graphs) or ``"inductive_node"``.
+        head_layers: Linear ones of the last two.
+        pooling: ``"add"``, ``"mean"`` or ``"max"``, of graphs.
+        last_edges: Whether the last GatedGCN has a norm of edges, as in the authors' code and
+            parameter counts. Nothing uses it: without, every parameter gets a gradient, as
+            ``DistributedDataParallel`` wants it.
+    """
+
+    out_dim: int = 1
+    node_types: int | Sequence[int] = (28,)
+    node_features: int = 0
+    edge_types: int | Sequence[int] = (4,)
+    edge_features: int = 0
+    dim: int = 64
+    heads: int = 4
+    layers: int = 10
+    local: Local = "gine"
+    attention: Attention = "softmax"
+    performer_width: int = 64
+    norm: GPSNorm = "batch"
+    activation: Activation = "relu"
+    dropout: float = 0.0
+    attention_dropout: float = 0.5
+    walk_steps: int = 20
+    walk_dim: int = 28
+    lap_pe: int = 0
+    lap_dim: int = 0
+    lap_layers: int = 2
+    stable_pe: int = 0
+    head: Head = "san_graph"
+    head_layers: int = 3
+    pooling: Pooling = "add"
+    last_edges: bool = True
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            setattr(self, name, integer(name, getattr(self, name), 1))
+        for name in _WIDTHS:
+            setattr(self, name, integer(name, getattr(self, name), 0))
+        self.node_types = _kinds("node_types", self.node_types)
+        self.edge_types = _kinds("edge_types", self.edge_types)
+        for whose, types, features in (
+            ("node", self.node_types, self.node_features),
+            ("edge", self.edge_types, self.edge_features),
+        ):
+            if types and features:
+                raise ValueError(
+                    f"{whose}_features must be 0 with {whose}_types={types}, got {features}"
+                )
+        if not self.node_types and not self.node_features:
+            raise ValueError("node_types is () and node_features is 0: give one of them")
+        for count, width in (("walk_steps", "walk_dim"), ("lap_pe", "lap_dim")):
+            if bool(getattr(self, count)) != bool(getattr(self, width)):
+                found = f"{getattr(self, count)} and {getattr(self, width)}"
+                raise ValueError(f"{count} and {width} must both be 0 or positive, got {found}")
+        if self.stable_pe and (self.walk_steps or self.lap_pe):
+            raise ValueError(
+                f"stable_pe must be 0 with walk_steps={self.walk_steps} and lap_pe={self.lap_pe}, "
+                f"got {self.stable_pe}"
+            )
+        if self.walk_dim + self.lap_dim >= self.dim:
+            found = f"{self.walk_dim} + {self.lap_dim}"
+            raise ValueError(f"walk_dim + lap_dim must be below dim={self.dim}, got {found}")
+        if self.local not in WITH_EDGES and (self.edge_types or self.edge_features):
+            raise ValueError(
+                f"edge_types must be () and edge_features 0 with local={self.local!r}, which uses "
+                f"no edges, got {self.edge_types} and {self.edge_features}"
+            )
+
+    @staticmethod
+    def published(name: str) -> GraphGPSConfig:
+        """The authors' model of that name.
+
+        Args:
+            name: ``"zinc"``, ``"pattern"``, ``"cluster"``, ``"mnist"``, ``"cifar10"``,
+                ``"malnet_tiny"``, ``"pcqm4mv2_small"``, ``"pcqm4mv2_medium"`` or
+                ``"pcqm4mv2_deep"``. The last three have OGB's atoms and bonds.
+
+        Raises:
+            ValueError: There is no such name.
+
+        Source:
+            Rampasek et al., arXiv 2205.12454, tables A.2 to A.5, and their code's configurations.
+        """
+        if name not in _PUBLISHED:
+            raise ValueError(f"name must be one of {list(_PUBLISHED)}, got {name!r}")
+        return replace(_PUBLISHED[name])
+
+
+def _kinds(name: str, types: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(types, str) or not isinstance(types, Sequence):
+        types = (types,)
+    return tuple(integer(name, n, 1) for n in types)
+
+
+_OF_NODES = GraphGPSConfig(
+    node_types=(),
+    edge_types=(),
+    local="gatedgcn",
+    walk_steps=0,
+    walk_dim=0,
+    lap_pe=16,
+    lap_dim=16,
+    head="inductive_node",
+    node_features=3,
+    layers=6,
+)
+_IMAGES = replace(
+    _OF_NODES,
+    edge_features=1,
+    out_dim=10,
+    dim=52,
+    layers=3,
+    lap_pe=8,
+    lap_dim=8,
+    head="default",
+    pooling="mean",
+)
+_PCQM = GraphGPSConfig(
+    node_types=(119, 4, 12, 12, 10, 6, 6, 2, 2),
+    edge_types=(5, 6, 2),
+    dim=304,
+    layers=5,
+    local="gatedgcn",
+    walk_steps=16,
+    walk_dim=20,
+    pooling="mean",
+)
+_PUBLISHED = {
+    "zinc": GraphGPSConfig(),
+    "pattern": _OF_NODES,
+    "cluster": replace(
+        _OF_NODES,
+        node_features=7,
+        out_dim=6,
+        dim=48,
+        heads=8,
+        layers=16,
+        dropout=0.1,
+        lap_pe=10,
+    ),
+    "mnist": _IMAGES,
+    "cifar10": replace(_IMAGES, node_features=5, head_layers=2),
+    "malnet_tiny": replace(
+        _OF_NODES,
+        node_features=5,
+        out_dim=5,
+        layers=5,
+        attention="performer",
+        lap_pe=10,
+        head="default",
+        pooling="max",
+    ),
+    "pcqm4mv2_small": _PCQM,
+    "pcqm4mv2_medium": replace(
+        _PCQM, dim=384, heads=16, layers=10, dropout=0.1, attention_dropout=0.1
+    ),
+    "pcqm4mv2_deep": replace(
+        _PCQM,
+        dim=256,
+        heads=8,
+        layers=16,
+        dropout=0.1,
+        attention_dropout=0.1,
+        activation="gelu",
+    ),
+}

@@ -1,0 +1,302 @@
+"""The message passing of a GraphGPS layer: one module for each kind.
+
+All of them take x ``[N, dim]`` and, where they use edges, e ``[E, dim]``, and give ``[N, dim]``.
+N(i) are the in-neighbours as given. The factor r_ij of stable encodings is 1 without them.
+
+GCN           W (x_i / d_i + sum_{j in N(i), j != i} x_j / sqrt(d_i d_j)) + b,  d_i = 1 + |N(i) - i|
+GIN           MLP(x_i + sum_j x_j)
+GINE          MLP(x_i + sum_j r_ij relu(x_j + e_ij))
+GAT           sum_{j in N(i) + i} a_ij W x_j + b, a softmax of a leaky ReLU; i's own edge is the
+              mean of those that reach it
+attention     softmax attention over N(i), with a bias of edges for every head
+GatedGCN      A x_i + sum_j s_ij B x_j / (sum_j s_ij + 1e-6),  s_ij = r_ij sigmoid(e'_ij),
+              e'_ij = C e_ij + D x_i + E x_j
+
+The last one has norms, activations and residuals of its own, and gives new edges too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastgt.contract import AuxRequest
+from fastgt.graph import Graph
+from fastgt.nn import NeighborhoodAttention
+from fastgt.nn.sublayers import check_rows, reset_sublayers
+from fastgt.ops.additive_attention import additive_attention
+from fastgt.ops.aggregate import aggregate
+from fastgt.ops.gated_aggregate import gated_aggregate
+
+Local = Literal["none", "gcn", "gin", "gine", "gat", "attention", "gatedgcn"]
+Activation = Literal["relu", "gelu"]
+LOCAL = ("none", "gcn", "gin", "gine", "gat", "attention", "gatedgcn")
+WITH_EDGES = ("gine", "gat", "attention", "gatedgcn")
+WITH_FACTOR = ("gine", "gatedgcn")
+
+
+def make_local(
+    kind: Local,
+    dim: int,
+    heads: int,
+    *,
+    activation: Activation,
+    dropout: float,
+    stable: bool,
+    edge_output: bool,
+) -> nn.Module | None:
+    """The module of that kind; None for ``"none"``."""
+    if kind not in LOCAL:
+        raise ValueError(f"local must be one of {list(LOCAL)}, got {kind!r}")
+    if stable and kind not in WITH_FACTOR:
+        raise ValueError(
+            f"local must be one of {list(WITH_FACTOR)} with stable encodings, got {kind!r}"
+        )
+    if kind == "none":
+        return None
+    if kind == "gcn":
+        return GCN(dim)
+    if kind == "gin":
+        return GINE(dim, activation=activation, edges=False)
+    if kind == "gine":
+        return GINE(dim, activation=activation, stable=stable)
+    if kind == "gat":
+        return GAT(dim, heads)
+    if kind == "attention":
+        return EdgeBiasedAttention(dim, heads)
+    return GatedGCN(
+        dim, activation=activation, dropout=dropout, stable=stable, edge_output=edge_output
+    )
+
+
+def make_activation(kind: Activation) -> nn.Module:
+    if kind not in ("relu", "gelu"):
+        raise ValueError(f"activation must be 'relu' or 'gelu', got {kind!r}")
+    return nn.ReLU() if kind == "relu" else nn.GELU()
+
+
+def edge_distance(p: Tensor, graph: Graph) -> Tensor:
+    """``|p_i - p_j|^2`` of every edge, ``[E, 1]``, from encodings ``[N, C]``."""
+    # the op's gradients have one order, those of an index on a GPU do not
+    request = AuxRequest(edge_scores=True)
+    _, aux = gated_aggregate(p, graph, gate_row=p, gate_col=-p, return_aux=request)
+    assert aux.edge_scores is not None
+    return aux.edge_scores.square().sum(1, keepdim=True)
+
+
+class GCN(nn.Module):
+    """A graph convolution with self loops; a self loop that is there already stands for it.
+
+    Source:
+        Kipf and Welling, arXiv 1609.02907, eq. 2, as ``torch_geometric.nn.GCNConv`` has it.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.lin = nn.Linear(dim, dim, bias=False)
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, graph: Graph) -> Tensor:
+        y = self.lin(x)
+        weight = _no_loops(graph, y.dtype)
+        norm = (1 + aggregate(None, graph, edge_value=weight[:, None])).rsqrt()
+        y = norm * y
+        return norm * (y + aggregate(y, graph, edge_weight=weight)) + self.bias
+
+
+class GINE(nn.Module):
+    """A sum of neighbours, with edges or without them, before a network of two layers.
+
+    Source:
+        Xu et al., arXiv 1810.00826, eq. 4.1, with eps 0; edges as in Hu et al., arXiv 1905.12265;
+        the factor as in Wang et al., arXiv 2203.00199.
+    """
+
+    def __init__(
+        self, dim: int, *, activation: Activation, edges: bool = True, stable: bool = False
+    ):
+        super().__init__()
+        self.edges = edges
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, dim), make_activation(activation), nn.Linear(dim, dim)
+        )
+        self.factor = _factor(dim, "relu") if stable else None
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
+
+    def forward(
+        self, x: Tensor, graph: Graph, e: Tensor | None = None, distance: Tensor | None = None
+    ) -> Tensor:
+        weight = None if self.factor is None else self.factor(distance).squeeze(1)
+        activation: Literal["relu"] | None = "relu" if self.edges else None
+        received = aggregate(
+            x,
+            graph,
+            edge_value=e if self.edges else None,
+            edge_weight=weight,
+            activation=activation,
+        )
+        return self.mlp(x + received)
+
+
+class GAT(nn.Module):
+    """Additive attention over the neighbours and the node itself.
+
+    The node's own edge is added here, by the log-sum-exp of the others. A self loop that is there
+    already is left out. The parameters are drawn as torch-geometric draws those of attention.
+
+    Source:
+        Velickovic et al., arXiv 1710.10903, eq. 3, with edges as ``torch_geometric.nn.GATConv``
+        has them.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
+        self.heads = heads
+        self.lin = nn.Linear(dim, dim, bias=False)
+        self.lin_edge = nn.Linear(dim, dim, bias=False)
+        self.source, self.target, self.edge = (
+            nn.Parameter(torch.empty(heads, dim // heads)) for _ in range(3)
+        )
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self._draw()
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
+        self._draw()
+
+    def _draw(self) -> None:
+        for x in (self.source, self.target, self.edge):
+            bound = math.sqrt(6 / sum(x.shape))
+            nn.init.uniform_(x, -bound, bound)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, graph: Graph, e: Tensor) -> Tensor:
+        v = self.lin(x).unflatten(1, (self.heads, -1))
+        query, key = (v * self.target).sum(-1), (v * self.source).sum(-1)
+        term = (self.lin_edge(e).unflatten(1, (self.heads, -1)) * self.edge).sum(-1)
+        weight = _no_loops(graph, v.dtype)
+        count = aggregate(None, graph, edge_value=weight[:, None])
+        own = aggregate(None, graph, edge_value=term, edge_weight=weight) / count.clamp(min=1)
+        others, aux = additive_attention(
+            query[..., None],
+            key[..., None],
+            v,
+            graph,
+            v.new_ones(self.heads, 1),
+            edge_key=term[..., None],
+            edge_bias=weight.log()[:, None].expand(-1, self.heads),
+            negative_slope=0.2,
+            return_aux=AuxRequest(lse=True),
+        )
+        assert aux.lse is not None
+        logit = nn.functional.leaky_relu(query + key + own, 0.2)
+        share = (aux.lse.to(logit.dtype) - logit).sigmoid()[..., None]
+        return (share * others + (1 - share) * v).flatten(1) + self.bias
+
+
+class EdgeBiasedAttention(nn.Module):
+    """:class:`fastgt.nn.NeighborhoodAttention` with a linear bias of edges for every head."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.attention = NeighborhoodAttention(dim, heads)
+        self.edge_bias = nn.Linear(dim, heads, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
+
+    def forward(self, x: Tensor, graph: Graph, e: Tensor) -> Tensor:
+        return self.attention(x, graph, edge_bias=self.edge_bias(e))
+
+
+class GatedGCN(nn.Module):
+    """Gated message passing that updates nodes and edges, each with norm, activation, residual.
+
+    ``edge_output=False``: edges come out as they came, and no norm of theirs is there.
+
+    Source:
+        Bresson and Laurent, arXiv 1711.07553, with the denominator of Dwivedi et al., arXiv
+        2003.00982; the factor as in Wang et al., arXiv 2203.00199.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        activation: Activation,
+        dropout: float,
+        stable: bool = False,
+        edge_output: bool = True,
+    ):
+        super().__init__()
+        self.own, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.gate = nn.Linear(dim, dim)
+        self.gate_row, self.gate_col = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.factor = _factor(dim, activation) if stable else None
+        self.norm = nn.BatchNorm1d(dim)
+        self.activation = make_activation(activation)
+        self.dropout = nn.Dropout(dropout)
+        if edge_output:
+            self.edge_norm = nn.BatchNorm1d(dim)
+            self.edge_activation = make_activation(activation)
+            self.edge_dropout = nn.Dropout(dropout)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
+
+    def forward(
+        self,
+        x: Tensor,
+        graph: Graph,
+        e: Tensor,
+        distance: Tensor | None = None,
+        *,
+        edge_output: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        weight = None if self.factor is None else self.factor(distance).squeeze(1)
+        received, aux = gated_aggregate(
+            self.value(x),
+            graph,
+            self.gate(e),
+            gate_row=self.gate_row(x),
+            gate_col=self.gate_col(x),
+            edge_weight=weight,
+            eps=1e-6,
+            return_aux=AuxRequest(edge_scores=edge_output),
+        )
+        check_rows(self.norm, x, "norm of GatedGCN", "node")
+        x = x + self.dropout(self.activation(self.norm(self.own(x) + received)))
+        if aux.edge_scores is not None:
+            check_rows(self.edge_norm, e, "edge_norm of GatedGCN", "edge")
+            scores = self.edge_norm(aux.edge_scores)
+            e = e + self.edge_dropout(self.edge_activation(scores))
+        return x, e
+
+
+def _factor(dim: int, activation: Activation) -> nn.Sequential:
+    """r_ij of ``|p_i - p_j|^2``."""
+    return nn.Sequential(
+        nn.Linear(1, dim), make_activation(activation), nn.Linear(dim, 1), nn.Sigmoid()
+    )
+
+
+def _no_loops(graph: Graph, dtype: torch.dtype) -> Tensor:
+    """1 on edges between two nodes, 0 on self loops, ``[E]``."""
+    source, target = graph.edge_index
+    return (source != target).to(dtype)

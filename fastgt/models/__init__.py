@@ -3,6 +3,7 @@
 from fastgt.models.authors_checkpoints import graph_transformer_state_dict
 from fastgt.models.graph_classifier import GraphClassifier, GraphClassifierConfig
 from fastgt.models.graph_gps import GraphGPS
+from fastgt.models.graph_gps_checkpoints import gps_conv_state_dict, graph_gps_state_dict
 from fastgt.models.graph_gps_config import GraphGPSConfig
 from fastgt.models.graph_transformer import (
     EdgeGraphTransformer,
@@ -20,5 +21,7 @@ __all__ = [
     "GraphGPSConfig",
     "GraphTransformer",
     "GraphTransformerConfig",
+    "gps_conv_state_dict",
+    "graph_gps_state_dict",
     "graph_transformer_state_dict",
 ]

@@ -115,6 +115,9 @@ class GCN(nn.Module):
 class GINE(nn.Module):
     """A sum of neighbours, with edges or without them, before a network of two layers.
 
+    Where messages have factors, the authors' class adds the second node of a batch to all sums.
+    Here it is each node's own, as without factors.
+
     Source:
         Xu et al., arXiv 1810.00826, eq. 4.1, with eps 0; edges as in Hu et al., arXiv 1905.12265;
         the factor as in Wang et al., arXiv 2203.00199.

@@ -20,8 +20,8 @@ from fastgt.testing import random_batch
 FP64 = torch.float64
 DIM, HEADS = 8, 2
 SIZES = [(5, 12), (0, 0), (7, 20), (1, 1)]
-LOCAL = ("none", "gcn", "gin", "gine", "gat", "attention", "gatedgcn")
-WITH_EDGES = ("gine", "gat", "attention", "gatedgcn")
+LOCAL = ("none", "gcn", "gin", "gine", "gat", "pna", "attention", "gatedgcn")
+WITH_EDGES = ("gine", "gat", "pna", "attention", "gatedgcn")
 ATTENTION = ("none", "softmax", "performer", "linear")
 
 
@@ -125,6 +125,18 @@ def gat(m, x, e, source, target, distance):
     return out.flatten(1) + m.bias
 
 
+def pna(m, x, e, source, target, distance):
+    weight = torch.cat([m.row.weight, m.col.weight, m.of_edge.weight], 1)
+    given = torch.cat([x[target], x[source], linear(m.edge, e)], 1)
+    messages = given @ weight.T + m.row.bias
+    rows = []
+    for i in range(len(x)):
+        mine = messages[target == i]
+        found = [mine.mean(0), mine.max(0).values, mine.sum(0)] if len(mine) else 3 * [0 * x[i]]
+        rows.append(torch.cat([x[i], *found]))
+    return linear(m.lin, linear(m.post, torch.stack(rows)))
+
+
 def neighbours(m, x, e, source, target, distance):
     n, a = len(x), m.attention
     q, k, v = (linear(layer, x).view(n, a.heads, -1) for layer in (a.q, a.k, a.v))
@@ -172,7 +184,7 @@ def elu(m, q, k, v):
 
 
 GLOBAL = {"softmax": softmax, "performer": performer, "linear": elu}
-MESSAGES = {"gcn": gcn, "gin": gin, "gine": gine, "gat": gat, "attention": neighbours}
+MESSAGES = {"gcn": gcn, "gin": gin, "gine": gine, "gat": gat, "pna": pna, "attention": neighbours}
 
 
 def literal(layer, kind, attention, x, graph, e, distance, edge_output):
@@ -376,6 +388,7 @@ MODELS = {
     "one edge": {"edge_types": (), "local": "gatedgcn", "head": "inductive_node"},
     "no edge": {"edge_types": (), "local": "gcn", "head": "default", "pooling": "max"},
     "graph norm": {"norm": "graph", "attention": "linear", "head": "default", "pooling": "mean"},
+    "wide": {"local": "pna", "dim": 132, "attention": "none"},
     "stable": NO_ENCODINGS | {"stable_pe": 3, "local": "gatedgcn", "lap_layers": 1},
     "performer": {"attention": "performer", "local": "gat", "lap_layers": 3},
 }
@@ -409,6 +422,16 @@ def test_a_batch_equals_its_graphs_one_by_one(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_models_compile_whole(name, compiled_kernels):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, graph = small(**MODELS[name]).eval(), batch()
+    given = inputs(model, graph)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(graph=graph, **given), model(graph=graph, **given))
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_batch_is_learnt_by_heart(name):
     torch.manual_seed(0)
     model = small(**MODELS[name] | {"dropout": 0.0})
@@ -437,6 +460,10 @@ def test_a_batch_is_learnt_by_heart(name):
         ("cluster", 502_054),
         ("mnist", 115_394),
         ("cifar10", 112_726),
+        ("ogbg_molhiv", 558_625),
+        ("ogbg_molpcba", 9_744_496),
+        ("peptides_func", 504_362),
+        ("peptides_struct", 504_459),
         ("pcqm4mv2_small", 6_152_001),
         ("pcqm4mv2_medium", 19_414_641),
         ("pcqm4mv2_deep", 13_807_345),
@@ -574,7 +601,7 @@ def test_the_layer_refuses_what_does_not_fit():
     ("changes", "message"),
     [
         ({"local": "genconv"}, r"edge_types must be .* with local='genconv'"),
-        ({"local": "pna", "edge_types": ()}, r"local must be one of \['none', .* got 'pna'"),
+        ({"local": "egc", "edge_types": ()}, r"local must be one of \['none', .* got 'egc'"),
         ({"attention": "bigbird"}, r"attention must be one of .* got 'bigbird'"),
         ({"norm": "layer"}, "norm must be 'batch', 'graph' or 'none', got 'layer'"),
         ({"activation": "tanh"}, "activation must be 'relu' or 'gelu', got 'tanh'"),

@@ -460,6 +460,9 @@ CONVS = {
     "gcn": lambda pyg: pyg.GCNConv(DIM, DIM),
     "gin": lambda pyg: pyg.GINConv(network()),
     "gine": lambda pyg: pyg.GINEConv(network()),
+    "pna": lambda pyg: pyg.PNAConv(
+        DIM, DIM, ["mean", "max", "sum"], ["identity"], torch.tensor([1, 3, 5]), edge_dim=DIM
+    ),
     "gat": lambda pyg: pyg.GATConv(DIM, DIM // HEADS, heads=HEADS, edge_dim=DIM),
 }
 
@@ -479,7 +482,7 @@ def test_gps_conv(local, norm):
     index = torch.cat([random_edge_index(0, N, E - 2), torch.tensor([[0, 3], [0, 3]])], 1)
     index[1, index[1] == 5] = 6  # a node that receives nothing
     x, e = torch.randn(N, DIM, dtype=FP64), torch.randn(E, DIM, dtype=FP64)
-    with_edges = local in ("gine", "gat")
+    with_edges = local in ("gine", "gat", "pna")
     found, _ = ours(x, e if with_edges else None, Graph.from_edge_index(index, N))
     # with a batch vector, as in training: without one, its norm adds eps to the deviation
     wanted = theirs(x, index, torch.zeros(N).long(), **{"edge_attr": e} if with_edges else {})

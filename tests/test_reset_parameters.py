@@ -33,6 +33,7 @@ MAKE = {
     "GlobalAttention": lambda: GlobalAttention(48, 4),
     "GraphGPSLayer gat": lambda: GraphGPSLayer(48, 4, local="gat", attention="performer"),
     "GraphGPSLayer gcn": lambda: GraphGPSLayer(48, 4, local="gcn", norm="graph"),
+    "GraphGPSLayer pna": lambda: GraphGPSLayer(48, 4, local="pna"),
     "GraphGPSLayer gatedgcn": lambda: GraphGPSLayer(48, 4, local="gatedgcn", stable=True),
     "GraphTransformerLayer": lambda: GraphTransformerLayer(48, 4),
     "GraphTransformerEdgeLayer": lambda: GraphTransformerEdgeLayer(48, 4, norm="layer"),

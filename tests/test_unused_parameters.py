@@ -42,6 +42,7 @@ MODELS = {
         {"layers": 2, "pe_dim": 0, "edge_types": 4, "last_edges": False},
     ),
     "gps": ("GraphGPS", {"layers": 2, "edge_types": 4}),
+    "gps of several": ("GraphGPS", {"layers": 2, "local": "pna", "edge_types": 4}),
     "gps gated": (
         "GraphGPS",
         {"layers": 2, "local": "gatedgcn", "edge_types": 4, "last_edges": False},

@@ -27,7 +27,7 @@ from fastgt.models.graph_gps_encoders import (
     WalkEncoder,
 )
 from fastgt.models.graph_gps_layer import GraphGPSLayer
-from fastgt.models.graph_gps_local import WITH_EDGES, edge_distance
+from fastgt.models.graph_gps_local import WITH_EDGES, edge_distance, edge_width
 from fastgt.nn.sublayers import reset_sublayers
 from fastgt.ops.checks import check_graph
 
@@ -71,12 +71,13 @@ class GraphGPS(nn.Module):
         self.embed_stable = StableEncoder(c.stable_pe, c.dim) if c.stable_pe else None
         self.embed_edge: nn.Module | None = None
         if c.local in WITH_EDGES:
+            width = edge_width(c.local, c.dim)
             if c.edge_types:
-                self.embed_edge = TypeEncoder(c.edge_types, c.dim)
+                self.embed_edge = TypeEncoder(c.edge_types, width)
             elif c.edge_features:
-                self.embed_edge = FeatureEncoder(c.edge_features, c.dim)
+                self.embed_edge = FeatureEncoder(c.edge_features, width)
             else:
-                self.embed_edge = SharedEncoder(c.dim)
+                self.embed_edge = SharedEncoder(width)
         self.layers = nn.ModuleList(
             GraphGPSLayer(
                 c.dim,

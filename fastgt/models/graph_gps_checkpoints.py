@@ -30,7 +30,10 @@ _NAMES = {
     _LAYER + r"local_model\.E\.(\w+)": r"\1.local.gate_col.\2",
     _LAYER + r"local_model\.bn_node_x\.(\w+)": r"\1.local.norm.\2",
     _LAYER + r"local_model\.bn_edge_e\.(\w+)": r"\1.local.edge_norm.\2",
-    _LAYER + r"local_model\.lin(?:_src)?\.weight": r"\1.local.lin.weight",
+    _LAYER + r"local_model\.lin(?:_src)?\.(weight|bias)": r"\1.local.lin.\2",
+    _LAYER + r"local_model\.edge_encoder\.(\w+)": r"\1.local.edge.\2",
+    _LAYER + r"local_model\.pre_nns\.0\.0\.bias": r"\1.local.row.bias",
+    _LAYER + r"local_model\.post_nns\.0\.0\.(\w+)": r"\1.local.post.\2",
     _LAYER + r"local_model\.lin_edge\.weight": r"\1.local.lin_edge.weight",
     _LAYER + r"local_model\.att_src": r"\1.local.source",
     _LAYER + r"local_model\.att_dst": r"\1.local.target",
@@ -68,8 +71,8 @@ def graph_gps_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     one or two entries ``embed_edge...`` out.
 
     Args:
-        state: GraphGPS's ``GPSModel``, in local models GCN, GIN, GINE, GAT and CustomGatedGCN, with
-            a Transformer or a Performer, and encoders TypeDict, Linear, Atom, Bond, DummyEdge,
+        state: GraphGPS's ``GPSModel``, in local models GCN, GIN, GINE, GAT, PNA and CustomGatedGCN,
+            with a Transformer or a Performer, and encoders TypeDict, Linear, Atom, Bond, DummyEdge,
             LapPE (a DeepSet), RWSE (linear) and EquivStableLapPE.
 
     Raises:
@@ -130,7 +133,7 @@ def _used(name: str, theirs: Mapping[str, Tensor]) -> bool:
         branch = {"local": "local_model", "attn": "self_attn"}[match[2]]
         return any(other.startswith(f"{match[1]}.{branch}.") for other in theirs)
     if name.startswith("encoder.edge_encoder."):
-        with_edges = _LAYER + r"local_model\.(nn|C|lin_edge)\."
+        with_edges = _LAYER + r"local_model\.(nn|C|lin_edge|edge_encoder)\."
         return any(re.match(with_edges, other) for other in theirs)
     return True
 
@@ -141,6 +144,14 @@ def _here(name: str, x: Tensor, theirs: Mapping[str, Tensor]) -> dict[str, Tenso
         return {
             f"{layer}.attention.{part}.{kind}": y for part, y in zip("qkv", x.chunk(3), strict=True)
         }
+    if (match := re.fullmatch(_LAYER + r"local_model\.pre_nns\.0\.0\.weight", name)) is not None:
+        parts = ("row", "col", "of_edge")
+        return {
+            f"{match[1]}.local.{part}.weight": y
+            for part, y in zip(parts, x.chunk(3, 1), strict=True)
+        }
+    if re.fullmatch(_LAYER + r"local_model\.aggr_module\.avg_deg_(lin|log)", name) is not None:
+        return {}  # of scalers that are not there
     if re.fullmatch(_LAYER + r"local_model\.eps", name) is not None:
         if torch.count_nonzero(x):
             raise ValueError(f"{name!r} must be 0, got {x.tolist()}")

@@ -35,8 +35,8 @@ class GraphGPSConfig:
         dim: Width of nodes and edges; a multiple of ``heads``.
         heads: Of the attention, and of ``"gat"`` and ``"attention"`` among the neighbours.
         layers: So many times.
-        local: ``"none"``, ``"gcn"``, ``"gin"``, ``"gine"``, ``"gat"``, ``"attention"`` or
-            ``"gatedgcn"``. The first three use no edge features, and take none.
+        local: ``"none"``, ``"gcn"``, ``"gin"``, ``"gine"``, ``"gat"``, ``"pna"``,
+            ``"attention"`` or ``"gatedgcn"``. The first three use no edge features, and take none.
         attention: ``"none"``, ``"softmax"``, ``"performer"`` or ``"linear"``, over whole graphs.
         performer_width: Of a head of Performer.
         norm: ``"batch"``, ``"graph"`` (over the nodes and channels of each graph) or ``"none"``.
@@ -127,8 +127,9 @@ class GraphGPSConfig:
 
         Args:
             name: ``"zinc"``, ``"pattern"``, ``"cluster"``, ``"mnist"``, ``"cifar10"``,
-                ``"malnet_tiny"``, ``"pcqm4mv2_small"``, ``"pcqm4mv2_medium"`` or
-                ``"pcqm4mv2_deep"``. The last three have OGB's atoms and bonds.
+                ``"malnet_tiny"``; with OGB's atoms and bonds ``"ogbg_molhiv"``,
+                ``"ogbg_molpcba"``, ``"peptides_func"``, ``"peptides_struct"``,
+                ``"pcqm4mv2_small"``, ``"pcqm4mv2_medium"`` or ``"pcqm4mv2_deep"``.
 
         Raises:
             ValueError: There is no such name.
@@ -180,6 +181,18 @@ _PCQM = GraphGPSConfig(
     walk_dim=20,
     pooling="mean",
 )
+_PEPTIDES = replace(
+    _PCQM,
+    out_dim=10,
+    dim=96,
+    layers=4,
+    walk_steps=0,
+    walk_dim=0,
+    lap_pe=10,
+    lap_dim=16,
+    head="default",
+    head_layers=1,
+)
 _PUBLISHED = {
     "zinc": GraphGPSConfig(),
     "pattern": _OF_NODES,
@@ -205,6 +218,12 @@ _PUBLISHED = {
         head="default",
         pooling="max",
     ),
+    "ogbg_molhiv": replace(_PCQM, dim=64, layers=10, walk_dim=16, dropout=0.05),
+    "ogbg_molpcba": replace(
+        _PCQM, out_dim=128, dim=384, dropout=0.2, head="default", head_layers=1
+    ),
+    "peptides_func": _PEPTIDES,
+    "peptides_struct": replace(_PEPTIDES, out_dim=11),
     "pcqm4mv2_small": _PCQM,
     "pcqm4mv2_medium": replace(
         _PCQM, dim=384, heads=16, layers=10, dropout=0.1, attention_dropout=0.1

@@ -15,6 +15,7 @@ from fastgt.models.graph_gps_local import (
     Activation,
     GatedGCN,
     Local,
+    edge_width,
     make_activation,
     make_local,
 )
@@ -272,7 +273,7 @@ class GraphGPSLayer(nn.Module):
             raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")
         check_matrix("x", x, "N, dim", (n, dim))
         if self.local_kind in WITH_EDGES:
-            check_matrix("e", e, "E, dim", (edges, dim))
+            check_matrix("e", e, "E, dim", (edges, edge_width(self.local_kind, dim)))
         elif e is not None:
             raise ValueError(f"e must be None: local={self.local_kind!r} uses no edges")
         if self.stable:

@@ -1,6 +1,7 @@
 """The message passing of a GraphGPS layer: one module for each kind.
 
 All of them take x ``[N, dim]`` and, where they use edges, e ``[E, dim]``, and give ``[N, dim]``.
+PNA takes e of 128 channels at most.
 N(i) are the in-neighbours as given. The factor r_ij of stable encodings is 1 without them.
 
 GCN           W (x_i / d_i + sum_{j in N(i), j != i} x_j / sqrt(d_i d_j)) + b,  d_i = 1 + |N(i) - i|
@@ -8,6 +9,7 @@ GIN           MLP(x_i + sum_j x_j)
 GINE          MLP(x_i + sum_j r_ij relu(x_j + e_ij))
 GAT           sum_{j in N(i) + i} a_ij W x_j + b, a softmax of a leaky ReLU; i's own edge is the
               mean of those that reach it
+PNA           W U concat(x_i, mean, max, sum of m_ij over j),  m_ij = M concat(x_i, x_j, F e_ij)
 attention     softmax attention over N(i), with a bias of edges for every head
 GatedGCN      A x_i + sum_j s_ij B x_j / (sum_j s_ij + 1e-6),  s_ij = r_ij sigmoid(e'_ij),
               e'_ij = C e_ij + D x_i + E x_j
@@ -31,10 +33,10 @@ from fastgt.ops.additive_attention import additive_attention
 from fastgt.ops.aggregate import aggregate
 from fastgt.ops.gated_aggregate import gated_aggregate
 
-Local = Literal["none", "gcn", "gin", "gine", "gat", "attention", "gatedgcn"]
+Local = Literal["none", "gcn", "gin", "gine", "gat", "pna", "attention", "gatedgcn"]
 Activation = Literal["relu", "gelu"]
-LOCAL = ("none", "gcn", "gin", "gine", "gat", "attention", "gatedgcn")
-WITH_EDGES = ("gine", "gat", "attention", "gatedgcn")
+LOCAL = ("none", "gcn", "gin", "gine", "gat", "pna", "attention", "gatedgcn")
+WITH_EDGES = ("gine", "gat", "pna", "attention", "gatedgcn")
 WITH_FACTOR = ("gine", "gatedgcn")
 
 
@@ -65,6 +67,8 @@ def make_local(
         return GINE(dim, activation=activation, stable=stable)
     if kind == "gat":
         return GAT(dim, heads)
+    if kind == "pna":
+        return PNA(dim)
     if kind == "attention":
         return EdgeBiasedAttention(dim, heads)
     return GatedGCN(
@@ -76,6 +80,11 @@ def make_activation(kind: Activation) -> nn.Module:
     if kind not in ("relu", "gelu"):
         raise ValueError(f"activation must be 'relu' or 'gelu', got {kind!r}")
     return nn.ReLU() if kind == "relu" else nn.GELU()
+
+
+def edge_width(kind: Local, dim: int) -> int:
+    """How wide the edges are that a kind takes in a layer of that width."""
+    return min(dim, 128) if kind == "pna" else dim
 
 
 def edge_distance(p: Tensor, graph: Graph) -> Tensor:
@@ -209,6 +218,38 @@ class GAT(nn.Module):
         logit = nn.functional.leaky_relu(query + key + own, 0.2)
         share = (aux.lse.to(logit.dtype) - logit).sigmoid()[..., None]
         return (share * others + (1 - share) * v).flatten(1) + self.bias
+
+
+class PNA(nn.Module):
+    """Mean, maximum and sum of messages, without degrees as factors.
+
+    The layer of messages is taken apart into its three inputs, so that none is stored. A node
+    without edges gets 0 for all three.
+
+    Source:
+        Corso et al., arXiv 2004.05718, as GraphGPS sets ``torch_geometric.nn.PNAConv``.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.edge = nn.Linear(edge_width("pna", dim), dim)
+        self.row, self.col = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
+        self.of_edge = nn.Linear(dim, dim, bias=False)
+        self.post, self.lin = nn.Linear(4 * dim, dim), nn.Linear(dim, dim)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
+
+    def forward(self, x: Tensor, graph: Graph, e: Tensor) -> Tensor:
+        col, edge = self.col(x), self.of_edge(self.edge(e))
+        degree = graph.row_degree.to(x.dtype)[:, None]
+        row = self.row(x) * (degree > 0)
+        mean, largest = (
+            row + aggregate(col, graph, reduce=reduce, edge_value=edge)
+            for reduce in ("mean", "max")
+        )
+        return self.lin(self.post(torch.cat([x, mean, largest, degree * mean], 1)))
 
 
 class EdgeBiasedAttention(nn.Module):

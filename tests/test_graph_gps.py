@@ -13,6 +13,7 @@ from fastgt import Graph, implementation
 from fastgt.models import GraphGPS, GraphGPSConfig
 from fastgt.models.graph_gps_layer import GlobalAttention, GraphGPSLayer, GraphNorm
 from fastgt.models.graph_gps_local import edge_distance
+from fastgt.models.graph_gps_pairs import shortest_paths
 from fastgt.nn import HeadGate
 from fastgt.pruning import prune_heads
 from fastgt.testing import random_batch
@@ -375,6 +376,9 @@ def inputs(model, graph, dtype=torch.float32):
     if vectors := c.lap_pe + c.stable_pe:
         given["lap_vectors"] = draw(n, vectors)
         given["lap_vectors"][: n // 2, -1] = torch.nan
+    if c.path_distance:
+        paths = shortest_paths(graph, given["edge"], c.path_distance)
+        given["pair_distance"], given["pair_edges"] = paths
     if c.lap_pe:
         given["lap_values"] = draw(graph.num_graphs, c.lap_pe)
     return given
@@ -389,6 +393,7 @@ MODELS = {
     "no edge": {"edge_types": (), "local": "gcn", "head": "default", "pooling": "max"},
     "graph norm": {"norm": "graph", "attention": "linear", "head": "default", "pooling": "mean"},
     "wide": {"local": "pna", "dim": 132, "attention": "none"},
+    "pairs": {"path_distance": 4, "degrees": 16, "attention_dropout": 0.0},
     "stable": NO_ENCODINGS | {"stable_pe": 3, "local": "gatedgcn", "lap_layers": 1},
     "performer": {"attention": "performer", "local": "gat", "lap_layers": 3},
 }
@@ -404,17 +409,18 @@ def test_a_batch_equals_its_graphs_one_by_one(name):
     assert whole.shape == (graph.num_rows if nodes else graph.num_graphs, 1)
     assert whole.isfinite().all()
     target = graph.edge_index[1]
+    pairs = [0, *graph.graph_ptr.diff().square().cumsum(0).tolist()]
     for g, (first, last) in enumerate(pairwise(graph.graph_ptr.tolist())):
         mine = (target >= first) & (target < last)
         one = Graph.from_edge_index(graph.edge_index[:, mine] - first, last - first)
+        places = {
+            "edge": mine,
+            "lap_values": slice(g, g + 1),
+            "pair_distance": slice(*pairs[g : g + 2]),
+            "pair_edges": slice(*pairs[g : g + 2]),
+        }
         parts = {
-            key: x
-            if x is None
-            else x[mine]
-            if key == "edge"
-            else x[g : g + 1]
-            if "values" in key
-            else x[first:last]
+            key: None if x is None else x[places.get(key, slice(first, last))]
             for key, x in given.items()
         }
         found = model(graph=one, **parts)

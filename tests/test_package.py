@@ -392,6 +392,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.models.graph_gps",
         "fastgt.models.graph_gps_checkpoints",
         "fastgt.models.graph_gps_layer",
+        "fastgt.models.graph_gps_pairs",
         "fastgt.models.graph_transformer",
         "fastgt.training.archive",
         "fastgt.training.molecules",

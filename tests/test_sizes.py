@@ -48,7 +48,7 @@ SIZES = {
     models.GraphGPSConfig: NODES
     | {"dim": 16, "edge_types": 4, "node_features": 0, "edge_features": 0, "performer_width": 4}
     | {"walk_steps": 3, "walk_dim": 4, "lap_pe": 2, "lap_dim": 5, "lap_layers": 2}
-    | {"stable_pe": 0, "head_layers": 2},
+    | {"stable_pe": 0, "head_layers": 2, "path_distance": 3, "degrees": 4},
     models.GraphTransformerConfig: NODES | {"pe_dim": 2},
     models.EdgeGraphTransformerConfig: NODES | {"edge_types": 4, "pe_dim": 2},
     models.GraphClassifierConfig: NODES,

@@ -28,6 +28,7 @@ from fastgt.models.graph_gps_encoders import (
 )
 from fastgt.models.graph_gps_layer import GraphGPSLayer
 from fastgt.models.graph_gps_local import WITH_EDGES, edge_distance, edge_width
+from fastgt.models.graph_gps_pairs import DegreeEncoder, PairBias
 from fastgt.nn.sublayers import reset_sublayers
 from fastgt.ops.checks import check_graph
 
@@ -69,6 +70,10 @@ class GraphGPS(nn.Module):
         self.embed_lap = LaplacianEncoder(c.lap_pe, c.lap_dim, c.lap_layers) if c.lap_pe else None
         self.embed_walk = WalkEncoder(c.walk_steps, c.walk_dim) if c.walk_steps else None
         self.embed_stable = StableEncoder(c.stable_pe, c.dim) if c.stable_pe else None
+        self.embed_degree = DegreeEncoder(c.degrees, width) if c.degrees else None
+        self.pair_bias = (
+            PairBias(c.path_distance, c.edge_types[0], c.heads) if c.path_distance else None
+        )
         self.embed_edge: nn.Module | None = None
         if c.local in WITH_EDGES:
             width = edge_width(c.local, c.dim)
@@ -116,6 +121,8 @@ class GraphGPS(nn.Module):
         walk_pe: Tensor | None = None,
         lap_vectors: Tensor | None = None,
         lap_values: Tensor | None = None,
+        pair_distance: Tensor | None = None,
+        pair_edges: Tensor | None = None,
     ) -> Tensor:
         """Nodes, edges and encodings -> ``[G, out_dim]``, or ``[N, out_dim]`` of a head of nodes.
 
@@ -127,6 +134,8 @@ class GraphGPS(nn.Module):
             lap_vectors: ``[N, lap_pe]``, or ``[N, stable_pe]``. NaN stands for an eigenvector that
                 a small graph does not have.
             lap_values: ``[G, lap_pe]``, the eigenvalues.
+            pair_distance, pair_edges: ``[P]`` and ``[P, path_distance]``, of
+                :func:`fastgt.models.graph_gps_pairs.shortest_paths`.
         """
         check_graph(graph)
         c, n = self.config, graph.num_rows
@@ -134,10 +143,14 @@ class GraphGPS(nn.Module):
             ("walk_pe", walk_pe, c.walk_steps, "walk_steps is 0"),
             ("lap_vectors", lap_vectors, c.lap_pe + c.stable_pe, "lap_pe and stable_pe are 0"),
             ("lap_values", lap_values, c.lap_pe, "lap_pe is 0"),
+            ("pair_distance", pair_distance, c.path_distance, "path_distance is 0"),
+            ("pair_edges", pair_edges, c.path_distance, "path_distance is 0"),
         ):
             if given is not None and not wanted:
                 raise ValueError(f"{name} must be None ({why}), got {list(given.shape)}")
         parts = [self.embed("node", node, "N", n, graph)]
+        if self.embed_degree is not None:
+            parts[0] = parts[0] + self.embed_degree(graph)
         if self.embed_lap is not None:
             parts.append(self.embed_lap(lap_vectors, lap_values, graph))
         if self.embed_walk is not None:
@@ -150,7 +163,10 @@ class GraphGPS(nn.Module):
             raise ValueError(f"edge must be None: local={c.local!r} uses no edges")
         if self.embed_stable is not None:
             distance = edge_distance(self.embed_stable(lap_vectors, graph), graph)
+        bias = None
+        if self.pair_bias is not None:
+            bias = self.pair_bias(pair_distance, pair_edges, graph)
         for i, layer in enumerate(self.layers, 1):
-            last = i == len(self.layers)
-            x, e = layer(x, e, graph, distance=distance, edge_output=False if last else None)
+            update = False if i == len(self.layers) else None
+            x, e = layer(x, e, graph, distance=distance, bias=bias, edge_output=update)
         return self.readout(x, graph.graph_ptr)

@@ -18,6 +18,11 @@ _NAMES = {
     _ENCODER + r"pe_encoder\.(\d*[13579])\.(\w+)": r"embed_lap.phi.<\1+1>.\2",
     _ENCODER + r"raw_norm\.(\w+)": r"embed_walk.norm.\1",
     _ENCODER + r"pe_encoder\.(weight|bias)": r"embed_walk.lin.\1",
+    _ENCODER + r"0\.spatial_encoder\.weight": "pair_bias.length.weight",
+    _ENCODER + r"0\.edge_encoder\.weight": "pair_bias.edge.weight",
+    _ENCODER + r"0\.edge_dis_encoder\.weight": "pair_bias.hop.weight",
+    _ENCODER + r"[01]\.in_degree_encoder\.weight": "embed_degree.reaching.weight",
+    _ENCODER + r"[01]\.out_degree_encoder\.weight": "embed_degree.leaving.weight",
     _ENCODER + r"linear_encoder_eigenvec\.(\w+)": r"embed_stable.lin.\1",
     _ENCODER + r"atom_embedding_list\.(\d+)\.weight": r"embed.embed.\1.weight",
     r"encoder\.edge_encoder\.bond_embedding_list\.(\d+)\.weight": r"embed_edge.embed.\1.weight",
@@ -72,8 +77,9 @@ def graph_gps_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         state: GraphGPS's ``GPSModel``, in local models GCN, GIN, GINE, GAT, PNA and CustomGatedGCN,
-            with a Transformer or a Performer, and encoders TypeDict, Linear, Atom, Bond, DummyEdge,
-            LapPE (a DeepSet), RWSE (linear) and EquivStableLapPE.
+            with a Transformer, biased or not, or a Performer, and encoders TypeDict, Linear, Atom,
+            Bond, DummyEdge, LapPE (a DeepSet), RWSE (linear), EquivStableLapPE and GraphormerBias
+            without a token.
 
     Raises:
         ValueError: A name is none of these models'; it is given. Or GIN's epsilon is not 0, which

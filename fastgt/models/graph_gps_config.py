@@ -19,6 +19,8 @@ _WIDTHS = (
     "lap_pe",
     "lap_dim",
     "stable_pe",
+    "path_distance",
+    "degrees",
 )
 
 
@@ -52,6 +54,9 @@ class GraphGPSConfig:
         lap_layers: Linear layers of their DeepSet.
         stable_pe: Laplacian eigenvectors that give the factors of edges in ``"gine"`` or
             ``"gatedgcn"``, in the place of ``walk_steps`` and ``lap_pe``; 0 for none.
+        path_distance: Graphormer's biases of pairs of nodes, for paths shorter than this many
+            edges, with ``attention="softmax"`` and ``edge_types`` of one column; 0 for none.
+        degrees: How many degrees of nodes have embeddings, Graphormer's too, or 0.
         head: ``"san_graph"``, ``"default"`` (of graphs) or ``"inductive_node"``.
         head_layers: Linear ones of the last two.
         pooling: ``"add"``, ``"mean"`` or ``"max"``, of graphs.
@@ -81,6 +86,8 @@ class GraphGPSConfig:
     lap_dim: int = 0
     lap_layers: int = 2
     stable_pe: int = 0
+    path_distance: int = 0
+    degrees: int = 0
     head: Head = "san_graph"
     head_layers: int = 3
     pooling: Pooling = "add"
@@ -112,6 +119,11 @@ class GraphGPSConfig:
                 f"stable_pe must be 0 with walk_steps={self.walk_steps} and lap_pe={self.lap_pe}, "
                 f"got {self.stable_pe}"
             )
+        if self.path_distance and (self.attention != "softmax" or len(self.edge_types) != 1):
+            raise ValueError(
+                f"path_distance must be 0 with attention={self.attention!r} and edge_types="
+                f"{self.edge_types}: it takes 'softmax' and one column, got {self.path_distance}"
+            )
         if self.walk_dim + self.lap_dim >= self.dim:
             found = f"{self.walk_dim} + {self.lap_dim}"
             raise ValueError(f"walk_dim + lap_dim must be below dim={self.dim}, got {found}")
@@ -126,8 +138,8 @@ class GraphGPSConfig:
         """The authors' model of that name.
 
         Args:
-            name: ``"zinc"``, ``"pattern"``, ``"cluster"``, ``"mnist"``, ``"cifar10"``,
-                ``"malnet_tiny"``; with OGB's atoms and bonds ``"ogbg_molhiv"``,
+            name: ``"zinc"``, ``"zinc_graphormer"``, ``"pattern"``, ``"cluster"``, ``"mnist"``,
+                ``"cifar10"``, ``"malnet_tiny"``; with OGB's atoms and bonds ``"ogbg_molhiv"``,
                 ``"ogbg_molpcba"``, ``"peptides_func"``, ``"peptides_struct"``,
                 ``"pcqm4mv2_small"``, ``"pcqm4mv2_medium"`` or ``"pcqm4mv2_deep"``.
 
@@ -195,6 +207,7 @@ _PEPTIDES = replace(
 )
 _PUBLISHED = {
     "zinc": GraphGPSConfig(),
+    "zinc_graphormer": GraphGPSConfig(path_distance=20, degrees=64),
     "pattern": _OF_NODES,
     "cluster": replace(
         _OF_NODES,

@@ -68,9 +68,17 @@ class GlobalAttention(GatedHeads):
         self.out = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, offsets: Tensor | None = None, *, head_gate: Tensor | None = None
+        self,
+        x: Tensor,
+        offsets: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        head_gate: Tensor | None = None,
     ) -> Tensor:
-        """x ``[N, dim]``; offsets ``[G + 1]``, None for one graph -> ``[N, dim]``."""
+        """x ``[N, dim]``; offsets ``[G + 1]``, None for one graph -> ``[N, dim]``.
+
+        bias is that of :func:`fastgt.global_attention`, of keys or of pairs.
+        """
         check_float("x", x)
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x must be [N, {self.dim}], got {list(x.shape)}")
@@ -82,6 +90,7 @@ class GlobalAttention(GatedHeads):
                 k,
                 v,
                 offsets,
+                bias=gate.heads(bias),
                 dropout_p=self.dropout if self.training else 0.0,
                 head_gate=gate.values,
                 dense_gate_grad=gate.dense,
@@ -224,10 +233,12 @@ class GraphGPSLayer(nn.Module):
         graph: Graph,
         *,
         distance: Tensor | None = None,
+        bias: Tensor | None = None,
         edge_output: bool | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x ``[N, dim]``, e ``[E, dim]``, distance ``[E, 1]`` -> x and e of the same shapes.
 
+        bias ``[P, H]`` is one of pairs, or ``[N, H]`` of keys, for a softmax over each graph.
         e is None where the kind of message passing takes none, distance without stable encodings.
         e comes out as it came but from GatedGCN, and without edge_output, which is by default
         what the layer was made with.
@@ -245,7 +256,13 @@ class GraphGPSLayer(nn.Module):
                 y = x + self.local_dropout(self._received(x, graph, e, distance))
             parts.append(_normed(self.local_norm, y, offsets))
         if self.attention is not None:
-            y = x + self.attention_dropout(self.attention(x, offsets))
+            if bias is None:
+                attended = self.attention(x, offsets)
+            elif isinstance(self.attention, GlobalAttention):
+                attended = self.attention(x, offsets, bias=bias)
+            else:
+                raise ValueError("bias must be None: only attention='softmax' has one")
+            y = x + self.attention_dropout(attended)
             parts.append(_normed(self.attention_norm, y, offsets))
         x = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         return _normed(self.norm, x + self.ffn(x), offsets), e

@@ -26,6 +26,18 @@ def test_accuracy_gate_can_fail(spoil):
         assert_as_accurate(x.nan_to_num(neginf=0.0), x, x.double(), "x")
 
 
+def test_accuracy_gate_knows_what_is_too_large_for_the_dtype():
+    truth = torch.tensor([82267.0, 1.0], dtype=torch.float64)
+    half = truth.half()
+    assert half[0] == torch.inf
+    assert_as_accurate(half, half, truth, "x")
+    for wrong in (-torch.inf, torch.nan, 65504.0):
+        with pytest.raises(AssertionError, match="is off by"):
+            assert_as_accurate(torch.tensor([wrong, 1.0]).half(), half, truth, "x")
+    with pytest.raises(AssertionError, match="is off by"):
+        assert_as_accurate(torch.tensor([torch.inf, torch.inf]).half(), half, truth, "x")
+
+
 def test_accuracy_gate_knows_what_cancels():
     x = torch.zeros(2, dtype=torch.float64)
     off = torch.tensor([1e-4, 0.0])

@@ -5,7 +5,17 @@ import itertools
 import laws
 import pytest
 import torch
-from aggregate_cases import AGGREGATE, FAST_WAYS, call, case, degrees, evaluate, loops, zeros
+from aggregate_cases import (
+    AGGREGATE,
+    FAST_WAYS,
+    call,
+    case,
+    degrees,
+    evaluate,
+    loops,
+    walks,
+    zeros,
+)
 from attention_cases import BF16, DEVICE, FAST, FP16, FP32, FP64, IMPLS, close, same_bits
 
 from fastgt import aggregate
@@ -196,6 +206,15 @@ def test_refusals(impl):
         given = {"edge_attr": attr, "edge_value_weight": factor} | changes
         with pytest.raises(error, match=message):
             aggregate(x, graph, **given, impl=impl)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU's kernels")
+def test_the_registered_op_of_maxima_refuses_them_on_a_cpu():
+    x = case("max", 0, 5, 12, attr=2)
+    v, values, attr, factor = x.inputs.values()
+    messages = v, values, None, attr, factor
+    with pytest.raises(ValueError, match="maxima takes no values"):
+        torch.ops.fastgt.aggregate_fwd("cpp", *messages, walks(x.graph, "cpp")[0], "max", False)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -80,6 +80,8 @@ def _run(
     walks: tuple[int, ...],
     results: tuple[Tensor | None, ...],  # o, first, do, dx, dedge, dweight, dattr, dvalue_weight
 ) -> None:
+    if reduction.reduce == "max" and messages.edge_attr is not None:
+        raise ValueError("the kernel of maxima takes no values of edges in low-rank form")
     terms = tuple(None if x is None else rows_of(x) for x in messages)
     like = results[0] if results[2] is None else results[2]
     assert like is not None

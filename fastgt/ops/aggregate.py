@@ -75,8 +75,9 @@ def aggregate(
     Returns:
         ``[N_rows, ...]`` in x's dtype. Sums are kept in float32 (float64 for float64). No
         message is stored: memory is O(N D), D the channels, beside the gradients of what stands on
-        edges; that of weights ``[E]`` needs O(E (1 + D / 128)). Values in their low-rank form are
-        not stored on a CPU. They are while a GPU's kernel runs, and for the backward of a maximum.
+        edges; that of weights ``[E]`` needs O(E (1 + D / 128)). On a CPU, sums and means
+        with x do not store values in their low-rank form. A GPU stores them while its kernels run.
+        Maxima, and calls without x, store them until the backward.
         Under ``torch.autocast`` the inputs are cast first. Second derivatives go through the
         plain definition, with its O(E D) memory; ``torch.func`` transforms and forward-mode
         derivatives need ``impl="reference"``.

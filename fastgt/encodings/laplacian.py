@@ -1,4 +1,4 @@
-"""Positional encodings: where a node stands in its graph, computed once before training."""
+"""Laplacian encodings, as they are computed once before training."""
 
 from __future__ import annotations
 

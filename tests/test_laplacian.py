@@ -14,8 +14,8 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh, splu
 
-from fastgt import Graph, encodings
-from fastgt.encodings import flip_signs, laplacian_pe
+from fastgt import Graph
+from fastgt.encodings import flip_signs, laplacian, laplacian_pe
 from fastgt.real_graphs import open_data
 from fastgt.testing import with_index_dtype
 
@@ -24,11 +24,11 @@ ROOT2 = 2**-0.5
 
 
 def dense():
-    return mock.patch.object(encodings, "_DENSE", 10**9)
+    return mock.patch.object(laplacian, "_DENSE", 10**9)
 
 
 def lanczos():
-    return mock.patch.object(encodings, "_DENSE", 0)
+    return mock.patch.object(laplacian, "_DENSE", 0)
 
 
 def both_ways(edges: list[tuple[int, int]], n: int) -> Graph:
@@ -37,7 +37,7 @@ def both_ways(edges: list[tuple[int, int]], n: int) -> Graph:
     return Graph.from_edge_index(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T, n)
 
 
-def laplacian(graph: Graph) -> np.ndarray:
+def loop_laplacian(graph: Graph) -> np.ndarray:
     """I - D^-1/2 A D^-1/2, edge by edge."""
     n = graph.num_rows
     degree = [0] * n
@@ -58,7 +58,11 @@ def check(graph: Graph, k: int, pe: torch.Tensor, values: torch.Tensor) -> None:
     assert pe.dtype == values.dtype == torch.float32
     assert not pe[:, real:].any()
     assert not values[real:].any()
-    u, w, matrix = pe[:, :real].double().numpy(), values[:real].double().numpy(), laplacian(graph)
+    u, w, matrix = (
+        pe[:, :real].double().numpy(),
+        values[:real].double().numpy(),
+        loop_laplacian(graph),
+    )
     assert abs(w - np.linalg.eigvalsh(matrix)[1 : real + 1]).max(initial=0) < 1e-6
     assert abs(matrix @ u - u * w).max(initial=0) < 1e-6
     assert abs(u.T @ u - np.eye(real)).max(initial=0) < 1e-6
@@ -122,7 +126,7 @@ def test_renumbered_nodes(graph, seed, solver):
         pe, values = laplacian_pe(graph, k, return_eigenvalues=True)
         moved, same = laplacian_pe(graph.reordered(order), k, return_eigenvalues=True)
     assert torch.allclose(values, same, atol=1e-6)
-    spectrum = np.linalg.eigvalsh(laplacian(graph))
+    spectrum = np.linalg.eigvalsh(loop_laplacian(graph))
     for count in range(1, k + 1):
         # below a gap the span is determined, whatever basis was chosen in it
         if count + 1 == n or spectrum[count + 1] - spectrum[count] > 1e-3:
@@ -185,7 +189,7 @@ def test_slow_graphs_are_factorised():
     n = 3000
     path = both_ways([(i, i + 1) for i in range(n - 1)], n)
     with (
-        mock.patch.object(encodings, "_RESTARTS", 5),
+        mock.patch.object(laplacian, "_RESTARTS", 5),
         mock.patch("scipy.sparse.linalg.splu", wraps=splu) as factorised,
     ):
         pe, values = laplacian_pe(path, 4, return_eigenvalues=True)
@@ -330,7 +334,7 @@ def expander(n: int) -> Graph:
 def test_an_expander_is_not_factorised(monkeypatch):
     """Where Lanczos takes more restarts than it gets at first."""
     graph = expander(3000)
-    monkeypatch.setattr(encodings, "_RESTARTS", 3)
+    monkeypatch.setattr(laplacian, "_RESTARTS", 3)
     with mock.patch("scipy.sparse.linalg.splu") as factorised:
         pe, values = laplacian_pe(graph, 8, return_eigenvalues=True)
     assert not factorised.called
@@ -362,22 +366,22 @@ def test_what_stays_sparse(kind):
         if kind == "path and expander":
             edges += [(i, i + 1) for i in range(n - 1)]
     m = adjacency(both_ways(edges, n))
-    assert encodings._stays_sparse(m, 40 * n + m.nnz) == ("expander" not in kind)
+    assert laplacian._stays_sparse(m, 40 * n + m.nnz) == ("expander" not in kind)
 
 
 def test_memory_of_an_expander_is_that_of_a_lanczos_basis():
     """In a process of its own, whose peak grows by less than the factor alone would take."""
     code = (
         "import resource, numpy as np, torch\n"
-        "from fastgt import Graph, encodings\n"
+        "from fastgt import Graph\nfrom fastgt.encodings import laplacian\n"
         "import scipy.sparse.linalg\n"
         "n, rng = 8000, np.random.default_rng(0)\n"
         "one = np.concatenate([np.stack([np.arange(n), rng.permutation(n)]) for _ in 'ab'], 1)\n"
         "g = Graph.from_edge_index(torch.from_numpy(np.concatenate([one, one[::-1]], 1)), n)\n"
-        "encodings._RESTARTS = 3\n"
+        "laplacian._RESTARTS = 3\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "before = peak()\n"
-        "encodings.laplacian_pe(g, 4)\n"
+        "laplacian.laplacian_pe(g, 4)\n"
         "print(peak() - before)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -419,7 +423,7 @@ def test_no_convergence_is_told():
     with lanczos():
         laplacian_pe(batch, 20)
         with (
-            mock.patch.multiple(encodings, _RESTARTS=1, _PATIENCE=1),
+            mock.patch.multiple(laplacian, _RESTARTS=1, _PATIENCE=1),
             pytest.raises(RuntimeError, match=r"graph 1 \(400 nodes\) with k=20") as caught,
         ):
             laplacian_pe(batch, 20)
@@ -488,7 +492,7 @@ def test_cora():
     expected = [0.004784, 0.007435, 0.008626, 0.017507, 0.017808, 0.019682, 0.019899, 0.021715]
     assert values[0].tolist() == pytest.approx(expected, abs=1e-6)
     u = pe.double().numpy()
-    assert abs(laplacian(graph) @ u - u * values.numpy()).max() < 1e-6
+    assert abs(loop_laplacian(graph) @ u - u * values.numpy()).max() < 1e-6
     assert abs(u.T @ u - np.eye(8)).max() < 1e-6
     # 78 components: eigenvalue 0 fills all columns of the whole graph
     pe, values = laplacian_pe(whole, 8, return_eigenvalues=True)

@@ -1,0 +1,5 @@
+"""Encodings: where a node stands in its graph, computed once before training."""
+
+from fastgt.encodings.laplacian import flip_signs, laplacian_pe
+
+__all__ = ["flip_signs", "laplacian_pe"]

@@ -1,6 +1,7 @@
 """Data sets: many graphs in flat arrays, or one graph with splits of its nodes."""
 
 from fastgt.datasets.graph_set import Batch, Encoded, GraphSet
+from fastgt.datasets.named import DATASETS, load
 from fastgt.datasets.node_set import NodeSet
 
-__all__ = ["Batch", "Encoded", "GraphSet", "NodeSet"]
+__all__ = ["DATASETS", "Batch", "Encoded", "GraphSet", "NodeSet", "load"]

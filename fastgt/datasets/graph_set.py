@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastgt.datasets import archive
 from fastgt.graph import Graph
 
 Per = Literal["node", "graph", "pair"]
@@ -55,18 +58,26 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class GraphSet:
-    """Graph after graph in flat arrays.
+    """Graph after graph in flat arrays, on a CPU.
 
     Attributes:
-        node: ``[N, ...]`` types or features.
-        edge: ``[E, ...]`` types or features; None where edges carry nothing.
-        edge_index: ``[2, E]`` int64, source above target, numbered within each graph.
+        node: ``[N, ...]`` integer types, or features.
+        edge: ``[E, ...]`` integer types, or features; None where edges carry nothing.
+        edge_index: ``[2, E]`` integers, source above target, numbered within each graph.
         node_ptr, edge_ptr: ``[G + 1]`` int64; graph g owns the nodes
             ``node_ptr[g]:node_ptr[g + 1]`` and likewise its edges.
         y: ``[G, ...]`` of graphs, or ``[N, ...]`` of nodes.
         splits: Numbers of graphs in ``"train"``, ``"val"`` and ``"test"``.
         y_per: What ``y`` belongs to.
         encodings: By the name of the argument that a model takes.
+        title: What results on it are called.
+        classes: How many ``y`` tells apart; 0 where its numbers are to be predicted.
+        node_types, edge_types: How many types there are in each column; () for features, or
+            for edges that carry nothing.
+
+    Raises:
+        TypeError: ``edge_index``, boundaries or splits are no integers.
+        ValueError: The arrays do not fit each other; says which.
 
     Example:
         >>> import torch
@@ -93,6 +104,37 @@ class GraphSet:
     splits: dict[str, Tensor]
     y_per: Literal["node", "graph"] = "graph"
     encodings: dict[str, Encoded] = field(default_factory=dict)
+    title: str = ""
+    classes: int = 0
+    node_types: tuple[int, ...] = ()
+    edge_types: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, x in {
+            "edge_index": self.edge_index,
+            "node_ptr": self.node_ptr,
+            "edge_ptr": self.edge_ptr,
+            **{f"splits[{name!r}]": x for name, x in self.splits.items()},
+        }.items():
+            if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+                raise TypeError(f"{name} must hold integers, got {x.dtype}")
+        if self.edge_index.ndim != 2 or len(self.edge_index) != 2:
+            raise ValueError(f"edge_index must be [2, E], got {list(self.edge_index.shape)}")
+        graphs, nodes, edges = len(self), len(self.node), self.edge_index.shape[1]
+        archive.check_ptr("node_ptr", self.node_ptr, graphs, nodes)
+        archive.check_ptr("edge_ptr", self.edge_ptr, graphs, edges)
+        wanted = {"y": (self.y, nodes if self.y_per == "node" else graphs)}
+        if self.edge is not None:
+            wanted["edge"] = self.edge, edges
+        for name, encoded in self.encodings.items():
+            rows = {"node": nodes, "graph": graphs, "pair": int(self._pair_ptr()[-1])}
+            wanted[f"encodings[{name!r}]"] = encoded.values, rows[encoded.per]
+        for name, (x, count) in wanted.items():
+            if len(x) != count:
+                raise ValueError(f"{name} must have {count} rows, got {len(x)}")
+        for name, x in self.splits.items():
+            _check_graphs(f"splits[{name!r}]", x, graphs)
+        self._check_edges()
 
     def __len__(self) -> int:
         return len(self.node_ptr) - 1
@@ -105,10 +147,7 @@ class GraphSet:
         graph = Graph.from_edge_index(
             self.edge_index[:, edge] + shift, len(node), graph_ptr=graph_ptr
         )
-        rows = {"node": node, "graph": graphs}
-        if any(x.per == "pair" for x in self.encodings.values()):
-            pairs = torch.cat([self.node_ptr.new_zeros(1), self.node_ptr.diff().square().cumsum(0)])
-            rows["pair"] = owned(pairs, graphs)[0]
+        rows = self._rows(graphs, node)
         return Batch(
             graph,
             self.node[node],
@@ -117,9 +156,96 @@ class GraphSet:
             {name: x.values[rows[x.per]] for name, x in self.encodings.items()},
         )
 
+    def subset(self, graphs: Tensor) -> GraphSet:
+        """Those graphs alone, ``[B]`` integers, numbered in that order; splits have what is left.
+
+        A graph that occurs more than once is there as often.
+        """
+        _check_graphs("graphs", graphs, len(self))
+        node, node_ptr = owned(self.node_ptr, graphs)
+        edge, edge_ptr = owned(self.edge_ptr, graphs)
+        rows = self._rows(graphs, node)
+        return replace(
+            self,
+            node=self.node[node],
+            edge=None if self.edge is None else self.edge[edge],
+            edge_index=self.edge_index[:, edge],
+            node_ptr=node_ptr,
+            edge_ptr=edge_ptr,
+            y=self.y[rows[self.y_per]],
+            splits={
+                name: torch.isin(graphs, split).nonzero()[:, 0]
+                for name, split in self.splits.items()
+            },
+            encodings={
+                name: Encoded(x.values[rows[x.per]], x.per) for name, x in self.encodings.items()
+            },
+        )
+
     def with_encodings(self, encodings: dict[str, Encoded]) -> GraphSet:
         """The set with these encodings besides its own."""
         return replace(self, encodings={**self.encodings, **encodings})
+
+    def digest(self) -> str:
+        """Sixteen letters that change with the data and the splits: encodings do not count."""
+        return digest(
+            [
+                ("node", self.node),
+                ("edge", self.edge),
+                ("edge_index", self.edge_index),
+                ("node_ptr", self.node_ptr),
+                ("edge_ptr", self.edge_ptr),
+                (self.y_per, self.y),
+                *self.splits.items(),
+            ]
+        )
+
+    def _rows(self, graphs: Tensor, node: Tensor) -> dict[str, Tensor]:
+        """Which rows of an array the graphs have, by what the array's rows belong to."""
+        rows = {"node": node, "graph": graphs}
+        if any(x.per == "pair" for x in self.encodings.values()):
+            rows["pair"] = owned(self._pair_ptr(), graphs)[0]
+        return rows
+
+    def _pair_ptr(self) -> Tensor:
+        return archive.ptr(self.node_ptr.diff().square())
+
+    def _check_edges(self) -> None:
+        """Refuse an edge that leaves its graph; some graphs at a time, in little memory."""
+        size, count = self.node_ptr.diff(), self.edge_ptr.diff()
+        for first in range(0, len(self), _GRAPHS):
+            some = slice(first, first + _GRAPHS)
+            begin, end = self.edge_ptr[first], self.edge_ptr[first : first + _GRAPHS + 1][-1]
+            ends = self.edge_index[:, begin:end]
+            if ((ends < 0) | (ends >= size[some].repeat_interleave(count[some]))).any():
+                wrong = ((ends < 0) | (ends >= size[some].repeat_interleave(count[some]))).any(0)
+                edge = int(begin) + int(wrong.nonzero()[0])
+                graph = int(torch.searchsorted(self.edge_ptr, edge, right=True)) - 1
+                raise ValueError(
+                    f"edge {edge} is {self.edge_index[:, edge].tolist()} but its graph, {graph}, "
+                    f"has {int(size[graph])} nodes"
+                )
+
+
+_GRAPHS = 1000
+
+
+def _check_graphs(name: str, graphs: Tensor, count: int) -> None:
+    if graphs.ndim != 1:
+        raise ValueError(f"{name} must be [B], got {list(graphs.shape)}")
+    if len(graphs) and not 0 <= int(graphs.min()) <= int(graphs.max()) < count:
+        found = f"{int(graphs.min())} to {int(graphs.max())}"
+        raise ValueError(f"{name} has graphs from {found}, there are {count}")
+
+
+def digest(arrays: Iterable[tuple[str, Tensor | None]]) -> str:
+    """Sixteen letters that change with the names, dtypes, shapes and values."""
+    found = hashlib.sha256()
+    for name, x in arrays:
+        found.update(f"{name} {None if x is None else (x.dtype, list(x.shape))};".encode())
+        if x is not None:
+            found.update(x.contiguous().cpu().numpy().reshape(-1).view("uint8").data)
+    return found.hexdigest()[:16]
 
 
 def owned(ptr: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,6 +259,6 @@ def owned(ptr: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """
     start = ptr[chosen]
     count = ptr[chosen + 1] - start
-    begin = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    begin = archive.ptr(count)
     place = torch.arange(int(begin[-1])) + (start - begin[:-1]).repeat_interleave(count)
     return place, begin

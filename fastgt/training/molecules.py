@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgt.datasets import archive
+from fastgt.datasets.graph_set import owned
 from fastgt.encodings import laplacian_pe
 from fastgt.graph import Graph
-from fastgt.training import archive
-from fastgt.training.archive import owned
 
 ATOM_TYPES, BOND_TYPES = 28, 4
 SPLITS = ("train", "val", "test")

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgt.datasets import archive
+from fastgt.datasets.graph_set import owned
 from fastgt.graph import Graph
-from fastgt.training import archive
-from fastgt.training.archive import owned
 
 NODE_TYPES, CLASSES = 89, 2
 SPLIT_SEED = 0  # of the split alone: runs of all seeds train on the same proteins

@@ -1,7 +1,4 @@
-"""Graph after graph in the flat arrays of an archive: read, checked, and cut out of.
-
-In such a set graph g owns the nodes ``node_ptr[g]:node_ptr[g + 1]``, and likewise its edges.
-"""
+"""Arrays of a file: read and checked."""
 
 from __future__ import annotations
 
@@ -33,7 +30,9 @@ def read(path: Path | None, stem: str, keys: Iterable[str]) -> tuple[str, dict[s
     if path is not None and path.is_dir():
         path = path / f"{stem}.npz"
     if path is not None and not path.is_file():
-        raise FileNotFoundError(f"{path} is absent: --data names {stem}.npz or its folder")
+        raise FileNotFoundError(
+            f"{path} is absent: --data names {stem}.npz or its folder, as folder= does in Python"
+        )
     name = str(path or f"{stem}.npz")
     try:
         with np.load(path) if path is not None else open_data(stem) as archive:
@@ -69,27 +68,16 @@ def check_array(name: str, array: np.ndarray, ndim: int, kinds: str) -> None:
 
 def check_ptr(name: str, ptr: Tensor, graphs: int, total: int) -> None:
     """Refuse boundaries that do not rise from 0 to ``total`` in as many steps as graphs."""
-    if len(ptr) != graphs + 1 or ptr[0] != 0 or ptr[-1] != total or ptr.diff().min() < 0:
+    if len(ptr) != graphs + 1 or ptr[0] != 0 or ptr[-1] != total or (ptr.diff() < 0).any():
         raise ValueError(
             f"{name} must rise from 0 to {total} in {graphs} steps, goes from "
             f"{ptr[:1].tolist()} to {ptr[-1:].tolist()} in {len(ptr) - 1}"
         )
 
 
-def owned(ptr: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """What the chosen graphs own: the places ``[T]``, and where each graph's begin ``[B + 1]``.
-
-    Example:
-        >>> import torch
-        >>> from fastgt.training.archive import owned
-        >>> owned(torch.tensor([0, 2, 2, 5]), torch.tensor([2, 0]))
-        (tensor([2, 3, 4, 0, 1]), tensor([0, 3, 5]))
-    """
-    start = ptr[chosen]
-    count = ptr[chosen + 1] - start
-    begin = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    place = torch.arange(int(begin[-1])) + (start - begin[:-1]).repeat_interleave(count)
-    return place, begin
+def ptr(counts: Tensor) -> Tensor:
+    """Where each begins that has so many, and where the last ends: ``[G + 1]`` of ``[G]``."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 _DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, OSError, EOFError)

@@ -1,0 +1,48 @@
+"""Data sets by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from fastgt.datasets.dd import dd
+from fastgt.datasets.graph_set import GraphSet
+from fastgt.datasets.node_graphs import amazon_computers, citations, debian, heterophilous
+from fastgt.datasets.node_set import NodeSet
+from fastgt.datasets.zinc import zinc12k
+
+DATASETS: dict[str, Callable[[Path | None], GraphSet | NodeSet]] = {
+    "zinc12k": zinc12k,
+    "dd": dd,
+    "cora": partial(citations, "cora", "Cora", 7),
+    "citeseer": partial(citations, "citeseer", "CiteSeer", 6),
+    "amazon_computers": amazon_computers,
+    "tolokers": partial(heterophilous, "tolokers", "Tolokers", 2),
+    "minesweeper": partial(heterophilous, "minesweeper", "Minesweeper", 2),
+    "actor": partial(heterophilous, "actor", "Actor", 5),
+    "squirrel_filtered": partial(heterophilous, "squirrel_filtered", "Squirrel, filtered", 5),
+    "debian": debian,
+}
+
+
+def load(name: str, folder: str | Path | None = None) -> GraphSet | NodeSet:
+    """The data set of that name.
+
+    Args:
+        name: One of ``DATASETS``.
+        folder: That holds its file, or the file. None: that which ``FASTGT_DATA`` names.
+
+    Raises:
+        FileNotFoundError: Its file is absent.
+        ValueError: There is no such name, or the file is damaged; says how.
+
+    Example:
+        >>> from fastgt.datasets import load
+        >>> packages = load("debian")
+        >>> packages.node.shape, packages.classes
+        (torch.Size([63436, 2000]), 58)
+    """
+    if name not in DATASETS:
+        raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}")
+    return DATASETS[name](None if folder is None else Path(folder))

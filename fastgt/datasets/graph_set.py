@@ -9,9 +9,12 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from fastgt.datasets import archive
+from fastgt.datasets.loader import loader
 from fastgt.graph import Graph
+from fastgt.ops.checks import integer
 
 Per = Literal["node", "graph", "pair"]
 
@@ -45,14 +48,18 @@ class Batch(NamedTuple):
     y: Tensor
     encodings: dict[str, Tensor]
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch on that device."""
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on that device; does not wait for copies of pinned memory if asked so."""
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
         return Batch(
-            self.graph.to(device),
-            self.node.to(device),
-            None if self.edge is None else self.edge.to(device),
-            self.y.to(device),
-            {name: x.to(device) for name, x in self.encodings.items()},
+            self.graph.to(device, non_blocking=non_blocking),
+            moved(self.node),
+            None if self.edge is None else moved(self.edge),
+            moved(self.y),
+            {name: moved(x) for name, x in self.encodings.items()},
         )
 
 
@@ -154,6 +161,55 @@ class GraphSet:
             None if self.edge is None else self.edge[edge],
             self.y[rows[self.y_per]],
             {name: x.values[rows[x.per]] for name, x in self.encodings.items()},
+        )
+
+    def loader(
+        self,
+        split: str | Tensor,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        workers: int = 0,
+        generator: torch.Generator | None = None,
+        drop_last: bool = False,
+        pin_memory: bool | None = None,
+    ) -> DataLoader[Batch]:
+        """Batches of a split, one after the other, without padding.
+
+        It draws random numbers for the order alone. Batches are the same for any number of
+        workers.
+
+        Args:
+            split: Its name; or numbers of graphs ``[B]``, in the order that they are wanted in. A
+                pass that was stopped goes on with what is left of its order.
+            batch_size: Graphs of a batch; the last one has what is left.
+            shuffle: In a new random order at every pass.
+            workers: Processes that cut batches out; with 0 this one does it.
+            generator: Of the order. None: PyTorch's own.
+            drop_last: Leave the last batch out where it has fewer graphs.
+            pin_memory: Copy batches to page-locked memory, from which ``Batch.to`` with
+                ``non_blocking=True`` does not wait. None: where there is a CUDA device.
+
+        Raises:
+            ValueError: There is no such split, or it has no such graphs; or ``batch_size`` is not
+                positive or ``workers`` negative.
+        """
+        if isinstance(split, str):
+            if split not in self.splits:
+                raise ValueError(f"split must be one of {list(self.splits)}, got {split!r}")
+            graphs = self.splits[split]
+        else:
+            graphs = split
+            _check_graphs("split", graphs, len(self))
+        return loader(
+            self,
+            graphs,
+            integer("batch_size", batch_size, 1),
+            shuffle=shuffle,
+            workers=integer("workers", workers, 0),
+            generator=generator,
+            drop_last=drop_last,
+            pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         )
 
     def subset(self, graphs: Tensor) -> GraphSet:

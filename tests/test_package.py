@@ -370,6 +370,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.graph_file",
         "fastgt.graph_plan",
         "fastgt.graph_pytree",
+        "fastgt.datasets.block_models",
         "fastgt.datasets.graph_set",
         "fastgt.encodings.laplacian",
         "fastgt.reordering",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from fastgt.datasets.block_models import cluster, pattern
 from fastgt.datasets.dd import dd
 from fastgt.datasets.graph_set import GraphSet
 from fastgt.datasets.node_graphs import amazon_computers, citations, debian, heterophilous
@@ -23,7 +24,12 @@ DATASETS: dict[str, Callable[[Path | None], GraphSet | NodeSet]] = {
     "actor": partial(heterophilous, "actor", "Actor", 5),
     "squirrel_filtered": partial(heterophilous, "squirrel_filtered", "Squirrel, filtered", 5),
     "debian": debian,
+    "pattern": lambda folder: pattern(),
+    "cluster": lambda folder: cluster(),
+    "pattern_small": lambda folder: pattern(SMALL),
+    "cluster_small": lambda folder: cluster(SMALL),
 }
+SMALL = 1000  # graphs to train on
 
 
 def load(name: str, folder: str | Path | None = None) -> GraphSet | NodeSet:
@@ -31,7 +37,8 @@ def load(name: str, folder: str | Path | None = None) -> GraphSet | NodeSet:
 
     Args:
         name: One of ``DATASETS``.
-        folder: That holds its file, or the file. None: that which ``FASTGT_DATA`` names.
+        folder: That holds its file, or the file. None: that which ``FASTGT_DATA`` names. Sets that
+            are drawn have no file.
 
     Raises:
         FileNotFoundError: Its file is absent.

@@ -373,6 +373,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.datasets.block_models",
         "fastgt.datasets.graph_set",
         "fastgt.encodings.laplacian",
+        "fastgt.encodings.random_walk",
         "fastgt.reordering",
         "fastgt.ops.implementation",
         "fastgt.ops.additive_attention",

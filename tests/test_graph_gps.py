@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastgt import Graph, implementation
+from fastgt.encodings import shortest_paths
 from fastgt.models import GraphGPS, GraphGPSConfig
 from fastgt.models.graph_gps_layer import GlobalAttention, GraphGPSLayer, GraphNorm
 from fastgt.models.graph_gps_local import edge_distance
-from fastgt.models.graph_gps_pairs import shortest_paths
 from fastgt.nn import HeadGate
 from fastgt.pruning import prune_heads
 from fastgt.testing import random_batch

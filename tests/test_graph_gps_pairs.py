@@ -1,7 +1,6 @@
 """Graphormer's biases of pairs and degrees in a GraphGPS model."""
 
 import copy
-from collections import deque
 from itertools import pairwise
 
 import pytest
@@ -10,9 +9,10 @@ from attention_cases import DEVICE
 from torch import nn
 
 from fastgt import Graph
+from fastgt.encodings import shortest_paths
 from fastgt.models import GraphGPS, GraphGPSConfig, graph_gps_state_dict
 from fastgt.models.graph_gps_layer import GlobalAttention, GraphGPSLayer
-from fastgt.models.graph_gps_pairs import DegreeEncoder, PairBias, shortest_paths
+from fastgt.models.graph_gps_pairs import DegreeEncoder, PairBias
 from fastgt.testing import random_batch
 
 FP64 = torch.float64
@@ -26,52 +26,6 @@ def batch():
 def kinds(graph):
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1, KINDS, (graph.num_edges,), generator=generator).to(DEVICE)
-
-
-def breadth_first(start, edges):
-    """The lengths of all paths from a node, and all sequences of types along the shortest."""
-    found, waiting = {start: {()}}, deque([start])
-    while waiting:
-        i = waiting.popleft()
-        length = len(next(iter(found[i])))
-        for source, target, kind in edges:
-            if source != i:
-                continue
-            if target not in found:
-                found[target] = set()
-                waiting.append(target)
-            if not found[target] or len(next(iter(found[target]))) == length + 1:
-                found[target] |= {(*types, kind) for types in found[i]}
-    return found
-
-
-@pytest.mark.parametrize("distance", [2, 3, 20])
-def test_shortest_paths(distance):
-    graph = batch()
-    edge_type = kinds(graph)
-    lengths, types = shortest_paths(graph, edge_type, distance)
-    sizes = graph.graph_ptr.diff()
-    assert lengths.shape == (int(sizes.square().sum()),)
-    assert types.shape == (len(lengths), distance)
-    edges = list(zip(*graph.edge_index.tolist(), edge_type.tolist(), strict=True))
-    pair, far = 0, 0
-    for first, last in pairwise(graph.graph_ptr.tolist()):
-        for i in range(first, last):
-            found = breadth_first(i, edges)
-            for j in range(first, last):
-                given = types[pair].tolist()
-                if j not in found:
-                    assert lengths[pair] == distance
-                    assert not any(given)
-                else:
-                    whole = len(next(iter(found[j])))
-                    kept = min(whole, distance - 1)
-                    assert lengths[pair] == kept
-                    assert tuple(given[:kept]) in {path[:kept] for path in found[j]}
-                    assert not any(given[kept:])
-                    far += whole > kept
-                pair += 1
-    assert far or distance == 20
 
 
 def test_biases_are_their_equation():
@@ -187,10 +141,6 @@ def test_wrong_inputs_are_named():
         bare(node, edge, graph, pair_distance=lengths)
     with pytest.raises(ValueError, match="path_distance must be 0 with attention='linear'"):
         GraphGPSConfig(attention="linear", path_distance=3)
-    with pytest.raises(ValueError, match="distance must be 2 at least, got 1"):
-        shortest_paths(graph, edge, 1)
-    with pytest.raises(TypeError, match="edge_type must hold integers"):
-        shortest_paths(graph, edge.float(), 3)
 
 
 def test_parameters_are_drawn_anew():

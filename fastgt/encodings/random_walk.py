@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from fastgt.encodings.size_order import Block, SizeOrder, count, progress_of, size_order
+from fastgt.encodings.size_order import Block, SizeOrder, progress_of, size_order
 from fastgt.graph import Graph
+from fastgt.ops.checks import integer
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
@@ -60,7 +61,7 @@ def random_walk_pe(graph: Graph, steps: int, *, progress: bool = False) -> Tenso
         >>> random_walk_pe(path, 2).tolist()
         [[0.0, 0.5], [0.0, 1.0], [0.0, 0.5]]
     """
-    steps = count("steps", steps)
+    steps = integer("steps", steps, 0)
     order = size_order(graph, "random_walk_pe")
     a = order.a
     leaving = np.bincount(a.indices, minlength=graph.num_rows).clip(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 
 from fastgt.graph import Graph
+from fastgt.ops.checks import check_graph
+from fastgt.plans import free_memory
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
@@ -96,11 +97,7 @@ class SizeOrder(NamedTuple):
 
 def size_order(graph: Graph, name: str) -> SizeOrder:
     """The graph in the order of its sizes, for the function of that name."""
-    if not isinstance(graph, Graph):
-        raise TypeError(f"graph must be a fastgt.Graph, got {type(graph).__name__}")
-    n = graph.num_rows
-    if n != graph.num_cols:
-        raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")
+    n = check_square(graph)
     try:
         import scipy.sparse as sp
     except ImportError as error:
@@ -121,14 +118,23 @@ def size_order(graph: Graph, name: str) -> SizeOrder:
     return SizeOrder(nodes, ptr, graphs, a)
 
 
-def count(name: str, x: object) -> int:
-    """A Python int that is not negative."""
-    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__"):
-        raise TypeError(f"{name} must be an int, got {type(x).__name__}")
-    found = operator.index(x)
-    if found < 0:
-        raise ValueError(f"{name} must not be negative, got {found}")
-    return found
+def check_square(graph: Graph) -> int:
+    """The number of nodes of a graph that has as many rows as columns."""
+    check_graph(graph)
+    n = graph.num_rows
+    if n != graph.num_cols:
+        raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")
+    return n
+
+
+def check_room(name: str, nodes: int, needed: int) -> None:
+    """Refuse what would not fit into the memory that is free, before any of it is taken."""
+    free = free_memory(torch.device("cpu"))
+    if needed > free:
+        raise ValueError(
+            f"{name} takes {needed / 1e9:,.1f} GB for graphs of up to {nodes:,} nodes, and "
+            f"{free / 1e9:,.1f} GB are free: it is for smaller graphs"
+        )
 
 
 @contextmanager

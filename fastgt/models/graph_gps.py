@@ -135,7 +135,7 @@ class GraphGPS(nn.Module):
                 a small graph does not have.
             lap_values: ``[G, lap_pe]``, the eigenvalues.
             pair_distance, pair_edges: ``[P]`` and ``[P, path_distance]``, of
-                :func:`fastgt.models.graph_gps_pairs.shortest_paths`.
+                :func:`fastgt.encodings.shortest_paths`.
         """
         check_graph(graph)
         c, n = self.config, graph.num_rows

@@ -372,6 +372,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.graph_pytree",
         "fastgt.datasets.block_models",
         "fastgt.datasets.graph_set",
+        "fastgt.encodings.cache",
         "fastgt.encodings.laplacian",
         "fastgt.encodings.paths",
         "fastgt.encodings.random_walk",

@@ -18,7 +18,7 @@ os.environ.setdefault("FASTGT_DATA", str(Path(__file__).resolve().parents[2] / "
 # the import mode "importlib" leaves this folder off the path; helper modules are imported from it
 sys.path.append(os.path.dirname(__file__))
 sys.path.append(os.path.join(os.path.dirname(__file__), "..", "tools"))
-pytest.register_assert_rewrite("attention_cases", "graph_cases", "laws")
+pytest.register_assert_rewrite("attention_cases", "gps_cases", "graph_cases", "laws")
 
 hypothesis.settings.register_profile(
     "fastgt",
@@ -95,6 +95,15 @@ def interpreter():
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For files of small tensors: more threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

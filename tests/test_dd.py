@@ -17,12 +17,7 @@ from fastgt.training.proteins import Proteins, load_dd
 SMALL = ["--layers", "2", "--dim", "16", "--heads", "4", "--batch-size", "8", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def arrays(count=60):

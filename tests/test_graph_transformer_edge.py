@@ -17,14 +17,7 @@ from fastgt.nn import EdgeGatedAttention
 from fastgt.testing import assert_as_accurate, random_batch, random_graph
 from fastgt.training.molecules import load_zinc
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More would mostly wait for each other: these tensors are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class PublishedLayer(nn.Module):

@@ -6,8 +6,9 @@
     x_i' = norm(h_i + dropout(W_2 dropout(act(W_1 h_i))))
 
 GatedGCN updates e too, and has its own residual and dropout within l_i. The attention is a softmax,
-that of Performer, or linear. It is computed graph by graph, without padding: where the authors'
-Performer lets padded nodes into the denominator, here there are none.
+that of Performer, linear, or along BigBird's pattern (graph_gps_bigbird.py). It is computed graph
+by graph, without padding: where the authors' Performer lets padded nodes into the denominator, here
+there are none.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
+from fastgt.models.graph_gps_bigbird import bigbird_pattern
 from fastgt.models.graph_gps_config import GraphGPSConfig
 from fastgt.models.graph_gps_encoders import (
     FeatureEncoder,
@@ -90,6 +92,7 @@ class GraphGPS(nn.Module):
                 local=c.local,
                 attention=c.attention,
                 performer_width=c.performer_width,
+                learn_temperature=c.learn_temperature,
                 norm=c.norm,
                 activation=c.activation,
                 dropout=c.dropout,
@@ -123,6 +126,7 @@ class GraphGPS(nn.Module):
         lap_values: Tensor | None = None,
         pair_distance: Tensor | None = None,
         pair_edges: Tensor | None = None,
+        pattern: Graph | None = None,
     ) -> Tensor:
         """Nodes, edges and encodings -> ``[G, out_dim]``, or ``[N, out_dim]`` of a head of nodes.
 
@@ -136,6 +140,9 @@ class GraphGPS(nn.Module):
             lap_values: ``[G, lap_pe]``, the eigenvalues.
             pair_distance, pair_edges: ``[P]`` and ``[P, path_distance]``, of
                 :func:`fastgt.encodings.shortest_paths`.
+            pattern: Of BigBird. By default the call makes it, by
+                :func:`fastgt.models.graph_gps_bigbird.bigbird_pattern`; ``torch.compile`` and
+                ``torch.export`` take it as an input.
         """
         check_graph(graph)
         c, n = self.config, graph.num_rows
@@ -166,7 +173,11 @@ class GraphGPS(nn.Module):
         bias = None
         if self.pair_bias is not None:
             bias = self.pair_bias(pair_distance, pair_edges, graph)
+        if c.attention == "bigbird" and pattern is None:
+            pattern = bigbird_pattern(graph)
         for i, layer in enumerate(self.layers, 1):
             update = False if i == len(self.layers) else None
-            x, e = layer(x, e, graph, distance=distance, bias=bias, edge_output=update)
+            x, e = layer(
+                x, e, graph, distance=distance, bias=bias, pattern=pattern, edge_output=update
+            )
         return self.readout(x, graph.graph_ptr)

@@ -37,16 +37,21 @@ class GraphGPSConfig:
         dim: Width of nodes and edges; a multiple of ``heads``.
         heads: Of the attention, and of ``"gat"`` and ``"attention"`` among the neighbours.
         layers: So many times.
-        local: ``"none"``, ``"gcn"``, ``"gin"``, ``"gine"``, ``"gat"``, ``"pna"``,
-            ``"attention"`` or ``"gatedgcn"``. The first three use no edge features, and take none.
-        attention: ``"none"``, ``"softmax"``, ``"performer"`` or ``"linear"``, over whole graphs.
+        local: ``"none"``, ``"gcn"``, ``"gin"``, ``"gine"``, ``"genconv"``, ``"gat"``,
+            ``"pna"``, ``"attention"`` or ``"gatedgcn"``. The first three use no edge features, and
+            take none.
+        attention: ``"none"``, ``"softmax"``, ``"performer"``, ``"linear"`` or ``"bigbird"``, over
+            whole graphs, the last one along a pattern
+            (:func:`fastgt.models.graph_gps_bigbird.bigbird_pattern`).
+        learn_temperature: Whether ``"genconv"`` learns the temperature of its softmax.
         performer_width: Of a head of Performer.
         norm: ``"batch"``, ``"graph"`` (over the nodes and channels of each graph) or ``"none"``.
-            GatedGCN has batch norms besides. In training a batch norm needs two nodes and two
-            edges, or no edge, and refuses one.
+            GatedGCN and GENConv have batch norms besides. In training a batch norm needs two nodes
+            and two edges, or no edge, and refuses one.
         activation: ``"relu"`` or ``"gelu"``.
         dropout: Inside the layers.
-        attention_dropout: Of a softmax's weights, of the output of the other attentions.
+        attention_dropout: Of a softmax's weights, of the output of ``"performer"`` and
+            ``"linear"``. ``"bigbird"`` has none, as in the authors' code.
         walk_steps: Probabilities of return of a node; 0 for a model without them.
         walk_dim: What they are made as wide as.
         lap_pe: Laplacian eigenvectors of a node; 0 for a model without them.
@@ -75,6 +80,7 @@ class GraphGPSConfig:
     layers: int = 10
     local: Local = "gine"
     attention: Attention = "softmax"
+    learn_temperature: bool = False
     performer_width: int = 64
     norm: GPSNorm = "batch"
     activation: Activation = "relu"

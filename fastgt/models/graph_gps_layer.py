@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
+from fastgt.models.graph_gps_bigbird import BigBirdAttention, check_pattern
 from fastgt.models.graph_gps_encoders import check_matrix
 from fastgt.models.graph_gps_local import (
     WITH_EDGES,
@@ -26,9 +27,9 @@ from fastgt.ops.checks import check_float, check_graph, check_offsets, integer
 from fastgt.ops.global_attention import global_attention
 from fastgt.ops.segment_pool import segment_mean, virtual_node
 
-Attention = Literal["none", "softmax", "performer", "linear"]
+Attention = Literal["none", "softmax", "performer", "linear", "bigbird"]
 GPSNorm = Literal["batch", "graph", "none"]
-_ATTENTION = ("none", "softmax", "performer", "linear")
+_ATTENTION = ("none", "softmax", "performer", "linear", "bigbird")
 
 
 class GlobalAttention(GatedHeads):
@@ -134,7 +135,7 @@ class GraphGPSLayer(nn.Module):
 
     Args:
         dim, heads, local, attention, performer_width, norm, activation, dropout,
-            attention_dropout: As of :class:`GraphGPSConfig`.
+            attention_dropout, learn_temperature: As of :class:`GraphGPSConfig`.
         stable: Whether messages have a factor, of the distances given to a call.
         edge_output: Whether GatedGCN has what updates edges. False: they come out as they came.
         head_gate: As for :class:`fastgt.nn.NeighborhoodAttention`, of the global attention.
@@ -163,6 +164,7 @@ class GraphGPSLayer(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         stable: bool = False,
+        learn_temperature: bool = False,
         edge_output: bool = True,
         head_gate: nn.Module | None = None,
     ):
@@ -186,14 +188,17 @@ class GraphGPSLayer(nn.Module):
             dropout=dropout,
             stable=stable,
             edge_output=edge_output,
+            learn_temperature=learn_temperature,
         )
         self.local_kind, self.stable = local, stable
         if self.local is not None:
             # GatedGCN drops within
             self.local_dropout = None if local == "gatedgcn" else nn.Dropout(dropout)
             self.local_norm = _norm(norm, dim)
-        self.attention: GlobalAttention | LinearAttention | None = None
-        if attention == "softmax":
+        self.attention: GlobalAttention | LinearAttention | BigBirdAttention | None = None
+        if attention == "bigbird":
+            self.attention = BigBirdAttention(dim, heads, dropout=dropout, head_gate=head_gate)
+        elif attention == "softmax":
             self.attention = GlobalAttention(
                 dim, heads, dropout=attention_dropout, head_gate=head_gate, dense_gate_grad=True
             )
@@ -210,7 +215,7 @@ class GraphGPSLayer(nn.Module):
                 dense_gate_grad=True,
             )
         if self.attention is not None:
-            after = 0.0 if attention == "softmax" else attention_dropout
+            after = attention_dropout if attention in ("performer", "linear") else 0.0
             self.attention_dropout = nn.Sequential(nn.Dropout(after), nn.Dropout(dropout))
             self.attention_norm = _norm(norm, dim)
         self.ffn = nn.Sequential(
@@ -234,11 +239,13 @@ class GraphGPSLayer(nn.Module):
         *,
         distance: Tensor | None = None,
         bias: Tensor | None = None,
+        pattern: Graph | None = None,
         edge_output: bool | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x ``[N, dim]``, e ``[E, dim]``, distance ``[E, 1]`` -> x and e of the same shapes.
 
         bias ``[P, H]`` is one of pairs, or ``[N, H]`` of keys, for a softmax over each graph.
+        pattern is that of :func:`fastgt.models.graph_gps_bigbird.bigbird_pattern`, for BigBird.
         e is None where the kind of message passing takes none, distance without stable encodings.
         e comes out as it came but from GatedGCN, and without edge_output, which is by default
         what the layer was made with.
@@ -255,9 +262,13 @@ class GraphGPSLayer(nn.Module):
                 assert self.local_dropout is not None
                 y = x + self.local_dropout(self._received(x, graph, e, distance))
             parts.append(_normed(self.local_norm, y, offsets))
+        if isinstance(self.attention, BigBirdAttention):
+            pattern = check_pattern(pattern, graph)
+        elif pattern is not None:
+            raise ValueError("pattern must be None: only attention='bigbird' has one")
         if self.attention is not None:
             if bias is None:
-                attended = self.attention(x, offsets)
+                attended = self.attention(x, offsets if pattern is None else pattern)
             elif isinstance(self.attention, GlobalAttention):
                 attended = self.attention(x, offsets, bias=bias)
             else:

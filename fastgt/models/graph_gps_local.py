@@ -7,6 +7,8 @@ N(i) are the in-neighbours as given. The factor r_ij of stable encodings is 1 wi
 GCN           W (x_i / d_i + sum_{j in N(i), j != i} x_j / sqrt(d_i d_j)) + b,  d_i = 1 + |N(i) - i|
 GIN           MLP(x_i + sum_j x_j)
 GINE          MLP(x_i + sum_j r_ij relu(x_j + e_ij))
+GENConv       MLP(x_i + sum_j a_ij m_ij),  m_ij = relu(x_j + e_ij) + 1e-7, a_ij the softmax of
+              t m_ij over j, channel by channel
 GAT           sum_{j in N(i) + i} a_ij W x_j + b, a softmax of a leaky ReLU; i's own edge is the
               mean of those that reach it
 PNA           W U concat(x_i, mean, max, sum of m_ij over j),  m_ij = M concat(x_i, x_j, F e_ij)
@@ -14,7 +16,8 @@ attention     softmax attention over N(i), with a bias of edges for every head
 GatedGCN      A x_i + sum_j s_ij B x_j / (sum_j s_ij + 1e-6),  s_ij = r_ij sigmoid(e'_ij),
               e'_ij = C e_ij + D x_i + E x_j
 
-The last one has norms, activations and residuals of its own, and gives new edges too.
+The last one has norms, activations and residuals of its own, and gives new edges too. GENConv's MLP
+has a batch norm.
 """
 
 from __future__ import annotations
@@ -31,12 +34,13 @@ from fastgt.nn import NeighborhoodAttention
 from fastgt.nn.sublayers import check_rows, reset_sublayers
 from fastgt.ops.additive_attention import additive_attention
 from fastgt.ops.aggregate import aggregate
+from fastgt.ops.channelwise_attention import channelwise_attention
 from fastgt.ops.gated_aggregate import gated_aggregate
 
-Local = Literal["none", "gcn", "gin", "gine", "gat", "pna", "attention", "gatedgcn"]
+Local = Literal["none", "gcn", "gin", "gine", "genconv", "gat", "pna", "attention", "gatedgcn"]
 Activation = Literal["relu", "gelu"]
-LOCAL = ("none", "gcn", "gin", "gine", "gat", "pna", "attention", "gatedgcn")
-WITH_EDGES = ("gine", "gat", "pna", "attention", "gatedgcn")
+LOCAL = ("none", "gcn", "gin", "gine", "genconv", "gat", "pna", "attention", "gatedgcn")
+WITH_EDGES = ("gine", "genconv", "gat", "pna", "attention", "gatedgcn")
 WITH_FACTOR = ("gine", "gatedgcn")
 
 
@@ -49,6 +53,7 @@ def make_local(
     dropout: float,
     stable: bool,
     edge_output: bool,
+    learn_temperature: bool,
 ) -> nn.Module | None:
     """The module of that kind; None for ``"none"``."""
     if kind not in LOCAL:
@@ -57,6 +62,8 @@ def make_local(
         raise ValueError(
             f"local must be one of {list(WITH_FACTOR)} with stable encodings, got {kind!r}"
         )
+    if learn_temperature and kind != "genconv":
+        raise ValueError(f"learn_temperature must be False with local={kind!r}, got True")
     if kind == "none":
         return None
     if kind == "gcn":
@@ -65,6 +72,8 @@ def make_local(
         return GINE(dim, activation=activation, edges=False)
     if kind == "gine":
         return GINE(dim, activation=activation, stable=stable)
+    if kind == "genconv":
+        return GENConv(dim, learn_temperature=learn_temperature)
     if kind == "gat":
         return GAT(dim, heads)
     if kind == "pna":
@@ -159,6 +168,43 @@ class GINE(nn.Module):
             activation=activation,
         )
         return self.mlp(x + received)
+
+
+class GENConv(nn.Module):
+    """A softmax over the neighbours, channel by channel, before a network of two layers.
+
+    ``learn_temperature``: t is a parameter, for all channels; else it is 1.
+
+    Source:
+        Li et al., DeeperGCN, arXiv 2006.07739, eqs. 2 to 4, as ``torch_geometric.nn.GENConv`` has
+        it by default.
+    """
+
+    def __init__(self, dim: int, *, learn_temperature: bool = False):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(1)) if learn_temperature else None
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 2 * dim, bias=False),
+            nn.BatchNorm1d(2 * dim),
+            nn.ReLU(),
+            nn.Linear(2 * dim, dim, bias=False),
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
+        if self.temperature is not None:
+            nn.init.ones_(self.temperature)
+
+    def forward(self, x: Tensor, graph: Graph, e: Tensor) -> Tensor:
+        check_rows(self.mlp, x, "mlp of GENConv", "node")
+        # x_j + e_ij; the op's gradients have one order, those of an index on a GPU do not
+        request = AuxRequest(edge_scores=True)
+        _, aux = gated_aggregate(x, graph, e, gate_col=x, return_aux=request)
+        assert aux.edge_scores is not None
+        message = aux.edge_scores.relu() + 1e-7
+        logit = message if self.temperature is None else self.temperature * message
+        return self.mlp(x + channelwise_attention(logit, None, graph, edge_value=message))
 
 
 class GAT(nn.Module):

@@ -1,5 +1,6 @@
-"""Which weights dropout keeps: a function of seed, edge and head alone, so that it can be had again
-anywhere, in any order, and is the same for every implementation."""
+"""Random numbers that counters give. Which weights dropout keeps is a function of seed, edge and
+head alone, so that it can be had again anywhere, in any order, and is the same for every
+implementation."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ def kept(seed: Tensor, edges: int, heads: int, p: float, *, first: int = 0) -> T
     def part(start: int, stop: int) -> Tensor:
         edge = torch.arange(first + start, first + stop, device=seed.device)
         edge = edge[:, None].expand(-1, blocks)
-        words = _philox(seed, edge & _LOW, edge >> 32, block.expand_as(edge))
-        return torch.stack([(word >> 8) >= limit for word in words], 2).flatten(1)[:, :heads]
+        found = words(seed, edge & _LOW, edge >> 32, block.expand_as(edge))
+        return torch.stack([(word >> 8) >= limit for word in found], 2).flatten(1)[:, :heads]
 
     # a compiler would unroll a loop, for one number of edges
     if torch.compiler.is_compiling() or edges <= step:
@@ -43,8 +44,9 @@ def kept(seed: Tensor, edges: int, heads: int, p: float, *, first: int = 0) -> T
     return torch.cat([part(start, min(start + step, edges)) for start in starts])
 
 
-def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, ...]:
-    """Four words of 32 bits, each in an int64; the fourth counter is 0."""
+def words(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, ...]:
+    """Four words of 32 bits, each in an int64, of a key or of one for each counter; the fourth
+    counter is 0."""
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):

@@ -104,8 +104,8 @@ class GraphGPSConfig:
             setattr(self, name, integer(name, getattr(self, name), 1))
         for name in _WIDTHS:
             setattr(self, name, integer(name, getattr(self, name), 0))
-        self.node_types = _kinds("node_types", self.node_types)
-        self.edge_types = _kinds("edge_types", self.edge_types)
+        self.node_types = kinds_of("node_types", self.node_types)
+        self.edge_types = kinds_of("edge_types", self.edge_types)
         for whose, types, features in (
             ("node", self.node_types, self.node_features),
             ("edge", self.edge_types, self.edge_features),
@@ -160,7 +160,7 @@ class GraphGPSConfig:
         return replace(_PUBLISHED[name])
 
 
-def _kinds(name: str, types: int | Sequence[int]) -> tuple[int, ...]:
+def kinds_of(name: str, types: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(types, str) or not isinstance(types, Sequence):
         types = (types,)
     return tuple(integer(name, n, 1) for n in types)

@@ -138,6 +138,7 @@ class GraphGPSLayer(nn.Module):
             attention_dropout, learn_temperature: As of :class:`GraphGPSConfig`.
         stable: Whether messages have a factor, of the distances given to a call.
         edge_output: Whether GatedGCN has what updates edges. False: they come out as they came.
+        beside: Whether every call is given a third branch, which a model computes itself.
         head_gate: As for :class:`fastgt.nn.NeighborhoodAttention`, of the global attention.
 
     Example:
@@ -166,6 +167,7 @@ class GraphGPSLayer(nn.Module):
         stable: bool = False,
         learn_temperature: bool = False,
         edge_output: bool = True,
+        beside: bool = False,
         head_gate: nn.Module | None = None,
     ):
         super().__init__()
@@ -174,12 +176,12 @@ class GraphGPSLayer(nn.Module):
             raise ValueError(f"attention must be one of {list(_ATTENTION)}, got {attention!r}")
         if norm not in ("batch", "graph", "none"):
             raise ValueError(f"norm must be 'batch', 'graph' or 'none', got {norm!r}")
-        if local == attention == "none":
+        if local == attention == "none" and not beside:
             raise ValueError("local and attention are both 'none': a layer has one at least")
         if head_gate is not None and attention == "none":
             raise ValueError("head_gate must be None with attention='none', which has no heads")
         performer_width = integer("performer_width", performer_width, 1)
-        self.dim, self.edge_output = dim, edge_output
+        self.dim, self.edge_output, self.beside = dim, edge_output, beside
         self.local = make_local(
             local,
             dim,
@@ -240,12 +242,14 @@ class GraphGPSLayer(nn.Module):
         distance: Tensor | None = None,
         bias: Tensor | None = None,
         pattern: Graph | None = None,
+        beside: Tensor | None = None,
         edge_output: bool | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x ``[N, dim]``, e ``[E, dim]``, distance ``[E, 1]`` -> x and e of the same shapes.
 
         bias ``[P, H]`` is one of pairs, or ``[N, H]`` of keys, for a softmax over each graph.
         pattern is that of :func:`fastgt.models.graph_gps_bigbird.bigbird_pattern`, for BigBird.
+        beside ``[N, dim]`` is added to the other branches, in a layer made for that.
         e is None where the kind of message passing takes none, distance without stable encodings.
         e comes out as it came but from GatedGCN, and without edge_output, which is by default
         what the layer was made with.
@@ -275,7 +279,13 @@ class GraphGPSLayer(nn.Module):
                 raise ValueError("bias must be None: only attention='softmax' has one")
             y = x + self.attention_dropout(attended)
             parts.append(_normed(self.attention_norm, y, offsets))
-        x = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        if self.beside:
+            check_matrix("beside", beside, "N, dim", (graph.num_rows, self.dim))
+            assert beside is not None
+            parts.append(beside)
+        elif beside is not None:
+            raise ValueError("beside must be None: the layer was made with beside=False")
+        x = sum(parts[1:], parts[0])
         return _normed(self.norm, x + self.ffn(x), offsets), e
 
     def _received(

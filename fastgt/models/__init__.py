@@ -1,6 +1,9 @@
 """Reference models, one file each."""
 
 from fastgt.models.authors_checkpoints import graph_transformer_state_dict
+from fastgt.models.exphormer import Exphormer
+from fastgt.models.exphormer_config import ExphormerConfig
+from fastgt.models.exphormer_graph import expander
 from fastgt.models.graph_classifier import GraphClassifier, GraphClassifierConfig
 from fastgt.models.graph_gps import GraphGPS
 from fastgt.models.graph_gps_checkpoints import gps_conv_state_dict, graph_gps_state_dict
@@ -15,12 +18,15 @@ from fastgt.models.graph_transformer import (
 __all__ = [
     "EdgeGraphTransformer",
     "EdgeGraphTransformerConfig",
+    "Exphormer",
+    "ExphormerConfig",
     "GraphClassifier",
     "GraphClassifierConfig",
     "GraphGPS",
     "GraphGPSConfig",
     "GraphTransformer",
     "GraphTransformerConfig",
+    "expander",
     "gps_conv_state_dict",
     "graph_gps_state_dict",
     "graph_transformer_state_dict",

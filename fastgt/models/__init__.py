@@ -14,8 +14,10 @@ from fastgt.models.graph_transformer import (
     GraphTransformer,
     GraphTransformerConfig,
 )
+from fastgt.models.san import SAN, SANConfig
 
 __all__ = [
+    "SAN",
     "EdgeGraphTransformer",
     "EdgeGraphTransformerConfig",
     "Exphormer",
@@ -26,6 +28,7 @@ __all__ = [
     "GraphGPSConfig",
     "GraphTransformer",
     "GraphTransformerConfig",
+    "SANConfig",
     "expander",
     "gps_conv_state_dict",
     "graph_gps_state_dict",

@@ -234,12 +234,17 @@ class Readout(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """``[N, dim]`` -> ``[G, out_dim]``, or ``[N, out_dim]`` of ``"inductive_node"``."""
         if self.kind != "inductive_node":
-            x = _POOLING[self.pooling](x, offsets)
+            x = pooled(x, offsets, self.pooling)
         for layer, activation in zip(self.layers[:-1], self.activations, strict=True):
             x = activation(layer(x))
             if self.kind != "san_graph":
                 x = F.normalize(x, dim=1)
         return self.layers[-1](x)
+
+
+def pooled(x: Tensor, offsets: Tensor, pooling: Pooling) -> Tensor:
+    """``[N, dim]`` -> ``[G, dim]``."""
+    return _POOLING[pooling](x, offsets)
 
 
 def check_matrix(name: str, x: object, letters: str, shape: tuple[int, ...]) -> None:

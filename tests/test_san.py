@@ -418,6 +418,16 @@ def test_a_model_of_the_meta_device_is_drawn_when_reset():
     assert model.far.weight.std() > 0.5
 
 
+def test_a_model_compiles_whole(compiled_kernels):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, graph = small().eval(), batch()
+    given = inputs(model, graph)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    found = compiled(graph=graph, **given, others=complement(graph))
+    torch.testing.assert_close(found, model(graph=graph, **given))
+
+
 def test_mixed_precision_is_near():
     torch.manual_seed(0)
     model, graph = small().eval(), batch()
@@ -457,6 +467,11 @@ def test_what_a_layer_lacks_is_named():
         whole(x, e, graph, None, complement(graph))
     with pytest.raises(ValueError, match=r"e must be \[E, dim\] = .* got \[17, 8\]"):
         whole(x, x, graph)
+    with pytest.raises(ValueError, match="others must have the graph's 17 nodes, got 3 rows and 3"):
+        whole(x, e, graph, far, Graph.complete(torch.tensor([0, 3], device=DEVICE)))
+    model = small(full_graph=False)
+    with pytest.raises(ValueError, match="others must be None: full_graph=False"):
+        model(graph=graph, **inputs(model, graph), others=complement(graph))
     sparse = SANAttention(DIM, HEADS, gamma=None).to(DEVICE, FP64)
     with pytest.raises(ValueError, match=r"far and others must be None: .* gamma=None"):
         sparse(x, e, graph, far, complement(graph))

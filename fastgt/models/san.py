@@ -240,6 +240,9 @@ class SANAttention(nn.Module):
         if others is None:
             raise ValueError("others must be a Graph with a gamma: complement(graph) makes it")
         check_graph(others)
+        if others.num_rows != graph.num_rows or others.num_cols != graph.num_rows:
+            found = f"{others.num_rows} rows and {others.num_cols} columns"
+            raise ValueError(f"others must have the graph's {graph.num_rows} nodes, got {found}")
         check_matrix("far", far, "1, dim", (1, self.dim))
         request = AuxRequest(lse=True)
         near, aux = neighborhood_attention(
@@ -361,6 +364,7 @@ class SAN(nn.Module):
         *,
         lap_vectors: Tensor,
         lap_values: Tensor,
+        others: Graph | None = None,
     ) -> Tensor:
         """Nodes, edges and encodings -> ``[G, out_dim]``, or ``[N, out_dim]`` of a head of nodes.
 
@@ -371,16 +375,23 @@ class SAN(nn.Module):
             lap_vectors, lap_values: ``[N, lap_pe]`` and ``[G, lap_pe]``; NaN stands for an
                 eigenvector that a small graph does not have. In training every eigenvector gets
                 one random sign for the whole batch.
+            others: What :func:`~fastgt.models.san.complement` gives of the graph, where it was
+                made before, as for compiled calls. None makes it.
         """
         check_graph(graph)
         c = self.config
+        if others is not None and not c.full_graph:
+            raise ValueError("others must be None: full_graph=False leaves other pairs out")
         parts = [
             self.embed("node", node, "N", graph.num_rows, graph),
             self.embed_lap(lap_vectors, lap_values, graph),
         ]
         x = torch.cat(parts, 1)
         e = self.embed_edge("edge", edge, "E", graph.num_edges, graph)
-        far, others = (self._far(graph), complement(graph)) if c.full_graph else (None, None)
+        far = None
+        if c.full_graph:
+            far = self._far(graph)
+            others = complement(graph) if others is None else others
         for layer in self.layers:
             x = layer(x, e, graph, far, others)
         return self.readout(x if c.head == "node" else pooled(x, graph.graph_ptr, c.pooling))

@@ -6,9 +6,9 @@
     x_i' = norm(h_i + dropout(W_2 dropout(act(W_1 h_i))))
 
 GatedGCN updates e too, and has its own residual and dropout within l_i. The attention is a softmax,
-that of Performer, linear, or along BigBird's pattern (graph_gps_bigbird.py). It is computed graph
-by graph, without padding: where the authors' Performer lets padded nodes into the denominator, here
-there are none.
+that of Performer, linear, or along BigBird's pattern (graph_gps_bigbird.py), or a layer of DeepSets
+stands in its place. It is computed graph by graph, without padding: where the authors' Performer
+lets padded nodes into the denominator, here there are none.
 """
 
 from __future__ import annotations

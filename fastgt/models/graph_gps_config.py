@@ -40,8 +40,8 @@ class GraphGPSConfig:
         local: ``"none"``, ``"gcn"``, ``"gin"``, ``"gine"``, ``"genconv"``, ``"gat"``,
             ``"pna"``, ``"attention"`` or ``"gatedgcn"``. The first three use no edge features, and
             take none.
-        attention: ``"none"``, ``"softmax"``, ``"performer"``, ``"linear"`` or ``"bigbird"``, over
-            whole graphs, the last one along a pattern
+        attention: ``"none"``, ``"softmax"``, ``"performer"``, ``"linear"``, ``"deepsets"`` or
+            ``"bigbird"``, over whole graphs, the last one along a pattern
             (:func:`fastgt.models.graph_gps_bigbird.bigbird_pattern`).
         learn_temperature: Whether ``"genconv"`` learns the temperature of its softmax.
         performer_width: Of a head of Performer.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
+from fastgt.models.deepsets import DeepSets
 from fastgt.models.graph_gps_bigbird import BigBirdAttention, check_pattern
 from fastgt.models.graph_gps_encoders import check_matrix
 from fastgt.models.graph_gps_local import (
@@ -27,9 +28,9 @@ from fastgt.ops.checks import check_float, check_graph, check_offsets, integer
 from fastgt.ops.global_attention import global_attention
 from fastgt.ops.segment_pool import segment_mean, virtual_node
 
-Attention = Literal["none", "softmax", "performer", "linear", "bigbird"]
+Attention = Literal["none", "softmax", "performer", "linear", "bigbird", "deepsets"]
 GPSNorm = Literal["batch", "graph", "none"]
-_ATTENTION = ("none", "softmax", "performer", "linear", "bigbird")
+_ATTENTION = ("none", "softmax", "performer", "linear", "bigbird", "deepsets")
 
 
 class GlobalAttention(GatedHeads):
@@ -178,8 +179,8 @@ class GraphGPSLayer(nn.Module):
             raise ValueError(f"norm must be 'batch', 'graph' or 'none', got {norm!r}")
         if local == attention == "none" and not beside:
             raise ValueError("local and attention are both 'none': a layer has one at least")
-        if head_gate is not None and attention == "none":
-            raise ValueError("head_gate must be None with attention='none', which has no heads")
+        if head_gate is not None and attention in ("none", "deepsets"):
+            raise ValueError(f"head_gate must be None: attention={attention!r} has no heads")
         performer_width = integer("performer_width", performer_width, 1)
         self.dim, self.edge_output, self.beside = dim, edge_output, beside
         self.local = make_local(
@@ -197,9 +198,13 @@ class GraphGPSLayer(nn.Module):
             # GatedGCN drops within
             self.local_dropout = None if local == "gatedgcn" else nn.Dropout(dropout)
             self.local_norm = _norm(norm, dim)
-        self.attention: GlobalAttention | LinearAttention | BigBirdAttention | None = None
+        self.attention: GlobalAttention | LinearAttention | BigBirdAttention | DeepSets | None = (
+            None
+        )
         if attention == "bigbird":
             self.attention = BigBirdAttention(dim, heads, dropout=dropout, head_gate=head_gate)
+        elif attention == "deepsets":
+            self.attention = DeepSets(dim)
         elif attention == "softmax":
             self.attention = GlobalAttention(
                 dim, heads, dropout=attention_dropout, head_gate=head_gate, dense_gate_grad=True

@@ -14,6 +14,7 @@ from fastgt.models.graph_transformer import (
     GraphTransformer,
     GraphTransformerConfig,
 )
+from fastgt.models.mpnn_vn import MPNNVirtualNode, MPNNVirtualNodeConfig, add_virtual_nodes
 from fastgt.models.san import SAN, SANConfig
 
 __all__ = [
@@ -28,7 +29,10 @@ __all__ = [
     "GraphGPSConfig",
     "GraphTransformer",
     "GraphTransformerConfig",
+    "MPNNVirtualNode",
+    "MPNNVirtualNodeConfig",
     "SANConfig",
+    "add_virtual_nodes",
     "expander",
     "gps_conv_state_dict",
     "graph_gps_state_dict",

@@ -26,7 +26,9 @@ class VirtualNode(nn.Module):
         impl: As for :func:`fastgt.virtual_node`.
 
     Source:
-        Cai et al., arXiv 2301.11956, with the update of their code.
+        Gilmer et al., arXiv 1704.01212, section 5.2, with the update of OGB's code, arXiv
+        2005.00687. That of Cai et al., arXiv 2301.11956, sums over what the message passing gives:
+        :class:`fastgt.models.MPNNVirtualNode` does that.
 
     Example:
         >>> import torch

@@ -533,12 +533,15 @@ def test_a_virtual_node_computes_linear_attention(impl, name):
     close(attend(x, impl), out)
 
 
-def sgformer(q, k, v, offsets):
-    """The published code, graph by graph."""
+def sgformer(q, k, v, offsets, norms="graph"):
+    """The published code, or torch-geometric's norms in it, graph by graph."""
     outs = []
     for begin, end in itertools.pairwise(offsets.tolist()):
         qs, ks, vs = (t[begin:end] for t in (q, k, v))
-        qs, ks = qs / torch.norm(qs, p=2), ks / torch.norm(ks, p=2)
+        if norms == "graph":
+            qs, ks = qs / torch.norm(qs, p=2), ks / torch.norm(ks, p=2)
+        else:
+            qs, ks = (t / torch.linalg.norm(t, ord=2, dim=-1, keepdim=True) for t in (qs, ks))
         n = qs.shape[0]
         kvs = torch.einsum("lhm,lhd->hmd", ks, vs)
         num = torch.einsum("nhm,hmd->nhd", qs, kvs) + n * vs
@@ -548,15 +551,16 @@ def sgformer(q, k, v, offsets):
     return torch.cat(outs)
 
 
+@pytest.mark.parametrize("norms", ["graph", "node"])
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("impl", ["reference", *FAST])
-def test_sgformer(impl, heads):
+def test_sgformer(impl, heads, norms):
     x = case(0, (3, 11, 1, 20), heads=heads, d=9, dv=7)
     found = []
     for f in (
-        lambda *t: sgformer_attention(*t, x.offsets, impl=impl),
-        lambda *t: reference.sgformer_attention(*t, x.offsets),
-        lambda *t: sgformer(*t, x.offsets),
+        lambda *t: sgformer_attention(*t, x.offsets, norms=norms, impl=impl),
+        lambda *t: reference.sgformer_attention(*t, x.offsets, norms=norms),
+        lambda *t: sgformer(*t, x.offsets, norms),
     ):
         leaves = [t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v)]
         o = f(*leaves)
@@ -565,17 +569,19 @@ def test_sgformer(impl, heads):
         close(a, c)
         close(b, c)
     zero = torch.zeros_like(x.q).requires_grad_()
-    o = sgformer_attention(zero, zero, x.v, x.offsets, impl=impl)
+    o = sgformer_attention(zero, zero, x.v, x.offsets, norms=norms, impl=impl)
     close(o, x.v)
     assert not torch.autograd.grad(o.sum(), zero)[0].any()
-    close(reference.sgformer_attention(zero, zero, x.v), x.v)
+    close(reference.sgformer_attention(zero, zero, x.v, norms=norms), x.v)
     q, k, v = (t.float() * 200 for t in (x.q, x.k, x.v))
     with torch.autocast(DEVICE, dtype=FP16):  # squares that 16 bits do not hold
-        found = sgformer_attention(q, k, v, x.offsets, impl=impl).half()
-    truth = sgformer(*(t.double() for t in (q, k, v)), x.offsets)
-    assert_as_accurate(found, sgformer(q, k, v, x.offsets).half(), truth, "o")
+        found = sgformer_attention(q, k, v, x.offsets, norms=norms, impl=impl).half()
+    truth = sgformer(*(t.double() for t in (q, k, v)), x.offsets, norms)
+    assert_as_accurate(found, sgformer(q, k, v, x.offsets, norms).half(), truth, "o")
     with pytest.raises(ValueError, match="k has 20 nodes"):
-        sgformer_attention(x.q, x.k[:20], x.v, impl=impl)
+        sgformer_attention(x.q, x.k[:20], x.v, norms=norms, impl=impl)
+    with pytest.raises(ValueError, match=r"norms must be one of \['graph', 'node'\], got 'head'"):
+        sgformer_attention(x.q, x.k, x.v, norms="head", impl=impl)
 
 
 def test_sgformer_takes_several_dtypes_within_autocast():

@@ -32,6 +32,7 @@ from fastgt.ops.segment_pool import segment_sum
 from fastgt.signature import Signature
 
 FeatureMap = Literal["identity", "relu", "elu", "sigmoid", "softmax", "relu_random"]
+Norms = Literal["graph", "node"]
 _RANDOM = ("softmax", "relu_random")  # those with a projection
 MAX_FEATURES = 1024
 
@@ -158,18 +159,20 @@ def sgformer_attention(
     v: Tensor,
     offsets: Tensor | None = None,
     *,
+    norms: Norms = "graph",
     impl: Impl | None = None,
 ) -> Tensor:
     """SGFormer's global attention: linear, with every node's own value added.
 
-    For node i of graph g, which has n nodes, with q and k divided by their Frobenius norms over
-    nodes, heads and channels of that graph::
+    For node i of graph g, which has n nodes, with q and k divided by their norms::
 
         out_i = (sum_j (q_i . k_j) v_j + n v_i) / (sum_j q_i . k_j + n)
 
     Args:
-        q, k, v, offsets, impl: As in :func:`linear_attention`. A graph's q or k that is all zero
-            stays zero, with a gradient of 0.
+        q, k, v, offsets, impl: As in :func:`linear_attention`.
+        norms: ``"graph"``: Frobenius norms over the nodes, heads and channels of a graph, as the
+            authors have them. ``"node"``: norms of each head of each node, as torch-geometric has
+            them. A q or k whose norm is 0 stays zero, with a gradient of 0.
 
     Returns:
         ``[N, H, Dv]`` in the dtype of q; memory beside it as there. Within ``torch.autocast`` norms
@@ -180,7 +183,8 @@ def sgformer_attention(
         RuntimeError: ``impl`` cannot run here.
 
     Source:
-        Wu et al., SGFormer, arXiv 2306.10759, its simple global attention, as in their code.
+        Wu et al., SGFormer, arXiv 2306.10759, its simple global attention, as in their code;
+        ``"node"`` as in ``torch_geometric.nn.attention.SGFormerAttention``.
 
     Example:
         >>> import torch
@@ -194,6 +198,8 @@ def sgformer_attention(
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
         q, k, v = (x.to(dtype) for x in (q, k, v))
     _check(q, k, v, offsets, "identity", None)
+    if norms not in get_args(Norms):
+        raise ValueError(f"norms must be one of {list(get_args(Norms))}, got {norms!r}")
     if offsets is None:
         offsets = torch.arange(2, device=q.device) * q.shape[0]
     sizes = offsets.diff()
@@ -205,10 +211,12 @@ def sgformer_attention(
     wide = accumulator(q)
     normed = []
     for x in (q, k):
-        square = segment_sum(x.to(wide).square().sum((1, 2)), offsets, impl=impl)
+        square = x.to(wide).square().sum(2, keepdim=True)  # [N, H, 1]
+        if norms == "graph":
+            square = of_node(segment_sum(square.sum((1, 2)), offsets, impl=impl))[:, None, None]
         tiny = torch.finfo(wide).tiny
         norm = torch.where(square > tiny, square.clamp(min=tiny).rsqrt(), 0)
-        normed.append((x * of_node(norm)[:, None, None]).to(q.dtype))
+        normed.append((x * norm).to(q.dtype))
     q, k = normed
     total = of_node(segment_sum(k.to(wide), offsets, impl=impl))  # [N, H, D]
     n = of_node(sizes.to(wide))[:, None, None]

@@ -10,8 +10,7 @@ from torch_geometric.nn import attention as pyg
 from torch_geometric.nn.attention.performer import PerformerProjection
 
 from fastgt.ops.checks import MAX_WIDTH, check_offsets
-from fastgt.ops.linear_attention import MAX_FEATURES, linear_attention
-from fastgt.ops.segment_pool import segment_sum
+from fastgt.ops.linear_attention import MAX_FEATURES, linear_attention, sgformer_attention
 from fastgt.pyg.fused import Fused, as_transformed
 
 Padding = Literal["ignored", "counted"]
@@ -157,7 +156,7 @@ class SGFormerAttention(Ragged, pyg.SGFormerAttention):
         out_i = (sum_j (q_i . k_j) v_j + n v_i) / (sum_j q_i . k_j + n)
 
     Torch-geometric counts padded nodes in n and in the denominator; ``padding="counted"`` runs its
-    code. :func:`fastgt.sgformer_attention` is the authors' form, whose norms are a graph's.
+    code. The authors divide by norms of a graph, as :func:`fastgt.sgformer_attention` does.
 
     Args:
         channels, heads, head_channels, qkv_bias: Torch-geometric's.
@@ -187,16 +186,9 @@ class SGFormerAttention(Ragged, pyg.SGFormerAttention):
     def attend(self, x: Tensor, offsets: Tensor) -> Tensor:
         heads = self.heads, self.head_channels
         q, k, v = (layer(x).unflatten(-1, heads) for layer in (self.q, self.k, self.v))
-        q, k = (_of_norm_one(y) for y in (q, k))
-        sizes = offsets.diff()
-        of_node = torch.arange(sizes.shape[0], device=x.device).repeat_interleave(
-            sizes, output_size=x.shape[0]
-        )
-        n = sizes.to(v.dtype)[of_node, None, None]
-        total = segment_sum(k, offsets)[of_node]
-        linear = linear_attention(q, k, v, offsets, feature_map="identity", normalize=False)
-        share = (q * total).sum(-1, keepdim=True) + n
-        return ((linear + n * v) / share).mean(1)
+        # zeros count as 1e-6 there
+        q, k = (torch.where(y == 0, 1e-6, y) for y in (q, k))
+        return sgformer_attention(q, k, v, offsets, norms="node").mean(1)
 
 
 class PolynormerAttention(Ragged, pyg.PolynormerAttention):
@@ -240,9 +232,3 @@ class PolynormerAttention(Ragged, pyg.PolynormerAttention):
         out = linear_attention(q, k, v, offsets, feature_map="sigmoid", eps=1e-6)
         out = self.lns(out.mT.flatten(-2)) * (h + self.beta)
         return self.dropout(torch.relu(self.lin_out(out)))
-
-
-def _of_norm_one(x: Tensor) -> Tensor:
-    """Rows of norm 1; zeros count as 1e-6, as torch-geometric has it."""
-    x = torch.where(x == 0, 1e-6, x)
-    return x / torch.linalg.norm(x, dim=-1, keepdim=True)

@@ -60,23 +60,26 @@ def linear_attention(
     return (whole.to(wide) * gate[..., None]).to(dtype)
 
 
-def sgformer_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None = None) -> Tensor:
+def sgformer_attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None = None, *, norms: str = "graph"
+) -> Tensor:
     """See :func:`fastgt.sgformer_attention`."""
     bounds = [0, len(q)] if offsets is None else offsets.tolist()
     dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     outs = [v[:0].to(wide)]
     for begin, end in pairwise(bounds):
         qs, ks, vs = (x[begin:end].to(wide) for x in (q, k, v))
-        qs, ks = _unit(qs), _unit(ks)
+        over = (0, 1, 2) if norms == "graph" else (2,)
+        qs, ks = _unit(qs, over), _unit(ks, over)
         n = end - begin
         numerator = torch.einsum("nhc,hcd->nhd", qs, torch.einsum("nhc,nhd->hcd", ks, vs)) + n * vs
         outs.append(numerator / (torch.einsum("nhc,hc->nh", qs, ks.sum(0)) + n)[..., None])
     return torch.cat(outs).to(dtype)
 
 
-def _unit(x: Tensor) -> Tensor:
-    """x by its Frobenius norm; zeros stay."""
-    square = x.square().sum()
+def _unit(x: Tensor, over: tuple[int, ...]) -> Tensor:
+    """x by its norm over these dimensions; zeros stay."""
+    square = x.square().sum(over, keepdim=True)
     tiny = torch.finfo(x.dtype).tiny
     return x * torch.where(square > tiny, square.clamp(min=tiny).rsqrt(), 0)
 

@@ -16,6 +16,7 @@ from fastgt.models.graph_transformer import (
 )
 from fastgt.models.mpnn_vn import MPNNVirtualNode, MPNNVirtualNodeConfig, add_virtual_nodes
 from fastgt.models.san import SAN, SANConfig
+from fastgt.models.sgformer import SGFormer, SGFormerConfig, sgformer_state_dict
 
 __all__ = [
     "SAN",
@@ -34,7 +35,10 @@ __all__ = [
     "SANConfig",
     "add_virtual_nodes",
     "expander",
+    "SGFormer",
+    "SGFormerConfig",
     "gps_conv_state_dict",
     "graph_gps_state_dict",
     "graph_transformer_state_dict",
+    "sgformer_state_dict",
 ]

@@ -108,14 +108,17 @@ def edge_distance(p: Tensor, graph: Graph) -> Tensor:
 class GCN(nn.Module):
     """A graph convolution with self loops; a self loop that is there already stands for it.
 
+    ``out_dim``: how wide the result is, as wide as the input by default.
+
     Source:
         Kipf and Welling, arXiv 1609.02907, eq. 2, as ``torch_geometric.nn.GCNConv`` has it.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, out_dim: int | None = None):
         super().__init__()
-        self.lin = nn.Linear(dim, dim, bias=False)
-        self.bias = nn.Parameter(torch.zeros(dim))
+        out_dim = dim if out_dim is None else out_dim
+        self.lin = nn.Linear(dim, out_dim, bias=False)
+        self.bias = nn.Parameter(torch.zeros(out_dim))
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""

@@ -18,10 +18,15 @@ from fastgt.models import (
     GraphGPSConfig,
     GraphTransformer,
     GraphTransformerConfig,
+    Polynormer,
+    PolynormerConfig,
+    SGFormer,
+    SGFormerConfig,
 )
 from fastgt.models.graph_gps_layer import GlobalAttention, GraphGPSLayer
 from fastgt.models.graph_transformer import GraphTransformerEdgeLayer, GraphTransformerLayer
 from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
+from fastgt.models.sgformer import SGFormerLayer
 from fastgt.nn import (
     EdgeGatedAttention,
     LinearAttention,
@@ -57,6 +62,15 @@ class Module(NamedTuple):
 def _configured(model: type, config: type, **defaults: Any) -> Callable[..., nn.Module]:
     def make(dim: int, heads: int, **options: Any) -> nn.Module:
         return model(config(dim=dim, heads=heads, **defaults | options))
+
+    return make
+
+
+def _featured(model: type, config: type, **defaults: Any) -> Callable[..., nn.Module]:
+    """Of a model whose nodes have features."""
+
+    def make(dim: int, heads: int, **options: Any) -> nn.Module:
+        return model(config(dim, 2, dim=dim, heads=heads, **defaults | options))
 
     return make
 
@@ -117,6 +131,9 @@ MODULES = {
         _configured(GraphGPS, GraphGPSConfig, edge_types=(), **BARE),
         lambda m, b: m(b.node_type, None, b.graph),
     ),
+    "Polynormer": Module(_featured(Polynormer, PolynormerConfig), lambda m, b: m(b.x, b.graph)),
+    "SGFormer": Module(_featured(SGFormer, SGFormerConfig), lambda m, b: m(b.x, b.graph)),
+    "SGFormerLayer": Module(SGFormerLayer, lambda m, b: m(b.x, b.offsets)),
     "GraphClassifier": Module(
         _configured(GraphClassifier, GraphClassifierConfig, node_types=3, out_dim=2),
         lambda m, b: m(b.node_type, b.graph),

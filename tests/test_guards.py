@@ -60,6 +60,8 @@ TAKE_A_GRAPH = (
     "EdgeGraphTransformer",
     "GraphGPSLayer",
     "GraphGPS",
+    "Polynormer",
+    "SGFormer",
     "GraphClassifier",
     "PackageClassifier",
     "TokenPruning",
@@ -71,6 +73,7 @@ TAKE_OFFSETS = (
     "GlobalAttention",
     "GlobalAttention without heads",
     "PerformerAttention",
+    "SGFormerLayer",
     "VirtualNode",
 )
 

@@ -221,6 +221,8 @@ VALIDATED: dict[str, dict[str, Any]] = {
     "EdgeGraphTransformer": SMALL | {"pe_dim": 0},
     "GraphClassifier": SMALL,
     "GraphGPS": SMALL,
+    "Polynormer": SMALL,
+    "SGFormer": SMALL,
 }
 
 

@@ -49,6 +49,28 @@ MAKE = {
     "GraphGPS stable": lambda: models.GraphGPS(
         models.GraphGPSConfig(walk_steps=0, walk_dim=0, stable_pe=5, local="gatedgcn", **SIZES)
     ),
+    "Polynormer": lambda: models.Polynormer(models.PolynormerConfig(30, 20, **SIZES)),
+    "Polynormer of large graphs": lambda: models.Polynormer(
+        models.PolynormerConfig(
+            30,
+            20,
+            beta=0.9,
+            learn_beta=False,
+            local="gcn",
+            local_norm=True,
+            pre_norm=True,
+            shared_query=False,
+            shared_output=False,
+            **SIZES,
+        )
+    ),
+    "SGFormer": lambda: models.SGFormer(models.SGFormerConfig(30, 20, **SIZES)),
+    "SGFormer plain": lambda: models.SGFormer(
+        models.SGFormerConfig(30, 20, convolution="plain", norm=False, values=False, **SIZES)
+    ),
+    "SGFormer initial": lambda: models.SGFormer(
+        models.SGFormerConfig(30, 20, convolution="initial", aggregate="cat", **SIZES)
+    ),
     "GraphClassifier": lambda: models.GraphClassifier(
         models.GraphClassifierConfig(30, 20, gated=True, **SIZES)
     ),

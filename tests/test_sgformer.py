@@ -416,4 +416,6 @@ def test_names_that_no_sgformer_has_are_given():
 def test_a_layer_takes_one_graph_without_offsets():
     layer, x = SGFormerLayer(DIM, heads=2), torch.randn(6, DIM)
     assert torch.equal(layer(x), layer(x, torch.tensor([0, 6])))
+    with pytest.raises(ValueError, match=r"x must be \[N, 5\], got \[6, 4\]"):
+        layer(x[:, 1:])
     assert "heads=2, alpha=0.5, qk_norms='graph'" in repr(layer)

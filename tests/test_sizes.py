@@ -12,7 +12,7 @@ from torch import nn
 
 from fastgt import models, pruning
 from fastgt import nn as modules
-from fastgt.models import graph_gps_layer, graph_transformer
+from fastgt.models import graph_gps_layer, graph_transformer, sgformer
 from fastgt.models.package_classifier import PackageClassifierConfig
 from fastgt.ops.checks import integer
 from fastgt.pruning import GradualPruning, HeadSparsity
@@ -49,6 +49,23 @@ SIZES = {
     | {"dim": 16, "edge_types": 4, "node_features": 0, "edge_features": 0, "performer_width": 4}
     | {"walk_steps": 3, "walk_dim": 4, "lap_pe": 2, "lap_dim": 5, "lap_layers": 2}
     | {"stable_pe": 0, "head_layers": 2, "path_distance": 3, "degrees": 4},
+    models.PolynormerConfig: {
+        "node_features": 5,
+        "out_dim": 2,
+        "dim": 8,
+        "heads": 2,
+        "layers": 2,
+        "global_layers": 2,
+    },
+    models.SGFormerConfig: {
+        "node_features": 5,
+        "out_dim": 2,
+        "dim": 8,
+        "heads": 2,
+        "layers": 2,
+        "conv_layers": 2,
+    },
+    sgformer.SGFormerLayer: {"dim": 8, "heads": 2},
     models.GraphTransformerConfig: NODES | {"pe_dim": 2},
     models.EdgeGraphTransformerConfig: NODES | {"edge_types": 4, "pe_dim": 2},
     models.GraphClassifierConfig: NODES,

@@ -55,6 +55,15 @@ MODELS = {
         "GraphGPS without edges",
         {"layers": 2, "local": "gcn", "attention": "linear", "norm": "graph"},
     ),
+    "sgformer": ("SGFormer", {"layers": 2}),
+    "sgformer without norms": (
+        "SGFormer",
+        {"norm": False, "values": False, "alpha": 1.0, "convolution": "plain"},
+    ),
+    "sgformer with the first features": (
+        "SGFormer",
+        {"convolution": "initial", "aggregate": "cat", "qk_norms": "node"},
+    ),
     "packages": ("PackageClassifier", {"layers": 2, "edge_kinds": 4}),
 }
 

@@ -16,6 +16,9 @@ from fastgt.models.graph_transformer import (
 )
 from fastgt.models.mpnn_vn import MPNNVirtualNode, MPNNVirtualNodeConfig, add_virtual_nodes
 from fastgt.models.san import SAN, SANConfig
+from fastgt.models.polynormer import Polynormer
+from fastgt.models.polynormer_checkpoints import polynormer_state_dict
+from fastgt.models.polynormer_config import PolynormerConfig
 from fastgt.models.sgformer import SGFormer, SGFormerConfig, sgformer_state_dict
 
 __all__ = [
@@ -35,10 +38,13 @@ __all__ = [
     "SANConfig",
     "add_virtual_nodes",
     "expander",
+    "Polynormer",
+    "PolynormerConfig",
     "SGFormer",
     "SGFormerConfig",
     "gps_conv_state_dict",
     "graph_gps_state_dict",
     "graph_transformer_state_dict",
+    "polynormer_state_dict",
     "sgformer_state_dict",
 ]

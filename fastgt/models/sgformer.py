@@ -32,7 +32,7 @@ from fastgt.graph import Graph
 from fastgt.models.graph_gps_encoders import check_matrix
 from fastgt.models.graph_gps_local import GCN
 from fastgt.nn.sublayers import check_rows, reset_sublayers
-from fastgt.ops.checks import check_graph, integer, number
+from fastgt.ops.checks import check_float, check_graph, integer, number
 from fastgt.ops.linear_attention import Norms, sgformer_attention
 
 Convolution = Literal["plain", "residual", "initial"]
@@ -236,6 +236,9 @@ class SGFormerLayer(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """x ``[N, dim]``; offsets ``[G + 1]``, None for one graph -> ``[N, dim]``."""
+        check_float("x", x)
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"x must be [N, {self.dim}], got {list(x.shape)}")
         q, k = (layer(x).unflatten(1, (self.heads, -1)) for layer in (self.q, self.k))  # [N, H, D]
         if self.v is None:
             v = x[:, None].to(q.dtype).expand(-1, self.heads, -1)
@@ -273,8 +276,9 @@ class GraphConvolutions(nn.Module):
         super().__init__()
         plain = kind == "plain"
         self.embed = None if plain else nn.Linear(features, dim)
+        convolution = DrawnGCN if plain else GCN
         self.convs = nn.ModuleList(
-            GCN(features if plain and i == 0 else dim, dim) for i in range(layers)
+            convolution(features if plain and i == 0 else dim, dim) for i in range(layers)
         )
         # of g_0, apart from what is passed to neighbours
         self.initial = (
@@ -308,6 +312,19 @@ class GraphConvolutions(nn.Module):
                 received = received + self.initial[i](first)
             x = after(received) + first
         return x
+
+
+class DrawnGCN(GCN):
+    """A graph convolution whose weights are drawn as torch-geometric draws them."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__(dim, out_dim)
+        nn.init.xavier_uniform_(self.lin.weight)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        super().reset_parameters()
+        nn.init.xavier_uniform_(self.lin.weight)
 
 
 # what torch-geometric or the authors call a part -> what it is here; the first that fits

@@ -409,6 +409,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.models.mpnn_vn",
         "fastgt.models.san",
         "fastgt.models.spectral_encoder",
+        "fastgt.models.graphormer",
         "fastgt.training.archive",
         "fastgt.training.molecules",
         "fastgt.training.proteins",

@@ -71,6 +71,7 @@ MAKE = {
     "SGFormer initial": lambda: models.SGFormer(
         models.SGFormerConfig(30, 20, convolution="initial", aggregate="cat", **SIZES)
     ),
+    "Graphormer": lambda: models.Graphormer(models.GraphormerConfig(head="transform", **SIZES)),
     "GraphClassifier": lambda: models.GraphClassifier(
         models.GraphClassifierConfig(30, 20, gated=True, **SIZES)
     ),

@@ -20,6 +20,7 @@ from fastgt.models.polynormer import Polynormer
 from fastgt.models.polynormer_checkpoints import polynormer_state_dict
 from fastgt.models.polynormer_config import PolynormerConfig
 from fastgt.models.sgformer import SGFormer, SGFormerConfig, sgformer_state_dict
+from fastgt.models.graphormer import Graphormer, GraphormerConfig
 
 __all__ = [
     "SAN",
@@ -42,6 +43,8 @@ __all__ = [
     "PolynormerConfig",
     "SGFormer",
     "SGFormerConfig",
+    "Graphormer",
+    "GraphormerConfig",
     "gps_conv_state_dict",
     "graph_gps_state_dict",
     "graph_transformer_state_dict",

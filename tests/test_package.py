@@ -410,6 +410,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.models.san",
         "fastgt.models.spectral_encoder",
         "fastgt.models.graphormer",
+        "fastgt.models.scene_graph",
         "fastgt.training.archive",
         "fastgt.training.molecules",
         "fastgt.training.proteins",

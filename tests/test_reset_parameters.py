@@ -72,6 +72,7 @@ MAKE = {
         models.SGFormerConfig(30, 20, convolution="initial", aggregate="cat", **SIZES)
     ),
     "Graphormer": lambda: models.Graphormer(models.GraphormerConfig(head="transform", **SIZES)),
+    "SceneGraphEncoder": lambda: models.SceneGraphEncoder(models.SceneGraphConfig(**SIZES)),
     "GraphClassifier": lambda: models.GraphClassifier(
         models.GraphClassifierConfig(30, 20, gated=True, **SIZES)
     ),

@@ -21,6 +21,7 @@ from fastgt.models.polynormer_checkpoints import polynormer_state_dict
 from fastgt.models.polynormer_config import PolynormerConfig
 from fastgt.models.sgformer import SGFormer, SGFormerConfig, sgformer_state_dict
 from fastgt.models.graphormer import Graphormer, GraphormerConfig
+from fastgt.models.scene_graph import SceneGraphConfig, SceneGraphEncoder
 
 __all__ = [
     "SAN",
@@ -45,6 +46,8 @@ __all__ = [
     "SGFormerConfig",
     "Graphormer",
     "GraphormerConfig",
+    "SceneGraphConfig",
+    "SceneGraphEncoder",
     "gps_conv_state_dict",
     "graph_gps_state_dict",
     "graph_transformer_state_dict",

@@ -264,7 +264,7 @@ class GraphTransformer(nn.Module):
         check_graph(graph)
         c, n = self.config, graph.num_rows
         node_type = check_types("node_type", node_type, "N", n, c.node_types, graph)
-        _check_pe(pe, n, c.pe_dim)
+        check_pe(pe, n, c.pe_dim)
         x = self.embed(node_type)
         if pe is not None and self.embed_pe is not None:
             x = x + self.embed_pe(flip_signs(pe) if self.training else pe)
@@ -326,7 +326,7 @@ class EdgeGraphTransformer(nn.Module):
         c, n = self.config, graph.num_rows
         node_type = check_types("node_type", node_type, "N", n, c.node_types, graph)
         edge_type = check_types("edge_type", edge_type, "E", graph.num_edges, c.edge_types, graph)
-        _check_pe(pe, n, c.pe_dim)
+        check_pe(pe, n, c.pe_dim)
         x = self.in_dropout(self.embed(node_type))
         if pe is not None and self.embed_pe is not None:
             x = x + self.embed_pe(flip_signs(pe) if self.training else pe)
@@ -394,7 +394,7 @@ def check_types(name: str, x: object, letter: str, size: int, kinds: int, graph:
     return x if x.dtype in (torch.int32, torch.int64) else x.long()
 
 
-def _check_pe(pe: Tensor | None, n: int, pe_dim: int) -> None:
+def check_pe(pe: Tensor | None, n: int, pe_dim: int) -> None:
     if pe is not None:
         check_float("pe", pe)
     if (None if pe is None else tuple(pe.shape)) != ((n, pe_dim) if pe_dim else None):

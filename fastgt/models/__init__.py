@@ -14,14 +14,14 @@ from fastgt.models.graph_transformer import (
     GraphTransformer,
     GraphTransformerConfig,
 )
+from fastgt.models.graphormer import Graphormer, GraphormerConfig
 from fastgt.models.mpnn_vn import MPNNVirtualNode, MPNNVirtualNodeConfig, add_virtual_nodes
-from fastgt.models.san import SAN, SANConfig
 from fastgt.models.polynormer import Polynormer
 from fastgt.models.polynormer_checkpoints import polynormer_state_dict
 from fastgt.models.polynormer_config import PolynormerConfig
-from fastgt.models.sgformer import SGFormer, SGFormerConfig, sgformer_state_dict
-from fastgt.models.graphormer import Graphormer, GraphormerConfig
+from fastgt.models.san import SAN, SANConfig
 from fastgt.models.scene_graph import SceneGraphConfig, SceneGraphEncoder
+from fastgt.models.sgformer import SGFormer, SGFormerConfig, sgformer_state_dict
 
 __all__ = [
     "SAN",
@@ -35,19 +35,19 @@ __all__ = [
     "GraphGPSConfig",
     "GraphTransformer",
     "GraphTransformerConfig",
-    "MPNNVirtualNode",
-    "MPNNVirtualNodeConfig",
-    "SANConfig",
-    "add_virtual_nodes",
-    "expander",
-    "Polynormer",
-    "PolynormerConfig",
-    "SGFormer",
-    "SGFormerConfig",
     "Graphormer",
     "GraphormerConfig",
+    "MPNNVirtualNode",
+    "MPNNVirtualNodeConfig",
+    "Polynormer",
+    "PolynormerConfig",
+    "SANConfig",
+    "SGFormer",
+    "SGFormerConfig",
     "SceneGraphConfig",
     "SceneGraphEncoder",
+    "add_virtual_nodes",
+    "expander",
     "gps_conv_state_dict",
     "graph_gps_state_dict",
     "graph_transformer_state_dict",

@@ -23,7 +23,7 @@ def open_data(name: str) -> np.lib.npyio.NpzFile:
     packaged = files("fastgt.data") / f"{name}.npz"
     if packaged.is_file():
         return np.load(str(packaged))
-    return np.load(_path_of(f"{name}.npz"))
+    return np.load(path_of(f"{name}.npz"))
 
 
 def data_folder() -> Path | None:
@@ -32,7 +32,7 @@ def data_folder() -> Path | None:
     return Path(folder) if folder else None
 
 
-def _path_of(name: str) -> Path:
+def path_of(name: str) -> Path:
     """Of a file in the folder of real graphs."""
     folder = data_folder()
     path = Path(name) if folder is None else folder / name
@@ -114,7 +114,7 @@ def molhiv() -> Graph:
             f"molhiv's SMILES are made into graphs by rdkit: {error}"
         ) from error
     graphs: list[Graph] = []
-    with _path_of("molhiv.csv").open() as file:
+    with path_of("molhiv.csv").open() as file:
         for row in csv.DictReader(file):
             if row["split"] != "train" or len(graphs) == 128:
                 continue

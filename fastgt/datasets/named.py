@@ -9,6 +9,7 @@ from pathlib import Path
 from fastgt.datasets.block_models import cluster, pattern
 from fastgt.datasets.dd import dd
 from fastgt.datasets.graph_set import GraphSet
+from fastgt.datasets.molhiv import molhiv, molhiv_small
 from fastgt.datasets.node_graphs import amazon_computers, citations, debian, heterophilous
 from fastgt.datasets.node_set import NodeSet
 from fastgt.datasets.zinc import zinc12k
@@ -16,6 +17,8 @@ from fastgt.datasets.zinc import zinc12k
 DATASETS: dict[str, Callable[[Path | None], GraphSet | NodeSet]] = {
     "zinc12k": zinc12k,
     "dd": dd,
+    "molhiv": molhiv,
+    "molhiv_small": molhiv_small,
     "cora": partial(citations, "cora", "Cora", 7),
     "citeseer": partial(citations, "citeseer", "CiteSeer", 6),
     "amazon_computers": amazon_computers,

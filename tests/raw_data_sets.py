@@ -84,3 +84,30 @@ def write_zinc(root: Path, molecules: dict[str, int]) -> None:
             )
         (raw / f"{split}.pickle").write_bytes(pickle.dumps(found))
         (raw / f"{split}.index").write_text(",".join(map(str, range(count))) + "\n")
+
+
+def write_benchmark(root: Path, name: str, splits: list[list[dict[str, torch.Tensor]]]) -> None:
+    """For ``GNNBenchmarkDataset(root, name)``: graphs of train, val and test."""
+    raw = root / name / "raw"
+    raw.mkdir(parents=True)
+    torch.save(splits, raw / f"{name}_v2.pt")
+
+
+def write_long_range(root: Path, name: str, splits: dict[str, list[tuple]]) -> None:
+    """For ``LRGBDataset(root, name)``: tuples of x, edge_attr, edge_index and y."""
+    raw = root / name.lower() / "raw"
+    raw.mkdir(parents=True)
+    for split, graphs in splits.items():
+        if name.endswith("-SP"):
+            (raw / f"{split}.pickle").write_bytes(pickle.dumps(graphs))
+        else:
+            torch.save(graphs, raw / f"{split}.pt")
+
+
+def write_ogb(root: Path, name: str, tables: dict[str, np.ndarray]) -> None:
+    """For OGB's ``name``: each table as compressed text."""
+    folder = root / name.replace("-", "_")
+    for stem, table in tables.items():
+        path = folder / f"{stem}.csv.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savetxt(path, table, delimiter=",", fmt="%g")

@@ -343,6 +343,7 @@ def test_kernels_refuse_their_folder_name():
 
 # modules whose examples import torch-geometric
 OF_PYG = [
+    "fastgt.datasets.from_pyg",
     "fastgt.drop_in",
     "fastgt.pyg",
     "fastgt.pyg.fused",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,6 +142,13 @@ class GraphSet:
         for name, x in self.splits.items():
             _check_graphs(f"splits[{name!r}]", x, graphs)
         self._check_edges()
+
+    @staticmethod
+    def from_pyg(splits: Mapping[str, Iterable[Any]], **options: Any) -> GraphSet:
+        """Of torch-geometric's data sets: see :func:`fastgt.datasets.from_pyg.graph_set`."""
+        from fastgt.datasets.from_pyg import graph_set
+
+        return graph_set(splits, **options)
 
     def __len__(self) -> int:
         return len(self.node_ptr) - 1

@@ -12,6 +12,8 @@ from fastgt.datasets.graph_set import GraphSet
 from fastgt.datasets.molhiv import molhiv, molhiv_small
 from fastgt.datasets.node_graphs import amazon_computers, citations, debian, heterophilous
 from fastgt.datasets.node_set import NodeSet
+from fastgt.datasets.ogb_sets import DATASETS as OF_OGB
+from fastgt.datasets.pyg_sets import DATASETS as OF_PYG
 from fastgt.datasets.zinc import zinc12k
 
 DATASETS: dict[str, Callable[[Path | None], GraphSet | NodeSet]] = {
@@ -31,6 +33,8 @@ DATASETS: dict[str, Callable[[Path | None], GraphSet | NodeSet]] = {
     "cluster": lambda folder: cluster(),
     "pattern_small": lambda folder: pattern(SMALL),
     "cluster_small": lambda folder: cluster(SMALL),
+    **OF_PYG,
+    **OF_OGB,
 }
 SMALL = 1000  # graphs to train on
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,13 @@ class NodeSet:
                     raise ValueError(f"splits[{i}][{name!r}] must be [{n}], got {list(mask.shape)}")
                 if self.classes and bool((self.y[mask] < 0).any()):
                     raise ValueError(f"splits[{i}][{name!r}] has nodes whose class is unknown")
+
+    @staticmethod
+    def from_pyg(data: Any, **options: Any) -> NodeSet:
+        """Of torch-geometric's ``Data``: see :func:`fastgt.datasets.from_pyg.node_set`."""
+        from fastgt.datasets.from_pyg import node_set
+
+        return node_set(data, **options)
 
     def with_encodings(self, encodings: dict[str, Tensor]) -> NodeSet:
         """The set with these encodings besides its own."""

@@ -374,6 +374,8 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.datasets.block_models",
         "fastgt.datasets.graph_set",
         "fastgt.encodings.cache",
+        "fastgt.encodings.electrostatic",
+        "fastgt.encodings.heat_kernel",
         "fastgt.encodings.laplacian",
         "fastgt.encodings.paths",
         "fastgt.encodings.random_walk",

@@ -1,8 +1,19 @@
 """Encodings: where a node stands in its graph, computed once before training."""
 
 from fastgt.encodings.cache import Cache
+from fastgt.encodings.electrostatic import electrostatic_pe
+from fastgt.encodings.heat_kernel import heat_kernel_pe
 from fastgt.encodings.laplacian import flip_signs, laplacian_pe
 from fastgt.encodings.paths import degrees, shortest_paths
 from fastgt.encodings.random_walk import random_walk_pe
 
-__all__ = ["Cache", "degrees", "flip_signs", "laplacian_pe", "random_walk_pe", "shortest_paths"]
+__all__ = [
+    "Cache",
+    "degrees",
+    "electrostatic_pe",
+    "flip_signs",
+    "heat_kernel_pe",
+    "laplacian_pe",
+    "random_walk_pe",
+    "shortest_paths",
+]

@@ -88,6 +88,14 @@ class SizeOrder(NamedTuple):
         local = m.indices - np.repeat(self.ptr[begin:end] - block.first, np.diff(ends))
         return sp.csr_array((m.data, local, m.indptr), shape=(m.shape[0], block.width))
 
+    def laplacians(self, block: Block) -> np.ndarray:
+        """``[G, width, width]``: D - A of the block's graphs, which are all of one size."""
+        n = block.width
+        a = self.own_columns(block, self.within(block, self.a.data)).toarray().reshape(-1, n, n)
+        found = -a
+        found[:, range(n), range(n)] += a.sum(2)
+        return found
+
     def given_order(self, x: np.ndarray, graph: Graph) -> Tensor:
         """``[N, ...]`` of this order -> float32 in the order of the batch, on its device."""
         found = np.empty(x.shape, np.float32)
@@ -116,6 +124,21 @@ def size_order(graph: Graph, name: str) -> SizeOrder:
     slot = np.arange(len(col)) + np.repeat(row_ptr[nodes] - ends[:-1], degree)
     a = sp.csr_array((np.ones(len(col)), place[col[slot]], ends), shape=(n, n))
     return SizeOrder(nodes, ptr, graphs, a)
+
+
+def undirected(order: SizeOrder, symmetrize: bool) -> SizeOrder:
+    """The same with each entry once, where edges go both ways; ``symmetrize``: they come to do."""
+    a = order.a.copy()
+    a.sum_duplicates()
+    if symmetrize:
+        return order._replace(a=a.maximum(a.T).tocsr())
+    apart = (a - a.T).tocoo()
+    if apart.nnz:
+        i, j = (int(x[0]) for x in apart.coords)
+        v, u = order.nodes[i], order.nodes[j]
+        edges = f"{a[j, i]:.0f} edges from node {v} to {u} but {a[i, j]:.0f} back"
+        raise ValueError(f"graph must be symmetric, has {edges}; symmetrize=True makes it so")
+    return order._replace(a=a)
 
 
 def check_square(graph: Graph) -> int:

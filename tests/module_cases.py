@@ -7,19 +7,26 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from fastgt.models import (
+    SAN,
     EdgeGraphTransformer,
     EdgeGraphTransformerConfig,
+    Exphormer,
+    ExphormerConfig,
     GraphClassifier,
     GraphClassifierConfig,
     GraphGPS,
     GraphGPSConfig,
     GraphTransformer,
     GraphTransformerConfig,
+    MPNNVirtualNode,
+    MPNNVirtualNodeConfig,
     Polynormer,
     PolynormerConfig,
+    SANConfig,
     SGFormer,
     SGFormerConfig,
 )
@@ -89,6 +96,15 @@ def _conv(dim: int, heads: int, **options: Any) -> nn.Module:
     return TransformerConv(dim, dim // heads, heads, **options)
 
 
+def _mpnn_vn(dim: int, heads: int, **options: Any) -> nn.Module:
+    return MPNNVirtualNode(MPNNVirtualNodeConfig(dim=dim, node_types=3, **options))
+
+
+def _spectrum(given: Given, count: int) -> dict[str, Tensor]:
+    nodes = 0 if given.node_type is None else len(given.node_type)
+    return {"lap_vectors": torch.ones(nodes, count), "lap_values": torch.ones(1, count)}
+
+
 BARE = {"node_types": 3, "walk_steps": 0, "walk_dim": 0}
 MODULES = {
     "NeighborhoodAttention": Module(
@@ -134,6 +150,24 @@ MODULES = {
     "Polynormer": Module(_featured(Polynormer, PolynormerConfig), lambda m, b: m(b.x, b.graph)),
     "SGFormer": Module(_featured(SGFormer, SGFormerConfig), lambda m, b: m(b.x, b.graph)),
     "SGFormerLayer": Module(SGFormerLayer, lambda m, b: m(b.x, b.offsets)),
+    "Exphormer": Module(
+        _configured(
+            Exphormer,
+            ExphormerConfig,
+            node_types=3,
+            node_features=0,
+            edge_types=2,
+            edge_features=0,
+            expander_degree=0,
+            stable_pe=0,
+        ),
+        lambda m, b: m(b.node_type, b.edge_type, b.graph),
+    ),
+    "MPNNVirtualNode": Module(_mpnn_vn, lambda m, b: m(b.node_type, b.edge_type, b.graph)),
+    "SAN": Module(
+        _configured(SAN, SANConfig, node_types=3, edge_types=2, lap_pe=2, lap_dim=4),
+        lambda m, b: m(b.node_type, b.edge_type, b.graph, **_spectrum(b, 2)),
+    ),
     "GraphClassifier": Module(
         _configured(GraphClassifier, GraphClassifierConfig, node_types=3, out_dim=2),
         lambda m, b: m(b.node_type, b.graph),

@@ -223,6 +223,8 @@ VALIDATED: dict[str, dict[str, Any]] = {
     "GraphGPS": SMALL,
     "Polynormer": SMALL,
     "SGFormer": SMALL,
+    "Exphormer": SMALL,
+    "MPNNVirtualNode": {"layers": 2},
 }
 
 

@@ -73,6 +73,14 @@ MAKE = {
     ),
     "Graphormer": lambda: models.Graphormer(models.GraphormerConfig(head="transform", **SIZES)),
     "SceneGraphEncoder": lambda: models.SceneGraphEncoder(models.SceneGraphConfig(**SIZES)),
+    "GraphGPSLayer deepsets": lambda: GraphGPSLayer(48, 4, attention="deepsets"),
+    "Exphormer": lambda: models.Exphormer(
+        models.ExphormerConfig(encode_norm=True, in_layers=1, **SIZES)
+    ),
+    "MPNNVirtualNode": lambda: models.MPNNVirtualNode(
+        models.MPNNVirtualNodeConfig(48, local="gatedgcn", walk_steps=5, walk_dim=6, layers=2)
+    ),
+    "SAN": lambda: models.SAN(models.SANConfig(far_type=False, **SIZES)),
     "GraphClassifier": lambda: models.GraphClassifier(
         models.GraphClassifierConfig(30, 20, gated=True, **SIZES)
     ),

@@ -64,6 +64,15 @@ MODELS = {
         "SGFormer",
         {"convolution": "initial", "aggregate": "cat", "qk_norms": "node"},
     ),
+    "exphormer": (
+        "Exphormer",
+        {"layers": 2, "edge_types": 4, "virtual_nodes": 2, "last_edges": False},
+    ),
+    "san": ("SAN", {"layers": 2, "edge_types": 4}),
+    "mpnn": (
+        "MPNNVirtualNode",
+        {"layers": 2, "virtual_node": False, "local": "gatedgcn", "last_edges": False},
+    ),
     "packages": ("PackageClassifier", {"layers": 2, "edge_kinds": 4}),
 }
 

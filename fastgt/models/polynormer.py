@@ -110,14 +110,13 @@ class Polynormer(nn.Module):
         x = self.in_dropout(node)
         if self.embed is not None:
             x = self.embed(x)
-        local = []
-        for layer in self.layers:
+        total = x = self.layers[0](x, graph)
+        for layer in self.layers[1:]:
             x = layer(x, graph)
-            local.append(x)
-        x = torch.stack(local).sum(0)
+            total = total + x
         if self.stage == "local":
-            return self.local_readout(x)
-        x = self.norm(x)
+            return self.local_readout(total)
+        x = self.norm(total)
         for i, layer in enumerate(self.global_layers):
             x = self.global_out[i % len(self.global_out)](layer(x, graph.graph_ptr))
         return self.readout(x)
@@ -212,6 +211,7 @@ class LocalAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
+        reset_sublayers(self)
         self._draw()
 
     def _draw(self) -> None:

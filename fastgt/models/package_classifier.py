@@ -64,7 +64,12 @@ class PackageClassifier(nn.Module):
         word_ptr = check_types("word_ptr", word_ptr, "N + 1", *ends, graph).long()
         edge_kind = check_types("edge_kind", edge_kind, "E", graph.num_edges, c.edge_kinds, graph)
         count = word_ptr.diff()
-        weight = count.clamp(min=1).rsqrt().repeat_interleave(count, output_size=len(word))
+        weight = (
+            count.clamp(min=1)
+            .to(self.words.weight.dtype)
+            .rsqrt()
+            .repeat_interleave(count, output_size=len(word))
+        )
         weight = nn.functional.dropout(weight, self.config.word_dropout, self.training)
         x = self.words(word, word_ptr, per_sample_weights=weight)
         x = self.dropout(self.norm(x))

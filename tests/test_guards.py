@@ -303,3 +303,12 @@ def test_no_edge_leaves_the_batch_norms_of_edges_as_they_are():
     assert x.isfinite().all()
     assert layer.edge_norm1.running_mean.tolist() == [0.0] * DIM
     assert layer.edge_norm1.running_var.tolist() == [1.0] * DIM
+
+
+def test_there_may_be_more_types_than_a_narrow_dtype_holds():
+    model = GraphClassifier(GraphClassifierConfig(300, 2, **SMALL)).eval()
+    types = torch.tensor([0, 45, 255, 100])
+    wanted = model(types, GRAPH)
+    assert torch.equal(model(types.to(torch.uint8), GRAPH), wanted)
+    with pytest.raises(ValueError, match="node_type must be from 0 to 299, got -1 at 2"):
+        model(types.to(torch.int8), GRAPH)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from fastgt.encodings import flip_signs
 from fastgt.graph import Graph
 from fastgt.models.graph_gps_local import Activation, make_activation
-from fastgt.models.graph_transformer import check_types
+from fastgt.models.graph_transformer import check_dtype, check_types
 from fastgt.nn.sublayers import check_rows, reset_sublayers
 from fastgt.ops.checks import check_float
 from fastgt.ops.segment_pool import segment_max, segment_mean, segment_sum
@@ -80,6 +80,7 @@ class FeatureEncoder(nn.Module):
     def forward(self, name: str, x: Tensor, letter: str, size: int, graph: Graph) -> Tensor:
         """``[size, features]`` -> ``[size, dim]``."""
         check_matrix(name, x, f"{letter}, {self.features}", (size, self.features))
+        check_dtype(name, x, self.lin.weight)
         return self.lin(x)
 
 
@@ -122,6 +123,7 @@ class WalkEncoder(nn.Module):
     def forward(self, walk: Tensor, graph: Graph) -> Tensor:
         """``[N, steps]`` -> ``[N, dim]``."""
         check_matrix("walk_pe", walk, f"N, {self.steps}", (graph.num_rows, self.steps))
+        check_dtype("walk_pe", walk, self.lin.weight)
         check_rows(self.norm, walk, "norm of WalkEncoder", "node")
         return self.lin(self.norm(walk))
 
@@ -153,6 +155,7 @@ class LaplacianEncoder(nn.Module):
         """Eigenvectors ``[N, count]``, eigenvalues ``[G, count]`` -> ``[N, dim]``."""
         n, k = graph.num_rows, self.count
         check_matrix("lap_vectors", vectors, f"N, {k}", (n, k))
+        check_dtype("lap_vectors", vectors, next(self.phi.parameters()))
         check_matrix("lap_values", values, f"G, {k}", (graph.num_graphs, k))
         if self.training:
             vectors = flip_signs(vectors)
@@ -183,6 +186,7 @@ class StableEncoder(nn.Module):
         """``[N, count]`` -> ``[N, dim]``."""
         k = self.count
         check_matrix("lap_vectors", vectors, f"N, {k}", (graph.num_rows, k))
+        check_dtype("lap_vectors", vectors, self.lin.weight)
         return self.lin(vectors.nan_to_num(nan=0.0))
 
 

@@ -31,7 +31,7 @@ from fastgt.encodings import flip_signs
 from fastgt.graph import Graph
 from fastgt.nn import EdgeGatedAttention, NeighborhoodAttention
 from fastgt.nn.sublayers import check_rows, reset_sublayers
-from fastgt.ops.checks import check_float, check_graph, integer, readable
+from fastgt.ops.checks import autocasts, check_float, check_graph, integer, readable
 
 Norm = Literal["batch", "layer"]
 _NORM = ", or take norm='layer'"
@@ -264,7 +264,7 @@ class GraphTransformer(nn.Module):
         check_graph(graph)
         c, n = self.config, graph.num_rows
         node_type = check_types("node_type", node_type, "N", n, c.node_types, graph)
-        check_pe(pe, n, c.pe_dim)
+        check_pe(pe, n, c.pe_dim, self.embed_pe)
         x = self.embed(node_type)
         if pe is not None and self.embed_pe is not None:
             x = x + self.embed_pe(flip_signs(pe) if self.training else pe)
@@ -326,7 +326,7 @@ class EdgeGraphTransformer(nn.Module):
         c, n = self.config, graph.num_rows
         node_type = check_types("node_type", node_type, "N", n, c.node_types, graph)
         edge_type = check_types("edge_type", edge_type, "E", graph.num_edges, c.edge_types, graph)
-        check_pe(pe, n, c.pe_dim)
+        check_pe(pe, n, c.pe_dim, self.embed_pe)
         x = self.in_dropout(self.embed(node_type))
         if pe is not None and self.embed_pe is not None:
             x = x + self.embed_pe(flip_signs(pe) if self.training else pe)
@@ -387,16 +387,26 @@ def check_types(name: str, x: object, letter: str, size: int, kinds: int, graph:
     if x.device != graph.device:
         raise ValueError(f"{name} is on {x.device} but graph is on {graph.device}")
     if readable(x):
-        wrong = ((x < 0) | (x >= kinds)).nonzero().flatten()
+        wide = x.long()  # a narrow type would wrap kinds
+        wrong = ((wide < 0) | (wide >= kinds)).nonzero().flatten()
         if len(wrong):
             found = f"{int(x[wrong[0]])} at {int(wrong[0])}"
             raise ValueError(f"{name} must be from 0 to {kinds - 1}, got {found}")
     return x if x.dtype in (torch.int32, torch.int64) else x.long()
 
 
-def check_pe(pe: Tensor | None, n: int, pe_dim: int) -> None:
+def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
+    """Refuse numbers of another dtype than the model's, but under autocast, which casts both."""
+    if x.dtype != weight.dtype and not autocasts(x.device.type):
+        hint = f"{name}.to({weight.dtype}) makes it so"
+        raise TypeError(f"{name} must be {weight.dtype}, as the model is, got {x.dtype}: {hint}")
+
+
+def check_pe(pe: Tensor | None, n: int, pe_dim: int, embed: nn.Linear | None) -> None:
     if pe is not None:
         check_float("pe", pe)
     if (None if pe is None else tuple(pe.shape)) != ((n, pe_dim) if pe_dim else None):
         wanted = f"[N, pe_dim] = [{n}, {pe_dim}]" if pe_dim else "None (pe_dim is 0)"
         raise ValueError(f"pe must be {wanted}, got {None if pe is None else list(pe.shape)}")
+    if pe is not None and embed is not None:
+        check_dtype("pe", pe, embed.weight)

@@ -154,7 +154,7 @@ class SceneGraphEncoder(nn.Module):
             raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")
         node = check_types("node", node, "N", n, c.objects, graph)
         edge = check_types("edge", edge, "E", graph.num_edges, c.predicates, graph)
-        check_pe(pe, n, c.pe_dim)
+        check_pe(pe, n, c.pe_dim, self.embed_pe)
         x = self.in_dropout(self.embed(node))
         if pe is not None and self.embed_pe is not None:
             x = x + self.embed_pe(flip_signs(pe) if self.training else pe)

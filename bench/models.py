@@ -22,12 +22,15 @@ from torch.nn.functional import cross_entropy, l1_loss
 from fastgt import Graph, implementation
 from fastgt.bench import harness, timing
 from fastgt.bench.harness import Case, Provider
-from fastgt.bench.on_pyg import GPS, Edges, GPSLayer, OnPyG, on_pyg
+from fastgt.bench.memory import peak_extra_memory
+from fastgt.bench.on_pyg import GPS, Edges, GPSLayer, OnPyG, on_pyg, shared, trained
 from fastgt.models import (
     EdgeGraphTransformer,
     EdgeGraphTransformerConfig,
     GraphClassifier,
     GraphClassifierConfig,
+    GraphGPS,
+    GraphGPSConfig,
     GraphTransformer,
     GraphTransformerConfig,
 )
@@ -37,20 +40,22 @@ from fastgt.training.molecules import ATOM_TYPES, BOND_TYPES, load_zinc
 from fastgt.training.proteins import CLASSES, NODE_TYPES, load_dd
 
 MODELS: dict[str, tuple[str, ...]] = {
-    "graph_transformer": ("cora", "citeseer", "debian"),
+    "graph_transformer": ("cora", "citeseer", "debian", "pattern"),
     "edge_graph_transformer": ("zinc",),
     "graph_classifier": ("dd",),
     "gps": ("zinc",),
+    "graph_gps": ("zinc",),
 }
 """The problems of each; ``graph_transformer`` takes any other of ``PROBLEMS`` too."""
 
-# as published and trained here, or as in torch-geometric's example of GPSConv; the first has fewer
-# layers than published, for its float64 definition on debian must fit
+# as published and trained here, or, of "gps", as in torch-geometric's example of GPSConv; the first
+# has fewer layers than published, for its float64 definition on debian must fit
 SIZES: dict[str, dict[str, int]] = {
     "graph_transformer": {"dim": 80, "heads": 8, "layers": 4},
     "edge_graph_transformer": {"dim": 64, "heads": 8, "layers": 10, "batch": 128},
     "graph_classifier": {"dim": 64, "heads": 8, "layers": 4, "batch": 16},
     "gps": {"dim": 64, "heads": 4, "width": 64, "layers": 10, "batch": 128},
+    "graph_gps": {"dim": 64, "heads": 4, "layers": 10, "batch": 32},
 }
 TYPES, SECTIONS = 64, 16  # of nodes and of their classes, where the problem is a bare graph
 LEARNING_RATE = 7e-4
@@ -93,8 +98,8 @@ def epochs(
     **sizes: int,
 ) -> list[dict[str, Any]]:
     """-> one row a provider: whether it is right; if so seconds of an epoch of training and of
-    inference over so many batches (a whole graph is one), and ratios to ours. ``only``: these peers
-    beside ours.
+    inference over so many batches (a whole graph is one), ratios to ours, and memory. ``only``:
+    these peers beside ours.
 
     Batches are made once, before; ``graphs_s`` is what fastgt's graphs of them took.
     """
@@ -129,6 +134,9 @@ def epochs(
                 row[f"{part}_spread"] = timing.spread(mine)
                 if "fastgt" in seconds:
                     row[f"{part}_x"] = timing.ratio(mine, seconds["fastgt"])
+    for row in rows:
+        if (call := train.get(row["provider"])) is not None:
+            row["epoch_peak_bytes"] = peak_extra_memory(call, device)
     extra = {"repeats": repeats} | harness.environment(device)
     return [shape | row | extra for row in rows]
 
@@ -151,10 +159,18 @@ def _modules(ours: nn.Module) -> dict[str, Callable[[], nn.Module]]:
     modules: dict[str, Callable[[], nn.Module]] = {
         "fastgt": lambda: copy.deepcopy(ours),
         "pyg": lambda: on_pyg(ours),
+        "pyg, compiled": lambda: _compiled(on_pyg(ours)),
     }
     if isinstance(ours, GPS):
         modules["pyg, padded keys zeroed"] = lambda: on_pyg(ours, repaired=True)
     return modules
+
+
+def _compiled(module: nn.Module) -> nn.Module:
+    # every module and shape is compiled anew, and beyond some of them none would be
+    torch.compiler.reset()
+    module.compile(dynamic=True)
+    return module
 
 
 def _prepare(
@@ -196,6 +212,10 @@ def _model(model: str, sizes: dict[str, int]) -> nn.Module:
         return GraphClassifier(GraphClassifierConfig(NODE_TYPES, CLASSES, **some))
     if model == "gps":
         return GPS(width=sizes["width"], **some)
+    if model == "graph_gps":
+        kinds = {"node_types": ATOM_TYPES, "edge_types": BOND_TYPES}
+        bare = {"walk_steps": 0, "walk_dim": 0, "attention_dropout": 0.0}
+        return GraphGPS(GraphGPSConfig(**kinds, **bare, **some))
     config = EdgeGraphTransformerConfig(ATOM_TYPES, BOND_TYPES, pe_dim=0, **some)
     ours = EdgeGraphTransformer(config)
     for name, x in ours.layers[-1].named_parameters():
@@ -230,6 +250,19 @@ def _off_kinks(ours: nn.Module, batch: Batch) -> None:
         best = clear.argmax(0)
         features.copy_(torch.stack(draws)[best, torch.arange(len(best), device=best.device)])
 
+    def before_messages(layer: Any, args: Any, out: Tensor) -> Tensor:
+        e = wide.embed_edge("edge", batch.inputs["edge_type"], "E", len(source), batch.graph)
+        shift = _into_gap(out[source] + e)
+        # of an embedding, all rows; of a norm, its bias
+        (layer.weight if isinstance(layer, nn.Embedding) else layer.bias).add_(shift)
+        return out + shift
+
+    source = batch.graph.edge_index[0]
+    if isinstance(wide, GraphGPS):
+        for layer in (wide.embed.embed[0], *(layer.norm for layer in wide.layers[:-1])):
+            layer.register_forward_hook(before_messages)
+        for linear in wide.readout.layers[:-1]:
+            linear.register_forward_hook(after_linear)
     for module in wide.modules():
         if isinstance(module, nn.Sequential):
             for layer, following in pairwise(module):
@@ -300,20 +333,21 @@ def _case(shape: dict[str, Any], ours: Any, batch: Batch) -> Case:
         module = copy.deepcopy(ours).to(dtype)
         return Provider(_defined(module, batch), _trained(module))
 
-    out = len(batch.y), ours.readout[-1].out_features
+    last = ours.readout.layers[-1] if isinstance(ours, GraphGPS) else ours.readout[-1]
+    out = len(batch.y), last.out_features
     upstream = torch.randn(out, generator=torch.Generator().manual_seed(0))
     return Case(
         shape,
         batch.inputs,
-        upstream.to(ours.embed.weight),
+        upstream.to(last.weight),
         definition,
         {name: functools.partial(provider, make) for name, make in _modules(ours).items()},
-        tuple(name for name, x in ours.named_parameters() if x.requires_grad),
+        shared(ours),
     )
 
 
 def _trained(module: nn.Module) -> tuple[Tensor, ...]:
-    return tuple(x for x in module.parameters() if x.requires_grad)
+    return tuple(trained(module).values())
 
 
 def _call(module: nn.Module, batch: Batch) -> Callable[..., Tensor]:
@@ -355,12 +389,14 @@ def _verdict(names: tuple[str, ...], *results: tuple[Tensor, ...]) -> dict[str, 
     return found
 
 
-def _epoch(module: nn.Module, batches: list[Batch]) -> Callable[[], None]:
+def _epoch(module: nn.Module, batches: list[Batch]) -> Callable[[], list[Tensor]]:
+    """A call of an epoch of training, which gives the loss of every step."""
     optimizer = torch.optim.Adam(_trained(module), lr=LEARNING_RATE)
     calls = [(_call(module, batch), batch) for batch in batches]
 
-    def epoch() -> None:
+    def epoch() -> list[Tensor]:
         module.train()
+        losses = []
         for call, batch in calls:
             out = call(*batch.inputs.values())
             y = batch.y
@@ -368,6 +404,8 @@ def _epoch(module: nn.Module, batches: list[Batch]) -> Callable[[], None]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            losses.append(loss.detach())
+        return losses
 
     return epoch
 

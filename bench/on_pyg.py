@@ -1,7 +1,8 @@
 """Models on torch-geometric's layers, with the parameters of ours.
 
-Attention is a ``MessagePassing``, pooling is ``global_mean_pool`` and GPS is ``GPSConv``; the rest
-is ours. Our GPS has the layers of fastgt.pyg.
+Attention is a ``MessagePassing``, a layer of GPS is a ``GPSConv``, pooling is ``global_mean_pool``
+or ``global_add_pool``; the rest is ours. ``GPS`` has the layers of fastgt.pyg, with Performer.
+``GraphGPS`` is the reference model, with a softmax over each graph.
 """
 
 from __future__ import annotations
@@ -12,12 +13,21 @@ import math
 import re
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastgt import Graph, segment_mean
-from fastgt.models import EdgeGraphTransformer, GraphClassifier, GraphTransformer
+from fastgt.models import (
+    EdgeGraphTransformer,
+    GraphClassifier,
+    GraphGPS,
+    GraphTransformer,
+    gps_conv_state_dict,
+)
 from fastgt.models.graph_transformer import readout
 from fastgt.training.molecules import ATOM_TYPES, BOND_TYPES
+
+_PACKED = re.compile(r"attention\.[qkv]\.")  # one matrix of all three there
 
 
 def on_pyg(ours: Any, *, repaired: bool = False) -> nn.Module:
@@ -28,6 +38,8 @@ def on_pyg(ours: Any, *, repaired: bool = False) -> nn.Module:
     theirs = copy.deepcopy(ours)
     if isinstance(ours, GPS):
         theirs.layers = nn.ModuleList(_gps_conv(layer, repaired) for layer in ours.layers)
+    elif isinstance(ours, GraphGPS):
+        theirs.layers = nn.ModuleList(_graph_gps_conv(layer) for layer in ours.layers)
     else:
         neighborhood, edge_gated = _attention_layers()
         attention = edge_gated if isinstance(ours, EdgeGraphTransformer) else neighborhood
@@ -35,6 +47,29 @@ def on_pyg(ours: Any, *, repaired: bool = False) -> nn.Module:
             layer.attention = attention(layer.attention)
     theirs.__class__ = _ON_PYG[type(ours)]
     return theirs
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters with a gradient by our names, in one order, whoever's layers it has. Those of
+    projections that torch-geometric keeps in one matrix come last."""
+    found = {name: x for name, x in module.named_parameters() if x.requires_grad}
+    if not isinstance(module, GraphGPS):
+        return found
+    ours = found
+    if isinstance(module, OnPyG):
+        ours = {name: x for name, x in found.items() if not name.startswith("layers.")}
+        for i, layer in enumerate(module.layers):
+            named = gps_conv_state_dict(dict(layer.named_parameters()))
+            ours |= {f"layers.{i}.{name}": x for name, x in named.items() if x.is_leaf}
+    alone = {name: ours[name] for name in sorted(ours) if not _PACKED.search(name)}
+    known = {id(x) for x in alone.values()}
+    return alone | {name: x for name, x in found.items() if id(x) not in known}
+
+
+def shared(ours: nn.Module) -> tuple[str, ...]:
+    """Names of our parameters that both have alone."""
+    packed = isinstance(ours, GraphGPS)
+    return tuple(name for name in trained(ours) if not (packed and _PACKED.search(name)))
 
 
 class Edges(NamedTuple):
@@ -126,11 +161,29 @@ class _PyGGPS(OnPyG, GPS):
         return self.readout(_mean(x, edges))
 
 
+class _PyGGraphGPS(OnPyG, GraphGPS):
+    def forward(  # type: ignore[override]
+        self, node_type: Tensor, edge_type: Tensor, edges: Edges
+    ) -> Tensor:
+        from torch_geometric.nn import global_add_pool
+
+        embed: Any = self.embed
+        embed_edge: Any = self.embed_edge
+        x, e = embed.embed[0](node_type), embed_edge.embed[0](edge_type)
+        for layer in self.layers:
+            x = layer(x, edges.edge_index, edges.batch, edge_attr=e)
+        x = global_add_pool(x, edges.batch, edges.graphs)
+        for linear in self.readout.layers[:-1]:
+            x = torch.relu(linear(x))
+        return self.readout.layers[-1](x)
+
+
 _ON_PYG: dict[type[nn.Module], type[nn.Module]] = {
     GraphTransformer: _PyGTransformer,
     EdgeGraphTransformer: _PyGEdgeTransformer,
     GraphClassifier: _PyGClassifier,
     GPS: _PyGGPS,
+    GraphGPS: _PyGGraphGPS,
 }
 
 
@@ -209,6 +262,20 @@ def _gps_conv(ours: Any, repaired: bool) -> nn.Module:
     if repaired:
         theirs.attn.register_forward_pre_hook(_tell_mask, with_kwargs=True)
     return theirs.to(weight)
+
+
+def _graph_gps_conv(ours: Any) -> nn.Module:
+    """Of a layer of GINE and softmax attention."""
+    from torch_geometric.nn import GINEConv, GPSConv
+
+    dim = ours.dim
+    update = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+    theirs = GPSConv(dim, GINEConv(update), ours.attention.heads, attn_type="multihead")
+    state = ours.state_dict()
+    # parts of matrices are views of them
+    for name, x in gps_conv_state_dict(theirs.state_dict()).items():
+        x.copy_(state[name])
+    return theirs.to(ours.norm.weight)
 
 
 def _tell_mask(attn: nn.Module, args: Any, kwargs: Any) -> None:

@@ -141,7 +141,7 @@ OPERATORS = {
 OPERATORS |= {
     model: Operator(
         partial(models.case, model),
-        ("pyg", "pyg, padded keys zeroed") if model == "gps" else ("pyg",),
+        ("pyg", "pyg, compiled", *(["pyg, padded keys zeroed"] if model == "gps" else [])),
         problems,
         problems,
         problems[:1] if model == "graph_transformer" else (),

@@ -78,12 +78,12 @@ def usual(rows: Rows) -> Rows:
 
 
 def _epochs(rows: Rows) -> str:
-    """Of models: seconds of an epoch of training and of inference."""
+    """Of models: seconds of an epoch of training and of inference, and an epoch's peak memory."""
     wide = max(len(row["provider"]) for row in rows)
     first = rows[0]
     lines = [
         f"{first['batches']} batches, {first['layers']} layers, {first['parameters']:,} parameters",
-        f"{'':{wide}} {'training epoch s':>20} {'inference s':>20}",
+        f"{'':{wide}} {'training epoch s':>20} {'inference s':>20} {'peak MB':>9}",
     ]
     for row in rows:
         label = f"{row['provider']:{wide}}"
@@ -95,7 +95,7 @@ def _epochs(rows: Rows) -> str:
             f"{'(' + format(row[f'{part}_x'], '.2f') + 'x)' if f'{part}_x' in row else '':>8}"
             for part in ("epoch", "inference")
         )
-        lines.append(" ".join([label, *times]))
+        lines.append(" ".join([label, *times, f"{_memory(row, 'epoch'):>9}"]))
     return "\n".join([*lines, *_remarks(rows)])
 
 

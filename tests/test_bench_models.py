@@ -49,11 +49,18 @@ def data(monkeypatch):
     monkeypatch.setattr(models, "load_dd", lambda path: (proteins, ""))
     tiny = Problem("tiny", lambda: random_graph(0, 40, 200, isolated=3))
     monkeypatch.setitem(models.PROBLEMS, "tiny", tiny)
+    # one test below compiles; the others would take minutes
+    monkeypatch.setattr(models, "_compiled", lambda module: module)
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+real_compiled = models._compiled
 
 
 def sizes(model):
     if model == "gps":
         pytest.importorskip("torch_geometric")  # its layers are those of fastgt.pyg
+    if model in ("gps", "graph_gps"):
         return SMALL | {"batch": 4, "dim": 16}  # of a narrower readout, all ReLUs may be 0
     return SMALL | ({} if model == "graph_transformer" else {"batch": 4})
 
@@ -63,7 +70,7 @@ def test_every_provider_computes_the_model(model):
     pytest.importorskip("torch_geometric")
     case = models.case(model, TINY[model], **sizes(model))
     assert not any(x.is_floating_point() for x in case.inputs.values())
-    expected = {"fastgt": True, "pyg": model != "gps"}
+    expected = dict.fromkeys(("pyg", "pyg, compiled"), model != "gps") | {"fastgt": True}
     if model == "gps":
         expected[REPAIRED] = True  # torch-geometric's own counts padded keys
     rows = harness.compare(case, repeats=1)
@@ -76,11 +83,12 @@ def test_every_provider_computes_the_model(model):
         provider = prepare()
         out = provider.call(*case.inputs.values())
         gradients = torch.autograd.grad(out, provider.parameters, case.upstream)  # all are used
-        assert len(gradients) == len(case.parameters)
+        if model != "graph_gps":  # projections are in one matrix there
+            assert len(gradients) == len(case.parameters)
         assert all(g.abs().sum() > 0 for g in gradients if len(g) > 1)
 
 
-@pytest.mark.parametrize("model", [m for m in TINY if m != "gps"])
+@pytest.mark.parametrize("model", [m for m in TINY if m not in ("gps", "graph_gps")])
 def test_clamped_logits_are_the_same_too(model, monkeypatch):
     pytest.importorskip("torch_geometric")
     real = models._model
@@ -97,7 +105,7 @@ def test_clamped_logits_are_the_same_too(model, monkeypatch):
     )
     case = models._case(shape, ours, batch)
     rows = harness.compare(case, repeats=1)
-    assert [row["match"] for row in rows] == [True, True], rows
+    assert [row["match"] for row in rows] == [True] * 3, rows
     before = ours(*case.inputs.values(), batch.graph)
     for layer in ours.layers:
         layer.attention.logit_clamp = None
@@ -108,12 +116,17 @@ def test_clamped_logits_are_the_same_too(model, monkeypatch):
 @pytest.mark.parametrize("model", TINY)
 def test_a_wrong_provider_is_a_mismatch_and_not_timed(model, where, monkeypatch):
     """A tenth of a percent shows, in evaluation, in training and in one parameter's gradient."""
+    if model == "graph_gps":
+        where = where.replace("readout", "readout.layers")
     scale = {"inference": (1, 1.001), "output": (1.001, 1)}.get(where, (1, 1))
 
     def wrong(ours):
         module = copy.deepcopy(ours)
         if where not in ("inference", "output"):
-            module.get_parameter(where).register_hook(lambda g: g * 1.001)
+            layers = "readout.layers" if model == "graph_gps" else "readout"
+            module.get_parameter(where.replace("readout", layers)).register_hook(
+                lambda g: g * 1.001
+            )
         module.readout.register_forward_hook(lambda m, x, out: out * scale[not m.training])
         return module
 
@@ -125,7 +138,7 @@ def test_a_wrong_provider_is_a_mismatch_and_not_timed(model, where, monkeypatch)
     assert row["provider"] == "wrong"
     assert row["match"] is False
     assert row["error"].startswith(where)
-    assert not {"epoch_s", "epoch_x", "inference_s", "inference_x"} & row.keys()
+    assert not {"epoch_s", "epoch_x", "inference_s", "epoch_peak_bytes"} & row.keys()
     assert "MISMATCH" in table.table(rows).splitlines()[-1]
 
 
@@ -133,7 +146,7 @@ def test_a_wrong_provider_is_a_mismatch_and_not_timed(model, where, monkeypatch)
 def test_rows_of_epochs_are_complete(model):
     pytest.importorskip("torch_geometric")
     rows = models.epochs(model, TINY[model], batches=3, repeats=2, **sizes(model))
-    names = ["fastgt", "pyg", *([REPAIRED] if model == "gps" else [])]
+    names = ["fastgt", "pyg", "pyg, compiled", *([REPAIRED] if model == "gps" else [])]
     assert [row["provider"] for row in rows] == names
     size = {"graph_transformer": (1, 40, 200), "graph_classifier": (3, 46, 75)}
     for row in rows:
@@ -141,11 +154,12 @@ def test_rows_of_epochs_are_complete(model):
         assert found == size.get(model, (3, 59, 98))
         assert row["graphs_s"] > 0
         assert {"device", "commit", "torch_geometric", "heads", "width", "dtype"} <= row.keys()
-        if row["provider"] == "pyg" and model == "gps":
+        if row["provider"] in ("pyg", "pyg, compiled") and model == "gps":
             assert row["match"] is False
             continue
         assert row["match"], row
         assert row["epoch_s"] > row["inference_s"] > 0
+        assert row["epoch_peak_bytes"] > 2 * 4 * row["parameters"]  # Adam's two, in float32
         assert row["epoch_spread"] >= 0
         assert row["inference_spread"] >= 0
         assert row["epoch_x"] > 0
@@ -159,12 +173,13 @@ def test_without_torch_geometric_ours_is_measured_alone(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "fastgt.pyg", None)
     on_pyg._attention_layers.cache_clear()
-    ours, other = models.epochs("graph_classifier", batches=1, repeats=1, **SMALL, batch=4)
+    ours, *others = models.epochs("graph_classifier", batches=1, repeats=1, **SMALL, batch=4)
     assert ours["match"]
     assert ours["epoch_s"] > 0
-    assert other["match"] is None
-    assert "not installed" in other["error"]
-    assert "not installed" in table.table([ours, other])
+    for other in others:
+        assert other["match"] is None
+        assert "not installed" in other["error"]
+        assert "not installed" in table.table([ours, other])
     with pytest.raises(ImportError, match=r"fastgt\.pyg"):  # whose layers GPS is made of
         models.case("gps", "zinc", **SMALL, batch=4)
 
@@ -174,9 +189,45 @@ def test_a_provider_that_fails_has_its_reason(monkeypatch):
         raise MemoryError("no room")
 
     monkeypatch.setattr(models, "on_pyg", fails)
-    ours, theirs = models.epochs("graph_transformer", "tiny", repeats=1, **SMALL)
+    ours, *others = models.epochs("graph_transformer", "tiny", repeats=1, **SMALL)
     assert ours["epoch_s"] > 0
-    assert (theirs["match"], theirs["error"]) == (None, "MemoryError: no room")
+    assert [(row["match"], row["error"]) for row in others] == [(None, "MemoryError: no room")] * 2
+
+
+@pytest.mark.parametrize("model", [m for m in TINY if m != "gps"])
+def test_twenty_steps_lose_the_same(model):
+    """Ours and torch-geometric's layers, from the same weights: the same curve, and it falls."""
+    pytest.importorskip("torch_geometric")
+    options = sizes(model) | {"dim": 32, "heads": 4}
+    _, ours, batches = models._prepare(
+        model, TINY[model], 2, torch.device("cpu"), torch.float32, options
+    )
+    curves = []
+    for module in (copy.deepcopy(ours), on_pyg.on_pyg(ours)):
+        epoch = models._epoch(module, batches)
+        losses = [loss for _ in range(20 // len(batches)) for loss in epoch()]
+        curves.append(torch.stack(losses))
+        assert len(losses) == 20
+    torch.testing.assert_close(*curves, rtol=0, atol=1e-4)
+    assert curves[0][-1] < curves[0][0] - 1e-2
+
+
+def test_a_compiled_provider_is_measured(monkeypatch):
+    pytest.importorskip("torch_geometric")
+    real, backends = nn.Module.compile, []
+
+    def compile(module, **options):
+        backends.append(options)
+        real(module, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    monkeypatch.setattr(models, "_compiled", real_compiled)
+    options = sizes("graph_gps") | {"layers": 1}
+    rows = models.epochs("graph_gps", batches=1, repeats=1, only=["pyg, compiled"], **options)
+    assert [row["provider"] for row in rows] == ["fastgt", "pyg, compiled"]
+    assert rows[1]["match"], rows[1]
+    assert rows[1]["epoch_s"] > 0
+    assert backends == [{"dynamic": True}]
 
 
 @pytest.mark.parametrize("model", TINY)

@@ -228,17 +228,14 @@ def test_half_precision(name):
 
 @pytest.mark.parametrize("name", ["EdgeGraphTransformer", "GPS genconv"])
 def test_compiled_whole(name, compiled_kernels):
-    """Forward and gradients, in one graph without breaks, and for another batch."""
+    """In one graph without breaks, and for another batch."""
     torch._dynamo.reset()
     case = CASES[name]
     model = made(name).eval()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
     for graph in (graphs(), random_batch(2, [(9, 30), (3, 7)])):
         given = case.derived(graph, draw(case, graph))
-        outs = [f(graph=graph, **given) for f in (model, compiled)]
-        torch.testing.assert_close(*outs)
-        grads = [torch.autograd.grad(y.sum(), [*model.parameters()]) for y in outs]
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*(f(graph=graph, **given) for f in (model, compiled)))
 
 
 @pytest.mark.parametrize("name", ["GraphTransformer", "GPS bigbird"])

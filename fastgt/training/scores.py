@@ -1,0 +1,170 @@
+"""Losses of a batch, as a sum and what it is divided by, and metrics of a whole split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgt.training.recipe import Loss, Metric
+
+Total = Callable[[Tensor], Tensor]
+
+
+class Score(NamedTuple):
+    """A metric: a function of outputs and labels, its name in texts, whether more is better."""
+
+    of: Callable[[Tensor, Tensor], float]
+    name: str
+    higher: bool
+
+
+def loss_terms(kind: Loss, output: Tensor, y: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+    """The loss of a batch is ``sum / total(weight)``. -> sum, weight.
+
+    Args:
+        kind: See :class:`fastgt.training.recipe.Recipe`.
+        output: ``[B, T]`` of graphs or nodes.
+        y: ``[B]`` or ``[B, T]`` numbers, or ``[B]`` classes.
+        total: Sums a tensor over the processes that share the batch.
+
+    Example:
+        >>> import torch
+        >>> from fastgt.training.scores import loss_terms
+        >>> terms = loss_terms("l1", torch.tensor([[1.0], [4.0]]), torch.zeros(2), lambda x: x)
+        >>> float(terms[0] / terms[1])
+        2.5
+    """
+    output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+    if kind in ("l1", "binary_cross_entropy"):
+        y = _beside(output, y)
+        told = ~torch.isnan(y)
+        if kind == "l1":
+            each = (output - y).abs()
+        else:
+            each = F.binary_cross_entropy_with_logits(output, y.nan_to_num(), reduction="none")
+        return each.where(told, each.new_zeros(())).sum(), told.sum().to(each.dtype)
+    _check_classes(output, y)
+    each = F.cross_entropy(output, y, reduction="none")
+    if kind == "cross_entropy":
+        return each.sum(), each.new_tensor(len(y))
+    # of the class that all labels have the weight is 0: a loss of 0, not of 0 / 0
+    count = total(torch.bincount(y, minlength=output.shape[1]))
+    weight = ((count.sum() - count) / count.sum()).to(each.dtype)[y]
+    return (weight * each).sum(), weight.sum() + torch.finfo(each.dtype).tiny
+
+
+def metric(kind: Metric) -> Score:
+    """The metric of that name."""
+    return _METRICS[kind]
+
+
+def mae(output: Tensor, y: Tensor) -> float:
+    """Mean of absolute differences; labels of NaN are left out."""
+    return float((output.double() - _beside(output, y).double()).abs().nanmean())
+
+
+def accuracy(output: Tensor, y: Tensor) -> float:
+    """Share of rows whose largest logit is that of their class."""
+    _check_classes(output, y)
+    return float((output.argmax(1) == y).double().mean())
+
+
+def class_accuracy(output: Tensor, y: Tensor) -> float:
+    """Mean over all classes of the share of a class's rows that are found.
+
+    A class without rows counts as 0, as in the benchmark's own code.
+
+    Source:
+        Dwivedi et al., arXiv 2003.00982, metric of PATTERN and CLUSTER.
+    """
+    _check_classes(output, y)
+    classes = output.shape[1]
+    count = torch.bincount(y, minlength=classes)
+    right = torch.bincount(y[output.argmax(1) == y], minlength=classes)
+    return float((right.double() / count.clamp(min=1)).mean())
+
+
+def roc_auc(output: Tensor, y: Tensor) -> float:
+    """Probability that a positive scores above a negative, ties counted as a half.
+
+    ``[B, 2]`` logits of classes ``[B]``, or ``[B, T]`` logits of labels ``[B, T]``: then the mean
+    over tasks that have both labels. NaN labels are left out.
+
+    Example:
+        >>> import torch
+        >>> from fastgt.training.scores import roc_auc
+        >>> roc_auc(torch.tensor([[0.1], [0.4], [0.35], [0.8]]), torch.tensor([0, 0, 1, 1]))
+        0.75
+    """
+    return _over_tasks(_roc_auc, output, y)
+
+
+def average_precision(output: Tensor, y: Tensor) -> float:
+    """Sum over thresholds of precision times the recall that it adds; tasks as in `roc_auc`."""
+    return _over_tasks(_average_precision, output, y)
+
+
+def _roc_auc(score: Tensor, positive: Tensor) -> float:
+    _, group, size = score.unique(return_inverse=True, return_counts=True)
+    end = size.cumsum(0).double()
+    rank = (end - (size - 1) / 2)[group]  # from 1, the mean rank of those that tie
+    ones = positive.sum().double()
+    return float((rank[positive].sum() - ones * (ones + 1) / 2) / (ones * (~positive).sum()))
+
+
+def _average_precision(score: Tensor, positive: Tensor) -> float:
+    _, group = (-score).unique(return_inverse=True)
+    hits = torch.bincount(group[positive], minlength=int(group.max()) + 1).double()
+    precision = hits.cumsum(0) / torch.bincount(group).cumsum(0)
+    return float((precision * hits).sum() / hits.sum())
+
+
+def _over_tasks(of: Callable[[Tensor, Tensor], float], output: Tensor, y: Tensor) -> float:
+    output = output.double()
+    if output.shape[1] == 2 and y.dim() == 1:
+        _check_classes(output, y)
+        output = output[:, 1:] - output[:, :1]
+    y = _beside(output, y)
+    found = []
+    for task in range(y.shape[1]):
+        told = ~torch.isnan(y[:, task])
+        positive = y[told, task] > 0.5
+        if positive.any() and not positive.all():
+            found.append(of(output[told, task], positive))
+    if not found:
+        raise ValueError("a ranking is judged by positive and negative labels: there are not both")
+    return sum(found) / len(found)
+
+
+def _beside(output: Tensor, y: Tensor) -> Tensor:
+    """Labels in the shape and dtype of the output."""
+    if y.dim() == 1:
+        y = y[:, None]
+    if y.shape != output.shape:
+        raise ValueError(
+            f"the model gives {list(output.shape)} numbers and the labels are {list(y.shape)}"
+        )
+    return y.to(output.dtype)
+
+
+def _check_classes(output: Tensor, y: Tensor) -> None:
+    if y.dim() != 1 or y.is_floating_point() or output.dim() != 2 or len(output) != len(y):
+        raise ValueError(
+            f"logits [B, classes] need classes [B], got {list(output.shape)} and {list(y.shape)} "
+            f"{y.dtype}"
+        )
+    if len(y) and int(y.max()) >= output.shape[1]:
+        raise ValueError(f"the model has {output.shape[1]} classes, and a label is {int(y.max())}")
+
+
+_METRICS: dict[Metric, Score] = {
+    "mae": Score(mae, "mean absolute error", False),
+    "accuracy": Score(accuracy, "accuracy", True),
+    "class_accuracy": Score(class_accuracy, "mean accuracy of classes", True),
+    "roc_auc": Score(roc_auc, "ROC-AUC", True),
+    "average_precision": Score(average_precision, "average precision", True),
+}

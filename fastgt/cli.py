@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgt import __version__
-from fastgt.options import hours, shares, up_to
+from fastgt.options import up_to
 
 if TYPE_CHECKING:
     import torch
 
 EPOCHS = 80
 INT32_MAX = 2**31 - 1
-MOST = {"layers": 1000, "dim": 2**16, "heads": 2**16}  # beyond any model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,8 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_where(demo)
     demo.add_argument("--output", type=Path, default=Path("demo.png"), help="default: %(default)s")
     demo.set_defaults(run=_demo)
-    train = commands.add_parser("train", help="repeat a published training")
-    _add_trainings(train.add_subparsers(required=True, metavar="data"))
+    train = commands.add_parser(
+        "train",
+        allow_abbrev=False,
+        help="repeat a published training",
+        description="Train a model on a data set with its published settings, or others. Stopped "
+        "by Ctrl-C, SIGTERM or an accident, the same command goes on from the last checkpoint and "
+        "gives what it would have given. Under torchrun, processes share every batch of graphs.",
+    )
+    _add_train(train)
     bench = commands.add_parser(
         "bench",
         allow_abbrev=False,
@@ -103,95 +109,12 @@ def _add_where(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_trainings(data: Any) -> None:
-    zinc = data.add_parser(
-        "zinc",
-        allow_abbrev=False,
-        help="Graph Transformer with edge features, on 12,000 molecules",
-        description="Train the edge version of the Graph Transformer on ZINC with its published "
-        "settings. Stopped by Ctrl-C, SIGTERM or an accident, the same command goes on from the "
-        "last checkpoint and gives what it would have given.",
-    )
-    _add_run(zinc, "zinc12k.npz", "runs/zinc", "the run: checkpoint, metrics, curve, best weights")
-    zinc.add_argument(
-        "--epochs", type=up_to(INT32_MAX), default=1000, help="at most; default: 1000"
-    )
-    zinc.add_argument("--hours", type=hours, default=24.0, help="at most; default: 24")
-    _add_where(zinc)
-    settings = _add_settings(
-        zinc,
-        ("seed", 41, "of weights and order"),
-        ("batch-size", 128, "molecules"),
-        ("layers", 10, "attention and feed-forward"),
-        ("dim", 64, "width of nodes and edges"),
-        ("heads", 8, "of every attention"),
-    )
-    settings.add_argument("--no-pe", action="store_true", help="no Laplacian eigenvectors")
-    settings.add_argument(
-        "--limit",
-        type=up_to(INT32_MAX),
-        metavar="N",
-        help="train on the first N molecules only",
-    )
-    zinc.set_defaults(run=_train_zinc)
-    dd = data.add_parser(
-        "dd",
-        allow_abbrev=False,
-        help="Graph Transformer on 1,178 proteins, whole and with heads pruned",
-        description="Train a Graph Transformer that classifies the proteins of D&D and, for each "
-        "share of heads to prune, one whose heads are pruned while it trains; compare accuracy, "
-        "seconds and memory. Stopped, the same command goes on. Time means something on a quiet "
-        "machine only.",
-    )
-    _add_run(dd, "dd.npz", "runs/dd", "the runs, one folder each, and of the comparison")
-    dd.add_argument(
-        "--prune",
-        type=shares,
-        default=[],
-        metavar="heads=SHARE[,SHARE...]",
-        help="mask that share of the heads of every layer, one run each: heads=0.25,0.5,0.75",
-    )
-    _add_where(dd)
-    settings = _add_settings(
-        dd,
-        ("seed", 0, "of weights and order"),
-        ("epochs", 15, "through the proteins"),
-        ("batch-size", 16, "proteins"),
-        ("layers", 4, "attention and feed-forward"),
-        ("dim", 64, "width of nodes"),
-        ("heads", 8, "of every attention"),
-    )
-    settings.add_argument(
-        "--limit",
-        type=up_to(INT32_MAX),
-        metavar="N",
-        help="train on the first N proteins only",
-    )
-    dd.set_defaults(run=_train_dd)
+def _add_train(train: argparse.ArgumentParser) -> None:
+    from fastgt.training import command
 
-
-def _add_run(command: argparse.ArgumentParser, data: str, output: str, holds: str) -> None:
-    command.add_argument(
-        "--data",
-        type=Path,
-        help=f"{data} or its folder; default: in the folder that FASTGT_DATA names",
-    )
-    command.add_argument(
-        "--output",
-        type=Path,
-        default=Path(output),
-        help=f"folder of {holds}; default: %(default)s",
-    )
-
-
-def _add_settings(command: argparse.ArgumentParser, *settings: tuple[str, int, str]) -> Any:
-    group = command.add_argument_group("settings of the run", "a folder holds one run")
-    for name, default, help in settings:
-        kind = int if name == "seed" else up_to(MOST.get(name, INT32_MAX))
-        group.add_argument(
-            f"--{name}", type=kind, default=default, help=f"{help}; default: {default}"
-        )
-    return group
+    command.arguments(train)
+    _add_where(train)
+    train.set_defaults(run=lambda args: command.run(args, lambda: _device(args)))
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -238,51 +161,6 @@ def _demo(args: argparse.Namespace) -> int:
         seed=_seed(args),
         impl=args.impl,
         output=args.output,
-    )
-    return 0
-
-
-def _train_zinc(args: argparse.Namespace) -> int:
-    from fastgt.training import zinc
-
-    zinc.run(
-        zinc.Settings(
-            seed=_seed(args),
-            batch_size=args.batch_size,
-            layers=args.layers,
-            dim=args.dim,
-            heads=args.heads,
-            pe_dim=0 if args.no_pe else zinc.Settings.pe_dim,
-            limit=args.limit,
-        ),
-        data=args.data,
-        output=args.output,
-        epochs=args.epochs,
-        hours=args.hours,
-        device=_device(args),
-        impl=args.impl,
-    )
-    return 0
-
-
-def _train_dd(args: argparse.Namespace) -> int:
-    from fastgt.training import dd
-
-    dd.run(
-        dd.Settings(
-            seed=_seed(args),
-            batch_size=args.batch_size,
-            layers=args.layers,
-            dim=args.dim,
-            heads=args.heads,
-            epochs=args.epochs,
-            limit=args.limit,
-        ),
-        args.prune,
-        data=args.data,
-        output=args.output,
-        device=_device(args),
-        impl=args.impl,
     )
     return 0
 

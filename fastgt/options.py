@@ -63,6 +63,20 @@ def shares(text: str) -> list[float]:
     return given
 
 
+def numbers(text: str) -> list[int]:
+    """Whole numbers in ``0-3,7``."""
+    given: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        ends = [first, last] if dash else [first]
+        if not all(x.isdecimal() and len(x) < 10 for x in ends) or int(ends[0]) > int(ends[-1]):
+            raise argparse.ArgumentTypeError(f"must be numbers as 0-3,7, got {text!r}")
+        if int(ends[-1]) - int(ends[0]) >= 10_000:
+            raise argparse.ArgumentTypeError(f"must be 10,000 numbers at most, got {text!r}")
+        given += range(int(ends[0]), int(ends[-1]) + 1)
+    return given
+
+
 def hours(text: str) -> float:
     """A positive number."""
     try:

@@ -14,8 +14,8 @@ MAIN = [sys.executable, "-m", "fastgt"]
 LONG = """
 import sys
 from fastgt import cli, demo
-from fastgt.training import dd, zinc
-demo.run = zinc.run = dd.run = lambda *_, **__: print("a line\\n" * 3)
+from fastgt.training import train
+demo.run = train.run = lambda *_, **__: print("a line\\n" * 3)
 sys.exit(cli.main(sys.argv[1:]))
 """
 TINY = """
@@ -32,8 +32,8 @@ COMMANDS = {
     "version": [*MAIN, "--version"],
     "help": [*MAIN, "bench", "--help"],
     "demo": [sys.executable, "-c", LONG, "demo", "--device", "cpu"],
-    "train zinc": [sys.executable, "-c", LONG, "train", "zinc", "--device", "cpu"],
-    "train dd": [sys.executable, "-c", LONG, "train", "dd", "--device", "cpu"],
+    "train": [sys.executable, "-c", LONG, "train", "graph_gps", "zinc12k", "--device", "cpu"],
+    "train list": [*MAIN, "train", "--list"],
     "bench": [sys.executable, "-c", TINY, "bench", *BENCH],
     "report kernels": [sys.executable, "-c", TINY, "report", "kernels"],
     "report traffic": [sys.executable, "-c", TINY, "report", "traffic", "--problem", "cora"],

@@ -1,8 +1,8 @@
-"""``fastgt train dd``: data, batches, runs that are resumed, the comparison."""
+"""``fastgt train ... --prune``: runs that are resumed, and the comparison with the dense model."""
 
 import json
+import math
 import os
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +10,12 @@ import torch
 from attention_cases import DEVICE, close
 
 from fastgt import cli, files
+from fastgt.datasets import load
 from fastgt.models import GraphClassifier, GraphClassifierConfig
-from fastgt.training import checkpoint, comparison, dd
-from fastgt.training.proteins import Proteins, load_dd
+from fastgt.training import checkpoint, comparison, pruned
+from fastgt.training.command import chosen
 
-SMALL = ["--layers", "2", "--dim", "16", "--heads", "4", "--batch-size", "8", "--device", "cpu"]
+SMALL = ["layers=2", "dim=16", "heads=4", "batch_size=8"]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,89 +48,20 @@ def data(tmp_path_factory):
 
 
 def command(data, output, *options):
-    return ["train", "dd", "--data", str(data), "--output", str(output), *SMALL, *options]
-
-
-def test_batches_are_the_proteins_one_by_one(data):
-    proteins, _ = load_dd(data)
-    assert len(proteins) == 60
-    chosen = torch.tensor([7, 0, 59, 7])
-    batch, begin = proteins.batch(chosen), 0
-    assert batch.y.tolist() == [0, 0, 1, 0]
-    for g, i in enumerate(chosen.tolist()):
-        alone = proteins.batch(torch.tensor([i]))
-        end = begin + len(alone.node_type)
-        assert batch.graph.graph_ptr[g : g + 2].tolist() == [begin, end]
-        assert torch.equal(batch.node_type[begin:end], alone.node_type)
-        mine = ((batch.graph.edge_index >= begin) & (batch.graph.edge_index < end)).all(0)
-        assert torch.equal(batch.graph.edge_index[:, mine] - begin, alone.graph.edge_index)
-        begin = end
-    assert begin == batch.graph.num_nodes
-
-
-def test_splits_are_random_apart_and_the_same_every_time(data):
-    proteins, _ = load_dd(data)
-    splits = proteins.splits()
-    assert [len(x) for x in splits.values()] == [48, 6, 6]
-    assert sorted(torch.cat(list(splits.values())).tolist()) == list(range(60))
-    torch.manual_seed(5)
-    assert all(torch.equal(x, splits[name]) for name, x in proteins.splits().items())
-    # of both classes, which the file has one after the other
-    assert 0 < proteins.y[splits["train"]].double().mean() < 1
-
-
-@pytest.mark.parametrize(
-    ("key", "change", "message"),
-    [
-        ("node_label", lambda x: x[:-1], "node_ptr must rise from 0 to"),
-        ("node_label", lambda x: x + 100, "node_label has values beyond 1 to 89"),
-        ("node_label", lambda x: x.astype(float), r"node_label is \[\d+\] float64"),
-        ("node_ptr", lambda x: x[::-1], "node_ptr must rise"),
-        ("edge_index", lambda x: x[:1], r"edge_index must be \[2, E\], got \[1,"),
-        ("edge_index", lambda x: x + 10**6, "edge_index has values beyond"),
-        (
-            "edge_index",
-            lambda x: np.roll(x, 3, 0 + 1)[:, ::-1],
-            "must have its edges protein by protein",
-        ),
-        (
-            "edge_index",
-            lambda x: np.stack([x[0], np.roll(x[1], 5)]),
-            "edges from one protein to another",
-        ),
-        ("y", lambda x: x - 1, "y has values beyond 1 to 2"),
-        ("y", lambda x: x[:3], "y must have a protein for each tenth, at least 10, got 3"),
-    ],
-)
-def test_damaged_data_is_refused(tmp_path, key, change, message):
-    made = arrays()
-    made[key] = change(made[key])
-    np.savez(tmp_path / "dd.npz", **made)
-    with pytest.raises(ValueError, match=rf"dd\.npz is damaged: .*{message}"):
-        load_dd(tmp_path)
-
-
-def test_absent_and_other_data(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"dd\.npz is absent: --data names dd\.npz"):
-        load_dd(tmp_path)
-    monkeypatch.setenv("FASTGT_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="or name it by --data"):
-        load_dd(None)
-    (tmp_path / "dd.npz").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"dd\.npz is damaged"):
-        load_dd(tmp_path)
+    names = ["train", "graph_classifier", "dd", "--data", str(data), "--output", str(output)]
+    return [*names, "--device", "cpu", "--set", *SMALL, *options]
 
 
 def test_a_graph_is_classified_alone_as_in_a_batch(data):
-    proteins, _ = load_dd(data)
+    proteins = load("dd", data)
     torch.manual_seed(0)
     config = GraphClassifierConfig(90, 2, dim=16, heads=2, layers=2, gated=True)
     model = GraphClassifier(config).to(DEVICE).eval()
-    node_type, graph, _ = proteins.batch(torch.tensor([3, 40, 9])).to(DEVICE)
-    both = model(node_type, graph)
+    together = proteins.batch(torch.tensor([3, 40, 9])).to(DEVICE)
+    both = model(together.node, together.graph)
     for g, i in enumerate((3, 40, 9)):
-        node_type, graph, _ = proteins.batch(torch.tensor([i])).to(DEVICE)
-        close(model(node_type, graph)[0], both[g], "logits", 1e-5)
+        alone = proteins.batch(torch.tensor([i])).to(DEVICE)
+        close(model(alone.node, alone.graph)[0], both[g], "logits", 1e-5)
     with pytest.raises(ValueError, match="dim must be positive"):
         GraphClassifierConfig(90, 2, dim=0)
 
@@ -156,7 +88,7 @@ def test_models_learn_and_are_compared(data, tmp_path, capsys):
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     for name in ("dense", "heads-0.25", "heads-0.5"):
         metrics = (tmp_path / name / "metrics.csv").read_text().splitlines()
-        assert metrics[0] == "epoch,seconds,lr,train_loss,val_error,test_error"
+        assert metrics[0] == "epoch,seconds,lr,train_loss,val_loss,val_accuracy,test_accuracy"
         assert len(metrics) == 9
     masks = [
         x for key, x in checkpoint.load(tmp_path / "heads-0.5" / "best.pt")["model"].items()
@@ -171,15 +103,14 @@ def test_models_learn_and_are_compared(data, tmp_path, capsys):
 
 def test_a_run_that_was_stopped_ends_as_if_it_was_not(data, tmp_path, monkeypatch):
     """Heads are exchanged after every third step, six batches an epoch."""
-    monkeypatch.setattr(dd, "EVERY", 3)
-    monkeypatch.setattr(dd, "SCORED", 2)
-    proteins, digest = load_dd(data)
-    splits = proteins.splits()
-    settings = dd.Settings(batch_size=8, layers=2, dim=16, heads=4, epochs=4, pruned=0.5)
-    args = proteins, splits, digest
+    monkeypatch.setattr(pruned, "EVERY", 3)
+    monkeypatch.setattr(pruned, "SCORED", 2)
+    proteins = load("dd", data)
+    recipe = chosen("graph_classifier", "dd", [*SMALL, "epochs=4"])
 
     def train(folder):
-        return dd._train(settings, *args, folder, torch.device("cpu"))
+        where = folder, math.inf, torch.device("cpu")
+        return pruned.train(recipe, 0.5, proteins, proteins.digest(), *where)
 
     whole = train(tmp_path / "whole")
     real, steps = torch.optim.Adam.step, []
@@ -200,10 +131,9 @@ def test_a_run_that_was_stopped_ends_as_if_it_was_not(data, tmp_path, monkeypatc
     a, b = (checkpoint.load(tmp_path / x / "checkpoint.pt") for x in ("whole", "parts"))
     assert torch.equal(torch.stack(a["sparsity"]["sums"]), torch.stack(b["sparsity"]["sums"]))
     masks = [x for key, x in a["model"].items() if key.endswith("mask")]
-    first = dd.HeadSparsity  # the exchange did happen: not the masks of the beginning
-    torch.manual_seed(settings.seed)
-    checkpoint.seed_everything(settings.seed)
-    model = GraphClassifier(GraphClassifierConfig(90, 2, dim=16, heads=4, layers=2, gated=True))
+    first = pruned.HeadSparsity  # the exchange did happen: not the masks of the beginning
+    checkpoint.seed_everything(recipe.seed)
+    model = GraphClassifier(GraphClassifierConfig(89, 2, dim=16, heads=4, layers=2, gated=True))
     first(model, 0.5, steps=18, every=3, scored=2)
     began = [x for key, x in model.state_dict().items() if key.endswith("mask")]
     assert any(not torch.equal(x, y) for x, y in zip(masks, began, strict=True))
@@ -217,7 +147,7 @@ def test_outputs_that_differ_after_pruning_are_told(data, tmp_path, monkeypatch,
         return model
 
     monkeypatch.setattr(comparison, "prune_heads", other)
-    assert cli.main(command(data, tmp_path, "--epochs", "1")) == 1
+    assert cli.main(command(data, tmp_path, "--epochs", "1", "--prune", "heads=0.5")) == 1
     assert "apart after prune_heads" in capsys.readouterr().err
 
 
@@ -245,21 +175,14 @@ def test_runs_that_are_refused(data, tmp_path, capsys):
     assert "--prune heads=0.9 leaves none of the 4 heads" in capsys.readouterr().err
     assert cli.main(command(data, tmp_path, "--prune", "heads=0.05")) == 1
     assert "--prune heads=0.05 leaves all of the 4 heads" in capsys.readouterr().err
-    assert cli.main(command(data, tmp_path, "--epochs", "1")) == 0
+    assert cli.main(command(data, tmp_path, "--epochs", "1", "--prune", "heads=0.5")) == 0
     capsys.readouterr()
-    assert cli.main(command(data, tmp_path, "--epochs", "2")) == 1
+    assert cli.main(command(data, tmp_path, "--epochs", "2", "--prune", "heads=0.5")) == 1
     assert "holds a run with epochs 1, not 2" in capsys.readouterr().err
 
 
 def test_a_second_comparison_in_the_same_folder_is_refused(data, tmp_path, capsys):
     with files.lock(tmp_path):
-        assert cli.main(command(data, tmp_path, "--epochs", "1")) == 1
+        assert cli.main(command(data, tmp_path, "--epochs", "1", "--prune", "heads=0.5")) == 1
     assert f"fastgt: {tmp_path} is in use by process {os.getpid()} on " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_proteins_are_frozen(data):
-    proteins, _ = load_dd(data)
-    assert isinstance(replace(proteins, y=proteins.y + 1), Proteins)
-    with pytest.raises(AttributeError):
-        proteins.y = None

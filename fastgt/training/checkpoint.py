@@ -16,8 +16,8 @@ import torch
 
 from fastgt.files import write
 
-FORMAT = 1  # of the checkpoint
-PARTS = ("settings", "model", "optimizer", "schedule", "random", "progress")
+FORMAT = 2  # of the checkpoint
+PARTS = ("settings", "model", "optimizer", "schedule", "scaler", "random", "progress")
 
 
 def open_run(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,54 +1,39 @@
 """The training loop. An interrupted run, resumed, ends with the bits of one never interrupted.
 
-A checkpoint holds model, optimizer, schedule, the states of all random generators and where in
-which epoch the run stands, with that epoch's order of examples. It is written after every epoch,
-every ``SAVE_EVERY`` seconds inside one and, on Ctrl-C or SIGTERM, after the batch at hand. Killed
-without warning, a run repeats what it did since the last of them.
+A checkpoint holds model, optimizer, schedule, the scale of losses, the states of all random
+generators and where in which epoch the run stands, with that epoch's order of examples. It is
+written after an epoch, if ``EPOCH_EVERY`` seconds went by since the last, every ``SAVE_EVERY``
+seconds inside one, in the end and, on Ctrl-C or SIGTERM, after the batch at hand. Killed without
+warning, a run repeats what it did since the last of them.
 
-The bits are those of one device, one number of threads and one version of PyTorch.
+The bits are those of one device, one number of threads and processes and one version of PyTorch.
 """
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastgt import files
 from fastgt.ops.checks import integer
 from fastgt.pruning import HeadSparsity
-from fastgt.training import checkpoint, report
+from fastgt.training import checkpoint, optimization, report, scores
+from fastgt.training.memory import peak_memory
+from fastgt.training.ranks import Ranks
+from fastgt.training.recipe import Recipe
+from fastgt.training.stop import Stop
+from fastgt.training.tasks import Task
 
+EPOCH_EVERY = 1.0  # seconds
 SAVE_EVERY = 30.0  # seconds
 SHOW_EVERY = 0.5  # seconds: reading the loss waits for the device
-
-
-@dataclass
-class Task:
-    """What is learned.
-
-    Attributes:
-        title: Of the curve.
-        sizes: Examples in each of train, val and test.
-        loss: Mean loss of some training examples, given their numbers ``[B]``.
-        error: Summed error of some examples of a split, given its name and their numbers.
-        measure: What their mean is called: ``"mae"`` makes the columns val_mae and test_mae.
-    """
-
-    title: str
-    sizes: dict[str, int]
-    loss: Callable[[Tensor], Tensor]
-    error: Callable[[str, Tensor], Tensor]
-    measure: str = "mae"
 
 
 @dataclass
@@ -61,7 +46,8 @@ class Progress:
         batch: Batches of it that are done.
         loss: Summed over their examples, on the device.
         seconds: That this epoch took so far.
-        best: Epoch, errors in validation and test and weights of the epoch best in validation.
+        peak_bytes: Of memory, in all parts of the run.
+        best: Epoch, metrics in validation and test and weights of the epoch best in validation.
     """
 
     rows: list[report.Row] = field(default_factory=list)
@@ -69,6 +55,7 @@ class Progress:
     batch: int = 0
     loss: Tensor | None = None
     seconds: float = 0.0
+    peak_bytes: int = 0
     best: dict[str, Any] | None = None
 
 
@@ -76,44 +63,49 @@ class Training:
     """One run in one folder.
 
     Args:
-        task, model, optimizer, schedule: What is trained, how; the schedule takes the validation
-            error after every epoch.
-        batch_size: Examples; the last batch of an epoch has what is left.
+        task: What is trained on; its model is ``model``, or wraps it.
+        recipe: How: clipping, precision, schedule, limits.
+        optimizer, schedule: Of the model.
         folder: Of the checkpoint, ``metrics.csv``, ``curve.png`` and ``best.pt``.
         settings: What makes a run another run; kept in the checkpoint.
         sparsity: Takes a step after each of the optimizer's; kept in the checkpoint.
         resumed: Checkpoint to go on from (:func:`fastgt.training.checkpoint.open_run`).
+        ranks: The processes that share the run.
     """
 
     def __init__(
         self,
         task: Task,
+        recipe: Recipe,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.ReduceLROnPlateau,
+        schedule: LRScheduler,
         *,
-        batch_size: int,
         folder: Path,
         settings: dict[str, Any],
         resumed: dict[str, Any] | None = None,
         sparsity: HeadSparsity | None = None,
+        ranks: Ranks | None = None,
     ):
-        self.task, self.model, self.optimizer, self.schedule = task, model, optimizer, schedule
-        self.batch_size = batch_size = integer("batch_size", batch_size, 1)
+        self.task, self.recipe, self.model = task, recipe, model
+        self.optimizer, self.schedule = optimizer, schedule
+        self.batch_size = integer("batch_size", recipe.batch_size, 1)
         self.folder, self.settings = folder, settings
-        self.sparsity = sparsity
-        self._val, self._test = f"val_{task.measure}", f"test_{task.measure}"
+        self.sparsity, self.ranks = sparsity, ranks or Ranks()
+        self.score = scores.metric(recipe.metric)
+        self._val, self._test = f"val_{recipe.metric}", f"test_{recipe.metric}"
         self.device = next(model.parameters()).device
-        self.batches = -(-task.sizes["train"] // batch_size)
+        self.scaler = optimization.scaler(recipe.precision, self.device)
+        self.batches = -(-task.sizes["train"] // self.batch_size)
         self.progress = Progress()
         self._clock = self._saved = time.monotonic()
-        self._stop = _Stop()
+        self._stop = Stop()
         if resumed is None:
             self._save()  # a folder that cannot be written to must show now
         else:
             self._restore(resumed)
 
-    def run(self, *, epochs: int, hours: float, min_lr: float) -> str:
+    def run(self, *, hours: float = math.inf) -> str:
         """Train until one of the limits. -> which.
 
         Raises:
@@ -122,47 +114,71 @@ class Training:
         """
         from tqdm import tqdm
 
-        epochs = integer("epochs", epochs)
-        rows = self.progress.rows
+        rows, epochs = self.progress.rows, self.recipe.epochs
         self._clock = time.monotonic()
         with (
             self._stop,
             tqdm(
-                total=epochs, initial=min(len(rows), epochs), desc="training", unit="epoch"
+                total=epochs,
+                initial=min(len(rows), epochs),
+                desc="training",
+                unit="epoch",
+                disable=not self.ranks.leads,
             ) as bar,
         ):
             while True:
                 if rows:
                     self._describe(bar)
-                if self._lr() < min_lr:
-                    return f"the learning rate fell below {min_lr:g}"
-                if len(rows) >= epochs:
-                    return f"{len(rows)} epochs are done"
-                if sum(row["seconds"] for row in rows) >= hours * 3600:
-                    return f"{hours:g} hours are over"
+                if (ended := self._ended(hours)) is not None:
+                    self._save()
+                    self._report()
+                    return ended
                 self._obey()
                 self._epoch()
                 bar.update()
 
+    def _ended(self, hours: float) -> str | None:
+        rows, recipe = self.progress.rows, self.recipe
+        if recipe.schedule == "plateau" and self._lr() < recipe.min_lr:
+            return f"the learning rate fell below {recipe.min_lr:g}"
+        if len(rows) >= recipe.epochs:
+            return f"{len(rows)} epochs are done"
+        if sum(row["seconds"] for row in rows) >= hours * 3600:
+            return f"{hours:g} hours are over"
+        best = self.progress.best
+        since = len(rows) - best["epoch"] if best else 0
+        if recipe.stop_after is not None and since >= recipe.stop_after:
+            return f"validation was no better for {since} epochs"
+        return None
+
     def _epoch(self) -> None:
         self._train()
-        p, examples = self.progress, self.task.sizes["train"]
+        p, examples, score = self.progress, self.task.sizes["train"], self.score
         assert p.loss is not None
-        number, loss, val = len(p.rows) + 1, float(p.loss) / examples, self._error("val")
-        if not math.isfinite(loss) or not math.isfinite(val):
-            raise RuntimeError(f"epoch {number} ended with loss {loss} and validation error {val}")
+        number, loss = len(p.rows) + 1, float(p.loss) / examples
+        val_loss, val = self._evaluate("val")
+        if not all(math.isfinite(x) for x in (loss, val_loss, val)):
+            raise RuntimeError(
+                f"epoch {number} ended with loss {loss}, validation loss {val_loss} and "
+                f"{score.name} {val}"
+            )
         test = None
-        if p.best is None or val < p.best[self._val]:
-            test = self._error("test")
+        if p.best is None or (val > p.best[self._val] if score.higher else val < p.best[self._val]):
+            test = self._evaluate("test")[1]
             weights = {name: x.cpu().clone() for name, x in self.model.state_dict().items()}
             p.best = {"epoch": number, self._val: val, self._test: test, "model": weights}
-        row = {"epoch": number, "lr": self._lr(), "train_loss": loss}
-        self.schedule.step(val)
+        row = {"epoch": number, "lr": self._lr(), "train_loss": loss, "val_loss": val_loss}
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(val_loss)
+        else:
+            self.schedule.step()
         self._count_time()
-        p.rows.append({**row, "seconds": p.seconds, self._val: val, self._test: test})
+        seconds = self.ranks.largest(p.seconds)
+        p.rows.append({**row, "seconds": seconds, self._val: val, self._test: test})
         p.order, p.batch, p.loss, p.seconds = None, 0, None, 0.0
-        self._save()
-        self._report()
+        if self._agreed(time.monotonic() - self._saved >= EPOCH_EVERY):
+            self._save()
+            self._report()
 
     def _train(self) -> None:
         """The rest of the epoch's batches."""
@@ -170,8 +186,9 @@ class Training:
 
         p = self.progress
         if p.order is None or p.loss is None:
-            p.order = torch.randperm(self.task.sizes["train"])
+            p.order = self.ranks.told(torch.randperm(self.task.sizes["train"]))
             p.loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        assert p.order is not None
         self.model.train()
         shown = 0.0
         with tqdm(
@@ -180,16 +197,11 @@ class Training:
             desc=f"epoch {len(p.rows) + 1}",
             unit="batch",
             leave=False,
-            disable=None,  # where stderr is a file
+            disable=None if self.ranks.leads and self.batches > 1 else True,  # None: on a terminal
         ) as bar:
             for chosen in p.order.split(self.batch_size)[p.batch :]:
-                loss = self.task.loss(chosen)
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
-                if self.sparsity is not None:
-                    self.sparsity.step()
-                p.loss += loss.detach() * len(chosen)
+                loss = self._step(self.ranks.share(chosen))
+                p.loss += self.ranks.total(loss) * (len(chosen) / self.ranks.size)
                 p.batch += 1
                 bar.update()
                 now = time.monotonic()
@@ -197,28 +209,57 @@ class Training:
                     done = min(p.batch * self.batch_size, len(p.order))
                     bar.set_postfix(loss=f"{float(p.loss) / done:.4f}", refresh=False)
                     shown = now
-                if now - self._saved >= SAVE_EVERY:
+                if self._agreed(now - self._saved >= SAVE_EVERY):
                     self._save()
                 self._obey()
 
+    def _step(self, chosen: Tensor) -> Tensor:
+        """One step of the optimizer. -> the loss."""
+        loss = self.task.loss(chosen)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        if self.recipe.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.sparsity is not None:
+            self.sparsity.step()
+        return loss.detach()
+
     @torch.no_grad()
-    def _error(self, split: str) -> float:
-        """Mean over a split. Draws nothing and changes nothing: interrupted, it is repeated."""
+    def _evaluate(self, split: str) -> tuple[float, float]:
+        """Loss and metric of a split. Draws nothing and changes nothing: interrupted, it is
+        repeated."""
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        mine = []
         for chosen in torch.arange(self.task.sizes[split]).split(self.batch_size):
-            total += self.task.error(split, chosen)
+            share = self.ranks.share(chosen)
+            if len(share):
+                mine.append(tuple(x.cpu() for x in self.task.outputs(split, share)))
             self._obey()
-        return float(total) / self.task.sizes[split]
+        pairs = [pair for part in self.ranks.gathered(mine) for pair in part]
+        output, y = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        loss, weight = scores.loss_terms(self.recipe.loss, output, y, lambda x: x)
+        return float(loss / weight), self.score.of(output, y)
 
     def _obey(self) -> None:
-        if not self._stop.asked:
+        if not self._agreed(self._stop.asked):
             return
         self._save()
+        if self.progress.rows:
+            self._report()
         raise KeyboardInterrupt(
             f"stopped in epoch {len(self.progress.rows) + 1} after {self.progress.batch} of "
             f"{self.batches} batches; the same command goes on from there"
         )
+
+    def _agreed(self, asked: bool) -> bool:
+        """Whether any process asks for it: all must do it, at the same place."""
+        if self.ranks.size == 1:
+            return asked
+        return bool(self.ranks.total(torch.tensor(float(asked), device=self.device)))
 
     def _lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
@@ -242,19 +283,24 @@ class Training:
 
     def _save(self) -> None:
         self._count_time()
-        checkpoint.save(
-            self.folder / "checkpoint.pt",
-            {
-                "format": checkpoint.FORMAT,
-                "settings": self.settings,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "random": checkpoint.random_state(self.device),
-                "progress": vars(self.progress),
-                **({} if self.sparsity is None else {"sparsity": self.sparsity.state_dict()}),
-            },
-        )
+        p = self.progress
+        p.peak_bytes = max(p.peak_bytes, peak_memory(self.device))
+        random = self.ranks.gathered(checkpoint.random_state(self.device))
+        if self.ranks.leads:
+            checkpoint.save(
+                self.folder / "checkpoint.pt",
+                {
+                    "format": checkpoint.FORMAT,
+                    "settings": self.settings,
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "schedule": self.schedule.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "random": {str(rank): state for rank, state in enumerate(random)},
+                    "progress": vars(p),
+                    **({} if self.sparsity is None else {"sparsity": self.sparsity.state_dict()}),
+                },
+            )
         self._saved = time.monotonic()
 
     def _restore(self, content: dict[str, Any]) -> None:
@@ -262,12 +308,13 @@ class Training:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.schedule.load_state_dict(content["schedule"])
+            self.scaler.load_state_dict(content["scaler"])
             if self.sparsity is not None:
                 self.sparsity.load_state_dict(content["sparsity"])
             self.progress = p = self._progress(content["progress"])
             if p.rows:
                 self._report()  # the run may have ended between its checkpoint and these
-            checkpoint.set_random_state(content["random"], self.device)
+            checkpoint.set_random_state(content["random"][str(self.ranks.rank)], self.device)
 
     def _progress(self, content: dict[str, Any]) -> Progress:
         """As it was saved; whatever is missing is a KeyError, not a default."""
@@ -281,34 +328,10 @@ class Training:
 
     def _report(self) -> None:
         p = self.progress
+        if not self.ranks.leads:
+            return
         assert p.best is not None
         checkpoint.save(self.folder / "best.pt", {**p.best, "settings": self.settings})
-        files.write(self.folder / "metrics.csv", report.csv(p.rows, self.task.measure))
-        curve = report.curve(p.rows, self.task.title, self.task.measure)
+        files.write(self.folder / "metrics.csv", report.csv(p.rows, self.recipe.metric))
+        curve = report.curve(p.rows, self.task.title, self.recipe.metric)
         files.write(self.folder / "curve.png", curve)
-
-
-class _Stop:
-    """Ctrl-C and SIGTERM ask to stop; a second one does not wait."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        signal.signal(number, self._before[signal.Signals(number)])

@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 from typing import Any
 
-COLUMNS = ("epoch", "seconds", "lr", "train_loss", "val_{}", "test_{}")
+from fastgt.training import scores
+from fastgt.training.recipe import Metric
 
-_NAMES = {"mae": "mean absolute error", "error": "share of errors"}
+COLUMNS = ("epoch", "seconds", "lr", "train_loss", "val_loss", "val_{}", "test_{}")
 
-Row = dict[str, Any]  # an epoch; its test error is None unless validation was the best so far
+Row = dict[str, Any]  # an epoch; its test metric is None unless validation was the best so far
 
 
-def csv(rows: list[Row], measure: str) -> bytes:
+def csv(rows: list[Row], metric: Metric) -> bytes:
     """Numbers in full: reading them gives the same bits."""
-    columns = [column.format(measure) for column in COLUMNS]
+    columns = [column.format(metric) for column in COLUMNS]
     lines = [",".join(columns)]
     for row in rows:
         cells = {**row, "seconds": round(row["seconds"], 3)}
@@ -22,26 +23,29 @@ def csv(rows: list[Row], measure: str) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def curve(rows: list[Row], title: str, measure: str) -> bytes:
-    """A PNG: training loss and validation error over the epochs, the learning rate below."""
+def curve(rows: list[Row], title: str, metric: Metric) -> bytes:
+    """A PNG: losses and the metric in validation over the epochs, the learning rate below."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in rows]
-    val, name = f"val_{measure}", _NAMES.get(measure, measure)
-    best = min(rows, key=lambda row: row[val])
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    errors, rate = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    errors.plot(epochs, [r["train_loss"] for r in rows], color="tab:gray", label="training loss")
-    errors.plot(epochs, [r[val] for r in rows], color="tab:blue", label=f"validation: {name}")
-    errors.plot(best["epoch"], best[val], "o", color="tab:blue")
-    test = best[f"test_{measure}"]
-    errors.set_title(f"{title}: {name} {test:.3f} in test at epoch {best['epoch']}")
-    errors.set_ylabel(name)
-    if min(r[val] for r in rows) > 0:
-        errors.set_yscale("log")
-    errors.grid(alpha=0.3, which="both")
-    errors.legend()
+    val, score = f"val_{metric}", scores.metric(metric)
+    best = (max if score.higher else min)(rows, key=lambda row: row[val])
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, values, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1])
+    for part, color in (("train", "tab:gray"), ("val", "tab:green")):
+        losses.plot(epochs, [r[f"{part}_loss"] for r in rows], color=color, label=f"{part} loss")
+    losses.set_ylabel("loss")
+    losses.legend()
+    values.plot(epochs, [r[val] for r in rows], color="tab:blue")
+    values.plot(best["epoch"], best[val], "o", color="tab:blue")
+    values.set_ylabel(f"{score.name}\nin validation")
+    for axes, keys in ((losses, ("train_loss", "val_loss")), (values, (val,))):
+        if not score.higher and min(row[key] for row in rows for key in keys) > 0:
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+    test = best[f"test_{metric}"]
+    losses.set_title(f"{title}: {score.name} {test:.4f} in test at epoch {best['epoch']}")
     rate.step(epochs, [row["lr"] for row in rows], where="mid", color="tab:orange")
     rate.set_yscale("log")
     rate.set_ylabel("learning rate")

@@ -1,0 +1,118 @@
+"""What the loop trains on: batches of many graphs, or one graph whose nodes are classified."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from fastgt.datasets import Batch, GraphSet, NodeSet
+from fastgt.training import optimization
+from fastgt.training.ranks import Ranks
+from fastgt.training.recipe import Recipe
+from fastgt.training.scores import loss_terms
+
+
+class Task(Protocol):
+    """What is learned.
+
+    Attributes:
+        title: Of the curve.
+        sizes: Examples in each of train, val and test.
+    """
+
+    title: str
+    sizes: dict[str, int]
+
+    def loss(self, chosen: Tensor) -> Tensor:
+        """Mean loss of these training examples: in each process of its share, so weighted that the
+        mean over processes is that of all."""
+
+    def outputs(self, split: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and labels of these examples of a split."""
+
+
+class _Task:
+    """A model, called as it wants to be."""
+
+    def __init__(
+        self, title: str, recipe: Recipe, model: nn.Module, takes_edges: bool, ranks: Ranks
+    ):
+        self.title, self.recipe = title, recipe
+        self.device = next(model.parameters()).device
+        self._model, self._takes_edges, self._ranks = model, takes_edges, ranks
+
+    def _terms(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        output, y = self._output(batch), batch.y
+        if rows is not None:
+            output, y = output[rows], y[rows]
+        total = self._ranks.total
+        loss, weight = loss_terms(self.recipe.loss, output, y, total)
+        return loss * self._ranks.size / total(weight)
+
+    def _output(self, batch: Batch) -> Tensor:
+        inputs = (batch.node, batch.edge) if self._takes_edges else (batch.node,)
+        with optimization.autocast(self.recipe.precision, self.device):
+            return self._model(*inputs, batch.graph, **batch.encodings)
+
+
+class GraphTask(_Task):
+    """Graphs, or nodes of many graphs: an example is a graph."""
+
+    def __init__(
+        self,
+        title: str,
+        recipe: Recipe,
+        data: GraphSet,
+        model: nn.Module,
+        *,
+        takes_edges: bool,
+        ranks: Ranks,
+    ):
+        super().__init__(title, recipe, model, takes_edges, ranks)
+        self.data = data
+        self.sizes = {name: len(x) for name, x in data.splits.items()}
+
+    def loss(self, chosen: Tensor) -> Tensor:
+        return self._terms(self._batch("train", chosen))
+
+    def outputs(self, split: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        batch = self._batch(split, chosen)
+        return self._output(batch), batch.y
+
+    def _batch(self, split: str, chosen: Tensor) -> Batch:
+        return self.data.batch(self.data.splits[split][chosen]).to(self.device)
+
+
+class NodeTask(_Task):
+    """Nodes of one graph: the only example is the graph, and a split is a mask of its nodes."""
+
+    def __init__(
+        self,
+        title: str,
+        recipe: Recipe,
+        data: NodeSet,
+        split: int,
+        model: nn.Module,
+        *,
+        takes_edges: bool,
+    ):
+        super().__init__(title, recipe, model, takes_edges, Ranks())
+        graph = Batch(data.graph, data.node, data.edge, data.y, data.encodings)
+        self._graph = graph.to(self.device)
+        self._rows = {
+            name: mask.nonzero()[:, 0].to(self.device) for name, mask in data.splits[split].items()
+        }
+        self.sizes = dict.fromkeys(self._rows, 1)
+        self._evaluated: Tensor | None = None
+
+    def loss(self, chosen: Tensor) -> Tensor:
+        self._evaluated = None
+        return self._terms(self._graph, self._rows["train"])
+
+    def outputs(self, split: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        # validation and test between two steps have the same forward
+        if self._evaluated is None:
+            self._evaluated = self._output(self._graph)
+        rows = self._rows[split]
+        return self._evaluated[rows], self._graph.y[rows]

@@ -1,0 +1,224 @@
+"""``fastgt train MODEL DATA``: a recipe, run for some seeds and splits, and what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastgt import files
+from fastgt.datasets import GraphSet, NodeSet, load
+from fastgt.ops.implementation import Impl, implementation
+from fastgt.pruning import HeadSparsity
+from fastgt.training import optimization, results
+from fastgt.training.checkpoint import open_run, seed_everything
+from fastgt.training.inputs import prepared
+from fastgt.training.loop import Training
+from fastgt.training.memory import check_fits
+from fastgt.training.published_recipes import MODELS
+from fastgt.training.ranks import Ranks, joined
+from fastgt.training.recipe import Recipe
+from fastgt.training.tasks import GraphTask, NodeTask
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which runs of a recipe there are, and where.
+
+    Attributes:
+        folder: Of the runs; of several, each has a folder in it.
+        hours: Of training that each run takes at most.
+        seeds: None for the recipe's alone.
+        splits: Of the nodes of one graph; None for all that the data set has.
+        data: File or folder of the data; None for that which ``FASTGT_DATA`` names.
+    """
+
+    folder: Path
+    hours: float = 24.0
+    seeds: Sequence[int] | None = None
+    splits: Sequence[int] | None = None
+    data: Path | None = None
+
+
+def run(recipe: Recipe, plan: Plan, *, device: torch.device, impl: Impl | None = None) -> None:
+    """Train, or go on with the runs in ``plan.folder``, and print the results.
+
+    Raises:
+        FileNotFoundError, ValueError: The data is absent or damaged; says which.
+        ValueError: The folder holds another run, or a damaged one.
+        RuntimeError: Another process trains there, or a loss is no longer finite.
+        KeyboardInterrupt: By Ctrl-C or SIGTERM, with a checkpoint written.
+    """
+    # absent extras must show before minutes of training
+    import matplotlib  # noqa: F401
+    import tqdm  # noqa: F401
+
+    with ExitStack() as stack:
+        ranks, device = stack.enter_context(joined(device))
+        if ranks.size > 1:
+            recipe = without_unused_parameters(recipe)
+        data = load(recipe.data, plan.data)
+        if ranks.size > 1 and isinstance(data, NodeSet):
+            raise ValueError(
+                f"{recipe.data} is one graph, and {ranks.size} processes share batches of graphs: "
+                "train it in one process"
+            )
+        runs = _runs(recipe, plan, data)
+        parameters = check_fits(lambda: MODELS[recipe.model].make(recipe.config), device)
+        if ranks.leads:
+            plan.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.lock(plan.folder))
+        digest = ranks.told(data.digest())
+        data = prepared(recipe, data)
+        stack.enter_context(implementation(impl))
+        rows = [_trained(one, data, digest, parameters, plan.hours, device, ranks) for one in runs]
+        if ranks.leads:
+            results.write(rows, plan.folder)
+            print(results.table(rows, recipe, plan.folder))
+
+
+@dataclass(frozen=True)
+class _Run:
+    recipe: Recipe
+    split: int
+    folder: Path
+
+
+def without_unused_parameters(recipe: Recipe) -> Recipe:
+    """Without the last layer's edge branch, which reaches no output and so gets no gradient."""
+    if not getattr(recipe.config, "last_edges", False):
+        return recipe
+    return replace(recipe, config=replace(recipe.config, last_edges=False))
+
+
+def _runs(recipe: Recipe, plan: Plan, data: GraphSet | NodeSet) -> list[_Run]:
+    """Seed by seed, split by split; several have folders of their own."""
+    splits = [0]
+    if isinstance(data, NodeSet):
+        splits = list(range(len(data.splits)) if plan.splits is None else plan.splits)
+        if beyond := [split for split in splits if not 0 <= split < len(data.splits)]:
+            raise ValueError(
+                f"--splits {beyond[0]}: {recipe.data} has {len(data.splits)}, numbered from 0"
+            )
+    elif plan.splits is not None:
+        raise ValueError(f"--splits are of the nodes of one graph, and {recipe.data} is many")
+    seeds = [recipe.seed] if plan.seeds is None else list(plan.seeds)
+    for name, given in (("--seeds", seeds), ("--splits", splits)):
+        if len(set(given)) < len(given):
+            raise ValueError(f"{name} has a number twice: {', '.join(map(str, given))}")
+    runs = []
+    for seed in seeds:
+        for split in splits:
+            parts = [f"seed-{seed}"] * (plan.seeds is not None)
+            parts += [f"split-{split}"] * isinstance(data, NodeSet)
+            runs.append(
+                _Run(replace(recipe, seed=seed), split, plan.folder.joinpath("-".join(parts)))
+            )
+    return runs
+
+
+def _trained(
+    one: _Run,
+    data: GraphSet | NodeSet,
+    digest: str,
+    parameters: int,
+    hours: float,
+    device: torch.device,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Train, or go on. -> a row of results."""
+    recipe, kept = one.recipe, one.recipe.kept(digest)
+    kept |= {"split": one.split, "processes": ranks.size}
+    resumed = ranks.told(open_run(one.folder, kept) if ranks.leads else None)
+    training = start(
+        recipe,
+        data,
+        device,
+        folder=one.folder,
+        kept=kept,
+        resumed=resumed,
+        ranks=ranks,
+        split=one.split,
+    )
+    if ranks.leads:
+        print(_opening(training, parameters))
+    ended = training.run(hours=hours)
+    if ranks.leads:
+        print(f"{one.folder}: {ended}")
+    row = results.row(training, parameters)
+    if ranks.leads:
+        results.write([row], one.folder)
+    return row
+
+
+def start(
+    recipe: Recipe,
+    data: GraphSet | NodeSet,
+    device: torch.device,
+    *,
+    folder: Path,
+    kept: dict[str, Any],
+    resumed: dict[str, Any] | None = None,
+    ranks: Ranks | None = None,
+    split: int = 0,
+    sparsity: Callable[[nn.Module], HeadSparsity] | None = None,
+) -> Training:
+    """A training that is about to begin or to go on, with everything made that it needs.
+
+    Args:
+        data: As :func:`fastgt.training.inputs.prepared` gives it.
+        kept: What makes a run another run.
+        resumed: Checkpoint to go on from.
+        split: Of the nodes of one graph.
+        sparsity: Makes what prunes the model while it trains.
+    """
+    ranks = ranks or Ranks()
+    seed_everything(recipe.seed)
+    kind = MODELS[recipe.model]
+    model = kind.make(recipe.config).to(device)
+    called = ranks.wrapped(model)
+    if ranks.rank:
+        seed_everything(recipe.seed + ranks.rank)  # of dropout
+    if isinstance(data, NodeSet):
+        task: GraphTask | NodeTask = NodeTask(
+            data.title, recipe, data, split, called, takes_edges=kind.takes_edges
+        )
+    else:
+        task = GraphTask(
+            data.title, recipe, data, called, takes_edges=kind.takes_edges, ranks=ranks
+        )
+    prunes = None if sparsity is None else sparsity(model)
+    optimizer = optimization.optimizer(recipe, model)
+    return Training(
+        task,
+        recipe,
+        model,
+        optimizer,
+        optimization.schedule(recipe, optimizer),
+        folder=folder,
+        settings=kept,
+        resumed=resumed,
+        sparsity=prunes,
+        ranks=ranks,
+    )
+
+
+def _opening(training: Training, parameters: int) -> str:
+    task, p, recipe = training.task, training.progress, training.recipe
+    sizes = " / ".join(f"{task.sizes[name]:,}" for name in ("train", "val", "test"))
+    of = "one graph" if isinstance(task, NodeTask) else f"{sizes} graphs"
+    processes = f", {training.ranks.size} processes" if training.ranks.size > 1 else ""
+    lines = [
+        f"{recipe.model} on {task.title}: {of}; {parameters:,} parameters; {training.batches} "
+        f"batches an epoch on {training.device}{processes}"
+    ]
+    if p.rows or p.batch:
+        lines.append(
+            f"going on with {training.folder}: {len(p.rows)} epochs and {p.batch} batches done"
+        )
+    return "\n".join(lines)

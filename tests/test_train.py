@@ -21,7 +21,6 @@ from fastgt.encodings import laplacian_pe
 from fastgt.models import EdgeGraphTransformer, EdgeGraphTransformerConfig
 from fastgt.training import checkpoint, loop, memory, train
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

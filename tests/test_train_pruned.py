@@ -106,7 +106,15 @@ def test_a_run_that_was_stopped_ends_as_if_it_was_not(data, tmp_path, monkeypatc
     monkeypatch.setattr(pruned, "EVERY", 3)
     monkeypatch.setattr(pruned, "SCORED", 2)
     proteins = load("dd", data)
-    recipe = chosen("graph_classifier", "dd", [*SMALL, "epochs=4"])
+    small = ["layers=2", "dim=16", "heads=8", "batch_size=8"]
+    recipe = chosen("graph_classifier", "dd", [*small, "epochs=4"])
+    masks, step = set(), pruned.HeadSparsity.step
+
+    def seen(self):
+        step(self)
+        masks.add(str([gate.mask.tolist() for gate in self._layers]))
+
+    monkeypatch.setattr(pruned.HeadSparsity, "step", seen)
 
     def train(folder):
         where = folder, math.inf, torch.device("cpu")
@@ -130,13 +138,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_was_not(data, tmp_path, monkeypatc
         assert torch.equal(parts.model.state_dict()[key], x), key
     a, b = (checkpoint.load(tmp_path / x / "checkpoint.pt") for x in ("whole", "parts"))
     assert torch.equal(torch.stack(a["sparsity"]["sums"]), torch.stack(b["sparsity"]["sums"]))
-    masks = [x for key, x in a["model"].items() if key.endswith("mask")]
-    first = pruned.HeadSparsity  # the exchange did happen: not the masks of the beginning
-    checkpoint.seed_everything(recipe.seed)
-    model = GraphClassifier(GraphClassifierConfig(89, 2, dim=16, heads=4, layers=2, gated=True))
-    first(model, 0.5, steps=18, every=3, scored=2)
-    began = [x for key, x in model.state_dict().items() if key.endswith("mask")]
-    assert any(not torch.equal(x, y) for x, y in zip(masks, began, strict=True))
+    assert len(masks) > 1  # heads were exchanged
 
 
 def test_outputs_that_differ_after_pruning_are_told(data, tmp_path, monkeypatch, capsys):

@@ -68,6 +68,7 @@ def test_the_loss_falls_and_the_result_is_told(data, tmp_path, capsys):
         "best.pt",
         "checkpoint.pt",
         "curve.png",
+        "encodings",
         "metrics.csv",
         "result.json",
     ]

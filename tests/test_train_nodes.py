@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,7 +77,9 @@ def test_every_split_and_seed_is_a_run_and_their_mean_is_told(data, tmp_path, ca
     runs = [(row["settings"]["seed"], row["settings"]["split"]) for row in rows]
     assert runs == [(0, 0), (0, 1), (2, 0), (2, 1)]
     names = [f"seed-{seed}-split-{split}" for seed, split in runs]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "result.json"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*names, "encodings", "result.json"]
+    )
     for name, row in zip(names, rows, strict=True):
         assert json.loads((tmp_path / name / "result.json").read_text()) == [row]
         assert len((tmp_path / name / "metrics.csv").read_text().splitlines()) == 7
@@ -143,9 +146,26 @@ def test_stopped_between_and_within_splits_is_the_same(data, recipe, tmp_path, m
         assert_same_run(*folders, metric="roc_auc")
 
 
+def test_local_epochs_come_before_global_ones(data, recipe, tmp_path, monkeypatch):
+    stages = []
+
+    class Staged(GraphGPS):
+        def set_stage(self, stage):
+            stages.append(stage)
+
+    staged = published_recipes.MODELS["graph_gps"]._replace(make=Staged)
+    monkeypatch.setitem(published_recipes.MODELS, "graph_gps", staged)
+    plan = Plan(tmp_path, data=data, splits=[0])
+    run(replace(recipe, local_epochs=2, epochs=3), plan, device=torch.device("cpu"))
+    assert stages == ["local", "local", "global"]
+    run(replace(recipe, local_epochs=2, epochs=5), plan, device=torch.device("cpu"))
+    assert stages[3:] == ["global", "global"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--set", "local_epochs=2"], "local_epochs must be 0: graph_gps has one stage"),
         (["--splits", "1-3"], "--splits 3: minesweeper has 3, numbered from 0"),
         (["--limit", "5"], "--limit counts graphs, and minesweeper is one graph"),
         (["--set", "node_features=6"], r"node must be \[N, 6\] = \[60, 6\], got \[60, 7\]"),

@@ -37,6 +37,9 @@ def arguments(train: argparse.ArgumentParser) -> None:
         help="folder of the run: checkpoint, metrics, curve, best weights, result; "
         "default: runs/MODEL-DATA",
     )
+    train.add_argument(
+        "--encodings", type=Path, help="folder that keeps them; default: OUTPUT/encodings"
+    )
     train.add_argument("--hours", type=hours, default=24.0, help="a run, at most; default: 24")
     settings = train.add_argument_group("settings of the run", "a folder holds one run")
     settings.add_argument(
@@ -89,6 +92,7 @@ def run(args: argparse.Namespace, device: Callable[[], torch.device]) -> int:
         seeds=args.seeds,
         splits=args.splits,
         data=args.data,
+        encodings=args.encodings,
     )
     if args.prune is not None:
         pruned.run(recipe, args.prune, plan, device=device(), impl=args.impl)

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgt.datasets import Encoded, GraphSet, NodeSet
-from fastgt.encodings import laplacian_pe, random_walk_pe
+from fastgt.encodings import Cache, laplacian_pe, random_walk_pe, shortest_paths
 from fastgt.graph import Graph
 from fastgt.training.recipe import Recipe
 
 
-def prepared(recipe: Recipe, data: GraphSet | NodeSet) -> GraphSet | NodeSet:
-    """The set that the recipe's model takes; draws no random number of the run's.
+def prepared(recipe: Recipe, data: GraphSet | NodeSet, cache: Cache) -> GraphSet | NodeSet:
+    """The set that the recipe's model takes.
 
     Encodings are those of :data:`ENCODINGS` that a field of the config asks for. Types of nodes
     become features, one for each type, where the config has ``node_features``. Edges leave what
@@ -38,35 +38,47 @@ def prepared(recipe: Recipe, data: GraphSet | NodeSet) -> GraphSet | NodeSet:
         data = replace(data, node=F.one_hot(data.node.long(), features).float())
     if not any(getattr(c, name, 0) for name in ("edge_types", "edge_features")):
         data = replace(data, edge=None)
-    graph = data.graph if isinstance(data, NodeSet) else _joined(data)
+    graph, edge = (data.graph, data.edge) if isinstance(data, NodeSet) else _joined(data)
     found: dict[str, Encoded] = {}
     for name, encode in ENCODINGS.items():
         if getattr(c, name, 0):
-            found |= encode(graph, getattr(c, name))
+            found |= encode(cache, graph, edge, c)
     if isinstance(data, NodeSet):
         return data.with_encodings({name: x.values for name, x in found.items()})
     return data.with_encodings(found)
 
 
-def _laplacian(graph: Graph, k: int) -> dict[str, Encoded]:
-    vectors = laplacian_pe(graph, k)
-    assert isinstance(vectors, Tensor)  # no eigenvalues were asked for
-    return {"pe": Encoded(vectors, "node")}
+def _laplacian(cache: Cache, graph: Graph, edge: Tensor | None, c: Any) -> dict[str, Encoded]:
+    return {"pe": Encoded(cache(laplacian_pe, graph, c.pe_dim), "node")}
 
 
-def _walks(graph: Graph, steps: int) -> dict[str, Encoded]:
-    return {"walk_pe": Encoded(random_walk_pe(graph, steps), "node")}
+def _walks(cache: Cache, graph: Graph, edge: Tensor | None, c: Any) -> dict[str, Encoded]:
+    return {"walk_pe": Encoded(cache(random_walk_pe, graph, c.walk_steps), "node")}
 
 
-ENCODINGS: dict[str, Callable[[Graph, Any], dict[str, Encoded]]] = {
+def _paths(cache: Cache, graph: Graph, edge: Tensor | None, c: Any) -> dict[str, Encoded]:
+    if edge is None or edge.dim() != 1:
+        found = "nothing" if edge is None else f"{list(edge.shape)}"
+        raise ValueError(f"shortest paths need edges with one column of types, got {found}")
+    kinds = edge.to(torch.uint8)  # types of 20 edges stand for every pair of nodes
+    length, types = cache(shortest_paths, graph, kinds, c.path_distance)
+    return {"pair_distance": Encoded(length, "pair"), "pair_edges": Encoded(types, "pair")}
+
+
+ENCODINGS: dict[str, Callable[[Cache, Graph, Tensor | None, Any], dict[str, Encoded]]] = {
     "pe_dim": _laplacian,
     "walk_steps": _walks,
+    "path_distance": _paths,
 }
-"""Field of a config -> what its value wants: arguments of the model, from all graphs at once."""
+"""Field of a config -> what it asks for where it is not 0: the model's arguments by name.
+
+All graphs come at once, with what their edges carry and the config.
+"""
 
 
-def _joined(data: GraphSet) -> Graph:
-    return data.batch(torch.arange(len(data))).graph
+def _joined(data: GraphSet) -> tuple[Graph, Tensor | None]:
+    batch = data.batch(torch.arange(len(data)))
+    return batch.graph, batch.edge
 
 
 def _needed(data: GraphSet) -> GraphSet:

@@ -93,6 +93,8 @@ class Training:
         self.folder, self.settings = folder, settings
         self.sparsity, self.ranks = sparsity, ranks or Ranks()
         self.score = scores.metric(recipe.metric)
+        if recipe.local_epochs and not hasattr(model, "set_stage"):
+            raise ValueError(f"local_epochs must be 0: {recipe.model} has one stage")
         self._val, self._test = f"val_{recipe.metric}", f"test_{recipe.metric}"
         self.device = next(model.parameters()).device
         self.scaler = optimization.scaler(recipe.precision, self.device)
@@ -152,6 +154,9 @@ class Training:
         return None
 
     def _epoch(self) -> None:
+        if self.recipe.local_epochs:
+            local = len(self.progress.rows) < self.recipe.local_epochs
+            self.model.set_stage("local" if local else "global")  # type: ignore[operator]
         self._train()
         p, examples, score = self.progress, self.task.sizes["train"], self.score
         assert p.loss is not None

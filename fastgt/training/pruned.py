@@ -67,7 +67,7 @@ def run(
     check_fits(lambda: MODELS[recipe.model].make(recipe.config), device)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with files.lock(plan.folder), implementation(impl):
-        data = prepared(recipe, whole)
+        data = prepared(recipe, whole, plan.cache)
         assert isinstance(data, GraphSet)
         trained = []
         for share in [0.0, *shares]:

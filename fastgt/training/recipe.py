@@ -79,6 +79,7 @@ class Recipe:
         batch_size: Graphs; a data set of one graph ignores it.
         epochs: At most.
         stop_after: Epochs without a better metric that end the run; None for no such end.
+        local_epochs: So many first ones in the local stage of a model that has two, as Polynormer.
         seed: Of weights, order and dropout.
         precision: ``"fp32"``, or that of autocast: ``"bf16"``, or ``"fp16"`` with scaled losses.
         limit: Train on the first so many graphs; None for all.
@@ -102,6 +103,7 @@ class Recipe:
     batch_size: int = 32
     epochs: int = 1000
     stop_after: int | None = None
+    local_epochs: int = 0
     seed: int = 0
     precision: Precision = "fp32"
     limit: int | None = None
@@ -113,7 +115,7 @@ class Recipe:
         for name in ("batch_size", "epochs", "stop_after", "limit"):
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name), 1)
-        for name in ("patience", "warmup"):
+        for name in ("patience", "warmup", "local_epochs"):
             integer(name, getattr(self, name), 0)
         for name, least in (("lr", True), ("clip", True), ("weight_decay", False)):
             x = getattr(self, name)

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastgt import files
 from fastgt.datasets import GraphSet, NodeSet, load
+from fastgt.encodings import Cache
 from fastgt.ops.implementation import Impl, implementation
 from fastgt.pruning import HeadSparsity
 from fastgt.training import optimization, results
@@ -36,6 +37,7 @@ class Plan:
         seeds: None for the recipe's alone.
         splits: Of the nodes of one graph; None for all that the data set has.
         data: File or folder of the data; None for that which ``FASTGT_DATA`` names.
+        encodings: Folder that keeps them; None for one in ``folder``.
     """
 
     folder: Path
@@ -43,6 +45,12 @@ class Plan:
     seeds: Sequence[int] | None = None
     splits: Sequence[int] | None = None
     data: Path | None = None
+    encodings: Path | None = None
+
+    @property
+    def cache(self) -> Cache:
+        """Of encodings."""
+        return Cache(self.encodings or self.folder / "encodings")
 
 
 def run(recipe: Recipe, plan: Plan, *, device: torch.device, impl: Impl | None = None) -> None:
@@ -74,7 +82,7 @@ def run(recipe: Recipe, plan: Plan, *, device: torch.device, impl: Impl | None =
             plan.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(files.lock(plan.folder))
         digest = ranks.told(data.digest())
-        data = prepared(recipe, data)
+        data = prepared(recipe, data, plan.cache)
         stack.enter_context(implementation(impl))
         rows = [_trained(one, data, digest, parameters, plan.hours, device, ranks) for one in runs]
         if ranks.leads:

@@ -1,0 +1,97 @@
+"""What a recipe's model is given: a limited set, encodings, features in the place of types."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from train_cases import HELD_OUT, TRAIN, command, write
+
+from fastgt import cli
+from fastgt.datasets import load
+from fastgt.encodings import Cache, laplacian_pe, random_walk_pe, shortest_paths
+from fastgt.training.inputs import prepared
+from fastgt.training.published_recipes import RECIPES
+from fastgt.training.settings import changed
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def made(data, tmp_path):
+    """-> the set of some settings of GraphGPS on molecules."""
+
+    def make(*settings, model="graph_gps"):
+        recipe = changed(RECIPES[model, "zinc12k"], settings)
+        return prepared(recipe, load("zinc12k", data), Cache(tmp_path / "encodings"))
+
+    return make
+
+
+def test_a_limit_keeps_the_first_graphs_to_train_on_and_all_others(made, data):
+    whole, limited = load("zinc12k", data), made("limit=30")
+    assert {name: len(x) for name, x in limited.splits.items()} == {
+        "train": 30,
+        "val": HELD_OUT,
+        "test": HELD_OUT,
+    }
+    assert len(limited) == 30 + 2 * HELD_OUT
+    for name, chosen in limited.splits.items():
+        batch, expected = limited.batch(chosen), whole.batch(whole.splits[name][: len(chosen)])
+        assert torch.equal(batch.y, expected.y)
+        assert torch.equal(batch.node, expected.node)
+        assert torch.equal(batch.graph.edge_index, expected.graph.edge_index)
+    assert len(made(f"limit={10 * TRAIN}")) == len(whole)
+
+
+def test_encodings_are_those_that_the_config_asks_for(made):
+    chosen = torch.tensor([7, 0, 199, 7])
+    some = made("path_distance=4", "walk_steps=6").batch(chosen)
+    assert some.encodings.keys() == {"walk_pe", "pair_distance", "pair_edges"}
+    expected = random_walk_pe(some.graph, 6)
+    torch.testing.assert_close(some.encodings["walk_pe"], expected, rtol=1e-6, atol=1e-7)
+    lengths, types = shortest_paths(some.graph, some.edge, 4)
+    assert torch.equal(some.encodings["pair_distance"], lengths)
+    assert torch.equal(some.encodings["pair_edges"].long(), types)
+    eigen = made(model="edge_graph_transformer").batch(chosen)
+    expected = laplacian_pe(eigen.graph, 8)
+    # the largest entries of an eigenvector may be equal: then its sign is no one's
+    torch.testing.assert_close(eigen.encodings["pe"].abs(), expected.abs(), rtol=1e-4, atol=1e-4)
+    assert made("pe_dim=0", model="edge_graph_transformer").batch(chosen).encodings == {}
+
+
+def test_types_become_features_where_the_config_has_those(made, data):
+    found = made("node_types=()", "node_features=28").node
+    assert torch.equal(found.argmax(1), load("zinc12k", data).node)
+    assert found.dtype == torch.float32
+    assert found.sum(1).eq(1).all()
+
+
+def test_edges_carry_nothing_where_the_config_has_no_types(made):
+    assert made("edge_types=()", "local=gin").edge is None
+    assert made().edge is not None
+
+
+def test_pairs_need_one_column_of_types(data, tmp_path):
+    recipe = changed(RECIPES["graph_gps", "zinc12k"], ["path_distance=4"])
+    molecules = load("zinc12k", data)
+    two = replace(molecules, edge=molecules.edge[:, None].expand(-1, 2))
+    with pytest.raises(ValueError, match=r"one column of types, got \[\d+, 2\]"):
+        prepared(recipe, two, Cache(tmp_path))
+
+
+def test_encodings_that_are_damaged_on_disk_are_named(data, tmp_path, capsys):
+    arguments = command(data, tmp_path / "run", "walk_steps=4", "walk_dim=4", model="graph_gps")
+    assert cli.main([*arguments, "--epochs", "1", "--encodings", str(tmp_path / "kept")]) == 1
+    assert "warmup must be below epochs=1" in capsys.readouterr().err
+    arguments += ["warmup=0", "epochs=1", "--encodings", str(tmp_path / "kept")]
+    assert cli.main(arguments) == 0
+    assert not (tmp_path / "run" / "encodings").exists()
+    (kept,) = (tmp_path / "kept").iterdir()
+    content = bytearray(kept.read_bytes())
+    content[-5] ^= 1
+    kept.write_bytes(content)
+    assert cli.main(arguments) == 1
+    assert f"{kept} is damaged" in capsys.readouterr().err

@@ -24,6 +24,8 @@ from fastgt.bench import harness, timing
 from fastgt.bench.harness import Case, Provider
 from fastgt.bench.memory import peak_extra_memory
 from fastgt.bench.on_pyg import GPS, Edges, GPSLayer, OnPyG, on_pyg, shared, trained
+from fastgt.datasets.dd import CLASSES, NODE_TYPES, dd
+from fastgt.datasets.zinc import ATOM_TYPES, BOND_TYPES, zinc12k
 from fastgt.models import (
     EdgeGraphTransformer,
     EdgeGraphTransformerConfig,
@@ -36,8 +38,6 @@ from fastgt.models import (
 )
 from fastgt.nn import random_features
 from fastgt.testing import PROBLEMS
-from fastgt.training.molecules import ATOM_TYPES, BOND_TYPES, load_zinc
-from fastgt.training.proteins import CLASSES, NODE_TYPES, load_dd
 
 MODELS: dict[str, tuple[str, ...]] = {
     "graph_transformer": ("cora", "citeseer", "debian", "pattern"),
@@ -305,16 +305,17 @@ def _batches(
 ) -> list[Batch]:
     made = []
     if problem == "zinc":
-        molecules = load_zinc(None)[0]["train"]
-        for chosen in torch.arange(len(molecules)).split(size)[:batches]:
-            atom, bond, graph, _, y = molecules.batch(chosen).to(device)
-            inputs = {"node_type": atom, "edge_type": bond}
-            made.append(Batch(inputs, graph, _edges(graph), y.to(dtype)))
+        molecules = zinc12k()
+        for chosen in molecules.splits["train"].split(size)[:batches]:
+            batch = molecules.batch(chosen).to(device)
+            assert batch.edge is not None
+            inputs = {"node_type": batch.node, "edge_type": batch.edge}
+            made.append(Batch(inputs, batch.graph, _edges(batch.graph), batch.y.to(dtype)))
         return made
-    proteins = load_dd(None)[0]
-    for chosen in proteins.splits()["train"].split(size)[:batches]:
-        node_type, graph, y = proteins.batch(chosen).to(device)
-        made.append(Batch({"node_type": node_type}, graph, _edges(graph), y))
+    proteins = dd()
+    for chosen in proteins.splits["train"].split(size)[:batches]:
+        batch = proteins.batch(chosen).to(device)
+        made.append(Batch({"node_type": batch.node}, batch.graph, _edges(batch.graph), batch.y))
     return made
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt import Graph, segment_mean
+from fastgt.datasets.zinc import ATOM_TYPES, BOND_TYPES
 from fastgt.models import (
     EdgeGraphTransformer,
     GraphClassifier,
@@ -25,7 +26,6 @@ from fastgt.models import (
     gps_conv_state_dict,
 )
 from fastgt.models.graph_transformer import readout
-from fastgt.training.molecules import ATOM_TYPES, BOND_TYPES
 
 _PACKED = re.compile(r"attention\.[qkv]\.")  # one matrix of all three there
 

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgt.bench import harness, models, on_pyg, table
+from fastgt.datasets import GraphSet
 from fastgt.testing import Problem, random_graph
-from fastgt.training.molecules import Molecules
-from fastgt.training.proteins import Proteins
 
 TINY = {"graph_transformer": "tiny", **{m: p[0] for m, p in list(models.MODELS.items())[1:]}}
 SMALL = {"dim": 8, "heads": 2, "layers": 2}
@@ -34,19 +34,24 @@ def data(monkeypatch):
         return torch.randint(kinds, (count,), generator=generator)
 
     flat = torch.cat(index, 1)
-    molecules = Molecules(
+    made = GraphSet(
         types(models.ATOM_TYPES, sum(nodes)),
         types(models.BOND_TYPES, sum(edges)),
         flat,
         node_ptr,
         edge_ptr,
         torch.randn(len(nodes), generator=generator),
+        {"train": torch.arange(len(nodes))},
     )
-    proteins = Proteins(
-        types(models.NODE_TYPES, sum(nodes)), flat, node_ptr, edge_ptr, types(2, len(nodes))
+    proteins = replace(
+        made,
+        node=types(models.NODE_TYPES, sum(nodes)),
+        edge=None,
+        y=types(2, len(nodes)),
+        splits={"train": torch.arange(10)},
     )
-    monkeypatch.setattr(models, "load_zinc", lambda path: ({"train": molecules}, ""))
-    monkeypatch.setattr(models, "load_dd", lambda path: (proteins, ""))
+    monkeypatch.setattr(models, "zinc12k", lambda: made)
+    monkeypatch.setattr(models, "dd", lambda: proteins)
     tiny = Problem("tiny", lambda: random_graph(0, 40, 200, isolated=3))
     monkeypatch.setitem(models.PROBLEMS, "tiny", tiny)
     # one test below compiles; the others would take minutes
@@ -148,7 +153,7 @@ def test_rows_of_epochs_are_complete(model):
     rows = models.epochs(model, TINY[model], batches=3, repeats=2, **sizes(model))
     names = ["fastgt", "pyg", "pyg, compiled", *([REPAIRED] if model == "gps" else [])]
     assert [row["provider"] for row in rows] == names
-    size = {"graph_transformer": (1, 40, 200), "graph_classifier": (3, 46, 75)}
+    size = {"graph_transformer": (1, 40, 200), "graph_classifier": (3, 51, 84)}
     for row in rows:
         found = row["batches"], row["rows"], row["edges"]
         assert found == size.get(model, (3, 59, 98))
@@ -254,7 +259,7 @@ def test_an_epoch_trains_and_inference_does_not():
     _, ours, batches = models._prepare(
         "graph_classifier", "dd", 3, torch.device("cpu"), torch.float32, sizes("graph_classifier")
     )
-    assert [batch.graph.num_graphs for batch in batches] == [4, 4, 2]  # 8 of 10 are trained on
+    assert [batch.graph.num_graphs for batch in batches] == [4, 4, 2]
     before = copy.deepcopy(ours.state_dict())
     models._inference(ours, batches)()
     assert all(torch.equal(x, before[name]) for name, x in ours.state_dict().items())

@@ -10,12 +10,12 @@ from attention_cases import DEVICE, IMPLS
 from torch import nn
 
 from fastgt import Graph, implementation
-from fastgt.encodings import flip_signs
+from fastgt.datasets import Encoded, load
+from fastgt.encodings import flip_signs, laplacian_pe
 from fastgt.models import EdgeGraphTransformer, EdgeGraphTransformerConfig
 from fastgt.models.graph_transformer import GraphTransformerEdgeLayer
 from fastgt.nn import EdgeGatedAttention
 from fastgt.testing import assert_as_accurate, random_batch, random_graph
-from fastgt.training.molecules import load_zinc
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,9 +123,11 @@ def with_weights_of(published, model):
 @functools.cache
 def molecules():
     try:
-        return load_zinc(None)[0]["train"].first(8).with_laplacian_pe(3)
+        few = load("zinc12k").subset(torch.arange(8))
     except FileNotFoundError as error:
         pytest.skip(str(error))
+    pe = laplacian_pe(few.batch(torch.arange(8)).graph, 3)
+    return few.with_encodings({"pe": Encoded(pe, "node")})
 
 
 def zinc(impl):
@@ -252,17 +254,17 @@ def test_model_is_the_published_one(impl, dtype, norm, train):
 
     def mine(module, pe):
         torch.manual_seed(5)
-        return [module(batch.node_type, batch.edge_type, graph, pe)]
+        return [module(batch.node, batch.edge, graph, pe)]
 
     def literal(module, pe):
         torch.manual_seed(5)
         pe = flip_signs(pe) if train else pe
-        return [module(batch.node_type, batch.edge_type, source, target, sizes, pe)]
+        return [module(batch.node, batch.edge, source, target, sizes, pe)]
 
     def run(module, forward, dtype):
         module = copy.deepcopy(module).to(dtype)
         upstreams = [upstream.to(DEVICE, dtype)]
-        return results(module, {"pe": batch.pe.to(dtype)}, forward, upstreams), module
+        return results(module, {"pe": batch.encodings["pe"].to(dtype)}, forward, upstreams), module
 
     with implementation(impl):
         found, trained = run(model, mine, dtype)
@@ -405,7 +407,7 @@ def test_same_bits_every_time():
     for _ in range(3):
         again = copy.deepcopy(model)
         torch.manual_seed(0)
-        out = again(batch.node_type, batch.edge_type, batch.graph, batch.pe)
+        out = again(batch.node, batch.edge, batch.graph, batch.encodings["pe"])
         out.sum().backward()
         found.append([out, *(p.grad for p in again.parameters() if p.grad is not None)])
     for other in found[1:]:
@@ -414,7 +416,7 @@ def test_same_bits_every_time():
 
 def test_encodings_flip_signs_only_in_training():
     model, batch = small("layer"), zinc("cpp")
-    inputs = batch.node_type, batch.edge_type, batch.graph, batch.pe
+    inputs = batch.node, batch.edge, batch.graph, batch.encodings["pe"]
     assert 2 <= len({model(*inputs).sum().item() for _ in range(20)}) <= 8
     model.eval()
     assert len({model(*inputs).sum().item() for _ in range(3)}) == 1
@@ -556,5 +558,5 @@ def test_state_dict_round_trip():
         nn.init.normal_(p)
     again.load_state_dict(model.state_dict())
     batch = zinc("cpp")
-    inputs = batch.node_type, batch.edge_type, batch.graph, batch.pe
+    inputs = batch.node, batch.edge, batch.graph, batch.encodings["pe"]
     torch.testing.assert_close(again(*inputs), model(*inputs))

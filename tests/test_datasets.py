@@ -275,6 +275,69 @@ def test_packages_have_dependencies_both_ways():
     assert [int(x.sum()) for x in data.splits[0].values()] == [31_725, 15_878, 15_833]
 
 
+def grid_arrays():
+    draw = np.random.default_rng(0)
+    bus = draw.normal(size=(8, 12)).astype(np.float32)
+    bus[:, 0] = [1, 2, 3, 1, 1, 1, 2, 1]
+    bus[:, 3] = 5
+    return {
+        "edge_index": np.array([[0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]]),
+        "branch": draw.normal(size=(7, 9)).astype(np.float32),
+        "bus": bus,
+        "gen_pq": draw.normal(size=(8, 2)).astype(np.float32),
+    }
+
+
+def test_a_power_grid_has_what_a_power_flow_is_given(tmp_path):
+    arrays = grid_arrays()
+    np.savez(tmp_path / "power10k.npz", **arrays)
+    data = load("power10k", tmp_path)
+    bus, branch = arrays["bus"].astype(float), arrays["branch"].astype(float)
+    assert data.node[:, :3].argmax(1).tolist() == [0, 1, 2, 0, 0, 0, 1, 0]
+    held = np.where(bus[:, 0] > 1, bus[:, 6], 1)
+    given = np.column_stack([bus[:, [1, 2, 3, 4, 8]], arrays["gen_pq"][:, 0], held])
+    expected = (given - given.mean(0)) / np.where(given.std(0) > 0, given.std(0), 1)
+    np.testing.assert_allclose(data.node[:, 3:], expected, atol=1e-6)
+    assert not data.node[:, 5].any()  # one value everywhere
+    there = (branch - branch.mean(0)) / branch.std(0)
+    np.testing.assert_allclose(data.edge[:, :9], np.concatenate([there, there]), atol=1e-6)
+    assert data.edge[:, 9].tolist() == [1] * 7 + [-1] * 7
+    both = np.concatenate([arrays["edge_index"], arrays["edge_index"][::-1]], 1)
+    assert data.graph.edge_index.tolist() == both.tolist()
+    trained = data.y[data.splits[0]["train"]]
+    torch.testing.assert_close(trained.mean(0), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(trained.std(0, unbiased=False), torch.ones(2))
+    correlation = np.corrcoef(data.y[:, 1], bus[:, 7])[0, 1]
+    assert correlation == pytest.approx(1)
+    assert [int(x.sum()) for x in data.splits[0].values()] == [4, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("bus", lambda x: x[:, :11], "bus must be finite numbers in 12 columns"),
+        ("branch", lambda x: x * np.inf, "branch must be finite numbers in 9 columns"),
+        ("branch", lambda x: x[:6], "branch must have 7 rows, got 6"),
+        ("gen_pq", lambda x: x[:6], "gen_pq must have 8 rows, got 6"),
+        ("bus", lambda x: x + 3, "bus has types beyond 1 to 3"),
+        ("edge_index", lambda x: x + 1, "edge_index has nodes from 1 to 8, there are 8"),
+    ],
+)
+def test_damaged_power_grids_are_refused(tmp_path, key, change, message):
+    arrays = grid_arrays()
+    arrays[key] = change(arrays[key])
+    np.savez(tmp_path / "power70k.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"power70k\.npz is damaged: .*{message}"):
+        load("power70k", tmp_path)
+
+
+def test_power_grids_are_their_files():
+    data, file = loaded("power10k")
+    assert data.graph.num_edges == 2 * file["edge_index"].shape[1] == 25_412
+    assert (data.node.shape, data.edge.shape) == ((10_000, 10), (25_412, 10))
+    assert data.y.isfinite().all()
+
+
 def test_names_and_files_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"name must be one of zinc12k, dd, .*, got 'zinc'"):
         load("zinc")

@@ -13,6 +13,7 @@ from fastgt.datasets.molhiv import molhiv, molhiv_small
 from fastgt.datasets.node_graphs import amazon_computers, citations, debian, heterophilous
 from fastgt.datasets.node_set import NodeSet
 from fastgt.datasets.ogb_sets import DATASETS as OF_OGB
+from fastgt.datasets.power import power_grid
 from fastgt.datasets.pyg_sets import DATASETS as OF_PYG
 from fastgt.datasets.zinc import zinc12k
 
@@ -29,6 +30,8 @@ DATASETS: dict[str, Callable[[Path | None], GraphSet | NodeSet]] = {
     "actor": partial(heterophilous, "actor", "Actor", 5),
     "squirrel_filtered": partial(heterophilous, "squirrel_filtered", "Squirrel, filtered", 5),
     "debian": debian,
+    "power10k": partial(power_grid, "power10k", "Power grid of 10,000 buses"),
+    "power70k": partial(power_grid, "power70k", "Power grid of 70,000 buses"),
     "pattern": lambda folder: pattern(),
     "cluster": lambda folder: cluster(),
     "pattern_small": lambda folder: pattern(SMALL),

@@ -114,7 +114,7 @@ def debian(folder: Path | None = None) -> NodeSet:
     with archive.checking(name):
         classes, kinds = len(arrays["classes"]), len(arrays["edge_types"])
         y = _classes("y", arrays["y"], classes)
-        edge_index = _edges(arrays["edge_index"], len(y))
+        edge_index = edges_of(arrays["edge_index"], len(y))
         kind = _integers("edge_type", arrays["edge_type"], edge_index.shape[1], 0, kinds - 1)
         split = _integers("split", arrays["split"], len(y), 0, 2)
         return NodeSet(
@@ -131,7 +131,7 @@ def debian(folder: Path | None = None) -> NodeSet:
 
 def undirected(edge_index: np.ndarray, nodes: int, *, loops: bool = True) -> Graph:
     """Every edge both ways, once; in the order of targets, then of sources."""
-    source, target = _edges(edge_index, nodes)
+    source, target = edges_of(edge_index, nodes)
     both = torch.cat([target * nodes + source, source * nodes + target]).unique()
     source, target = both % nodes, both // nodes
     keep = slice(None) if loops else source != target
@@ -157,7 +157,8 @@ def random_splits(
     return splits
 
 
-def _edges(edge_index: np.ndarray, nodes: int) -> Tensor:
+def edges_of(edge_index: np.ndarray, nodes: int) -> Tensor:
+    """``[2, E]`` int64, between those nodes."""
     archive.check_array("edge_index", edge_index, 2, "iu")
     if len(edge_index) != 2:
         raise ValueError(f"edge_index must be [2, E], got {list(edge_index.shape)}")

@@ -20,9 +20,6 @@ def open_data(name: str) -> np.lib.npyio.NpzFile:
     Raises:
         FileNotFoundError: It is in neither; says how to name the folder.
     """
-    packaged = files("fastgt.data") / f"{name}.npz"
-    if packaged.is_file():
-        return np.load(str(packaged))
     return np.load(path_of(f"{name}.npz"))
 
 
@@ -33,7 +30,14 @@ def data_folder() -> Path | None:
 
 
 def path_of(name: str) -> Path:
-    """Of a file in the folder of real graphs."""
+    """Of a file: the package's own, or in the folder of real graphs.
+
+    Raises:
+        FileNotFoundError: It is in neither; says how to name the folder.
+    """
+    packaged = files("fastgt.data") / name
+    if packaged.is_file():
+        return Path(str(packaged))
     folder = data_folder()
     path = Path(name) if folder is None else folder / name
     if folder is None or not path.is_file():

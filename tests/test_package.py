@@ -432,7 +432,7 @@ def test_docstring_examples(module):
     assert not found.failed
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/torch-geometric.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/torch-geometric.md", "docs/data-sets.md"])
 def test_code_of_documents_runs(document):
     pytest.importorskip("torch_geometric")  # of which a block accelerates a model
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)

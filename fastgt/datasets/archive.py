@@ -13,34 +13,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgt.real_graphs import open_data
+from fastgt.real_graphs import path_of
+
+HOW = "docs/data-sets.md tells where it comes from"
 
 
-def read(path: Path | None, stem: str, keys: Iterable[str]) -> tuple[str, dict[str, np.ndarray]]:
-    """-> the file's name for messages, and its arrays of those names.
-
-    Args:
-        path: ``stem.npz``, or the folder that holds it. None: where
-            :func:`fastgt.real_graphs.open_data` finds it.
+def read(place: Path | None, stem: str, keys: Iterable[str]) -> tuple[str, dict[str, np.ndarray]]:
+    """-> the name of ``stem.npz`` for messages, and its arrays of those names.
 
     Raises:
-        FileNotFoundError: It is absent.
+        FileNotFoundError: It is not at :func:`found`'s place.
         ValueError: It is damaged; says how.
     """
-    if path is not None and path.is_dir():
-        path = path / f"{stem}.npz"
-    if path is not None and not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is absent: --data names {stem}.npz or its folder, as folder= does in Python"
-        )
-    name = str(path or f"{stem}.npz")
+    path = found(place, f"{stem}.npz")
     try:
-        with np.load(path) if path is not None else open_data(stem) as archive:
-            return name, {key: archive[key] for key in keys}
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}, or name it by --data") from None
+        with np.load(path) as archive:
+            return str(path), {key: archive[key] for key in keys}
     except _DAMAGE as error:
-        raise ValueError(f"{name} is damaged: {error} (or it is another file)") from error
+        raise ValueError(f"{path} is damaged: {error} (or it is another file)") from error
+
+
+def found(place: Path | None, name: str) -> Path:
+    """The file of that name.
+
+    Args:
+        place: The file, or the folder that holds it. None: the package, or the folder that
+            ``FASTGT_DATA`` names.
+
+    Raises:
+        FileNotFoundError: It is absent; says how it is named, and where it comes from.
+    """
+    if place is None:
+        try:
+            return path_of(name)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} ({HOW}), or name it by --data") from None
+    path = place / name if place.is_dir() else place
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is absent: --data names {name} or its folder, as folder= does in Python; {HOW}"
+        )
+    return path
 
 
 @contextmanager

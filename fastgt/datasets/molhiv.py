@@ -15,7 +15,6 @@ import torch
 from fastgt import files
 from fastgt.datasets import archive
 from fastgt.datasets.graph_set import GraphSet
-from fastgt.real_graphs import path_of
 
 ATOMS = (119, 4, 12, 12, 10, 6, 6, 2, 2)
 BONDS = (5, 6, 2)
@@ -48,14 +47,7 @@ def molhiv(folder: Path | None = None) -> GraphSet:
     Source:
         Hu et al., arXiv 2005.00687, ogbg-molhiv; Wu et al., arXiv 1703.00564.
     """
-    path = path_of("molhiv.csv") if folder is None else folder
-    if path.is_dir():
-        path = path / "molhiv.csv"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is absent: --data names molhiv.csv or its folder, as folder= does in Python"
-        )
-    arrays = _kept(path)
+    arrays = _kept(archive.found(folder, "molhiv.csv"))
     node_ptr, edge_ptr, edge_index, atom, bond, y, split = (
         torch.from_numpy(arrays[key].astype(np.int64))
         for key in ("node_ptr", "edge_ptr", "edge_index", "atom", "bond", "y", "split")

@@ -408,6 +408,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.models.graph_gps",
         "fastgt.models.graph_gps_checkpoints",
         "fastgt.models.graph_gps_layer",
+        "fastgt.models.graph_gps_sign_net",
         "fastgt.models.graph_transformer",
         "fastgt.models.mpnn_vn",
         "fastgt.models.san",

@@ -12,6 +12,7 @@ from fastgt.models.graph_transformer import GraphTransformerEdgeLayer, GraphTran
 from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
 
 SIZES = {"dim": 48, "heads": 4, "layers": 2}
+WALKS = {"walk_steps": 3, "walk_dim": 4, **SIZES}
 MASK = torch.tensor([1.0, 0.0, -2.0, 0.5], device="cpu")
 
 MAKE = {
@@ -81,6 +82,14 @@ MAKE = {
         models.MPNNVirtualNodeConfig(48, local="gatedgcn", walk_steps=5, walk_dim=6, layers=2)
     ),
     "SAN": lambda: models.SAN(models.SANConfig(far_type=False, **SIZES)),
+    "GraphGPS encodings": lambda: models.GraphGPS(
+        models.GraphGPSConfig(
+            lap_pe=5, lap_dim=6, lap_heads=2, heat_times=3, heat_dim=4, kernel_layers=2, **WALKS
+        )
+    ),
+    "GraphGPS signs": lambda: models.GraphGPS(
+        models.GraphGPSConfig(sign_pe=5, sign_dim=6, electrostatic_dim=4, **WALKS)
+    ),
     "GraphClassifier": lambda: models.GraphClassifier(
         models.GraphClassifierConfig(30, 20, gated=True, **SIZES)
     ),

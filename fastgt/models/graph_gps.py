@@ -21,16 +21,17 @@ from fastgt.models.graph_gps_bigbird import bigbird_pattern
 from fastgt.models.graph_gps_config import GraphGPSConfig
 from fastgt.models.graph_gps_encoders import (
     FeatureEncoder,
+    KernelEncoder,
     LaplacianEncoder,
     Readout,
     SharedEncoder,
     StableEncoder,
     TypeEncoder,
-    WalkEncoder,
 )
 from fastgt.models.graph_gps_layer import GraphGPSLayer
 from fastgt.models.graph_gps_local import WITH_EDGES, edge_distance, edge_width
 from fastgt.models.graph_gps_pairs import DegreeEncoder, PairBias
+from fastgt.models.graph_gps_sign_net import SignNet
 from fastgt.nn.sublayers import reset_sublayers
 from fastgt.ops.checks import check_graph
 
@@ -63,14 +64,36 @@ class GraphGPS(nn.Module):
         c = self.config = config
         assert not isinstance(c.node_types, int)
         assert not isinstance(c.edge_types, int)
-        width = c.dim - c.walk_dim - c.lap_dim
+        width = c.dim - c.encoded_dim
         self.embed: nn.Module = (
             TypeEncoder(c.node_types, width)
             if c.node_types
             else FeatureEncoder(c.node_features, width)
         )
-        self.embed_lap = LaplacianEncoder(c.lap_pe, c.lap_dim, c.lap_layers) if c.lap_pe else None
-        self.embed_walk = WalkEncoder(c.walk_steps, c.walk_dim) if c.walk_steps else None
+        self.embed_lap = (
+            LaplacianEncoder(c.lap_pe, c.lap_dim, c.lap_layers, c.lap_heads) if c.lap_pe else None
+        )
+        self.embed_sign = (
+            SignNet(
+                c.sign_pe,
+                c.sign_dim,
+                kind=c.sign_net,
+                layers=c.sign_layers,
+                hidden=c.sign_hidden,
+                out=c.sign_out,
+                rho_layers=c.sign_rho_layers,
+            )
+            if c.sign_pe
+            else None
+        )
+        self.embed_walk, self.embed_heat, self.embed_electrostatic = (
+            KernelEncoder(name, count, dim, c.kernel_layers) if dim else None
+            for name, count, dim in (
+                ("walk_pe", c.walk_steps, c.walk_dim),
+                ("heat_pe", c.heat_times, c.heat_dim),
+                ("electrostatic_pe", 10, c.electrostatic_dim),
+            )
+        )
         self.embed_stable = StableEncoder(c.stable_pe, c.dim) if c.stable_pe else None
         self.embed_degree = DegreeEncoder(c.degrees, width) if c.degrees else None
         self.pair_bias = (
@@ -122,6 +145,8 @@ class GraphGPS(nn.Module):
         graph: Graph,
         *,
         walk_pe: Tensor | None = None,
+        heat_pe: Tensor | None = None,
+        electrostatic_pe: Tensor | None = None,
         lap_vectors: Tensor | None = None,
         lap_values: Tensor | None = None,
         pair_distance: Tensor | None = None,
@@ -134,9 +159,11 @@ class GraphGPS(nn.Module):
             node: Types ``[N]``, or ``[N, columns]``, integers; or features ``[N, node_features]``.
             edge: As node, of edges. None with one vector for all, or where none is used.
             graph: The batch.
-            walk_pe: ``[N, walk_steps]``.
-            lap_vectors: ``[N, lap_pe]``, or ``[N, stable_pe]``. NaN stands for an eigenvector that
-                a small graph does not have.
+            walk_pe: ``[N, walk_steps]``, of :func:`fastgt.encodings.random_walk_pe`.
+            heat_pe: ``[N, heat_times]``, of :func:`fastgt.encodings.heat_kernel_pe`.
+            electrostatic_pe: ``[N, 10]``, of :func:`fastgt.encodings.electrostatic_pe`.
+            lap_vectors: ``[N, lap_pe]``, ``[N, sign_pe]`` or ``[N, stable_pe]``. NaN stands for an
+                eigenvector that a small graph does not have.
             lap_values: ``[G, lap_pe]``, the eigenvalues.
             pair_distance, pair_edges: ``[P]`` and ``[P, path_distance]``, of
                 :func:`fastgt.encodings.shortest_paths`.
@@ -146,9 +173,12 @@ class GraphGPS(nn.Module):
         """
         check_graph(graph)
         c, n = self.config, graph.num_rows
+        vectors = c.lap_pe + c.sign_pe + c.stable_pe
         for name, given, wanted, why in (
             ("walk_pe", walk_pe, c.walk_steps, "walk_steps is 0"),
-            ("lap_vectors", lap_vectors, c.lap_pe + c.stable_pe, "lap_pe and stable_pe are 0"),
+            ("heat_pe", heat_pe, c.heat_times, "heat_times is 0"),
+            ("electrostatic_pe", electrostatic_pe, c.electrostatic_dim, "electrostatic_dim is 0"),
+            ("lap_vectors", lap_vectors, vectors, "lap_pe, sign_pe and stable_pe are 0"),
             ("lap_values", lap_values, c.lap_pe, "lap_pe is 0"),
             ("pair_distance", pair_distance, c.path_distance, "path_distance is 0"),
             ("pair_edges", pair_edges, c.path_distance, "path_distance is 0"),
@@ -160,8 +190,15 @@ class GraphGPS(nn.Module):
             parts[0] = parts[0] + self.embed_degree(graph)
         if self.embed_lap is not None:
             parts.append(self.embed_lap(lap_vectors, lap_values, graph))
-        if self.embed_walk is not None:
-            parts.append(self.embed_walk(walk_pe, graph))
+        if self.embed_sign is not None:
+            parts.append(self.embed_sign(lap_vectors, graph))
+        for embed, given in (
+            (self.embed_walk, walk_pe),
+            (self.embed_heat, heat_pe),
+            (self.embed_electrostatic, electrostatic_pe),
+        ):
+            if embed is not None:
+                parts.append(embed(given, graph))
         x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         e = distance = None
         if self.embed_edge is not None:

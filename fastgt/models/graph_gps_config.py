@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from fastgt.models.graph_gps_encoders import Head, Pooling
 from fastgt.models.graph_gps_layer import Attention, GPSNorm
 from fastgt.models.graph_gps_local import WITH_EDGES, Activation, Local
+from fastgt.models.graph_gps_sign_net import SignNetKind
 from fastgt.ops.checks import integer
 
 _SIZES = ("out_dim", "dim", "heads", "layers", "performer_width", "head_layers", "lap_layers")
+_SIGN_SIZES = ("sign_layers", "sign_hidden", "sign_out", "sign_rho_layers")
 _WIDTHS = (
     "node_features",
     "edge_features",
@@ -18,10 +20,18 @@ _WIDTHS = (
     "walk_dim",
     "lap_pe",
     "lap_dim",
+    "lap_heads",
+    "sign_pe",
+    "sign_dim",
+    "heat_times",
+    "heat_dim",
+    "electrostatic_dim",
+    "kernel_layers",
     "stable_pe",
     "path_distance",
     "degrees",
 )
+_ENCODED = ("walk_dim", "lap_dim", "sign_dim", "heat_dim", "electrostatic_dim")
 
 
 @dataclass
@@ -56,7 +66,19 @@ class GraphGPSConfig:
         walk_dim: What they are made as wide as.
         lap_pe: Laplacian eigenvectors of a node; 0 for a model without them.
         lap_dim: What they are made as wide as.
-        lap_layers: Linear layers of their DeepSet.
+        lap_layers: Linear layers of their DeepSet, or layers of a Transformer.
+        lap_heads: Heads of that Transformer in the place of the DeepSet; 0 for the DeepSet.
+        sign_pe: Laplacian eigenvectors of a node for SignNet, in the place of ``lap_pe``; 0 for a
+            model without it.
+        sign_dim: What they are made as wide as.
+        sign_net: ``"mlp"`` or ``"deepset"``, what takes all eigenvectors together.
+        sign_layers, sign_hidden, sign_out: Layers of SignNet's phi, and their widths within and in
+            the end.
+        sign_rho_layers: Linear layers of what takes all eigenvectors together.
+        heat_times, heat_dim: Diagonals of the heat kernel, as of walks.
+        electrostatic_dim: What the 10 electrostatic numbers of a node are made as wide as, or 0.
+        kernel_layers: Linear layers, each with a ReLU, for walks, heat and electrostatics; 0 for
+            one without a ReLU.
         stable_pe: Laplacian eigenvectors that give the factors of edges in ``"gine"`` or
             ``"gatedgcn"``, in the place of ``walk_steps`` and ``lap_pe``; 0 for none.
         path_distance: Graphormer's biases of pairs of nodes, for paths shorter than this many
@@ -91,6 +113,18 @@ class GraphGPSConfig:
     lap_pe: int = 0
     lap_dim: int = 0
     lap_layers: int = 2
+    lap_heads: int = 0
+    sign_pe: int = 0
+    sign_dim: int = 0
+    sign_net: SignNetKind = "mlp"
+    sign_layers: int = 8
+    sign_hidden: int = 64
+    sign_out: int = 4
+    sign_rho_layers: int = 2
+    heat_times: int = 0
+    heat_dim: int = 0
+    electrostatic_dim: int = 0
+    kernel_layers: int = 0
     stable_pe: int = 0
     path_distance: int = 0
     degrees: int = 0
@@ -100,7 +134,7 @@ class GraphGPSConfig:
     last_edges: bool = True
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
+        for name in (*_SIZES, *_SIGN_SIZES):
             setattr(self, name, integer(name, getattr(self, name), 1))
         for name in _WIDTHS:
             setattr(self, name, integer(name, getattr(self, name), 0))
@@ -116,38 +150,55 @@ class GraphGPSConfig:
                 )
         if not self.node_types and not self.node_features:
             raise ValueError("node_types is () and node_features is 0: give one of them")
-        for count, width in (("walk_steps", "walk_dim"), ("lap_pe", "lap_dim")):
+        for count, width in (
+            ("walk_steps", "walk_dim"),
+            ("lap_pe", "lap_dim"),
+            ("sign_pe", "sign_dim"),
+            ("heat_times", "heat_dim"),
+        ):
             if bool(getattr(self, count)) != bool(getattr(self, width)):
                 found = f"{getattr(self, count)} and {getattr(self, width)}"
                 raise ValueError(f"{count} and {width} must both be 0 or positive, got {found}")
-        if self.stable_pe and (self.walk_steps or self.lap_pe):
+        if self.stable_pe and self.encoded_dim:
+            counts = ("walk_steps", "lap_pe", "sign_pe", "heat_times", "electrostatic_dim")
+            others = [f"{name}={getattr(self, name)}" for name in counts if getattr(self, name)]
             raise ValueError(
-                f"stable_pe must be 0 with walk_steps={self.walk_steps} and lap_pe={self.lap_pe}, "
-                f"got {self.stable_pe}"
+                f"stable_pe must be 0 with {' and '.join(others)}, got {self.stable_pe}"
             )
+        if self.sign_pe and self.lap_pe:
+            raise ValueError(f"sign_pe must be 0 with lap_pe={self.lap_pe}, got {self.sign_pe}")
+        if self.lap_heads and self.lap_dim % self.lap_heads:
+            raise ValueError(f"lap_heads must divide lap_dim={self.lap_dim}, got {self.lap_heads}")
         if self.path_distance and (self.attention != "softmax" or len(self.edge_types) != 1):
             raise ValueError(
                 f"path_distance must be 0 with attention={self.attention!r} and edge_types="
                 f"{self.edge_types}: it takes 'softmax' and one column, got {self.path_distance}"
             )
-        if self.walk_dim + self.lap_dim >= self.dim:
-            found = f"{self.walk_dim} + {self.lap_dim}"
-            raise ValueError(f"walk_dim + lap_dim must be below dim={self.dim}, got {found}")
+        if self.encoded_dim >= self.dim:
+            parts = {name: getattr(self, name) for name in _ENCODED if getattr(self, name)}
+            found = " + ".join(map(str, parts.values()))
+            raise ValueError(f"{' + '.join(parts)} must be below dim={self.dim}, got {found}")
         if self.local not in WITH_EDGES and (self.edge_types or self.edge_features):
             raise ValueError(
                 f"edge_types must be () and edge_features 0 with local={self.local!r}, which uses "
                 f"no edges, got {self.edge_types} and {self.edge_features}"
             )
 
+    @property
+    def encoded_dim(self) -> int:
+        """How much of ``dim`` encodings take."""
+        return sum(getattr(self, name) for name in _ENCODED)
+
     @staticmethod
     def published(name: str) -> GraphGPSConfig:
         """The authors' model of that name.
 
         Args:
-            name: ``"zinc"``, ``"zinc_graphormer"``, ``"pattern"``, ``"cluster"``, ``"mnist"``,
-                ``"cifar10"``, ``"malnet_tiny"``; with OGB's atoms and bonds ``"ogbg_molhiv"``,
-                ``"ogbg_molpcba"``, ``"peptides_func"``, ``"peptides_struct"``,
-                ``"pcqm4mv2_small"``, ``"pcqm4mv2_medium"`` or ``"pcqm4mv2_deep"``.
+            name: ``"zinc"``, ``"zinc_sign_mlp"``, ``"zinc_sign_deepset"``, ``"zinc_graphormer"``,
+                ``"pattern"``, ``"cluster"``, ``"mnist"``, ``"cifar10"``, ``"malnet_tiny"``; with
+                OGB's atoms and bonds ``"ogbg_molhiv"``, ``"ogbg_molpcba"``, ``"peptides_func"``,
+                ``"peptides_struct"``, ``"pcqm4mv2_small"``, ``"pcqm4mv2_medium"`` or
+                ``"pcqm4mv2_deep"``.
 
         Raises:
             ValueError: There is no such name.
@@ -211,8 +262,13 @@ _PEPTIDES = replace(
     head="default",
     head_layers=1,
 )
+_SIGN = GraphGPSConfig(walk_steps=0, walk_dim=0)
 _PUBLISHED = {
     "zinc": GraphGPSConfig(),
+    "zinc_sign_mlp": replace(_SIGN, sign_pe=8, sign_dim=8),
+    "zinc_sign_deepset": replace(
+        _SIGN, sign_pe=37, sign_dim=28, sign_net="deepset", sign_out=64, sign_rho_layers=3
+    ),
     "zinc_graphormer": GraphGPSConfig(path_distance=20, degrees=64),
     "pattern": _OF_NODES,
     "cluster": replace(

@@ -3,8 +3,10 @@
     x_i = concat(node_i, DeepSet_i, W BatchNorm(walk_i))
     DeepSet_i = sum_k phi(u_ki, lambda_k)    over the eigenvectors u_k that the graph has
 
-node_i is a sum of embeddings, or linear. With stable encodings p_i = W u_i there is no more in x_i
-than node_i, and p_i goes into the factors of edges.
+In the place of the DeepSet there may be a Transformer or SignNet (graph_gps_sign_net.py), and
+beside walks the heat kernel and electrostatics. node_i is a sum of embeddings, or linear. With
+stable encodings p_i = W u_i there is no more in x_i than node_i, and p_i goes into the factors of
+edges.
 """
 
 from __future__ import annotations
@@ -103,29 +105,35 @@ class SharedEncoder(nn.Module):
         return self.embed[0](first).expand(size, -1)
 
 
-class WalkEncoder(nn.Module):
-    """Probabilities of return of random walks, normalised and made as wide as asked for.
+class KernelEncoder(nn.Module):
+    """Numbers of a node (walks, heat, potentials), normalised and made as wide as asked for.
+
+    Args:
+        name: Of the argument that they come as.
+        count: Numbers of a node.
+        dim: Width of what is made of them.
+        layers: Linear ones, each with a ReLU; 0 for a linear layer alone.
 
     Source:
-        Dwivedi et al., arXiv 2110.07875, eq. 3; the norm as in GraphGPS's configurations.
+        Dwivedi et al., arXiv 2110.07875, eq. 3; norms and layers as in GraphGPS's code.
     """
 
-    def __init__(self, steps: int, dim: int):
+    def __init__(self, name: str, count: int, dim: int, layers: int = 0):
         super().__init__()
-        self.steps = steps
-        self.norm = nn.BatchNorm1d(steps)
-        self.lin = nn.Linear(steps, dim)
+        self.name, self.count = name, count
+        self.norm = nn.BatchNorm1d(count)
+        self.lin = perceptron(count, dim, layers) if layers else nn.Linear(count, dim)
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
         reset_sublayers(self)
 
-    def forward(self, walk: Tensor, graph: Graph) -> Tensor:
-        """``[N, steps]`` -> ``[N, dim]``."""
-        check_matrix("walk_pe", walk, f"N, {self.steps}", (graph.num_rows, self.steps))
-        check_dtype("walk_pe", walk, self.lin.weight)
-        check_rows(self.norm, walk, "norm of WalkEncoder", "node")
-        return self.lin(self.norm(walk))
+    def forward(self, x: Tensor, graph: Graph) -> Tensor:
+        """``[N, count]`` -> ``[N, dim]``."""
+        check_matrix(self.name, x, f"N, {self.count}", (graph.num_rows, self.count))
+        check_dtype(self.name, x, self.norm.weight)
+        check_rows(self.norm, x, f"norm of KernelEncoder of {self.name}", "node")
+        return self.lin(self.norm(x))
 
 
 class LaplacianEncoder(nn.Module):
@@ -134,18 +142,22 @@ class LaplacianEncoder(nn.Module):
     NaN stands for an eigenvector that a small graph does not have: it adds nothing. In training
     every eigenvector gets one random sign for the whole batch.
 
+    Args:
+        count: Eigenvectors of a node.
+        dim: Width of what is made of them.
+        layers: Linear ones of the DeepSet, or layers of the Transformer.
+        heads: Of a Transformer in the place of the DeepSet, or 0.
+
     Source:
         Rampasek et al., arXiv 2205.12454, after Kreuzer et al., arXiv 2106.03893.
     """
 
-    def __init__(self, count: int, dim: int, layers: int = 2):
+    def __init__(self, count: int, dim: int, layers: int = 2, heads: int = 0):
         super().__init__()
         self.count = count
-        sizes = [2, *[2 * dim] * (layers - 1), dim]
-        parts: list[nn.Module] = []
-        for i in range(layers):
-            parts += [nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU()]
-        self.phi = nn.Sequential(*parts)
+        self.phi: nn.Module = (
+            FrequencyTransformer(dim, layers, heads) if heads else perceptron(2, dim, layers)
+        )
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
@@ -163,7 +175,43 @@ class LaplacianEncoder(nn.Module):
         of_nodes = values.to(vectors.dtype).repeat_interleave(sizes, 0, output_size=n)
         absent = vectors.isnan()
         pairs = torch.stack([vectors, of_nodes], 2).nan_to_num(nan=0.0)
-        return self.phi(pairs).masked_fill(absent[..., None], 0).sum(1)
+        attending = isinstance(self.phi, FrequencyTransformer)
+        y = self.phi(pairs, absent) if attending else self.phi(pairs)
+        return y.masked_fill(absent[..., None], 0).sum(1)
+
+
+class FrequencyTransformer(nn.Module):
+    """A Transformer over the eigenvectors of each node, which are its tokens.
+
+    A layer is PyTorch's, with its defaults, as in the authors' code: norms after the residuals, a
+    hidden width of 2048 and a dropout of 0.1. Theirs all begin with the same weights, here each
+    draws its own.
+
+    Source:
+        Kreuzer et al., arXiv 2106.03893, section 3.3, as in GraphGPS's ``LapPENodeEncoder``.
+    """
+
+    def __init__(self, dim: int, layers: int, heads: int):
+        super().__init__()
+        self.lin = nn.Linear(2, dim)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(dim, heads, batch_first=True) for _ in range(layers)
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
+
+    def forward(self, pairs: Tensor, absent: Tensor) -> Tensor:
+        """Tokens ``[N, count, 2]``, True for those to leave out -> ``[N, count, dim]``."""
+        x = self.lin(pairs)
+        if not len(x):
+            return x  # PyTorch's attention takes no empty batch
+        # a node without a token would be NaN, and its gradients too; nothing reads what it gives
+        absent = absent & ~absent.all(1, keepdim=True)
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=absent)
+        return x
 
 
 class StableEncoder(nn.Module):
@@ -249,6 +297,15 @@ class Readout(nn.Module):
 def pooled(x: Tensor, offsets: Tensor, pooling: Pooling) -> Tensor:
     """``[N, dim]`` -> ``[G, dim]``."""
     return _POOLING[pooling](x, offsets)
+
+
+def perceptron(width: int, dim: int, layers: int) -> nn.Sequential:
+    """Linear layers, each with a ReLU, twice as wide as ``dim`` but for the last."""
+    sizes = [width, *[2 * dim] * (layers - 1), dim]
+    parts: list[nn.Module] = []
+    for pair in pairwise(sizes):
+        parts += [nn.Linear(*pair), nn.ReLU()]
+    return nn.Sequential(*parts)
 
 
 def check_matrix(name: str, x: object, letters: str, shape: tuple[int, ...]) -> None:

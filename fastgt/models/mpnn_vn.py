@@ -28,12 +28,12 @@ from fastgt.models.graph_gps_config import kinds_of
 from fastgt.models.graph_gps_encoders import (
     FeatureEncoder,
     Head,
+    KernelEncoder,
     LaplacianEncoder,
     Pooling,
     Readout,
     SharedEncoder,
     TypeEncoder,
-    WalkEncoder,
     check_matrix,
 )
 from fastgt.models.graph_gps_local import GCN, GINE, WITH_EDGES, GatedGCN
@@ -357,7 +357,9 @@ class MPNNVirtualNode(nn.Module):
             else FeatureEncoder(c.node_features, width)
         )
         self.embed_lap = LaplacianEncoder(c.lap_pe, c.lap_dim, c.lap_layers) if c.lap_pe else None
-        self.embed_walk = WalkEncoder(c.walk_steps, c.walk_dim) if c.walk_steps else None
+        self.embed_walk = (
+            KernelEncoder("walk_pe", c.walk_steps, c.walk_dim) if c.walk_steps else None
+        )
         self.embed_edge: nn.Module | None = None
         if c.local in WITH_EDGES:
             if c.edge_types:

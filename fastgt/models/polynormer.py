@@ -14,10 +14,10 @@ Global layers, which begin with a layer norm of the sum of what all local layers
 s is a sigmoid. The paper's Polynormer has no ReLUs, its Polynormer-r has them. In training the
 local layers come first, with a readout of their own, then all: :meth:`Polynormer.set_stage`.
 
-Beside the paper's equations the authors' code, and this, has V x_i, W_o and norms of products. In
-torch-geometric padded nodes of smaller graphs count in the denominator of the global attention, and
-there is a linear layer that nothing uses. Here there is neither: a graph's result does not depend
-on the rest of its batch, but for batch norms in training.
+V x_i, W_o and the norms of products are in the authors' code beside the attention of the paper's
+section 3. In torch-geometric padded nodes of smaller graphs count in the denominator of the global
+attention, and there is a linear layer that nothing uses. Here there is neither: a graph's result
+does not depend on the rest of its batch, but for batch norms in training.
 """
 
 from __future__ import annotations

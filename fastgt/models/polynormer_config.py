@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from fastgt.ops.checks import integer, number
-from fastgt.tiles import MAX_WIDTH
+from fastgt.ops.checks import MAX_WIDTH, integer, number
 
 Local = Literal["gat", "gcn"]
 

@@ -109,6 +109,7 @@ LAYERS = {
     "demo": {"files", "graph", "ops", "nn", "models", "bench"},
     "training": {
         "files",
+        "options",
         "graph",
         "plans",
         "datasets",

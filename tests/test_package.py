@@ -419,7 +419,6 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.training.archive",
         "fastgt.training.molecules",
         "fastgt.training.optimization",
-        "fastgt.training.proteins",
         "fastgt.training.scores",
         "fastgt.training.settings",
         "fastgt.testing",

@@ -331,3 +331,17 @@ def test_refusals():
     pair = Graph.batch([both, both.transpose()])
     with pytest.raises(ValueError, match="num_nodes needs square graphs, got a batch of bipartite"):
         pruning(0.5)(x.new_zeros(5, 6), pair)
+
+
+def test_nodes_are_selected_without_a_graph():
+    graph, x = batch([5, 0, 3])
+    prune = pruning(0.5).eval()
+    kept = prune(x, graph)
+    nodes, gate, offsets = prune.select(x, graph.graph_ptr)
+    assert torch.equal(nodes, kept.nodes)
+    assert torch.equal(x[nodes] * gate[:, None], kept.x)
+    assert offsets.tolist() == kept.graph.graph_ptr.tolist() == [0, 3, 3, 5]
+    with pytest.raises(ValueError, match=r"x must be \[N, 6\], got \[8, 5\]"):
+        prune.select(x[:, 1:], graph.graph_ptr)
+    with pytest.raises(ValueError, match="offsets"):
+        prune.select(x[1:], graph.graph_ptr)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgt.graph import Graph
 from fastgt.nn.sublayers import reset_sublayers
-from fastgt.ops.checks import accumulator, check_float, check_graph, integer
+from fastgt.ops.checks import accumulator, check_float, check_graph, check_offsets, integer
 from fastgt.ops.segment_pool import segment_max, segment_sum
 
 
@@ -77,7 +77,26 @@ class TokenPruning(nn.Module):
             raise ValueError(f"x must be [N, dim] = [{n}, {self.dim}], got {list(x.shape)}")
         if x.device != graph.device:
             raise ValueError(f"x is on {x.device} but graph is on {graph.device}")
-        ptr = graph.graph_ptr.long()
+        nodes, gate, offsets = self.select(x, graph.graph_ptr)
+        mask = torch.zeros(n, dtype=torch.bool, device=x.device).index_fill(0, nodes, True)
+        edge_index = graph.edge_index
+        source, target = (mask.index_select(0, end) for end in edge_index)
+        edges = (source & target).nonzero().squeeze(1)
+        number = mask.cumsum(0) - 1
+        smaller = Graph.from_edge_index(
+            number[edge_index.index_select(1, edges)], len(nodes), graph_ptr=offsets
+        )
+        return KeptTokens(x.index_select(0, nodes) * gate[:, None], smaller, nodes, edges, n)
+
+    def select(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x ``[N, dim]``, offsets ``[G + 1]`` -> for what follows without edges, the numbers of the
+        kept nodes ``[K]``, ascending, their gates ``[K]``, and their boundaries ``[G + 1]``."""
+        check_float("x", x)
+        n = len(x)
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"x must be [N, {self.dim}], got {list(x.shape)}")
+        check_offsets(offsets, n, x.device)
+        ptr = offsets.long()
         sizes = ptr.diff()
         owner = torch.repeat_interleave(sizes, output_size=n)  # [N], the graph of each node
         scores = self.score(x).squeeze(1)
@@ -99,16 +118,7 @@ class TokenPruning(nn.Module):
         mask[order] = rank < count[owner]
         nodes = mask.nonzero().squeeze(1)
         gate = (1 + (soft - soft.detach())).index_select(0, nodes).to(x.dtype)
-        edge_index = graph.edge_index
-        source, target = (mask.index_select(0, end) for end in edge_index)
-        edges = (source & target).nonzero().squeeze(1)
-        number = mask.cumsum(0) - 1
-        smaller = Graph.from_edge_index(
-            number[edge_index.index_select(1, edges)],
-            len(nodes),
-            graph_ptr=torch.cat([ptr[:1], count.cumsum(0)]),
-        )
-        return KeptTokens(x.index_select(0, nodes) * gate[:, None], smaller, nodes, edges, n)
+        return nodes, gate, torch.cat([ptr[:1], count.cumsum(0)])
 
     def extra_repr(self) -> str:
         return f"keep={self.keep}, tau={self.tau}"

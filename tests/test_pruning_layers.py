@@ -1,8 +1,10 @@
-"""SkipLayer: whole blocks, now and then or for good."""
+"""SkipLayer and DropPath: whole blocks, and branches, now and then or for good."""
+
+from itertools import pairwise
 
 import pytest
 import torch
-from attention_cases import DEVICE, close
+from attention_cases import DEVICE, FP64, close
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -14,7 +16,7 @@ from fastgt.models import (
     GraphTransformer,
     GraphTransformerConfig,
 )
-from fastgt.pruning import SkipLayer, prune_layers
+from fastgt.pruning import DropPath, SkipLayer, prune_layers
 
 
 class Counted(nn.Module):
@@ -202,3 +204,25 @@ def test_layers_in_layers_and_names():
     named.second.block.skipped = True
     assert [n for n, _ in prune_layers(named).named_children()] == ["first", "third"]
     assert isinstance(prune_layers(named).third, nn.Linear)
+
+
+def test_a_path_is_dropped_for_whole_graphs():
+    torch.manual_seed(0)
+    sizes = torch.tensor([0, 3, 1, 7] * 500)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
+    y = torch.rand(int(offsets[-1]), 2, dtype=FP64).add(1).requires_grad_()
+    drop = DropPath(0.25)
+    out = drop(y, offsets)
+    (grad,) = torch.autograd.grad(out.sum(), y)
+    torch.testing.assert_close(out, grad * y)
+    for a, b in pairwise(offsets.tolist()):
+        assert len(grad[a:b].unique()) <= 1
+    assert {round(v, 9) for v in grad.unique().tolist()} == {0, round(4 / 3, 9)}
+    kept = (grad[offsets[:-1][sizes > 0], 0] > 0).double().mean()
+    assert abs(kept - 0.75) < 0.04
+    assert drop.eval()(y, offsets) is y
+    for p in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"p must be from 0 to below 1, got {p}"):
+            DropPath(p)
+    with pytest.raises(ValueError, match="offsets"):
+        DropPath(0.5)(y, offsets[:-1])

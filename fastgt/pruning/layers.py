@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.nn.sublayers import reset_sublayers
-from fastgt.ops.checks import integer
+from fastgt.ops.checks import check_float, check_offsets, integer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -87,6 +87,58 @@ class SkipLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}" + (", skipped" if self.skipped else "")
+
+
+class DropPath(nn.Module):
+    """Leaves a branch out for some graphs of a batch, in training.
+
+    With m_g drawn for graph g, 1 with probability 1 - p and else 0, and for all its nodes alike::
+
+        out_i = y_i m_g / (1 - p)
+
+    Outside training nothing is left out.
+
+    Args:
+        p: Probability of leaving the branch of a graph out, from 0 to below 1.
+
+    Raises:
+        ValueError: ``p`` is out of range.
+
+    Source:
+        Huang et al., arXiv 1603.09382, section 3, with the mean kept as in its later forms; layers
+        of GTSP, arXiv 2312.05479, whose code draws for every node.
+
+    Example:
+        >>> import torch
+        >>> from fastgt.pruning import DropPath
+        >>> out = DropPath(0.5)(torch.ones(5, 4), torch.tensor([0, 2, 5]))
+        >>> bool((out[0] == out[1]).all()), set(out.unique().tolist()) <= {0.0, 2.0}
+        (True, True)
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"p must be from 0 to below 1, got {p}")
+        self.p = p
+
+    def draw(self, graphs: int, like: Tensor) -> Tensor:
+        """m_g / (1 - p) in training, outside it ones, ``[G]``."""
+        drawn = like.new_ones(graphs)
+        return drawn.bernoulli_(1 - self.p).div_(1 - self.p) if self.training else drawn
+
+    def forward(self, y: Tensor, offsets: Tensor) -> Tensor:
+        """y ``[N, ...]``, offsets ``[G + 1]`` -> ``[N, ...]``."""
+        check_float("y", y)
+        check_offsets(offsets, len(y), y.device)
+        if not self.training:
+            return y
+        sizes = offsets.diff()
+        scale = self.draw(len(sizes), y).repeat_interleave(sizes, output_size=len(y))
+        return y * scale.view(-1, *(1,) * (y.ndim - 1))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
 
 
 @torch.inference_mode(False)  # its parameters are trained afterwards

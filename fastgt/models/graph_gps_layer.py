@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -141,6 +142,7 @@ class GraphGPSLayer(nn.Module):
         edge_output: Whether GatedGCN has what updates edges. False: they come out as they came.
         beside: Whether every call is given a third branch, which a model computes itself.
         head_gate: As for :class:`fastgt.nn.NeighborhoodAttention`, of the global attention.
+        softmax: The class of ``attention="softmax"``, or what makes one of its arguments.
 
     Example:
         >>> import torch
@@ -170,6 +172,7 @@ class GraphGPSLayer(nn.Module):
         edge_output: bool = True,
         beside: bool = False,
         head_gate: nn.Module | None = None,
+        softmax: Callable[..., GlobalAttention] = GlobalAttention,
     ):
         super().__init__()
         dim, heads = integer("dim", dim, 1), integer("heads", heads, 1)
@@ -206,7 +209,7 @@ class GraphGPSLayer(nn.Module):
         elif attention == "deepsets":
             self.attention = DeepSets(dim)
         elif attention == "softmax":
-            self.attention = GlobalAttention(
+            self.attention = softmax(
                 dim, heads, dropout=attention_dropout, head_gate=head_gate, dense_gate_grad=True
             )
         elif attention != "none":

@@ -19,7 +19,7 @@ of edges that leave; and its second release has a linear layer that nothing uses
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -140,6 +140,10 @@ class Graphormer(nn.Module):
 
     Weights are drawn as torch's layers draw theirs; :meth:`draw_as_published` draws smaller ones.
 
+    Args:
+        config: The settings.
+        softmax: As of :class:`GraphormerLayer`.
+
     Source:
         Ying et al., Do Transformers Really Perform Bad for Graph Representation?, arXiv 2106.05234;
         the second release Shi et al., arXiv 2203.04810.
@@ -158,7 +162,12 @@ class Graphormer(nn.Module):
         torch.Size([1, 1])
     """
 
-    def __init__(self, config: GraphormerConfig):
+    def __init__(
+        self,
+        config: GraphormerConfig,
+        *,
+        softmax: Callable[..., GlobalAttention] = GlobalAttention,
+    ):
         super().__init__()
         c = self.config = config
         assert not isinstance(c.node_types, int)
@@ -184,6 +193,7 @@ class Graphormer(nn.Module):
                 dropout=c.dropout,
                 attention_dropout=c.attention_dropout,
                 ffn_dropout=c.ffn_dropout,
+                softmax=softmax,
             )
             for _ in range(c.layers)
         )
@@ -269,6 +279,7 @@ class GraphormerLayer(nn.Module):
         dim, heads, ffn_dim, norm, dropout, attention_dropout, ffn_dropout: As of
             :class:`GraphormerConfig`.
         head_gate: As for :class:`fastgt.nn.NeighborhoodAttention`.
+        softmax: The class of the attention, or what makes one of its arguments.
 
     Example:
         >>> import torch
@@ -289,6 +300,7 @@ class GraphormerLayer(nn.Module):
         attention_dropout: float = 0.0,
         ffn_dropout: float = 0.0,
         head_gate: nn.Module | None = None,
+        softmax: Callable[..., GlobalAttention] = GlobalAttention,
     ):
         super().__init__()
         if norm not in ("pre", "post"):
@@ -296,7 +308,7 @@ class GraphormerLayer(nn.Module):
         dim, ffn_dim = integer("dim", dim, 1), integer("ffn_dim", ffn_dim, 1)
         self.place = norm
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = GlobalAttention(
+        self.attention = softmax(
             dim, heads, dropout=attention_dropout, head_gate=head_gate, dense_gate_grad=True
         )
         self.attention_dropout = nn.Dropout(dropout)

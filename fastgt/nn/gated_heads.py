@@ -73,6 +73,12 @@ class GatedHeads(nn.Module):
         """Draw every parameter anew."""
         reset_sublayers(self)
 
+    def heads_left(self, heads: Tensor) -> None:
+        """Called by :func:`fastgt.prune_heads` with the numbers that the heads left ``[A]`` had.
+
+        A module whose other inputs go on having all heads overrides it.
+        """
+
     def gate_of(self, head_gate: Tensor | None, x: Tensor) -> Gate:
         """The module's own, or the one given to this call, for nodes ``x``."""
         if head_gate is None:

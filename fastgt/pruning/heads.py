@@ -135,6 +135,7 @@ def _keep(module: GatedHeads, gate: Tensor) -> None:
         if name in module.GATED:
             with torch.no_grad():
                 layer.weight.mul_(value.repeat_interleave(module.head_dim))
+    module.heads_left(keep)
     module.heads, module.kv_heads, module.head_gate = len(keep), len(key), None
 
 

@@ -90,6 +90,12 @@ MAKE = {
     "GraphGPS signs": lambda: models.GraphGPS(
         models.GraphGPSConfig(sign_pe=5, sign_dim=6, electrostatic_dim=4, **WALKS)
     ),
+    "GTSP": lambda: models.GTSP(
+        models.GTSPConfig(prune={"tokens": 0.5, "heads": 0.5, "layers": 0.5}, **SIZES)
+    ),
+    "GTSP graphormer": lambda: models.GTSP(
+        models.GTSPConfig(base="graphormer", prune={"tokens": 0.5}, **SIZES)
+    ),
     "GraphClassifier": lambda: models.GraphClassifier(
         models.GraphClassifierConfig(30, 20, gated=True, **SIZES)
     ),

@@ -15,6 +15,7 @@ from fastgt.models.graph_transformer import (
     GraphTransformerConfig,
 )
 from fastgt.models.graphormer import Graphormer, GraphormerConfig
+from fastgt.models.gtsp import GTSP, GTSPConfig, Sparsification
 from fastgt.models.mpnn_vn import MPNNVirtualNode, MPNNVirtualNodeConfig, add_virtual_nodes
 from fastgt.models.polynormer import Polynormer
 from fastgt.models.polynormer_checkpoints import polynormer_state_dict
@@ -24,11 +25,13 @@ from fastgt.models.scene_graph import SceneGraphConfig, SceneGraphEncoder
 from fastgt.models.sgformer import SGFormer, SGFormerConfig, sgformer_state_dict
 
 __all__ = [
+    "GTSP",
     "SAN",
     "EdgeGraphTransformer",
     "EdgeGraphTransformerConfig",
     "Exphormer",
     "ExphormerConfig",
+    "GTSPConfig",
     "GraphClassifier",
     "GraphClassifierConfig",
     "GraphGPS",
@@ -46,6 +49,7 @@ __all__ = [
     "SGFormerConfig",
     "SceneGraphConfig",
     "SceneGraphEncoder",
+    "Sparsification",
     "add_virtual_nodes",
     "expander",
     "gps_conv_state_dict",

@@ -17,3 +17,9 @@ __all__ = [
     "random_walk_pe",
     "shortest_paths",
 ]
+from fastgt.encodings.laplacian import (
+    LaplacianEigenpairs,
+    laplacian_eigenpairs,
+)
+
+__all__ = ["LaplacianEigenpairs", "flip_signs", "laplacian_eigenpairs", "laplacian_pe"]

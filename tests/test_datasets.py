@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastgt import Graph
-from fastgt.datasets import DATASETS, Encoded, GraphSet, NodeSet, load
+from fastgt.datasets import DATASETS, Encoded, GraphSet, NodeSet, graph_set, load
 from fastgt.real_graphs import open_data
 
 
@@ -91,17 +91,24 @@ def assert_batch(data, graphs, batch):
         ), name
 
 
-def test_batches_are_their_graphs_one_by_one():
+@pytest.mark.parametrize("large", [1, 1000])
+def test_batches_are_their_graphs_one_by_one(large, monkeypatch):
+    """Rows are gathered, or slices copied where graphs are large."""
+    monkeypatch.setattr(graph_set, "_LARGE", large)
     data = small()
     for graphs in ([0], [1], [3, 2, 1, 0], [2, 2, 1, 2], [1, 1]):
         assert_batch(data, graphs, data.batch(torch.tensor(graphs)))
     of_nodes = replace(data, y=torch.arange(6) * 2, y_per="node", edge=None, encodings={})
     assert_batch(of_nodes, [3, 0], of_nodes.batch(torch.tensor([3, 0])))
+    narrow = replace(data, edge_index=data.edge_index.to(torch.uint8))
+    assert_batch(narrow, 120 * [2], narrow.batch(torch.tensor(120 * [2])))  # ends above 255
     none = data.batch(torch.tensor([], dtype=torch.int64))
     assert none.graph.num_nodes == none.graph.num_edges == len(none.y) == 0
 
 
-def test_a_subset_is_its_graphs():
+@pytest.mark.parametrize("large", [1, 1000])
+def test_a_subset_is_its_graphs(large, monkeypatch):
+    monkeypatch.setattr(graph_set, "_LARGE", large)
     data = small()
     chosen = torch.tensor([3, 1, 2, 3])
     part = data.subset(chosen)

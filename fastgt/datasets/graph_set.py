@@ -155,19 +155,17 @@ class GraphSet:
 
     def batch(self, graphs: Tensor) -> Batch:
         """Those graphs, ``[B]`` integers, in that order; any may occur more than once."""
-        node, graph_ptr = owned(self.node_ptr, graphs)
-        edge, edge_ptr = owned(self.edge_ptr, graphs)
-        shift = graph_ptr[:-1].repeat_interleave(edge_ptr.diff())
-        graph = Graph.from_edge_index(
-            self.edge_index[:, edge] + shift, len(node), graph_ptr=graph_ptr
-        )
-        rows = self._rows(graphs, node)
+        nodes, edges = _Cut(self.node_ptr, graphs), _Cut(self.edge_ptr, graphs)
+        ends = edges.of(self.edge_index, 1).long()
+        edges.add(ends, nodes.begin[:-1])
+        graph = Graph.from_edge_index(ends, int(nodes.begin[-1]), graph_ptr=nodes.begin)
+        cuts = self._cuts(graphs, nodes)
         return Batch(
             graph,
-            self.node[node],
-            None if self.edge is None else self.edge[edge],
-            self.y[rows[self.y_per]],
-            {name: x.values[rows[x.per]] for name, x in self.encodings.items()},
+            nodes.of(self.node),
+            None if self.edge is None else edges.of(self.edge),
+            cuts[self.y_per].of(self.y),
+            {name: cuts[x.per].of(x.values) for name, x in self.encodings.items()},
         )
 
     def loader(
@@ -225,23 +223,22 @@ class GraphSet:
         A graph that occurs more than once is there as often.
         """
         _check_graphs("graphs", graphs, len(self))
-        node, node_ptr = owned(self.node_ptr, graphs)
-        edge, edge_ptr = owned(self.edge_ptr, graphs)
-        rows = self._rows(graphs, node)
+        nodes, edges = _Cut(self.node_ptr, graphs), _Cut(self.edge_ptr, graphs)
+        cuts = self._cuts(graphs, nodes)
         return replace(
             self,
-            node=self.node[node],
-            edge=None if self.edge is None else self.edge[edge],
-            edge_index=self.edge_index[:, edge],
-            node_ptr=node_ptr,
-            edge_ptr=edge_ptr,
-            y=self.y[rows[self.y_per]],
+            node=nodes.of(self.node),
+            edge=None if self.edge is None else edges.of(self.edge),
+            edge_index=edges.of(self.edge_index, 1),
+            node_ptr=nodes.begin,
+            edge_ptr=edges.begin,
+            y=cuts[self.y_per].of(self.y),
             splits={
                 name: torch.isin(graphs, split).nonzero()[:, 0]
                 for name, split in self.splits.items()
             },
             encodings={
-                name: Encoded(x.values[rows[x.per]], x.per) for name, x in self.encodings.items()
+                name: Encoded(cuts[x.per].of(x.values), x.per) for name, x in self.encodings.items()
             },
         )
 
@@ -263,12 +260,12 @@ class GraphSet:
             ]
         )
 
-    def _rows(self, graphs: Tensor, node: Tensor) -> dict[str, Tensor]:
-        """Which rows of an array the graphs have, by what the array's rows belong to."""
-        rows = {"node": node, "graph": graphs}
+    def _cuts(self, graphs: Tensor, nodes: _Cut) -> dict[str, _Cut]:
+        """What the graphs have of an array, by what the array's rows belong to."""
+        cuts = {"node": nodes, "graph": _Cut(torch.arange(len(self) + 1), graphs)}
         if any(x.per == "pair" for x in self.encodings.values()):
-            rows["pair"] = owned(self._pair_ptr(), graphs)[0]
-        return rows
+            cuts["pair"] = _Cut(self._pair_ptr(), graphs)
+        return cuts
 
     def _pair_ptr(self) -> Tensor:
         return archive.ptr(self.node_ptr.diff().square())
@@ -291,6 +288,41 @@ class GraphSet:
 
 
 _GRAPHS = 1000
+_LARGE = 256  # rows of a graph, on the mean, from which copying its slice beats gathering rows
+
+
+class _Cut:
+    """What the chosen graphs own of arrays with these boundaries, one graph after the other.
+
+    Attributes:
+        begin: Where each graph begins in what is cut out, ``[B + 1]``.
+    """
+
+    def __init__(self, ptr: Tensor, graphs: Tensor):
+        first = ptr[graphs]
+        self.count = ptr[graphs + 1] - first
+        self.begin = archive.ptr(self.count)
+        total = int(self.begin[-1])
+        self.spans: list[tuple[int, int]] | None = None
+        if total >= _LARGE * max(len(graphs), 1):
+            self.spans = list(zip(first.tolist(), self.count.tolist(), strict=True))
+        else:
+            shift = (first - self.begin[:-1]).repeat_interleave(self.count, output_size=total)
+            self.place = torch.arange(total) + shift
+
+    def of(self, x: Tensor, dim: int = 0) -> Tensor:
+        """That part of an array, whose rows go along ``dim``."""
+        if self.spans is None:
+            return x.index_select(dim, self.place)
+        return torch.cat([x.narrow(dim, first, count) for first, count in self.spans], dim)
+
+    def add(self, x: Tensor, numbers: Tensor) -> None:
+        """To all that a graph has in ``x`` ``[2, E]``, its number; in place."""
+        if self.spans is None:
+            x += numbers.repeat_interleave(self.count, output_size=x.shape[1])
+            return
+        for part, number in zip(x.split(self.count.tolist(), 1), numbers.tolist(), strict=True):
+            part += number
 
 
 def _check_graphs(name: str, graphs: Tensor, count: int) -> None:

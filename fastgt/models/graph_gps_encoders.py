@@ -183,20 +183,16 @@ class LaplacianEncoder(nn.Module):
 class FrequencyTransformer(nn.Module):
     """A Transformer over the eigenvectors of each node, which are its tokens.
 
-    A layer is PyTorch's, with its defaults, as in the authors' code: norms after the residuals, a
-    hidden width of 2048 and a dropout of 0.1. Theirs all begin with the same weights, here each
-    draws its own.
+    The authors' layers all begin with the same weights, those here with their own.
 
     Source:
-        Kreuzer et al., arXiv 2106.03893, section 3.3, as in GraphGPS's ``LapPENodeEncoder``.
+        Kreuzer et al., arXiv 2106.03893, as in GraphGPS's ``LapPENodeEncoder``.
     """
 
     def __init__(self, dim: int, layers: int, heads: int):
         super().__init__()
         self.lin = nn.Linear(2, dim)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(dim, heads, batch_first=True) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(FrequencyLayer(dim, heads) for _ in range(layers))
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
@@ -205,13 +201,41 @@ class FrequencyTransformer(nn.Module):
     def forward(self, pairs: Tensor, absent: Tensor) -> Tensor:
         """Tokens ``[N, count, 2]``, True for those to leave out -> ``[N, count, dim]``."""
         x = self.lin(pairs)
-        if not len(x):
-            return x  # PyTorch's attention takes no empty batch
         # a node without a token would be NaN, and its gradients too; nothing reads what it gives
-        absent = absent & ~absent.all(1, keepdim=True)
+        attended = ~absent | absent.all(1, keepdim=True)
         for layer in self.layers:
-            x = layer(x, src_key_padding_mask=absent)
+            x = layer(x, attended[:, None, None])
         return x
+
+
+class FrequencyLayer(nn.Module):
+    """PyTorch's ``TransformerEncoderLayer`` with its defaults, as the authors take it.
+
+    Norms stand after the residuals; the hidden width is 2048 and dropout 0.1.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(0.1)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, 2048), nn.ReLU(), nn.Dropout(0.1), nn.Linear(2048, dim)
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
+
+    def forward(self, x: Tensor, attended: Tensor) -> Tensor:
+        q, k, v = (
+            f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
+        p = self.dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attended, dropout_p=p)
+        x = self.norm1(x + self.dropout(self.out(y.transpose(1, 2).flatten(2))))
+        return self.norm2(x + self.dropout(self.ffn(x)))
 
 
 class StableEncoder(nn.Module):

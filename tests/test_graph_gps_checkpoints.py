@@ -111,6 +111,75 @@ class LapPE(nn.Module):
         return torch.cat([self.linear_x(given["node"]), y], 1) if hasattr(self, "linear_x") else y
 
 
+class TransformerLapPE(nn.Module):
+    def __init__(self, dim, layers, heads):
+        super().__init__()
+        self.linear_A = nn.Linear(2, dim)
+        layer = nn.TransformerEncoderLayer(d_model=dim, nhead=heads, batch_first=True)
+        self.pe_encoder = nn.TransformerEncoder(layer, num_layers=layers)
+
+    def forward(self, given):
+        vectors, values = given["lap_vectors"], given["lap_values"].expand(N, -1)
+        pairs = torch.stack([vectors, values], 2)
+        absent = pairs.isnan()
+        pairs[absent] = 0
+        y = self.pe_encoder(self.linear_A(pairs), src_key_padding_mask=absent[:, :, 0])
+        return y.clone().masked_fill_(absent[:, :, 0].unsqueeze(2), 0.0).sum(1)
+
+
+class MLP(nn.Module):
+    def __init__(self, width, hidden, out, layers):
+        super().__init__()
+        widths = [width, *[hidden] * (layers - 1), out]
+        self.lins = nn.ModuleList(nn.Linear(*widths[i : i + 2]) for i in range(layers))
+        self.bns = nn.ModuleList(nn.BatchNorm1d(hidden) for _ in range(layers - 1))
+
+    def forward(self, x):
+        for lin, bn in zip(self.lins[:-1], self.bns, strict=True):
+            x = relu(lin(x))
+            x = bn(x) if x.ndim == 2 else bn(x.transpose(2, 1)).transpose(2, 1)
+        return self.lins[-1](x)
+
+
+class GINConv(nn.Module):
+    def __init__(self, *widths):
+        super().__init__()
+        self.nn = MLP(*widths, 2)
+        self.register_buffer("eps", torch.zeros(1))
+
+
+class GIN(nn.Module):
+    def __init__(self, hidden, out, layers):
+        super().__init__()
+        widths = [1, *[hidden] * (layers - 1), out]
+        convs = [GINConv(widths[i], hidden, widths[i + 1]) for i in range(layers)]
+        self.layers = nn.ModuleList(convs)
+        self.bns = nn.ModuleList(nn.BatchNorm1d(hidden) for _ in range(layers - 1))
+
+    def forward(self, x, index):
+        source, target = index
+        for i, layer in enumerate(self.layers):  # [K, N, channels]
+            if i:
+                x = self.bns[i - 1](x.transpose(2, 1)).transpose(2, 1)
+            received = torch.zeros_like(x).index_add(1, target, x[:, source])
+            x = layer.nn((1 + layer.eps) * x + received)
+        return x
+
+
+class SignNet(nn.Module):
+    def __init__(self, count, dim, hidden, out, rho_layers, deepset):
+        super().__init__()
+        self.deepset, net = deepset, nn.Module()
+        net.enc = GIN(hidden, out, 3)
+        net.rho = MLP(out if deepset else count * out, hidden, dim, rho_layers)
+        self.sign_inv_net = net
+
+    def forward(self, given):
+        net, x = self.sign_inv_net, given["lap_vectors"].T.unsqueeze(2)
+        x = (net.enc(x, given["index"]) + net.enc(-x, given["index"])).transpose(0, 1)
+        return net.rho(x.sum(1) if self.deepset else x.reshape(N, -1))
+
+
 class StableLapPE(nn.Module):
     def __init__(self, count):
         super().__init__()
@@ -283,7 +352,7 @@ class Net(nn.Module):
         self.post_mp = head
 
     def forward(self, given, index):
-        given = dict(given)
+        given = {**given, "index": index}
         x, e = self.encoder.node_encoder(given), self.encoder.edge_encoder(given)
         for layer in self.layers:
             x, e = layer(x, e, index, given.get("stable"))
@@ -348,6 +417,35 @@ NETS = (
         ),
     }
     | {
+        "transformer": (
+            lambda: Net(
+                Concat([TypeDict(28, DIM - 8, "node"), TransformerLapPE(8, 2, 2)]),
+                TypeDict(4, DIM, "edge"),
+                "gine",
+                "softmax",
+                SANGraph(1),
+            ),
+            NO_WALK | {"lap_pe": 3, "lap_dim": 8, "lap_layers": 2, "lap_heads": 2},
+        )
+    }
+    | {
+        f"signs {kind}": (
+            lambda deepset=kind == "deepset", rho=rho: Net(
+                Concat(
+                    [TypeDict(28, DIM - 9, "node"), SignNet(3, 5, 7, 2, rho, deepset), RWSE(5, 4)]
+                ),
+                TypeDict(4, DIM, "edge"),
+                "gine",
+                "softmax",
+                SANGraph(1),
+            ),
+            WALK
+            | {"sign_pe": 3, "sign_dim": 5, "sign_net": kind, "sign_layers": 3}
+            | {"sign_hidden": 7, "sign_out": 2, "sign_rho_layers": rho},
+        )
+        for kind, rho in (("mlp", 2), ("deepset", 3))
+    }
+    | {
         f"stable {local}": (
             lambda local=local: Net(
                 Concat([Linear(7, DIM, "node"), StableLapPE(3)]),
@@ -398,7 +496,7 @@ def draw(config):
     }
     if config.walk_steps:
         given["walk_pe"] = torch.rand(N, config.walk_steps, dtype=FP64)
-    if config.lap_pe or config.stable_pe:
+    if config.lap_pe or config.sign_pe or config.stable_pe:
         given["lap_vectors"] = torch.randn(N, 3, dtype=FP64)
     if config.lap_pe:
         given["lap_vectors"][:, 2] = torch.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -10,12 +11,24 @@ from torch import Tensor
 
 _ENCODER = r"encoder\.node_encoder\.(?:encoder\d\.)?"
 _LAYER = r"(layers\.\d+)\."
+_FREQUENCIES = _ENCODER + r"pe_encoder\.layers\.(\d+)\."
+_SIGN_NET = _ENCODER + r"sign_inv_net\."
 # what the authors call a part -> what it is here; the first that fits the whole name
 _NAMES = {
     _ENCODER + r"linear_x\.(\w+)": r"embed.lin.\1",
     _ENCODER + r"linear_A\.(\w+)": r"embed_lap.phi.0.\1",
     # activations have even numbers there, and the first linear layer stands outside
     _ENCODER + r"pe_encoder\.(\d*[13579])\.(\w+)": r"embed_lap.phi.<\1+1>.\2",
+    _FREQUENCIES + r"self_attn\.out_proj\.(\w+)": r"embed_lap.phi.layers.\1.out.\2",
+    _FREQUENCIES + r"linear1\.(\w+)": r"embed_lap.phi.layers.\1.ffn.0.\2",
+    _FREQUENCIES + r"linear2\.(\w+)": r"embed_lap.phi.layers.\1.ffn.3.\2",
+    _FREQUENCIES + r"(norm[12]\.\w+)": r"embed_lap.phi.layers.\1.\2",
+    # linear layers, ReLU and norms take turns here
+    _SIGN_NET + r"enc\.layers\.(\d+)\.nn\.lins\.(\d)\.(\w+)": r"embed_sign.phi.\1.<3*\2>.\3",
+    _SIGN_NET + r"enc\.layers\.(\d+)\.nn\.bns\.0\.(\w+)": r"embed_sign.phi.\1.2.\2",
+    _SIGN_NET + r"enc\.bns\.(\d+)\.(\w+)": r"embed_sign.norms.\1.\2",
+    _SIGN_NET + r"rho\.lins\.(\d+)\.(\w+)": r"embed_sign.rho.<3*\1>.\2",
+    _SIGN_NET + r"rho\.bns\.(\d+)\.(\w+)": r"embed_sign.rho.<3*\1+2>.\2",
     _ENCODER + r"raw_norm\.(\w+)": r"embed_walk.norm.\1",
     _ENCODER + r"pe_encoder\.(weight|bias)": r"embed_walk.lin.\1",
     _ENCODER + r"0\.spatial_encoder\.weight": "pair_bias.length.weight",
@@ -78,7 +91,7 @@ def graph_gps_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         state: GraphGPS's ``GPSModel``, in local models GCN, GIN, GINE, GAT, PNA and CustomGatedGCN,
             with a Transformer, biased or not, or a Performer, and encoders TypeDict, Linear, Atom,
-            Bond, DummyEdge, LapPE (a DeepSet), RWSE (linear), EquivStableLapPE and GraphormerBias
+            Bond, DummyEdge, LapPE, SignNet, RWSE (linear), EquivStableLapPE and GraphormerBias
             without a token.
 
     Raises:
@@ -150,6 +163,16 @@ def _here(name: str, x: Tensor, theirs: Mapping[str, Tensor]) -> dict[str, Tenso
         return {
             f"{layer}.attention.{part}.{kind}": y for part, y in zip("qkv", x.chunk(3), strict=True)
         }
+    if (match := re.fullmatch(_FREQUENCIES + r"self_attn\.in_proj_(\w+)", name)) is not None:
+        layer, kind = match.groups()
+        return {
+            f"embed_lap.phi.layers.{layer}.{part}.{kind}": y
+            for part, y in zip("qkv", x.chunk(3), strict=True)
+        }
+    if (match := re.fullmatch(_ENCODER + r"linear_A\.(\w+)", name)) is not None and any(
+        re.match(_FREQUENCIES, other) for other in theirs
+    ):
+        return {f"embed_lap.phi.lin.{match[1]}": x}
     if (match := re.fullmatch(_LAYER + r"local_model\.pre_nns\.0\.0\.weight", name)) is not None:
         parts = ("row", "col", "of_edge")
         return {
@@ -158,7 +181,8 @@ def _here(name: str, x: Tensor, theirs: Mapping[str, Tensor]) -> dict[str, Tenso
         }
     if re.fullmatch(_LAYER + r"local_model\.aggr_module\.avg_deg_(lin|log)", name) is not None:
         return {}  # of scalers that are not there
-    if re.fullmatch(_LAYER + r"local_model\.eps", name) is not None:
+    of_gin = rf"{_LAYER}local_model\.eps|{_SIGN_NET}enc\.layers\.\d+\.eps"
+    if re.fullmatch(of_gin, name) is not None:
         if torch.count_nonzero(x):
             raise ValueError(f"{name!r} must be 0, got {x.tolist()}")
         return {}
@@ -176,9 +200,15 @@ def _here(name: str, x: Tensor, theirs: Mapping[str, Tensor]) -> dict[str, Tenso
         return {f"readout.layers.{last}.{match[2]}": x}
     for pattern, ours in _NAMES.items():
         if (match := re.fullmatch(pattern, name)) is not None:
-            ours = re.sub(r"<(\d+)\+1>", lambda m: str(int(m[1]) + 1), match.expand(ours))
+            ours = re.sub(r"<(.*?)>", lambda m: _place(m[1]), match.expand(ours))
             return {ours: x.squeeze(0) if re.search(r"att_\w+$", name) else x}
     raise ValueError(f"{name!r} is no parameter of a GraphGPS model that has its like here")
+
+
+def _place(sum_: str) -> str:
+    """``"a*n+b"``, or a part of it, as a number."""
+    product, _, more = sum_.partition("+")
+    return str(math.prod(map(int, product.split("*"))) + int(more or 0))
 
 
 def _plain_encoder(name: str, theirs: Mapping[str, Tensor]) -> str | None:

@@ -500,6 +500,30 @@ def test_a_model_of_the_meta_device_is_drawn_when_reset():
     assert model.virtual.weight.std() > 0.5
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_mixed_precision_is_near(name):
+    torch.manual_seed(0)
+    model, graph = small(**MODELS[name]).eval(), batch()
+    given = inputs(model, graph)
+    wanted = model(graph=graph, **given)
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+        found = model(graph=graph, **given)
+    found.float().sum().backward()
+    torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_without_edges_and_batches_without_graphs(name):
+    model = small(**MODELS[name]).eval()
+    none = torch.zeros(2, 0, dtype=torch.long, device=DEVICE)
+    for ptr in ([0, 3, 4], [0]):
+        graph = Graph.from_edge_index(none, graph_ptr=torch.tensor(ptr, device=DEVICE))
+        found = model(graph=graph, **inputs(model, graph))
+        by_node = model.config.head == "inductive_node"
+        assert found.shape == (ptr[-1] if by_node else len(ptr) - 1, 2)
+        assert found.isfinite().all()
+
+
 def test_the_same_bits_every_time():
     torch.manual_seed(0)
     model, graph, found = small(), batch(), []

@@ -477,6 +477,17 @@ def test_what_a_layer_lacks_is_named():
         sparse(x, e, graph, far, complement(graph))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_without_edges_and_batches_without_graphs(name):
+    model = small(**MODELS[name]).eval()
+    none = torch.zeros(2, 0, dtype=torch.long, device=DEVICE)
+    for ptr in ([0, 3, 4], [0]):
+        graph = Graph.from_edge_index(none, graph_ptr=torch.tensor(ptr, device=DEVICE))
+        found = model(graph=graph, **inputs(model, graph))
+        assert len(found) == (ptr[-1] if model.config.head == "node" else len(ptr) - 1)
+        assert found.isfinite().all()
+
+
 def test_one_node_is_too_few_for_a_batch_norm_in_training():
     graph = Graph.from_edge_index(torch.zeros(2, 0, dtype=torch.long, device=DEVICE), 1)
     model = small()

@@ -370,6 +370,7 @@ def test_wrong_inputs_are_named(changes, error, message):
     ("changes", "error", "message"),
     [
         ({"dim": 0}, ValueError, "dim must be positive, got 0"),
+        ({"dim": 257}, ValueError, "dim must be 256 at most, got 257"),
         ({"conv_layers": 0}, ValueError, "conv_layers must be positive, got 0"),
         ({"heads": 1.5}, TypeError, "heads must be an int, got float 1.5"),
         ({"dropout": 1.5}, ValueError, "dropout must be from 0 to 1, got 1.5"),
@@ -392,8 +393,8 @@ def count(name):
 
 
 def test_published_settings():
-    # two branches from 1,433 features, q and k, a second convolution, the readout
-    assert count("cora") == 2 * (1434 * 64) + 2 * (65 * 64) + 65 * 64 + 65 * 7
+    # two branches from 1,433 features, q and k, three more convolutions, the readout
+    assert count("cora") == 2 * (1434 * 64) + 2 * (65 * 64) + 3 * (65 * 64) + 65 * 7
     assert count("squirrel") == 2 * (2090 * 64) + 2 * (65 * 64) + 4 * (65 * 64) + 65 * 5
     # norms, values and residuals besides
     arxiv = 2 * (129 * 256) + 3 * (257 * 256) + 3 * (257 * 256) + 6 * 2 * 256 + 257 * 40

@@ -32,7 +32,7 @@ from fastgt.graph import Graph
 from fastgt.models.graph_gps_encoders import check_matrix
 from fastgt.models.graph_gps_local import GCN
 from fastgt.nn.sublayers import check_rows, reset_sublayers
-from fastgt.ops.checks import check_float, check_graph, integer, number
+from fastgt.ops.checks import MAX_WIDTH, check_float, check_graph, integer, number
 from fastgt.ops.linear_attention import Norms, sgformer_attention
 
 Convolution = Literal["plain", "residual", "initial"]
@@ -86,6 +86,8 @@ class SGFormerConfig:
     def __post_init__(self) -> None:
         for name in ("node_features", "out_dim", "dim", "heads", "layers", "conv_layers"):
             setattr(self, name, integer(name, getattr(self, name), 1))
+        if self.dim > MAX_WIDTH:
+            raise ValueError(f"dim must be {MAX_WIDTH} at most, got {self.dim}")
         for name in ("dropout", "alpha", "conv_dropout", "graph_weight"):
             found = number(name, getattr(self, name))
             if not 0 <= found <= 1:
@@ -103,10 +105,11 @@ class SGFormerConfig:
     def published(name: str) -> SGFormerConfig:
         """The authors' model of that name.
 
-        Those up to ``"deezer"`` are of the code's first release for graphs of this size, its commit
-        57d145d. Later commits run another model, DIFFormer, on Actor and Squirrel, and have four
-        convolutions on the citation graphs. The options that would give these models norms and
-        linear layers of values are not set there, nor those for residuals on citation graphs.
+        ``"actor"`` and ``"squirrel"`` are of the first release of the code for graphs of this size,
+        its commit 57d145d: later its run.sh runs another model, DIFFormer, on them. The citation
+        graphs have two convolutions there, and four, as here, later. No options that would give
+        the models up to ``"deezer"`` norms and linear layers of values are set in run.sh, nor a
+        residual of the attention on citation graphs.
 
         Args:
             name: ``"cora"``, ``"citeseer"``, ``"pubmed"``, ``"actor"``, ``"squirrel"`` and
@@ -241,7 +244,7 @@ class SGFormerLayer(nn.Module):
             raise ValueError(f"x must be [N, {self.dim}], got {list(x.shape)}")
         q, k = (layer(x).unflatten(1, (self.heads, -1)) for layer in (self.q, self.k))  # [N, H, D]
         if self.v is None:
-            v = x[:, None].to(q.dtype).expand(-1, self.heads, -1)
+            v = x[:, None].expand(-1, self.heads, -1)
         else:
             v = self.v(x).unflatten(1, (self.heads, -1))
         attended = sgformer_attention(q, k, v, offsets, norms=self.qk_norms).mean(1)
@@ -393,11 +396,11 @@ _CITATIONS = SGFormerConfig(
     alpha=1.0,
     values=False,
     convolution="plain",
-    conv_layers=2,
+    conv_layers=4,
     norm=False,
     graph_weight=0.8,
 )
-_HETEROPHILOUS = replace(_CITATIONS, alpha=0.5)
+_HETEROPHILOUS = replace(_CITATIONS, alpha=0.5, conv_layers=2)
 _LARGE = SGFormerConfig(128, 40)
 _BATCHED = replace(
     _LARGE, dim=64, dropout=0.0, convolution="initial", conv_layers=2, conv_dropout=0.0

@@ -128,10 +128,7 @@ def test_a_wrong_provider_is_a_mismatch_and_not_timed(model, where, monkeypatch)
     def wrong(ours):
         module = copy.deepcopy(ours)
         if where not in ("inference", "output"):
-            layers = "readout.layers" if model == "graph_gps" else "readout"
-            module.get_parameter(where.replace("readout", layers)).register_hook(
-                lambda g: g * 1.001
-            )
+            module.get_parameter(where).register_hook(lambda g: g * 1.001)
         module.readout.register_forward_hook(lambda m, x, out: out * scale[not m.training])
         return module
 

@@ -122,6 +122,7 @@ MODELS = {
     "pairs": {"path_distance": 4, "degrees": 16, "attention_dropout": 0.0},
     "stable": NO_ENCODINGS | {"stable_pe": 3, "local": "gatedgcn", "lap_layers": 1},
     "performer": {"attention": "performer", "local": "gat", "lap_layers": 3},
+    "softmax of messages": NO_ENCODINGS | {"local": "genconv", "learn_temperature": True},
 }
 
 

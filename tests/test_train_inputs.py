@@ -6,11 +6,12 @@ import pytest
 import torch
 from train_cases import HELD_OUT, TRAIN, command, write
 
-from fastgt import cli
-from fastgt.datasets import load
+from fastgt import Graph, cli
+from fastgt.datasets import NodeSet, load
 from fastgt.encodings import Cache, laplacian_pe, random_walk_pe, shortest_paths
+from fastgt.training import optimization
 from fastgt.training.inputs import prepared
-from fastgt.training.published_recipes import RECIPES
+from fastgt.training.published_recipes import MODELS, RECIPES
 from fastgt.training.settings import changed
 
 
@@ -72,6 +73,38 @@ def test_types_become_features_where_the_config_has_those(made, data):
 def test_edges_carry_nothing_where_the_config_has_no_types(made):
     assert made("edge_types=()", "local=gin").edge is None
     assert made().edge is not None
+
+
+def test_features_and_loops_are_as_the_recipe_says(tmp_path):
+    graph = Graph.from_edge_index(torch.tensor([[0, 1, 1, 2, 1], [1, 0, 1, 1, 2]]), 4)
+    node = torch.tensor([[0.0, 3.0], [1.0, 1.0], [0.0, 0.0], [0.5, 0.0]])
+    given = NodeSet(graph, node, None, torch.zeros(4, dtype=torch.long), [])
+    for features, expected in (
+        ("given", node),
+        ("binary", (node != 0).float()),
+        ("rows", torch.tensor([[0.0, 1.0], [0.5, 0.5], [0.0, 0.0], [0.5, 0.0]])),
+    ):
+        recipe = replace(RECIPES["sgformer", "cora"], features=features)
+        found = prepared(recipe, given, Cache(tmp_path))
+        assert torch.equal(found.node, expected)
+        assert found.graph is graph
+    looped = prepared(RECIPES["polynormer", "tolokers"], given, Cache(tmp_path)).graph
+    edges = sorted(map(tuple, looped.edge_index.T.tolist()))
+    assert edges == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 3)]
+
+
+def test_attention_may_have_a_weight_decay_of_its_own():
+    recipe = RECIPES["sgformer", "cora"]
+    kind = MODELS["sgformer"]
+    model = kind.make(recipe.config)
+    groups = optimization.optimizer(recipe, model, kind.attention).param_groups
+    assert [group["weight_decay"] for group in groups] == [1e-3, 5e-4]
+    names = {id(x): name for name, x in model.named_parameters()}
+    found = [{names[id(x)].partition(".")[0] for x in group["params"]} for group in groups]
+    assert found == [{"embed", "layers"}, {"convolutions", "readout"}]
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    with pytest.raises(ValueError, match="attention_decay must be none: graph_gps has one"):
+        optimization.optimizer(replace(RECIPES["graph_gps", "dd"], attention_decay=0.1), model)
 
 
 def test_pairs_need_one_column_of_types(data, tmp_path):

@@ -1,5 +1,6 @@
 """Node classification on one graph: splits and seeds, early stopping, runs that go on."""
 
+import copy
 import json
 import re
 import statistics
@@ -13,7 +14,7 @@ from train_cases import assert_same_run
 from fastgt import cli, files
 from fastgt.datasets import load
 from fastgt.encodings import random_walk_pe
-from fastgt.models import GraphGPS, GraphGPSConfig
+from fastgt.models import GraphGPS, GraphGPSConfig, PolynormerConfig
 from fastgt.training import loop, published_recipes
 from fastgt.training.recipe import Recipe
 from fastgt.training.train import Plan, run
@@ -146,20 +147,29 @@ def test_stopped_between_and_within_splits_is_the_same(data, recipe, tmp_path, m
         assert_same_run(*folders, metric="roc_auc")
 
 
-def test_local_epochs_come_before_global_ones(data, recipe, tmp_path, monkeypatch):
-    stages = []
+def test_local_epochs_come_before_global_ones(data, tmp_path, monkeypatch):
+    """The first of these goes on from the best local epoch, which is not the last here."""
+    config = PolynormerConfig(7, 2, dim=8, heads=2, layers=2, global_layers=1)
+    staged = Recipe("polynormer", "minesweeper", config, lr=1e-3, schedule="constant")
+    began, real = [], loop.Training._train
 
-    class Staged(GraphGPS):
-        def set_stage(self, stage):
-            stages.append(stage)
+    def train(self):
+        began.append((self.model.stage, copy.deepcopy(self.model.state_dict())))
+        real(self)
 
-    staged = published_recipes.MODELS["graph_gps"]._replace(make=Staged)
-    monkeypatch.setitem(published_recipes.MODELS, "graph_gps", staged)
+    def evaluate(self, split):
+        return 1.0, 0.5 if self.progress.rows else 0.9
+
+    monkeypatch.setattr(loop.Training, "_train", train)
+    monkeypatch.setattr(loop.Training, "_evaluate", evaluate)
     plan = Plan(tmp_path, data=data, splits=[0])
-    run(replace(recipe, local_epochs=2, epochs=3), plan, device=torch.device("cpu"))
-    assert stages == ["local", "local", "global"]
-    run(replace(recipe, local_epochs=2, epochs=5), plan, device=torch.device("cpu"))
-    assert stages[3:] == ["global", "global"]
+    run(replace(staged, local_epochs=2, epochs=3), plan, device=torch.device("cpu"))
+    assert [stage for stage, _ in began] == ["local", "local", "global"]
+    for name, x in began[1][1].items():  # as the first epoch left it
+        assert torch.equal(began[2][1][name], x), name
+    assert "optimizer" not in torch.load(tmp_path / "split-0" / "best.pt", weights_only=True)
+    run(replace(staged, local_epochs=2, epochs=5), plan, device=torch.device("cpu"))
+    assert [stage for stage, _ in began[3:]] == ["global", "global"]
 
 
 @pytest.mark.parametrize(

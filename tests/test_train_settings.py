@@ -114,7 +114,7 @@ def test_the_list_has_parameters_and_published_results(capsys):
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100
     assert (
-        "graph_gps              zinc12k               423,717  mae               0.07 +- 0.004"
+        "graph_gps              zinc12k                 423,717  mae               0.07 +- 0.004"
         in out
     )
     assert "Rampasek et al., arXiv 2205.12454" in out

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, device: Callable[[], torch.device]) -> int:
     from fastgt.training import pruned, train
 
     plan = train.Plan(
-        folder=args.output or Path("runs") / f"{recipe.model}-{recipe.data}",
+        folder=args.output or Path("runs") / f"{recipe.model}-{recipe.data}".replace(":", "-"),
         hours=args.hours,
         seeds=args.seeds,
         splits=args.splits,

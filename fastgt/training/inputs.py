@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fastgt.datasets import Encoded, GraphSet, NodeSet
 from fastgt.encodings import Cache, laplacian_pe, random_walk_pe, shortest_paths
 from fastgt.graph import Graph
+from fastgt.training.published_recipes import MODELS
 from fastgt.training.recipe import Recipe
 
 
@@ -36,8 +37,14 @@ def prepared(recipe: Recipe, data: GraphSet | NodeSet, cache: Cache) -> GraphSet
                 f"types of nodes must be [N] to become features, not {data.node.shape}"
             )
         data = replace(data, node=F.one_hot(data.node.long(), features).float())
+    if recipe.features == "binary":
+        data = replace(data, node=(data.node != 0).float())
+    elif recipe.features == "rows":
+        data = replace(data, node=data.node / data.node.sum(1, keepdim=True).clamp(min=1))
     if not any(getattr(c, name, 0) for name in ("edge_types", "edge_features")):
         data = replace(data, edge=None)
+    if MODELS[recipe.model].self_loops:
+        data = _with_loops(data)
     graph, edge = (data.graph, data.edge) if isinstance(data, NodeSet) else _joined(data)
     found: dict[str, Encoded] = {}
     for name, encode in ENCODINGS.items():
@@ -74,6 +81,16 @@ ENCODINGS: dict[str, Callable[[Cache, Graph, Tensor | None, Any], dict[str, Enco
 
 All graphs come at once, with what their edges carry and the config.
 """
+
+
+def _with_loops(data: GraphSet | NodeSet) -> NodeSet:
+    """One edge of every node to itself, whatever there was."""
+    if not isinstance(data, NodeSet) or data.edge is not None:
+        raise ValueError("self loops are added to one graph whose edges carry nothing")
+    source, target = data.graph.edge_index.long()
+    others = torch.stack([source, target])[:, source != target]
+    graph = Graph.from_edge_index(others, data.graph.num_nodes)
+    return replace(data, graph=graph.with_self_loops())
 
 
 def _joined(data: GraphSet) -> tuple[Graph, Tensor | None]:

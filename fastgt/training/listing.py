@@ -29,7 +29,7 @@ def rows() -> list[dict[str, Any]]:
 def table(found: list[dict[str, Any]]) -> str:
     """Of those rows, within 100 columns."""
     lines = [
-        f"{'model':<22} {'data':<18} {'parameters':>10}  {'metric':<17} {'published':<17} source"
+        f"{'model':<22} {'data':<20} {'parameters':>10}  {'metric':<17} {'published':<17} source"
     ]
     sources = sorted({row["source"] for row in found if row["source"] is not None})
     for row in found:
@@ -39,7 +39,7 @@ def table(found: list[dict[str, Any]]) -> str:
             published = f"{row['published']:.4g}{spread}"
             source = f"[{sources.index(row['source']) + 1}]"
         lines.append(
-            f"{row['model']:<22} {row['data']:<18} {row['parameters']:>10,}  "
+            f"{row['model']:<22} {row['data']:<20} {row['parameters']:>10,}  "
             f"{row['metric']:<17} {published:<17} {source}".rstrip()
         )
     lines += ["", *(f"[{i}] {source}" for i, source in enumerate(sources, 1))]

@@ -11,6 +11,7 @@ The bits are those of one device, one number of threads and processes and one ve
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass, field, fields
@@ -33,6 +34,7 @@ from fastgt.training.tasks import Task
 
 EPOCH_EVERY = 1.0  # seconds
 SAVE_EVERY = 30.0  # seconds
+REPORT_EVERY = 10.0  # seconds: a curve takes longer to draw than a small graph's epoch
 SHOW_EVERY = 0.5  # seconds: reading the loss waits for the device
 
 
@@ -100,7 +102,7 @@ class Training:
         self.scaler = optimization.scaler(recipe.precision, self.device)
         self.batches = -(-task.sizes["train"] // self.batch_size)
         self.progress = Progress()
-        self._clock = self._saved = time.monotonic()
+        self._clock = self._saved = self._reported = time.monotonic()
         self._stop = Stop()
         if resumed is None:
             self._save()  # a folder that cannot be written to must show now
@@ -155,8 +157,7 @@ class Training:
 
     def _epoch(self) -> None:
         if self.recipe.local_epochs:
-            local = len(self.progress.rows) < self.recipe.local_epochs
-            self.model.set_stage("local" if local else "global")  # type: ignore[operator]
+            self._enter_stage()
         self._train()
         p, examples, score = self.progress, self.task.sizes["train"], self.score
         assert p.loss is not None
@@ -172,6 +173,8 @@ class Training:
             test = self._evaluate("test")[1]
             weights = {name: x.cpu().clone() for name, x in self.model.state_dict().items()}
             p.best = {"epoch": number, self._val: val, self._test: test, "model": weights}
+            if number <= self.recipe.local_epochs:
+                p.best["optimizer"] = copy.deepcopy(self.optimizer.state_dict())
         row = {"epoch": number, "lr": self._lr(), "train_loss": loss, "val_loss": val_loss}
         if isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step(val_loss)
@@ -183,7 +186,18 @@ class Training:
         p.order, p.batch, p.loss, p.seconds = None, 0, None, 0.0
         if self._agreed(time.monotonic() - self._saved >= EPOCH_EVERY):
             self._save()
+        if time.monotonic() - self._reported >= REPORT_EVERY:
             self._report()
+
+    def _enter_stage(self) -> None:
+        """The first global epoch goes on from the best local one."""
+        p, local = self.progress, self.recipe.local_epochs
+        model: Any = self.model
+        model.set_stage("local" if len(p.rows) < local else "global")
+        if len(p.rows) == local and p.order is None:
+            assert p.best is not None
+            self.model.load_state_dict(p.best["model"])
+            self.optimizer.load_state_dict(p.best["optimizer"])
 
     def _train(self) -> None:
         """The rest of the epoch's batches."""
@@ -336,7 +350,9 @@ class Training:
         if not self.ranks.leads:
             return
         assert p.best is not None
-        checkpoint.save(self.folder / "best.pt", {**p.best, "settings": self.settings})
+        best = {name: x for name, x in p.best.items() if name != "optimizer"}
+        checkpoint.save(self.folder / "best.pt", {**best, "settings": self.settings})
         files.write(self.folder / "metrics.csv", report.csv(p.rows, self.recipe.metric))
         curve = report.curve(p.rows, self.task.title, self.recipe.metric)
         files.write(self.folder / "curve.png", curve)
+        self._reported = time.monotonic()

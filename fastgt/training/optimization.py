@@ -14,10 +14,20 @@ from fastgt.training.recipe import Precision, Recipe
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """Of the model's parameters."""
+def optimizer(
+    recipe: Recipe, model: nn.Module, attention: tuple[str, ...] = ()
+) -> torch.optim.Optimizer:
+    """Of the model's parameters; those whose names begin so may have a decay of their own."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
-    return kind(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    if recipe.attention_decay is None:
+        return kind(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    if not attention:
+        raise ValueError(f"attention_decay must be none: {recipe.model} has one weight decay")
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, x in model.named_parameters():
+        groups[name.startswith(attention)].append(x)
+    first = {"params": groups[True], "weight_decay": recipe.attention_decay}
+    return kind([first, {"params": groups[False]}], lr=recipe.lr, weight_decay=recipe.weight_decay)
 
 
 def schedule(recipe: Recipe, steps: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:

@@ -21,26 +21,45 @@ from fastgt.models import (
     GraphGPSConfig,
     GraphTransformer,
     GraphTransformerConfig,
+    Polynormer,
+    PolynormerConfig,
+    SGFormer,
+    SGFormerConfig,
 )
 from fastgt.training.recipe import Published, Recipe
 
 
 class Model(NamedTuple):
-    """A model of a config, and whether it is called with what edges carry."""
+    """How a model is made and called.
+
+    Attributes:
+        make: Of its config.
+        takes_edges: Whether it is called with what edges carry.
+        self_loops: Whether every node is to have one edge to itself.
+        attention: What the names of its attention's parameters begin with, where those have a
+            weight decay of their own.
+    """
 
     make: Callable[[Any], nn.Module]
-    takes_edges: bool
+    takes_edges: bool = False
+    self_loops: bool = False
+    attention: tuple[str, ...] = ()
 
 
 MODELS = {
     "edge_graph_transformer": Model(EdgeGraphTransformer, takes_edges=True),
-    "graph_transformer": Model(GraphTransformer, takes_edges=False),
-    "graph_classifier": Model(GraphClassifier, takes_edges=False),
+    "graph_transformer": Model(GraphTransformer),
+    "graph_classifier": Model(GraphClassifier),
     "graph_gps": Model(GraphGPS, takes_edges=True),
+    "polynormer": Model(Polynormer, self_loops=True),
+    "sgformer": Model(SGFormer, attention=("embed.", "after.", "layers.")),
 }
 
 _DWIVEDI = "Dwivedi and Bresson, arXiv 2012.09699"
 _RAMPASEK = "Rampasek et al., arXiv 2205.12454"
+_WU = "Wu et al., arXiv 2306.10759"
+_WU_CITATIONS = f"{_WU}, on a random split of their own"
+_DENG = "Deng et al., arXiv 2403.01232"
 
 # Adam, halved on a plateau until below 1e-6, no decay
 _GRAPH_TRANSFORMER: dict[str, Any] = {
@@ -56,6 +75,16 @@ _GPS: dict[str, Any] = {
     "schedule": "cosine",
     "clip": 1.0,
 }
+
+_PEPTIDES: dict[str, Any] = {
+    **_GPS,
+    "weight_decay": 0.0,
+    "lr": 3e-4,
+    "warmup": 10,
+    "epochs": 200,
+    "batch_size": 128,
+}
+_SGFORMER: dict[str, Any] = {"schedule": "constant", "epochs": 500, "stop_after": 200}
 
 _ENTRIES = [
     Recipe(
@@ -163,9 +192,122 @@ _ENTRIES = [
         epochs=100,
         batch_size=16,
     ),
+    *(
+        Recipe(
+            "graph_gps",
+            data,
+            GraphGPSConfig.published(data.rpartition(":")[2].lower()),
+            Published(value, deviation, _RAMPASEK),
+            lr=1e-3,
+            warmup=5,
+            epochs=100,
+            batch_size=16,
+            **_GPS,
+        )
+        for data, value, deviation in (
+            ("pyg:MNIST", 0.98051, 0.00126),
+            ("pyg:CIFAR10", 0.72298, None),
+        )
+    ),
+    Recipe(
+        "graph_gps",
+        "pyg:Peptides-func",
+        GraphGPSConfig.published("peptides_func"),
+        Published(0.6535, 0.0041, _RAMPASEK),
+        loss="binary_cross_entropy",
+        metric="average_precision",
+        **_PEPTIDES,
+    ),
+    Recipe(
+        "graph_gps",
+        "pyg:Peptides-struct",
+        GraphGPSConfig.published("peptides_struct"),
+        Published(0.2500, 0.0005, _RAMPASEK),
+        loss="l1",
+        metric="mae",
+        **_PEPTIDES,
+    ),
+    Recipe(
+        "sgformer",
+        "cora",
+        SGFormerConfig.published("cora"),
+        Published(0.845, 0.008, _WU_CITATIONS),
+        lr=0.01,
+        attention_decay=1e-3,
+        weight_decay=5e-4,
+        features="binary",
+        **_SGFORMER,
+    ),
+    Recipe(
+        "sgformer",
+        "citeseer",
+        SGFormerConfig.published("citeseer"),
+        Published(0.726, 0.002, _WU_CITATIONS),
+        lr=0.005,
+        weight_decay=0.01,
+        features="binary",
+        **_SGFORMER,
+    ),
+    Recipe(
+        "sgformer",
+        "actor",
+        SGFormerConfig.published("actor"),
+        Published(0.379, 0.011, _WU),
+        lr=0.1,
+        weight_decay=5e-4,
+        features="rows",
+        **{**_SGFORMER, "epochs": 200},
+    ),
+    Recipe(
+        "sgformer",
+        "squirrel_filtered",
+        SGFormerConfig.published("squirrel"),
+        Published(0.418, 0.022, _WU),
+        lr=0.001,
+        weight_decay=5e-4,
+        features="rows",
+        **_SGFORMER,
+    ),
+    Recipe(
+        "polynormer",
+        "minesweeper",
+        PolynormerConfig.published("minesweeper"),
+        Published(0.9746, 0.0036, _DENG),
+        metric="roc_auc",
+        schedule="constant",
+        local_epochs=100,
+        epochs=2100,
+    ),
+    Recipe(
+        "polynormer",
+        "tolokers",
+        PolynormerConfig.published("tolokers"),
+        Published(0.8591, 0.0074, _DENG),
+        metric="roc_auc",
+        schedule="constant",
+        local_epochs=100,
+        epochs=900,
+    ),
+    Recipe(
+        "polynormer",
+        "amazon_computers",
+        PolynormerConfig.published("amazon_computers"),
+        Published(0.9368, 0.0021, f"{_DENG}, on a split of their own"),
+        weight_decay=5e-5,
+        schedule="constant",
+        local_epochs=200,
+        epochs=1200,
+        features="rows",
+    ),
 ]
-"""The settings of GPS are those of the authors' configurations."""
+"""Settings are those of the authors' configurations and scripts."""
 
+_THEIRS = {
+    "zinc12k": "pyg:ZINC",
+    "pattern": "pyg:PATTERN",
+    "cluster": "pyg:CLUSTER",
+    "molhiv": "ogb:ogbg-molhiv",
+}
 _SMALLER = [
     replace(recipe, data=f"{recipe.data}_small", published=None)
     for recipe in _ENTRIES
@@ -173,7 +315,13 @@ _SMALLER = [
 ]
 """Sets of the same kind, trained in the same way."""
 
+_DOWNLOADED = [
+    replace(recipe, data=_THEIRS[recipe.data]) for recipe in _ENTRIES if recipe.data in _THEIRS
+]
+"""Sets of torch-geometric and OGB: those that were published."""
+
 RECIPES: dict[tuple[str, str], Recipe] = {
-    (x.model, x.data): x for x in sorted([*_ENTRIES, *_SMALLER], key=lambda x: (x.model, x.data))
+    (x.model, x.data): x
+    for x in sorted([*_ENTRIES, *_SMALLER, *_DOWNLOADED], key=lambda x: (x.model, x.data))
 }
 """(model, data set) -> recipe."""

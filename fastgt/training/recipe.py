@@ -34,6 +34,7 @@ Metric = Literal["mae", "accuracy", "class_accuracy", "roc_auc", "average_precis
 Optimizer = Literal["adam", "adamw"]
 Schedule = Literal["constant", "plateau", "cosine"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Features = Literal["given", "binary", "rows"]
 
 FIXED = ("model", "data", "config", "published")
 
@@ -71,6 +72,8 @@ class Recipe:
         metric: What chooses the best epoch, on the validation split.
         optimizer: ``"adam"`` or ``"adamw"``.
         lr, weight_decay: Of the optimizer.
+        attention_decay: Weight decay of the parameters that ``MODELS`` calls attention; None for
+            ``weight_decay``.
         schedule: Of the learning rate, after every epoch: ``"constant"``; ``"plateau"`` (times
             ``factor`` after ``patience`` epochs without a lower validation loss, and the run ends
             below ``min_lr``); ``"cosine"`` (to 0 at the last epoch, after ``warmup`` epochs of
@@ -80,6 +83,9 @@ class Recipe:
         epochs: At most.
         stop_after: Epochs without a better metric that end the run; None for no such end.
         local_epochs: So many first ones in the local stage of a model that has two, as Polynormer.
+            The global stage goes on from the best of them.
+        features: Of nodes, as they are ``"given"``; ``"binary"`` (1 where they are not 0); or
+            ``"rows"``, divided by their sum.
         seed: Of weights, order and dropout.
         precision: ``"fp32"``, or that of autocast: ``"bf16"``, or ``"fp16"`` with scaled losses.
         limit: Train on the first so many graphs; None for all.
@@ -94,6 +100,7 @@ class Recipe:
     optimizer: Optimizer = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
+    attention_decay: float | None = None
     schedule: Schedule = "plateau"
     factor: float = 0.5
     patience: int = 10
@@ -104,6 +111,7 @@ class Recipe:
     epochs: int = 1000
     stop_after: int | None = None
     local_epochs: int = 0
+    features: Features = "given"
     seed: int = 0
     precision: Precision = "fp32"
     limit: int | None = None
@@ -117,7 +125,12 @@ class Recipe:
                 integer(name, getattr(self, name), 1)
         for name in ("patience", "warmup", "local_epochs"):
             integer(name, getattr(self, name), 0)
-        for name, least in (("lr", True), ("clip", True), ("weight_decay", False)):
+        for name, least in (
+            ("lr", True),
+            ("clip", True),
+            ("weight_decay", False),
+            ("attention_decay", False),
+        ):
             x = getattr(self, name)
             if x is not None and not (x > 0 if least else x >= 0):
                 raise ValueError(
@@ -155,4 +168,5 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "optimizer": get_args(Optimizer),
     "schedule": get_args(Schedule),
     "precision": get_args(Precision),
+    "features": get_args(Features),
 }

@@ -201,7 +201,7 @@ def start(
             data.title, recipe, data, called, takes_edges=kind.takes_edges, ranks=ranks
         )
     prunes = None if sparsity is None else sparsity(model)
-    optimizer = optimization.optimizer(recipe, model)
+    optimizer = optimization.optimizer(recipe, model, kind.attention)
     return Training(
         task,
         recipe,

@@ -8,7 +8,13 @@ from train_cases import HELD_OUT, TRAIN, command, write
 
 from fastgt import Graph, cli
 from fastgt.datasets import NodeSet, load
-from fastgt.encodings import Cache, laplacian_pe, random_walk_pe, shortest_paths
+from fastgt.encodings import (
+    Cache,
+    laplacian_eigenpairs,
+    laplacian_pe,
+    random_walk_pe,
+    shortest_paths,
+)
 from fastgt.training import optimization
 from fastgt.training.inputs import prepared
 from fastgt.training.published_recipes import MODELS, RECIPES
@@ -56,6 +62,15 @@ def test_encodings_are_those_that_the_config_asks_for(made):
     lengths, types = shortest_paths(some.graph, some.edge, 4)
     assert torch.equal(some.encodings["pair_distance"], lengths)
     assert torch.equal(some.encodings["pair_edges"].long(), types)
+    pairs = ["walk_steps=0", "walk_dim=0", "lap_pe=4", "lap_dim=8"]
+    lap = made(*pairs).batch(chosen)
+    assert lap.encodings.keys() == {"lap_vectors", "lap_values"}
+    vectors, values = laplacian_eigenpairs(lap.graph, 4)
+    torch.testing.assert_close(lap.encodings["lap_values"], values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lap.encodings["lap_vectors"].abs(), vectors.abs(), rtol=0, atol=1e-3)
+    stable = made("walk_steps=0", "walk_dim=0", "stable_pe=3", "local=gatedgcn").batch(chosen)
+    assert stable.encodings.keys() == {"lap_vectors"}
+    assert stable.encodings["lap_vectors"].shape[1] == 3
     eigen = made(model="edge_graph_transformer").batch(chosen)
     expected = laplacian_pe(eigen.graph, 8)
     # the largest entries of an eigenvector may be equal: then its sign is no one's

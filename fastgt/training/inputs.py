@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgt.datasets import Encoded, GraphSet, NodeSet
-from fastgt.encodings import Cache, laplacian_pe, random_walk_pe, shortest_paths
+from fastgt.encodings import (
+    Cache,
+    laplacian_eigenpairs,
+    laplacian_pe,
+    random_walk_pe,
+    shortest_paths,
+)
 from fastgt.graph import Graph
 from fastgt.training.published_recipes import MODELS
 from fastgt.training.recipe import Recipe
@@ -63,6 +69,16 @@ def _walks(cache: Cache, graph: Graph, edge: Tensor | None, c: Any) -> dict[str,
     return {"walk_pe": Encoded(cache(random_walk_pe, graph, c.walk_steps), "node")}
 
 
+def _eigenpairs(cache: Cache, graph: Graph, edge: Tensor | None, c: Any) -> dict[str, Encoded]:
+    vectors, values = cache(laplacian_eigenpairs, graph, c.lap_pe)
+    return {"lap_vectors": Encoded(vectors, "node"), "lap_values": Encoded(values, "graph")}
+
+
+def _stable(cache: Cache, graph: Graph, edge: Tensor | None, c: Any) -> dict[str, Encoded]:
+    vectors, _ = cache(laplacian_eigenpairs, graph, c.stable_pe)
+    return {"lap_vectors": Encoded(vectors, "node")}
+
+
 def _paths(cache: Cache, graph: Graph, edge: Tensor | None, c: Any) -> dict[str, Encoded]:
     if edge is None or edge.dim() != 1:
         found = "nothing" if edge is None else f"{list(edge.shape)}"
@@ -75,6 +91,8 @@ def _paths(cache: Cache, graph: Graph, edge: Tensor | None, c: Any) -> dict[str,
 ENCODINGS: dict[str, Callable[[Cache, Graph, Tensor | None, Any], dict[str, Encoded]]] = {
     "pe_dim": _laplacian,
     "walk_steps": _walks,
+    "lap_pe": _eigenpairs,
+    "stable_pe": _stable,
     "path_distance": _paths,
 }
 """Field of a config -> what it asks for where it is not 0: the model's arguments by name.

@@ -33,7 +33,7 @@ def alike(draw) -> Graph:
     st.booleans(),
     st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 def test_spans_and_simple_eigenvectors(graph, k, normalization, skip, seed):
     other, order = moved(graph, seed)
     options = {"normalization": normalization, "skip_trivial": skip, "fill": 0.0}

@@ -286,13 +286,22 @@ def _oriented(u: np.ndarray, weight: np.ndarray) -> np.ndarray:
     of largest magnitude is positive. Entries equal but for rounding are equal.
     """
     largest = abs(u).max(axis=1, keepdims=True)
-    sign = np.zeros(largest.shape)
-    for x in (u, u * weight[:, :, None]):
-        ascending = np.sort(x, axis=1)
-        more = ascending[:, ::-1] + ascending
-        clear = abs(more) > 1e-6 * largest
-        first = clear.argmax(axis=1)[:, None]
-        seen = np.where(np.take_along_axis(clear, first, 1), np.take_along_axis(more, first, 1), 0)
-        sign = np.where(sign == 0, np.sign(seen), sign)
-    first = (abs(u) >= (1 - 1e-6) * largest).argmax(axis=1)[:, None]
-    return u * np.where(sign == 0, np.sign(np.take_along_axis(u, first, 1)), sign)
+    sign = _larger(u, largest)
+    left = np.flatnonzero((sign == 0).any(axis=(1, 2)))
+    if len(left):
+        some, top = u[left], largest[left]
+        first = (abs(some) >= (1 - 1e-6) * top).argmax(axis=1)[:, None]
+        by_number = np.sign(np.take_along_axis(some, first, 1))
+        by_weight = _larger(some * weight[left, :, None], top)
+        by_weight = np.where(by_weight == 0, by_number, by_weight)
+        sign[left] = np.where(sign[left] == 0, by_weight, sign[left])
+    return u * sign
+
+
+def _larger(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """``[B, 1, J]``: 1 where sorted x is larger than sorted -x at the first difference, -1, 0."""
+    ascending = np.sort(x, axis=1)
+    more = ascending[:, ::-1] + ascending
+    clear = abs(more) > 1e-6 * largest
+    first = clear.argmax(axis=1)[:, None]
+    return np.sign(np.take_along_axis(np.where(clear, more, 0), first, 1))

@@ -226,7 +226,10 @@ def _places(offsets: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _second_eigenvalue(sigma: Tensor, offsets: Tensor) -> Tensor:
-    """mu_2 of each graph, ``[G]`` float64, by Lanczos off the constant vectors."""
+    """mu_2 of each graph, ``[G]`` float64, by Lanczos off the constant vectors.
+
+    From below: too low by 3e-4 in a graph of 50,000 nodes with degree 3, by less in smaller ones.
+    """
     degree, n = sigma.shape
     count = offsets.diff()
     inverse = torch.empty_like(sigma).scatter_(1, sigma, torch.arange(n).expand_as(sigma))

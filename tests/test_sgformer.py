@@ -401,6 +401,7 @@ def test_published_settings():
     assert count("ogbn_arxiv") == arxiv
     pokec = 2 * (66 * 64) + 3 * (65 * 64) + 2 * (129 * 64) + 5 * 2 * 64 + 65 * 2
     assert count("pokec") == pokec
+    assert count("citeseer") == 2 * (3704 * 64) + 2 * (65 * 64) + 65 * 64 + 65 * 6
     found = SGFormerConfig.published("actor")
     assert (found.alpha, found.graph_weight, found.dropout, found.conv_layers) == (0.5, 0.5, 0.6, 2)
     found.layers = 5

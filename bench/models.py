@@ -402,9 +402,9 @@ def _epoch(module: nn.Module, batches: list[Batch]) -> Callable[[], list[Tensor]
             out = call(*batch.inputs.values())
             y = batch.y
             loss = l1_loss(out[:, 0], y) if y.is_floating_point() else cross_entropy(out, y)
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            optimizer.zero_grad()  # an epoch's memory has the gradients in it
             losses.append(loss.detach())
         return losses
 

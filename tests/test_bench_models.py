@@ -161,7 +161,7 @@ def test_rows_of_epochs_are_complete(model):
             continue
         assert row["match"], row
         assert row["epoch_s"] > row["inference_s"] > 0
-        assert row["epoch_peak_bytes"] > 2 * 4 * row["parameters"]  # Adam's two, in float32
+        assert row["epoch_peak_bytes"] > 2 * row["parameters"]  # gradients are there, of most
         assert row["epoch_spread"] >= 0
         assert row["inference_spread"] >= 0
         assert row["epoch_x"] > 0

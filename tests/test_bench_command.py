@@ -208,7 +208,7 @@ def test_operators_and_problems_are_those_asked_for(monkeypatch, tmp_path):
 
 def test_models_are_measured_by_epochs(tmp_path, capsys):
     path = tmp_path / "rows.json"
-    where = ["graph_transformer", "--problems", "cora", "--quick", "--json", path]
+    where = ["graph_transformer", "--problems", "cora", "--peers", "pyg", "--quick", "--json", path]
     assert bench(*where) == 0
     ours, theirs = json.loads(path.read_text())
     assert ours["operator"] == "graph_transformer"

@@ -455,6 +455,8 @@ def test_attention_refuses_what_does_not_fit():
         attention(torch.zeros(5, 7))
     with pytest.raises(ValueError, match="offsets"):
         attention(torch.zeros(5, DIM), torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match=r"bias must have N = 5 rows, .* or 25, of pairs, got 9"):
+        attention(torch.zeros(5, DIM), bias=torch.zeros(9, HEADS))
     assert attention(torch.zeros(5, DIM)).shape == (5, DIM)  # one graph
 
 

@@ -89,7 +89,11 @@ class SparseAttention(GlobalAttention):
             kept, gate, bounds = self._kept(given, bounds)
             nodes, given = nodes[kept], given.index_select(0, kept) * gate[:, None]
         if bias is not None:
-            bias = bias.index_select(0, _places(nodes, bounds, offsets, pairs=len(bias) != len(x)))
+            pairs = int(sizes.square().sum())
+            if len(bias) not in (len(x), pairs):
+                wanted = f"N = {len(x)} rows, of keys, or {pairs}, of pairs"
+                raise ValueError(f"bias must have {wanted}, got {len(bias)}")
+            bias = bias.index_select(0, _places(nodes, bounds, offsets, pairs=len(bias) == pairs))
         y = super().forward(given, bounds, bias=bias, head_gate=head_gate)
         if scale is not None:
             y = y * scale.repeat_interleave(bounds.diff(), output_size=len(nodes))[:, None]

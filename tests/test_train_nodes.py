@@ -179,7 +179,7 @@ def test_local_epochs_come_before_global_ones(data, tmp_path, monkeypatch):
         (["--splits", "1-3"], "--splits 3: minesweeper has 3, numbered from 0"),
         (["--limit", "5"], "--limit counts graphs, and minesweeper is one graph"),
         (["--set", "node_features=6"], r"node must be \[N, 6\] = \[60, 6\], got \[60, 7\]"),
-        (["--set", "out_dim=1"], "the model has 1 classes, and a label is 1"),
+        (["--set", "out_dim=3"], r"the model gives \[20, 3\] numbers and the labels are"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message, data, tmp_path, capsys):

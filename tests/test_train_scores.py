@@ -38,6 +38,21 @@ def test_losses_are_their_definitions():
     assert loss("binary_cross_entropy", output, many) == pytest.approx(sum(parts) / len(parts))
 
 
+def test_one_logit_tells_two_classes_apart():
+    draw = torch.Generator().manual_seed(0)
+    output = torch.randn(40, 1, generator=draw, dtype=torch.float64)
+    y = (torch.rand(40, generator=draw) < 0.3).long()
+    share = float(y.double().mean())
+    each = [math.log1p(math.exp(-x if c else x)) for x, c in zip(output[:, 0], y, strict=True)]
+    assert loss("cross_entropy", output, y) == pytest.approx(sum(each) / 40)
+    weighted = [x * (1 - share if c else share) for x, c in zip(each, y, strict=True)]
+    assert loss("class_weighted_cross_entropy", output, y) == pytest.approx(sum(weighted) / 40)
+    right = (output[:, 0] > 0) == (y == 1)
+    assert scores.accuracy(output, y) == pytest.approx(float(right.double().mean()))
+    halves = [float(right[y == c].double().mean()) for c in (0, 1)]
+    assert scores.class_accuracy(output, y) == pytest.approx(sum(halves) / 2)
+
+
 def test_labels_that_are_unknown_get_no_gradient():
     output = torch.randn(4, 1, requires_grad=True)
     loss("binary_cross_entropy", output, torch.tensor([1.0, torch.nan, 0.0, torch.nan])).backward()

@@ -27,7 +27,8 @@ def loss_terms(kind: Loss, output: Tensor, y: Tensor, total: Total) -> tuple[Ten
 
     Args:
         kind: See :class:`fastgt.training.recipe.Recipe`.
-        output: ``[B, T]`` of graphs or nodes.
+        output: ``[B, T]`` of graphs or nodes. One logit ``[B, 1]`` tells two classes apart; class
+            weights are then not divided by their sum but by B, as in GraphGPS's code.
         y: ``[B]`` or ``[B, T]`` numbers, or ``[B]`` classes.
         total: Sums a tensor over the processes that share the batch.
 
@@ -47,14 +48,15 @@ def loss_terms(kind: Loss, output: Tensor, y: Tensor, total: Total) -> tuple[Ten
         else:
             each = F.binary_cross_entropy_with_logits(output, y.nan_to_num(), reduction="none")
         return each.where(told, each.new_zeros(())).sum(), told.sum().to(each.dtype)
-    _check_classes(output, y)
+    one, output = output.shape[1:] == (1,), _logits(output, y)
     each = F.cross_entropy(output, y, reduction="none")
     if kind == "cross_entropy":
         return each.sum(), each.new_tensor(len(y))
     # of the class that all labels have the weight is 0: a loss of 0, not of 0 / 0
     count = total(torch.bincount(y, minlength=output.shape[1]))
     weight = ((count.sum() - count) / count.sum()).to(each.dtype)[y]
-    return (weight * each).sum(), weight.sum() + torch.finfo(each.dtype).tiny
+    total_weight = each.new_tensor(len(y)) if one else weight.sum()
+    return (weight * each).sum(), total_weight + torch.finfo(each.dtype).tiny
 
 
 def metric(kind: Metric) -> Score:
@@ -69,8 +71,7 @@ def mae(output: Tensor, y: Tensor) -> float:
 
 def accuracy(output: Tensor, y: Tensor) -> float:
     """Share of rows whose largest logit is that of their class."""
-    _check_classes(output, y)
-    return float((output.argmax(1) == y).double().mean())
+    return float((_logits(output, y).argmax(1) == y).double().mean())
 
 
 def class_accuracy(output: Tensor, y: Tensor) -> float:
@@ -81,7 +82,7 @@ def class_accuracy(output: Tensor, y: Tensor) -> float:
     Source:
         Dwivedi et al., arXiv 2003.00982, metric of PATTERN and CLUSTER.
     """
-    _check_classes(output, y)
+    output = _logits(output, y)
     classes = output.shape[1]
     count = torch.bincount(y, minlength=classes)
     right = torch.bincount(y[output.argmax(1) == y], minlength=classes)
@@ -149,6 +150,14 @@ def _beside(output: Tensor, y: Tensor) -> Tensor:
             f"the model gives {list(output.shape)} numbers and the labels are {list(y.shape)}"
         )
     return y.to(output.dtype)
+
+
+def _logits(output: Tensor, y: Tensor) -> Tensor:
+    """Of all classes: one logit is that of the second class, and the first has 0."""
+    if output.shape[1:] == (1,):
+        output = torch.cat([torch.zeros_like(output), output], 1)
+    _check_classes(output, y)
+    return output
 
 
 def _check_classes(output: Tensor, y: Tensor) -> None:

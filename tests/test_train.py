@@ -493,7 +493,7 @@ def test_a_folder_that_takes_no_files_shows_before_training(data, tmp_path, monk
     out, err = capsys.readouterr()
     assert err == "fastgt: [Errno 13] Permission denied: 'checkpoint.pt.partial'\n"
     assert out == ""
-    assert not list((tmp_path / "run").iterdir())
+    assert not [x for x in (tmp_path / "run").rglob("*") if x.is_file()]
 
 
 def test_data_that_is_nowhere_is_said(tmp_path, monkeypatch, capsys):

@@ -45,8 +45,8 @@ class SignNet(nn.Module):
         >>> from fastgt import Graph
         >>> from fastgt.models.graph_gps_sign_net import SignNet
         >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]))
-        >>> net, u = SignNet(2, 8, kind="mlp"), torch.randn(3, 2)
-        >>> torch.allclose(net(u, graph), net(u * torch.tensor([1, -1]), graph), atol=1e-5)
+        >>> net, u = SignNet(2, 8, kind="mlp").double(), torch.randn(3, 2).double()
+        >>> torch.allclose(net(u, graph), net(u * torch.tensor([1, -1]), graph))
         True
     """
 

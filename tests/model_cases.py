@@ -8,18 +8,35 @@ import torch
 from torch import Tensor, nn
 
 from fastgt import Graph
+from fastgt.encodings import shortest_paths
 from fastgt.models import (
+    GTSP,
+    SAN,
     EdgeGraphTransformer,
     EdgeGraphTransformerConfig,
+    Exphormer,
+    ExphormerConfig,
     GraphClassifier,
     GraphClassifierConfig,
     GraphGPS,
     GraphGPSConfig,
+    Graphormer,
+    GraphormerConfig,
     GraphTransformer,
     GraphTransformerConfig,
+    GTSPConfig,
+    MPNNVirtualNode,
+    MPNNVirtualNodeConfig,
+    Polynormer,
+    PolynormerConfig,
+    SANConfig,
+    SceneGraphConfig,
+    SceneGraphEncoder,
+    SGFormer,
+    SGFormerConfig,
+    expander,
 )
 from fastgt.models.graph_gps_bigbird import bigbird_pattern
-from fastgt.models.graph_gps_pairs import shortest_paths
 from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
 
 
@@ -64,6 +81,15 @@ def no_edge(graph: Graph, given: dict[str, Any]) -> dict[str, Any]:
 def paths(graph: Graph, given: dict[str, Any]) -> dict[str, Any]:
     distance, edges = shortest_paths(graph, given["edge"], 4)
     return given | {"pair_distance": distance, "pair_edges": edges}
+
+
+def lengths(graph: Graph, given: dict[str, Any]) -> dict[str, Any]:
+    distance, _ = shortest_paths(graph, torch.zeros(graph.num_edges, dtype=torch.int8), 4)
+    return given | {"pair_distance": distance}
+
+
+def expanded(graph: Graph, given: dict[str, Any]) -> dict[str, Any]:
+    return given | {"expander": expander(graph, 3)}
 
 
 def pattern(graph: Graph, given: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +157,75 @@ CASES = {
         TYPED | {"lap_vectors": VECTORS},
     ),
     "GPS pairs": Case(gps(path_distance=4, degrees=16), "G", TYPED, paths, ordered=True),
+    "GPS signs": Case(
+        gps(sign_pe=2, sign_dim=4, sign_net="deepset"), "G", TYPED | {"lap_vectors": VECTORS}
+    ),
+    "Exphormer": Case(
+        lambda: Exphormer(
+            ExphormerConfig(
+                node_types=5,
+                node_features=0,
+                edge_types=3,
+                edge_features=0,
+                stable_pe=0,
+                last_edges=False,
+                dropout=0.0,
+                **SMALL,
+            )
+        ),
+        "G",
+        TYPED,
+        expanded,
+        ordered=True,
+    ),
+    "SAN": Case(
+        lambda: SAN(
+            SANConfig(node_types=5, edge_types=3, lap_pe=2, lap_dim=4, lap_heads=2, **SMALL)
+        ),
+        "G",
+        TYPED | {"lap_vectors": VECTORS, "lap_values": VALUES},
+    ),
+    "MPNNVirtualNode": Case(
+        lambda: MPNNVirtualNode(
+            MPNNVirtualNodeConfig(node_types=5, edge_types=3, dim=16, layers=2)
+        ),
+        "G",
+        TYPED,
+    ),
+    "Graphormer": Case(
+        lambda: Graphormer(
+            GraphormerConfig(
+                node_types=5, edge_types=(), path_distance=4, path_edges=3, path_rows=5, **SMALL
+            )
+        ),
+        "G",
+        {"node": NODE},
+        lengths,
+    ),
+    "GTSP gps": Case(
+        lambda: GTSP(GTSPConfig(node_features=4, walk_steps=3, **SMALL)),
+        "G",
+        {"node": Numbers("N", 4), "walk_pe": WALK},
+    ),
+    "GTSP graphormer": Case(
+        lambda: GTSP(GTSPConfig("graphormer", node_features=4, path_distance=4, **SMALL)),
+        "G",
+        {"node": Numbers("N", 4)},
+        lengths,
+    ),
+    "SceneGraphEncoder": Case(
+        lambda: SceneGraphEncoder(
+            SceneGraphConfig(objects=5, predicates=3, pe_dim=2, last_edges=False, **SMALL)
+        ),
+        "N",
+        TYPED | {"pe": VECTORS},
+    ),
+    "SGFormer": Case(
+        lambda: SGFormer(SGFormerConfig(4, 2, **SMALL)), "N", {"node": Numbers("N", 4)}
+    ),
+    "Polynormer": Case(
+        lambda: Polynormer(PolynormerConfig(4, 2, **SMALL)), "N", {"node": Numbers("N", 4)}
+    ),
     "GPS bigbird": Case(gps(attention="bigbird"), "G", TYPED, pattern, ordered=True),
 }
 
@@ -152,7 +247,8 @@ def draw(case: Case, graph: Graph, dtype: torch.dtype = torch.float32) -> dict[s
 
 
 def call(case: Case, model: nn.Module, graph: Graph, given: dict[str, Tensor]) -> Tensor:
-    return model(graph=graph, **case.derived(graph, dict(given)))
+    out = model(graph=graph, **case.derived(graph, dict(given)))
+    return torch.cat(out, 1) if isinstance(out, tuple) else out  # of boxes and classes
 
 
 def singles(case: Case, graph: Graph, given: dict[str, Tensor]):

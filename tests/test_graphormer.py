@@ -9,8 +9,8 @@ from attention_cases import DEVICE
 from torch.nn import functional as F
 
 from fastgt import Graph
+from fastgt.encodings import shortest_paths
 from fastgt.models import Graphormer, GraphormerConfig
-from fastgt.models.graph_gps_pairs import shortest_paths
 from fastgt.models.graphormer import GraphormerLayer
 from fastgt.testing import random_batch
 

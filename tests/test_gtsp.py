@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgt import Graph, prune_heads
+from fastgt.encodings import shortest_paths
 from fastgt.models import GTSP, GTSPConfig, Sparsification
 from fastgt.models.graph_gps_layer import GlobalAttention
-from fastgt.models.graph_gps_pairs import shortest_paths
 from fastgt.models.gtsp_attention import SparseAttention
 from fastgt.nn import HeadGate
 from fastgt.testing import random_batch

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastgt.graph import Graph
 from fastgt.models.graph_gps_encoders import check_matrix
+from fastgt.models.graph_transformer import check_dtype
 from fastgt.nn.sublayers import check_rows, reset_sublayers
 from fastgt.ops.aggregate import aggregate
 
@@ -82,6 +83,7 @@ class SignNet(nn.Module):
         """``[N, count]``, NaN for an eigenvector that a graph does not have -> ``[N, dim]``."""
         k = self.count
         check_matrix("lap_vectors", vectors, f"N, {k}", (graph.num_rows, k))
+        check_dtype("lap_vectors", vectors, next(self.parameters()))
         check_rows(self.rho, vectors, "norm of SignNet", "node")
         u = vectors.nan_to_num(nan=0.0)
         x = torch.cat([u, -u], 1)[..., None]  # [N, 2 k, 1]

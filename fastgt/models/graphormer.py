@@ -54,7 +54,7 @@ class GraphormerConfig:
         heads: Of the attention.
         layers: So many times.
         ffn_dim: Width within the feed-forward.
-        path_distance: Of :func:`fastgt.models.graph_gps_pairs.shortest_paths`: paths that are as
+        path_distance: Of :func:`fastgt.encodings.shortest_paths`: paths that are as
             long or longer count as ones that are by 1 shorter. 2 at least.
         path_edges: How many edges of a path count, from its beginning.
         path_rows: How many matrices W_k there are, ``path_edges`` at least. The authors' tables
@@ -152,7 +152,7 @@ class Graphormer(nn.Module):
         >>> import torch
         >>> from fastgt import Graph
         >>> from fastgt.models import Graphormer, GraphormerConfig
-        >>> from fastgt.models.graph_gps_pairs import shortest_paths
+        >>> from fastgt.encodings import shortest_paths
         >>> model = Graphormer(GraphormerConfig.published("zinc"))
         >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 0]]))
         >>> atoms, bonds = torch.tensor([0, 27, 1]), torch.tensor([1, 3, 2])
@@ -244,7 +244,7 @@ class Graphormer(nn.Module):
             graph: The batch. Its edges count in the degrees of nodes alone; all else is in the
                 paths.
             pair_distance: ``[P]`` integers, of
-                :func:`fastgt.models.graph_gps_pairs.shortest_paths` with ``path_distance``.
+                :func:`fastgt.encodings.shortest_paths` with ``path_distance``.
             pair_edges: ``[P, path_edges]`` integers, the first columns of its types; with several
                 columns of types ``[P, path_edges, columns]``, of a call for each, stacked. None
                 without types.

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fastgt.graph import Graph
 from fastgt.models.graph_gps_encoders import FeatureEncoder, check_matrix
 from fastgt.models.graph_gps_layer import GlobalAttention, GraphGPSLayer
+from fastgt.models.graph_transformer import check_dtype
 from fastgt.models.graphormer import Graphormer, GraphormerConfig
 from fastgt.models.gtsp_attention import SparseAttention
 from fastgt.nn import HeadGate
@@ -179,7 +180,7 @@ class GTSP(nn.Module):
             node: ``[N, node_features]``.
             graph: The batch.
             walk_pe: ``[N, walk_steps]``, for ``"gps"``.
-            pair_distance: ``[P]``, of :func:`fastgt.models.graph_gps_pairs.shortest_paths` with
+            pair_distance: ``[P]``, of :func:`fastgt.encodings.shortest_paths` with
                 ``path_distance``, for ``"graphormer"``.
         """
         given = {"walk_pe": walk_pe, "pair_distance": pair_distance}
@@ -300,6 +301,8 @@ class _GPS(nn.Module):
         n, k = graph.num_rows, self.walk_steps
         x = self.embed("node", node, "N", n, graph)
         check_matrix("walk_pe", walk_pe, f"N, {k}", (n, k))
+        assert walk_pe is not None
+        check_dtype("walk_pe", walk_pe, next(self.embed_walk.parameters()))
         x = x + self.embed_walk(walk_pe)
         for layer in self.layers:
             x, _ = layer(x, None, graph)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from fastgt.graph import Graph
 from fastgt.models.graph_gps_encoders import check_matrix
+from fastgt.models.graph_transformer import check_dtype
 from fastgt.models.polynormer_config import PolynormerConfig
 from fastgt.models.sgformer import DrawnGCN
 from fastgt.nn.sublayers import check_rows, reset_sublayers
@@ -107,6 +108,7 @@ class Polynormer(nn.Module):
         if graph.num_cols != n:
             raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")
         check_matrix("node", node, "N, node_features", (n, c.node_features))
+        check_dtype("node", node, next(self.parameters()))
         x = self.in_dropout(node)
         if self.embed is not None:
             x = self.embed(x)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from fastgt.graph import Graph
 from fastgt.models.graph_gps_encoders import check_matrix
 from fastgt.models.graph_gps_local import GCN
+from fastgt.models.graph_transformer import check_dtype
 from fastgt.nn.sublayers import check_rows, reset_sublayers
 from fastgt.ops.checks import MAX_WIDTH, check_float, check_graph, integer, number
 from fastgt.ops.linear_attention import Norms, sgformer_attention
@@ -185,6 +186,7 @@ class SGFormer(nn.Module):
         if graph.num_cols != n:
             raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")
         check_matrix("node", node, "N, node_features", (n, c.node_features))
+        check_dtype("node", node, next(self.parameters()))
         z = self.after(self.embed(node))
         for layer in self.layers:
             z = layer(z, graph.graph_ptr)

@@ -16,6 +16,7 @@ from fastgt.encodings import flip_signs
 from fastgt.graph import Graph
 from fastgt.models.graph_gps_encoders import check_matrix
 from fastgt.models.graph_gps_layer import GlobalAttention
+from fastgt.models.graph_transformer import check_dtype
 from fastgt.nn.sublayers import reset_sublayers
 from fastgt.ops.checks import integer
 
@@ -72,6 +73,7 @@ class SpectralEncoder(nn.Module):
         """Eigenvectors ``[N, K]``, eigenvalues ``[G, K]`` -> ``[N, dim]``."""
         n, k = graph.num_rows, self.count
         check_matrix("lap_vectors", vectors, f"N, {k}", (n, k))
+        check_dtype("lap_vectors", vectors, self.lin.weight)
         check_matrix("lap_values", values, f"G, {k}", (graph.num_graphs, k))
         if self.training:
             vectors = flip_signs(vectors)

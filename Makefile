@@ -17,7 +17,7 @@ BUILT = if [ -f $(NOT_BUILT) ]; then echo "the CPU kernels were not built, the s
 CHECKED = tests/test_package.py tests/test_versions.py::test_values_and_gradients \
   tests/test_versions.py::test_every_public_operator_is_here tests/test_versions.py::test_graphs_travel
 
-.PHONY: setup test-setup demo check test sanitize matrix matrix-lowest matrix-highest pyg-tests bench gpu budget lint clean
+.PHONY: setup test-setup demo check test sanitize matrix matrix-lowest matrix-highest pyg-tests bench results gpu budget lint clean
 
 setup: $(VENV)/demo.stamp
 
@@ -65,6 +65,11 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m fastgt.bench.reordering $(ORDERED:%=--problem %) \
 	  --json bench/results/reordering-cpu.json
 	$(BIN)/python -m fastgt.bench.traffic --json bench/results/traffic.json
+	$(BIN)/python tools/render.py
+
+# Models trained as published, a night on two cores; stopped, it goes on.
+results: $(VENV)/demo.stamp
+	$(BIN)/python tools/trainings.py
 	$(BIN)/python tools/render.py
 
 # torch-geometric's own tests on fastgt.pyg; SRC: a checkout of torch-geometric's sources

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import render
+import trainings
 
 from fastgt.bench import plots, table, targets
 
@@ -145,6 +146,39 @@ def test_every_marker_is_filled_from_its_file(results):
     assert "| attention | `power_law` | pyg, memory | 4.50x | at least 5x | missed |" in parts[3]
     assert "| 2 of 8 | yes | 200 ms (0.40x) | 200 ms (0.40x) | 0 / 1 MB |" in parts[4]
     assert "No GPU has been measured." in parts[5]
+
+
+def training(model, test, seed=0, **more):
+    return {
+        "title": "ZINC-12k, substitute train",
+        "settings": {"model": model, "data": "zinc12k", "seed": seed},
+        "metric": "mae",
+        "test": test,
+        "epochs": 40,
+        "epoch_s": 9.5,
+        "peak_bytes": 5e8,
+        "parameters": 588_929,
+        "published": {"value": 0.226, "deviation": 0.014, "source": "A paper"},
+        "device": "a CPU, 2 threads",
+        "torch": "2.13.0",
+        "date": "2026-11-29",
+        "commit": "abc",
+    } | more
+
+
+def test_trainings_stand_beside_what_was_published(results):
+    old = [training("a", 0.9), training("b", 0.5)]
+    found = [training("a", 0.25, 1), training("a", 0.29, 2, published=None)]
+    kept = trainings.merged(trainings.merged([], old, "--hours 1"), found, "--seeds 1-2")
+    assert [x["test"] for x in kept] == [0.25, 0.29, 0.5]
+    (results / "trainings.json").write_text(json.dumps(kept))
+    lines = render.rendered("<!-- trainings -->\n<!-- end -->").splitlines()
+    assert "| `a` | ZINC-12k, substitute train | mae | 0.2700 ± 0.0283 |" in lines[5]
+    assert "| 0.2260 ± 0.0140 (A paper) | 2 | 40 | 9.5 s | 500 MB | 588,929 |" in lines[5]
+    assert lines[5].endswith("| `a zinc12k --seeds 1-2` |")
+    assert "| mae | 0.5000 |" in lines[6]
+    (results / "trainings.json").unlink()
+    assert "No training has been run" in render.rendered("<!-- trainings -->\n<!-- end -->")
 
 
 def test_a_gpu_s_results_get_a_part_of_their_own(results):

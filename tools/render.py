@@ -1,6 +1,6 @@
-"""The README's tables and plots from result files, so that no figure is typed by hand.
+"""Tables and plots of the README and the docs from result files: no figure is typed by hand.
 
-``python tools/render.py`` rewrites, in ``README.md``, what stands between a marker and
+``python tools/render.py`` rewrites, in ``README.md`` and ``docs``, what stands between a marker and
 ``<!-- end -->``, from ``bench/results/FILE.json``, and draws the plots of benchmark results beside
 them, in ``bench/results/plots``:
 
@@ -11,6 +11,7 @@ them, in ``bench/results/plots``:
 - ``<!-- models FILE -->``: epochs of models;
 - ``<!-- targets FILE -->``: what was set out to be reached;
 - ``<!-- devices -->``: targets and attention on every GPU that there is a file of;
+- ``<!-- trainings -->``: what trained models reached, from ``trainings.json``;
 - ``<!-- table FILE -->``: rows of another kind.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,12 @@ Rows = list[dict[str, Any]]
 
 
 def run() -> None:
-    """Rewrite the README of the checkout, and its plots."""
-    readme = ROOT / "README.md"
-    files.write(readme, rendered(readme.read_text()).encode())
-    print(readme)
+    """Rewrite the README of the checkout, its docs and its plots."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text()
+        if (new := rendered(text)) != text:
+            files.write(page, new.encode())
+            print(page)
     from fastgt.bench.plots import plot
 
     for path in sorted(RESULTS.glob("*.json")):
@@ -54,12 +58,14 @@ def rendered(readme: str) -> str:
     def table(match: re.Match) -> str:
         if match[1] == "devices":
             return f"<!-- devices -->\n{_devices()}\n<!-- end -->"
+        if match[1] == "trainings":
+            return f"<!-- trainings -->\n{_trainings()}\n<!-- end -->"
         kind, file, *rest = match[1].split(maxsplit=2)
         rows = json.loads((RESULTS / f"{file}.json").read_text())
         return f"<!-- {match[1]} -->\n{KINDS[kind](rows, *rest)}\n<!-- end -->"
 
     kinds = "|".join(KINDS)
-    marker = rf"<!-- (devices|(?:{kinds}) [^>]+?) -->\n.*?<!-- end -->"
+    marker = rf"<!-- (devices|trainings|(?:{kinds}) [^>]+?) -->\n.*?<!-- end -->"
     return re.sub(marker, table, readme, flags=re.DOTALL)
 
 
@@ -358,6 +364,50 @@ def _devices() -> str:
             if peers:
                 parts.append(_overview(mine, f"attention {'; '.join(peers)}"))
     return "\n\n".join(parts) or "No GPU has been measured."
+
+
+def _trainings() -> str:
+    """A line for each model and data: what it reached, what was published, what that took."""
+    path = RESULTS / "trainings.json"
+    if not path.exists():
+        return "No training has been run to its end."
+    rows = json.loads(path.read_text())
+    lines = [
+        _machine(rows),
+        "",
+        "| model | data | metric | test | published | runs | epochs | epoch | memory | parameters "
+        "| `fastgt train` with |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    pairs = dict.fromkeys((x["settings"]["model"], x["settings"]["data"]) for x in rows)
+    for pair in pairs:
+        mine = [x for x in rows if (x["settings"]["model"], x["settings"]["data"]) == pair]
+        first, published = mine[0], mine[0]["published"]
+        told = "none"
+        if published is not None:
+            told = _with_deviation(published["value"], published["deviation"])
+            told += f" ({published['source']})"
+        tests = [x["test"] for x in mine]
+        deviation = statistics.stdev(tests) if len(tests) > 1 else None
+        cells = [
+            f"`{pair[0]}`",
+            first["title"],
+            first["metric"],
+            _with_deviation(statistics.mean(tests), deviation),
+            told,
+            str(len(mine)),
+            str(round(statistics.mean(x["epochs"] for x in mine))),
+            f"{statistics.median(x['epoch_s'] for x in mine):.3g} s",
+            f"{max(x['peak_bytes'] for x in mine) / 1e6:.0f} MB",
+            f"{first['parameters']:,}",
+            f"`{' '.join(pair)} {first['options']}`".replace(" `", "`"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _with_deviation(value: float, deviation: float | None) -> str:
+    return f"{value:.4f}" if deviation is None else f"{value:.4f} ± {deviation:.4f}"
 
 
 _PASSES = ("epoch", "inference")

@@ -1,0 +1,79 @@
+"""Models trained as published, beside the published figures: ``make results``.
+
+Every entry of ``TRAININGS`` is a call of ``fastgt train`` in a folder of its own. Stopped, the same
+command goes on. What has ended stands in ``bench/results/trainings.json``, from which
+``tools/render.py`` makes the table of ``docs/results.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastgt import files
+
+ROOT = Path(__file__).parent.parent
+TRAININGS = ROOT / "bench" / "results" / "trainings.json"
+HALF_AN_HOUR, AN_HOUR = ["--hours", "0.5"], ["--hours", "1"]
+RUNS: dict[str, list[str]] = {
+    "edge_graph_transformer zinc12k": ["--hours", "4"],
+    "graph_gps zinc12k": HALF_AN_HOUR,
+    "exphormer zinc12k": HALF_AN_HOUR,
+    "graph_transformer cluster_small": HALF_AN_HOUR,
+    "graph_gps cluster_small": HALF_AN_HOUR,
+    "exphormer cluster_small": HALF_AN_HOUR,
+    "graph_transformer pattern_small": HALF_AN_HOUR,
+    "graph_gps pattern_small": HALF_AN_HOUR,
+    "exphormer pattern_small": HALF_AN_HOUR,
+    "sgformer cora": ["--hours", "0.1", "--seeds", "0-4"],
+    "sgformer citeseer": ["--hours", "0.1", "--seeds", "0-4"],
+    "sgformer actor": ["--hours", "0.1"],
+    "sgformer squirrel_filtered": ["--hours", "0.1"],
+    "polynormer minesweeper": AN_HOUR,
+    "polynormer tolokers": AN_HOUR,
+    "graph_gps dd": HALF_AN_HOUR,
+    "mpnn_virtual_node dd": HALF_AN_HOUR,
+    "gtsp dd": HALF_AN_HOUR,
+    "gtsp molhiv_small": HALF_AN_HOUR,
+}
+"""A model and its data, and how much of it is trained within a night on two cores."""
+
+
+def main() -> None:
+    """Train what is asked for, one after the other, and write what they reached."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("only", nargs="*", help=f"of {', '.join(RUNS)}; default: all")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results")
+    args = parser.parse_args()
+    if unknown := set(args.only) - set(RUNS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    for name in args.only or RUNS:
+        folder = args.runs / name.replace(" ", "-")
+        command = [*name.split(), *RUNS[name], "--output", str(folder)]
+        print(f"fastgt train {' '.join(command)}", flush=True)
+        subprocess.run([sys.executable, "-m", "fastgt", "train", *command], check=True)
+        found = json.loads((folder / "result.json").read_text())
+        kept = json.loads(TRAININGS.read_text()) if TRAININGS.exists() else []
+        options = " ".join(RUNS[name])
+        files.write(TRAININGS, (json.dumps(merged(kept, found, options), indent=1) + "\n").encode())
+
+
+def merged(
+    kept: list[dict[str, Any]], found: list[dict[str, Any]], options: str
+) -> list[dict[str, Any]]:
+    """``kept`` with ``found`` in the place of the same model's runs on the same data."""
+
+    def pair(row: dict[str, Any]) -> tuple[str, str]:
+        return row["settings"]["model"], row["settings"]["data"]
+
+    new = {pair(row) for row in found}
+    rows = [row for row in kept if pair(row) not in new]
+    return sorted([*rows, *({**row, "options": options} for row in found)], key=pair)
+
+
+if __name__ == "__main__":
+    main()

@@ -39,7 +39,8 @@ def schedule(recipe: Recipe, steps: torch.optim.Optimizer) -> lr_scheduler.LRSch
     warmup, epochs = recipe.warmup, recipe.epochs
     if recipe.schedule == "constant":
         return lr_scheduler.LambdaLR(steps, lambda epoch: 1.0)
-    return lr_scheduler.LambdaLR(steps, lambda epoch: cosine(epoch, warmup, epochs))
+    of = cosine if recipe.schedule == "cosine" else linear
+    return lr_scheduler.LambdaLR(steps, lambda epoch: of(epoch, warmup, epochs))
 
 
 def cosine(epoch: int, warmup: int, epochs: int) -> float:
@@ -58,6 +59,22 @@ def cosine(epoch: int, warmup: int, epochs: int) -> float:
     if epoch < warmup:
         return max(1e-6, epoch / warmup)
     return max(0.0, (1 + math.cos(math.pi * (epoch - warmup) / max(1, epochs - warmup))) / 2)
+
+
+def linear(epoch: int, warmup: int, epochs: int) -> float:
+    """As :func:`cosine`: a linear rise to 1 in the last epoch of the warm-up, then a linear fall.
+
+    Source:
+        Ying et al., arXiv 2106.05234, appendix B, whose code changes the rate at every step.
+
+    Example:
+        >>> from fastgt.training.optimization import linear
+        >>> [round(linear(epoch, 2, 6), 3) for epoch in range(7)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    if epoch < warmup:
+        return (epoch + 1) / warmup
+    return max(0.0, (epochs - epoch) / (epochs - warmup))
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

@@ -32,11 +32,12 @@ from fastgt.ops.checks import integer
 Loss = Literal["l1", "cross_entropy", "class_weighted_cross_entropy", "binary_cross_entropy"]
 Metric = Literal["mae", "accuracy", "class_accuracy", "roc_auc", "average_precision"]
 Optimizer = Literal["adam", "adamw"]
-Schedule = Literal["constant", "plateau", "cosine"]
+Schedule = Literal["constant", "plateau", "cosine", "linear"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Features = Literal["given", "binary", "rows"]
 
 FIXED = ("model", "data", "config", "published")
+BY_EPOCHS = ("cosine", "linear")  # schedules that depend on how many epochs there are
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Recipe:
         schedule: Of the learning rate, after every epoch: ``"constant"``; ``"plateau"`` (times
             ``factor`` after ``patience`` epochs without a lower validation loss, and the run ends
             below ``min_lr``); ``"cosine"`` (to 0 at the last epoch, after ``warmup`` epochs of
-            linear rise).
+            linear rise); ``"linear"`` (likewise, falling by as much every epoch).
         clip: Norm that gradients are cut to; None for no limit.
         batch_size: Graphs; a data set of one graph ignores it.
         epochs: At most.
@@ -140,7 +141,7 @@ class Recipe:
             raise ValueError(f"factor must be between 0 and 1, got {self.factor}")
         if not (math.isfinite(self.min_lr) and self.min_lr >= 0):
             raise ValueError(f"min_lr must not be below 0, got {self.min_lr}")
-        if self.schedule == "cosine" and self.warmup >= self.epochs:
+        if self.schedule in BY_EPOCHS and self.warmup >= self.epochs:
             raise ValueError(f"warmup must be below epochs={self.epochs}, got {self.warmup}")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
@@ -156,7 +157,7 @@ class Recipe:
         A run may be made longer, unless its learning rates depend on the number of epochs.
         """
         own = self.settable
-        if self.schedule != "cosine":
+        if self.schedule not in BY_EPOCHS:
             del own["epochs"]
         named = {"model": self.model, "data": self.data, "digest": digest}
         return {**named, **own, **asdict(self.config)}

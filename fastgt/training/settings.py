@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -81,9 +81,23 @@ def _read(text: str, kind: Any) -> Any:
         if len(parts) > 1 and not parts[-1]:
             parts.pop()  # as Python writes a tuple of one
         return () if parts == [""] else tuple(_read(part.strip(), inside) for part in parts)
+    if get_origin(kind) is Mapping:
+        return _shares(text)
     if kind not in _READERS:
         raise TypeError(f"no reader of settings of type {kind}")
     return _READERS[kind](text)
+
+
+def _shares(text: str) -> dict[str, float]:
+    """``"heads:0.5,tokens:0.25"``, or as Python writes it."""
+    found: dict[str, float] = {}
+    for part in filter(None, text.strip("{}").split(",")):
+        name, _, share = part.partition(":")
+        name = name.strip(" '")
+        if name in found:
+            raise ValueError(text)
+        found[name] = _float(share)
+    return found
 
 
 def _none(text: str) -> None:
@@ -117,6 +131,8 @@ def _described(hint: Any) -> str:
 def _name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(repr(x) for x in get_args(kind))
+    if get_origin(kind) is Mapping:
+        return "names and numbers, as heads:0.5,tokens:0.25"
     return _NAMES.get(kind, "whole numbers between commas")
 
 

@@ -15,6 +15,7 @@ from fastgt.encodings import (
     random_walk_pe,
     shortest_paths,
 )
+from fastgt.models import expander
 from fastgt.training import optimization
 from fastgt.training.inputs import prepared
 from fastgt.training.published_recipes import MODELS, RECIPES
@@ -83,6 +84,49 @@ def test_types_become_features_where_the_config_has_those(made, data):
     assert torch.equal(found.argmax(1), load("zinc12k", data).node)
     assert found.dtype == torch.float32
     assert found.sum(1).eq(1).all()
+
+
+def test_types_in_several_columns_stand_beside_each_other(data, tmp_path):
+    recipe = changed(RECIPES["gtsp", "molhiv"], ["node_features=31", "walk_steps=2"])
+    molecules = load("zinc12k", data)
+    second = torch.arange(len(molecules.node)) % 3
+    two = replace(molecules, node=torch.stack([molecules.node.long(), second], 1))
+    two = replace(two, node_types=(28, 3))
+    found = prepared(recipe, two, Cache(tmp_path))
+    assert torch.equal(found.node[:, :28].argmax(1), molecules.node.long())
+    assert torch.equal(found.node[:, 28:].argmax(1), second)
+    assert found.node.sum(1).eq(2).all()
+    assert found.edge is None
+    with pytest.raises(ValueError, match=r"the sum of .* 2 columns, \(28, 3\), got 30"):
+        prepared(changed(recipe, ["node_features=30"]), two, Cache(tmp_path))
+    with pytest.raises(ValueError, match=r"types of nodes must be below \(20,\), got 27"):
+        prepared(changed(recipe, ["node_features=20"]), molecules, Cache(tmp_path))
+
+
+def test_encodings_of_models_that_have_their_own(made, data, tmp_path):
+    chosen = torch.tensor([7, 0, 199, 7])
+    some = made("expander_degree=2", "stable_pe=3", model="exphormer")
+    batch = some.batch(chosen)
+    assert batch.encodings.keys() == {"expander", "lap_vectors"}
+    whole = some.batch(torch.arange(len(some)))
+    assert torch.equal(whole.encodings["expander"], expander(whole.graph, 2))
+    slim = made("path_edges=3", model="graphormer").batch(chosen)
+    lengths, types = shortest_paths(slim.graph, slim.edge, 39)
+    assert torch.equal(slim.encodings["pair_distance"], lengths)
+    assert torch.equal(slim.encodings["pair_edges"].long(), types[:, :3])
+    san = made(model="san").batch(chosen)
+    _, values = laplacian_eigenpairs(san.graph, 10, normalization="sym")
+    torch.testing.assert_close(
+        san.encodings["lap_values"], values, rtol=1e-5, atol=1e-5, equal_nan=True
+    )
+    for base, names in (("gps", {"walk_pe"}), ("graphormer", {"pair_distance"})):
+        recipe = changed(RECIPES["gtsp", "dd"], [f"base={base}"])
+        found = prepared(recipe, load("zinc12k", data), Cache(tmp_path)).batch(chosen)
+        assert found.encodings.keys() == names
+        if base == "graphormer":
+            alike = torch.zeros(found.graph.num_edges, dtype=torch.uint8)
+            lengths, _ = shortest_paths(found.graph, alike, 20)
+            assert torch.equal(found.encodings["pair_distance"], lengths)
 
 
 def test_edges_carry_nothing_where_the_config_has_no_types(made):

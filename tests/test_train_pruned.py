@@ -4,10 +4,10 @@ import json
 import math
 import os
 
-import numpy as np
 import pytest
 import torch
 from attention_cases import DEVICE, close
+from train_cases import write_proteins
 
 from fastgt import cli, files
 from fastgt.datasets import load
@@ -21,30 +21,9 @@ SMALL = ["layers=2", "dim=16", "heads=4", "batch_size=8"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def arrays(count=60):
-    """Rings, whose class is the type that most of their nodes have; sorted by class."""
-    draw = np.random.default_rng(0)
-    labels, edges, ptr, y = [], [], [0], []
-    for i in range(count):
-        n, kind = int(draw.integers(4, 12)), int(i >= count // 2)
-        labels.append(np.where(draw.random(n) < 0.8, kind + 1, 2 - kind))
-        ring = np.arange(n)
-        edges.append(np.stack([ring, (ring + 1) % n]) + ptr[-1])
-        ptr.append(ptr[-1] + n)
-        y.append(kind + 1)
-    return {
-        "node_label": np.concatenate(labels).astype(np.uint8),
-        "edge_index": np.concatenate(edges, 1).astype(np.int32),
-        "node_ptr": np.array(ptr, dtype=np.int32),
-        "y": np.array(y, dtype=np.int8),
-    }
-
-
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "dd.npz"
-    np.savez_compressed(path, **arrays())
-    return path
+    return write_proteins(tmp_path_factory.mktemp("data"))
 
 
 def command(data, output, *options):

@@ -9,6 +9,7 @@ import torch
 
 from fastgt import cli
 from fastgt.models import GraphGPSConfig
+from fastgt.training import optimization
 from fastgt.training.command import chosen
 from fastgt.training.published_recipes import MODELS, RECIPES
 from fastgt.training.settings import changed, parsed, types_of
@@ -55,6 +56,35 @@ def test_settings_that_are_refused(assignment, message):
         changed(ZINC, [assignment])
 
 
+def test_shares_of_what_is_taken_away_are_read():
+    recipe = RECIPES["gtsp", "dd"]
+    pruned = changed(recipe, ["prune=heads:0.5,tokens:0.25"])
+    assert pruned.config.prune == {"heads": 0.5, "tokens": 0.25}
+    assert changed(pruned, ["prune={'layers':0.5}"]).config.prune == {"layers": 0.5}
+    assert changed(pruned, ["prune="]).config.prune == {}
+    assert recipe.config.prune == {}
+    for text in ("heads", "heads:some", "heads:0.5,heads:0.25"):
+        with pytest.raises(
+            ValueError, match=r"--set prune must be names and numbers, as heads:0.5"
+        ):
+            changed(recipe, [f"prune={text}"])
+    with pytest.raises(ValueError, match=r"prune must name some of .*, got 'edges'"):
+        changed(recipe, ["prune=edges:0.5"])
+
+
+def test_rates_rise_and_fall_linearly():
+    recipe = replace(RECIPES["graphormer", "zinc12k"], warmup=2, epochs=6, lr=1.0)
+    steps = optimization.optimizer(recipe, torch.nn.Linear(1, 1))
+    schedule, found = optimization.schedule(recipe, steps), []
+    for _ in range(6):
+        found.append(steps.param_groups[0]["lr"])
+        steps.step()
+        schedule.step()
+    assert found == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    with pytest.raises(ValueError, match="warmup must be below epochs=6, got 6"):
+        replace(recipe, warmup=6)
+
+
 def test_a_type_without_a_reader_is_an_error():
     with pytest.raises(TypeError, match="no reader"):
         parsed("x", "3", dict)
@@ -71,7 +101,7 @@ def test_every_recipe_is_whole(names):
         assert parsed(key, str(value).replace(" ", ""), hint) == value
     kept = recipe.kept("digest")
     assert kept["seed"] == recipe.seed
-    assert ("epochs" in kept) == (recipe.schedule == "cosine")
+    assert ("epochs" in kept) == (recipe.schedule in ("cosine", "linear"))
 
 
 def test_recipes_are_the_published_settings():
@@ -98,6 +128,37 @@ def test_recipes_are_the_published_settings():
         assert (gps.lr, gps.batch_size, gps.epochs, gps.warmup) == (lr, size, epochs, warmup)
         assert (gps.optimizer, gps.weight_decay, gps.clip) == ("adamw", 1e-5, 1.0)
         assert gps.schedule == "cosine"
+    for data, lr, decay, size, epochs in (
+        ("pattern", 2e-4, 2e-5, 32, 120),
+        ("cluster", 2e-4, 1e-5, 16, 150),
+        ("pyg:CIFAR10", 1e-3, 1e-5, 16, 150),
+        ("pyg:Peptides-func", 3e-4, 0.0, 128, 200),
+    ):
+        ex = RECIPES["exphormer", data]
+        assert (ex.lr, ex.weight_decay, ex.batch_size, ex.epochs) == (lr, decay, size, epochs)
+        assert (ex.optimizer, ex.schedule, ex.clip) == ("adamw", "cosine", 1.0)
+    for data, lr, patience, least, size in (
+        ("zinc12k", 7e-4, 25, 1e-6, 32),
+        ("pattern", 5e-4, 10, 1e-6, 16),
+        ("cluster", 5e-4, 10, 1e-5, 16),
+    ):
+        san = RECIPES["san", data]
+        assert (san.lr, san.patience, san.min_lr, san.batch_size) == (lr, patience, least, size)
+        assert (san.optimizer, san.schedule, san.weight_decay) == ("adam", "plateau", 0)
+    slim = RECIPES["graphormer", "zinc12k"]
+    assert slim.epochs * 40 == 400_000
+    assert slim.warmup * 40 == 40_000
+    assert (slim.optimizer, slim.lr, slim.weight_decay, slim.batch_size) == (
+        "adamw",
+        2e-4,
+        0.01,
+        256,
+    )
+    vn = RECIPES["mpnn_virtual_node", "zinc12k"]
+    assert (vn.lr, vn.min_lr, vn.epochs, vn.batch_size) == (5e-4, 1e-5, 500, 32)
+    gtsp = RECIPES["gtsp", "dd"]
+    assert (gtsp.lr, gtsp.weight_decay, gtsp.epochs, gtsp.batch_size) == (1e-3, 1e-5, 100, 128)
+    assert (gtsp.optimizer, gtsp.schedule) == ("adam", "constant")
 
 
 def test_processes_train_no_parameter_that_gets_no_gradient():
@@ -127,6 +188,11 @@ def test_the_list_has_parameters_and_published_results(capsys):
     assert found["graph_transformer", "cluster"] == 524_026
     assert found["graph_gps", "pattern"] == 337_201
     assert found["graph_gps", "cluster"] == 502_054
+    assert found["exphormer", "pyg:CIFAR10"] == 111_095
+    assert found["san", "pattern"] == 520_518
+    assert found["graphormer", "zinc12k"] == 489_481
+    assert found["mpnn_virtual_node", "zinc12k"] == 897_397
+    assert min(found.values()) > 0
     made = MODELS["graph_classifier"].make(RECIPES["graph_classifier", "dd"].config)
     assert found["graph_classifier", "dd"] == sum(x.numel() for x in made.parameters())
 

@@ -43,6 +43,32 @@ def write(folder, **changed):
     return path
 
 
+def proteins(count=60):
+    """Rings, whose class is the type that most of their nodes have; sorted by class."""
+    draw = np.random.default_rng(0)
+    labels, edges, ptr, y = [], [], [0], []
+    for i in range(count):
+        n, kind = int(draw.integers(4, 12)), int(i >= count // 2)
+        labels.append(np.where(draw.random(n) < 0.8, kind + 1, 2 - kind))
+        ring = np.arange(n)
+        edges.append(np.stack([ring, (ring + 1) % n]) + ptr[-1])
+        ptr.append(ptr[-1] + n)
+        y.append(kind + 1)
+    return {
+        "node_label": np.concatenate(labels).astype(np.uint8),
+        "edge_index": np.concatenate(edges, 1).astype(np.int32),
+        "node_ptr": np.array(ptr, dtype=np.int32),
+        "y": np.array(y, dtype=np.int8),
+    }
+
+
+def write_proteins(folder):
+    """-> dd.npz in that folder."""
+    path = folder / "dd.npz"
+    np.savez_compressed(path, **proteins())
+    return path
+
+
 def command(data, output, *options, model="edge_graph_transformer"):
     """Arguments of a run; ``key=value`` first among the options, in the place of those of SMALL."""
     names = ["train", model, "zinc12k", "--data", str(data), "--output", str(output)]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastgt.datasets import Encoded, GraphSet, NodeSet
 from fastgt.encodings import (
@@ -19,6 +17,7 @@ from fastgt.encodings import (
     shortest_paths,
 )
 from fastgt.graph import Graph
+from fastgt.models import expander
 from fastgt.training.published_recipes import MODELS
 from fastgt.training.recipe import Recipe
 
@@ -27,7 +26,8 @@ def prepared(recipe: Recipe, data: GraphSet | NodeSet, cache: Cache) -> GraphSet
     """The set that the recipe's model takes.
 
     Encodings are those of :data:`ENCODINGS` that a field of the config asks for. Types of nodes
-    become features, one for each type, where the config has ``node_features``. Edges leave what
+    become features, one for each type, column after column, where the config has
+    ``node_features``. Edges leave what
     they carry where the config has neither types nor features of edges.
     """
     c = recipe.config
@@ -38,11 +38,7 @@ def prepared(recipe: Recipe, data: GraphSet | NodeSet, cache: Cache) -> GraphSet
         data = _needed(replace(data, splits=splits))
     features = getattr(c, "node_features", 0)
     if features and not data.node.is_floating_point():
-        if data.node.dim() != 1:
-            raise ValueError(
-                f"types of nodes must be [N] to become features, not {data.node.shape}"
-            )
-        data = replace(data, node=F.one_hot(data.node.long(), features).float())
+        data = replace(data, node=_features(data, features))
     if recipe.features == "binary":
         data = replace(data, node=(data.node != 0).float())
     elif recipe.features == "rows":
@@ -53,52 +49,83 @@ def prepared(recipe: Recipe, data: GraphSet | NodeSet, cache: Cache) -> GraphSet
         data = _with_loops(data)
     graph, edge = (data.graph, data.edge) if isinstance(data, NodeSet) else _joined(data)
     found: dict[str, Encoded] = {}
-    for name, encode in ENCODINGS.items():
+    asks = MODELS[recipe.model].encodings
+    for name in ENCODINGS if asks is None else asks(c):
         if getattr(c, name, 0):
-            found |= encode(cache, graph, edge, c)
+            found |= ENCODINGS[name](cache, graph, edge, recipe)
     if isinstance(data, NodeSet):
         return data.with_encodings({name: x.values for name, x in found.items()})
     return data.with_encodings(found)
 
 
-def _laplacian(cache: Cache, graph: Graph, edge: Tensor | None, c: Any) -> dict[str, Encoded]:
-    return {"pe": Encoded(cache(laplacian_pe, graph, c.pe_dim), "node")}
+def _laplacian(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[str, Encoded]:
+    return {"pe": Encoded(cache(laplacian_pe, graph, r.config.pe_dim), "node")}
 
 
-def _walks(cache: Cache, graph: Graph, edge: Tensor | None, c: Any) -> dict[str, Encoded]:
-    return {"walk_pe": Encoded(cache(random_walk_pe, graph, c.walk_steps), "node")}
+def _walks(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[str, Encoded]:
+    return {"walk_pe": Encoded(cache(random_walk_pe, graph, r.config.walk_steps), "node")}
 
 
-def _eigenpairs(cache: Cache, graph: Graph, edge: Tensor | None, c: Any) -> dict[str, Encoded]:
-    vectors, values = cache(laplacian_eigenpairs, graph, c.lap_pe)
+def _eigenpairs(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[str, Encoded]:
+    normalization = MODELS[r.model].laplacian
+    vectors, values = cache(
+        laplacian_eigenpairs, graph, r.config.lap_pe, normalization=normalization
+    )
     return {"lap_vectors": Encoded(vectors, "node"), "lap_values": Encoded(values, "graph")}
 
 
-def _stable(cache: Cache, graph: Graph, edge: Tensor | None, c: Any) -> dict[str, Encoded]:
-    vectors, _ = cache(laplacian_eigenpairs, graph, c.stable_pe)
+def _stable(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[str, Encoded]:
+    vectors, _ = cache(laplacian_eigenpairs, graph, r.config.stable_pe)
     return {"lap_vectors": Encoded(vectors, "node")}
 
 
-def _paths(cache: Cache, graph: Graph, edge: Tensor | None, c: Any) -> dict[str, Encoded]:
+def _expander(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[str, Encoded]:
+    """The same for all seeds of a training."""
+    return {"expander": Encoded(cache(expander, graph, r.config.expander_degree), "node")}
+
+
+def _paths(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[str, Encoded]:
+    c = r.config
+    if not getattr(c, "edge_types", ()):
+        none = torch.zeros(graph.num_edges, dtype=torch.uint8)
+        length, _ = cache(shortest_paths, graph, none, c.path_distance)
+        return {"pair_distance": Encoded(length, "pair")}
     if edge is None or edge.dim() != 1:
         found = "nothing" if edge is None else f"{list(edge.shape)}"
         raise ValueError(f"shortest paths need edges with one column of types, got {found}")
     kinds = edge.to(torch.uint8)  # types of 20 edges stand for every pair of nodes
     length, types = cache(shortest_paths, graph, kinds, c.path_distance)
+    types = types[:, : getattr(c, "path_edges", c.path_distance)].contiguous()
     return {"pair_distance": Encoded(length, "pair"), "pair_edges": Encoded(types, "pair")}
 
 
-ENCODINGS: dict[str, Callable[[Cache, Graph, Tensor | None, Any], dict[str, Encoded]]] = {
+ENCODINGS: dict[str, Callable[[Cache, Graph, Tensor | None, Recipe], dict[str, Encoded]]] = {
     "pe_dim": _laplacian,
     "walk_steps": _walks,
     "lap_pe": _eigenpairs,
     "stable_pe": _stable,
     "path_distance": _paths,
+    "expander_degree": _expander,
 }
 """Field of a config -> what it asks for where it is not 0: the model's arguments by name.
 
-All graphs come at once, with what their edges carry and the config.
+All graphs come at once, with what their edges carry and the recipe.
 """
+
+
+def _features(data: GraphSet | NodeSet, width: int) -> Tensor:
+    """``[N, width]``: 1 at the type of every column, which stand beside each other, else 0."""
+    types = data.node.long().reshape(len(data.node), -1)  # [N, columns]
+    kinds = getattr(data, "node_types", ()) if types.shape[1] > 1 else (width,)
+    if len(kinds) != types.shape[1] or sum(kinds) != width:
+        raise ValueError(
+            f"node_features must be the sum of the types of nodes' {types.shape[1]} columns, "
+            f"{kinds}, got {width}"
+        )
+    if len(types) and not ((types >= 0) & (types < torch.tensor(kinds))).all():
+        raise ValueError(f"types of nodes must be below {kinds}, got {int(types.max())}")
+    first = torch.tensor([0, *kinds[:-1]]).cumsum(0)
+    return torch.zeros(len(types), width).scatter_(1, types + first, 1.0)
 
 
 def _with_loops(data: GraphSet | NodeSet) -> NodeSet:

@@ -16,7 +16,7 @@ import math
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastgt import files
 from fastgt.ops.checks import integer
-from fastgt.pruning import HeadSparsity
 from fastgt.training import checkpoint, optimization, report, scores
 from fastgt.training.memory import peak_memory
 from fastgt.training.ranks import Ranks
@@ -61,6 +60,18 @@ class Progress:
     best: dict[str, Any] | None = None
 
 
+class Pruning(Protocol):
+    """Takes parts of a model away while it trains, :class:`fastgt.pruning.HeadSparsity` for one."""
+
+    def step(self) -> None:
+        """After every step of the optimizer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, apart from what the model's has."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Training:
     """One run in one folder.
 
@@ -86,7 +97,7 @@ class Training:
         folder: Path,
         settings: dict[str, Any],
         resumed: dict[str, Any] | None = None,
-        sparsity: HeadSparsity | None = None,
+        sparsity: Pruning | None = None,
         ranks: Ranks | None = None,
     ):
         self.task, self.recipe, self.model = task, recipe, model

@@ -11,9 +11,10 @@ entry a model, and ``DATA_SETS`` one a data set. Everything else follows from th
        ├─────> optimizer, schedule, clip        optimization.py
        └─────> what makes a run another run     ``Recipe.kept``, in every checkpoint
 
-To add a recipe of a model and a data set that are known, write one entry of ``RECIPES``: the config
-(``XConfig.published(name)`` where there is one), what differs from the defaults below, and the
-published figure with its source. A new model takes one entry of ``MODELS`` more. It is called as
+To add a recipe of a model and a data set that are known, write one entry of ``graph_recipes.py``,
+or of ``node_recipes.py`` where the data set is one graph: the config (``XConfig.published(name)``
+where there is one), what differs from the defaults below, and the published figure with its source.
+A new model takes one entry of ``MODELS`` more. It is called as
 ``model(node, edge, graph, **encodings)``, or ``model(node, graph, **encodings)`` if it takes no
 edges. If its encodings are new, ``ENCODINGS`` of ``inputs.py`` gets the field that asks for them.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ from fastgt import files
 from fastgt.datasets import GraphSet, NodeSet, load
 from fastgt.encodings import Cache
 from fastgt.ops.implementation import Impl, implementation
-from fastgt.pruning import HeadSparsity
 from fastgt.training import optimization, results
 from fastgt.training.checkpoint import open_run, seed_everything
 from fastgt.training.inputs import prepared
-from fastgt.training.loop import Training
+from fastgt.training.loop import Pruning, Training
 from fastgt.training.memory import check_fits
-from fastgt.training.published_recipes import MODELS
+from fastgt.training.published_recipes import MODELS, Prune
 from fastgt.training.ranks import Ranks, joined
 from fastgt.training.recipe import Recipe
 from fastgt.training.tasks import GraphTask, NodeTask
@@ -70,6 +70,8 @@ def run(recipe: Recipe, plan: Plan, *, device: torch.device, impl: Impl | None =
         ranks, device = stack.enter_context(joined(device))
         if ranks.size > 1:
             recipe = without_unused_parameters(recipe)
+        kind = MODELS[recipe.model]
+        prune = None if kind.prune is None else kind.prune(recipe.config)
         data = load(recipe.data, plan.data)
         if ranks.size > 1 and isinstance(data, NodeSet):
             raise ValueError(
@@ -77,14 +79,17 @@ def run(recipe: Recipe, plan: Plan, *, device: torch.device, impl: Impl | None =
                 "train it in one process"
             )
         runs = _runs(recipe, plan, data)
-        parameters = check_fits(lambda: MODELS[recipe.model].make(recipe.config), device)
+        parameters = check_fits(lambda: kind.make(recipe.config), device)
         if ranks.leads:
             plan.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(files.lock(plan.folder))
         digest = ranks.told(data.digest())
         data = prepared(recipe, data, plan.cache)
         stack.enter_context(implementation(impl))
-        rows = [_trained(one, data, digest, parameters, plan.hours, device, ranks) for one in runs]
+        rows = [
+            _trained(one, data, digest, parameters, plan.hours, device, ranks, prune)
+            for one in runs
+        ]
         if ranks.leads:
             results.write(rows, plan.folder)
             print(results.table(rows, recipe, plan.folder))
@@ -138,10 +143,18 @@ def _trained(
     hours: float,
     device: torch.device,
     ranks: Ranks,
+    prune: Prune | None,
 ) -> dict[str, Any]:
     """Train, or go on. -> a row of results."""
     recipe, kept = one.recipe, one.recipe.kept(digest)
     kept |= {"split": one.split, "processes": ranks.size}
+    sparsity = None
+    if prune is not None:
+        # what is exchanged ends with the epochs: more of them make another run
+        kept["epochs"] = recipe.epochs
+        assert isinstance(data, GraphSet)
+        steps = recipe.epochs * -(-len(data.splits["train"]) // recipe.batch_size)
+        sparsity = partial(_pruning, prune, steps)
     resumed = ranks.told(open_run(one.folder, kept) if ranks.leads else None)
     training = start(
         recipe,
@@ -152,6 +165,7 @@ def _trained(
         resumed=resumed,
         ranks=ranks,
         split=one.split,
+        sparsity=sparsity,
     )
     if ranks.leads:
         print(_opening(training, parameters))
@@ -164,6 +178,10 @@ def _trained(
     return row
 
 
+def _pruning(prune: Prune, steps: int, model: nn.Module) -> Pruning:
+    return prune(model, steps)
+
+
 def start(
     recipe: Recipe,
     data: GraphSet | NodeSet,
@@ -174,7 +192,7 @@ def start(
     resumed: dict[str, Any] | None = None,
     ranks: Ranks | None = None,
     split: int = 0,
-    sparsity: Callable[[nn.Module], HeadSparsity] | None = None,
+    sparsity: Callable[[nn.Module], Pruning] | None = None,
 ) -> Training:
     """A training that is about to begin or to go on, with everything made that it needs.
 

@@ -1,0 +1,89 @@
+"""How models of one graph's nodes are trained: SGFormer and Polynormer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastgt.models import PolynormerConfig, SGFormerConfig
+from fastgt.training.recipe import Published, Recipe
+
+_WU = "Wu et al., arXiv 2306.10759"
+_WU_CITATIONS = f"{_WU}, on a random split of their own"
+_DENG = "Deng et al., arXiv 2403.01232"
+_SGFORMER: dict[str, Any] = {"schedule": "constant", "epochs": 500, "stop_after": 200}
+
+NODE_RECIPES = [
+    Recipe(
+        "sgformer",
+        "cora",
+        SGFormerConfig.published("cora"),
+        Published(0.845, 0.008, _WU_CITATIONS),
+        lr=0.01,
+        attention_decay=1e-3,
+        weight_decay=5e-4,
+        features="binary",
+        **_SGFORMER,
+    ),
+    Recipe(
+        "sgformer",
+        "citeseer",
+        SGFormerConfig.published("citeseer"),
+        Published(0.726, 0.002, _WU_CITATIONS),
+        lr=0.005,
+        weight_decay=0.01,
+        features="binary",
+        **_SGFORMER,
+    ),
+    Recipe(
+        "sgformer",
+        "actor",
+        SGFormerConfig.published("actor"),
+        Published(0.379, 0.011, _WU),
+        lr=0.1,
+        weight_decay=5e-4,
+        features="rows",
+        **{**_SGFORMER, "epochs": 200},
+    ),
+    Recipe(
+        "sgformer",
+        "squirrel_filtered",
+        SGFormerConfig.published("squirrel"),
+        Published(0.418, 0.022, _WU),
+        lr=0.001,
+        weight_decay=5e-4,
+        features="rows",
+        **_SGFORMER,
+    ),
+    Recipe(
+        "polynormer",
+        "minesweeper",
+        PolynormerConfig.published("minesweeper"),
+        Published(0.9746, 0.0036, _DENG),
+        metric="roc_auc",
+        schedule="constant",
+        local_epochs=100,
+        epochs=2100,
+    ),
+    Recipe(
+        "polynormer",
+        "tolokers",
+        PolynormerConfig.published("tolokers"),
+        Published(0.8591, 0.0074, _DENG),
+        metric="roc_auc",
+        schedule="constant",
+        local_epochs=100,
+        epochs=900,
+    ),
+    Recipe(
+        "polynormer",
+        "amazon_computers",
+        PolynormerConfig.published("amazon_computers"),
+        Published(0.9368, 0.0021, f"{_DENG}, on a split of their own"),
+        weight_decay=5e-5,
+        schedule="constant",
+        local_epochs=200,
+        epochs=1200,
+        features="rows",
+    ),
+]
+"""Settings are those of the authors' configurations and scripts."""

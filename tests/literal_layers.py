@@ -18,6 +18,12 @@ def batch_norm(norm, x):
     return (x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
 
 
+def layer_norm(norm, x):
+    centred = x - x.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    return centred / scale * norm.weight + norm.bias
+
+
 def scatter(values, index, n):
     return values.new_zeros(n, *values.shape[1:]).index_add(0, index, values)
 
@@ -62,6 +68,25 @@ def gated_gcn(m, x, e, edge_index, edge_output, distance=None):
     if edge_output:
         e = e + batch_norm(m.edge_norm, scores).clamp(min=0)
     return y, e
+
+
+def spectral_encoder(encoder, vectors, values, graph):
+    """Node by node, over the eigenvectors that it has."""
+    heads, rows = encoder.layers[0].attention.heads, []
+    for g, (first, last) in enumerate(pairwise(graph.graph_ptr.tolist())):
+        for i in range(first, last):
+            there = ~vectors[i].isnan()
+            x = linear(encoder.lin, torch.stack([vectors[i][there], values[g][there]], 1))
+            for layer in encoder.layers if len(x) else ():
+                m = layer.attention
+                q, k, v = (linear(f, x).view(len(x), heads, -1) for f in (m.q, m.k, m.v))
+                s = torch.einsum("nhd,mhd->hnm", q, k) / q.shape[2] ** 0.5
+                y = torch.einsum("hnm,mhd->nhd", s.softmax(-1), v).flatten(1)
+                x = layer_norm(layer.norm1, x + linear(m.out, y))
+                hidden = linear(layer.ffn[0], x).clamp(min=0)
+                x = layer_norm(layer.norm2, x + linear(layer.ffn[3], hidden))
+            rows.append(x.sum(0))
+    return torch.stack(rows)
 
 
 def readout(m, x, offsets, pool):

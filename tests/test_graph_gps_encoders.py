@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fastgt import Graph
 from fastgt.encodings import electrostatic_pe, heat_kernel_pe, random_walk_pe
 from fastgt.models import GraphGPS, GraphGPSConfig
-from fastgt.models.graph_gps_encoders import FrequencyLayer, KernelEncoder, LaplacianEncoder
+from fastgt.models.graph_gps_encoders import KernelEncoder
 from fastgt.models.graph_gps_sign_net import SignNet
 
 FP64 = torch.float64
@@ -36,34 +36,6 @@ def batch_norm(norm, x):
     if norm.training:
         mean, variance = x.mean(0), x.var(0, unbiased=False)
     return (x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
-
-
-def layer_norm(norm, x):
-    mean, variance = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
-    return (x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
-
-
-def attention(layer, x):
-    """Of one sequence ``[tokens, channels]``."""
-    heads, (n, dim) = layer.heads, x.shape
-    q, k, v = (linear(f, x).view(n, heads, dim // heads) for f in (layer.q, layer.k, layer.v))
-    s = torch.einsum("nhd,mhd->hnm", q, k) / (dim // heads) ** 0.5
-    return linear(layer.out, torch.einsum("hnm,mhd->nhd", s.softmax(-1), v).reshape(n, dim))
-
-
-def transformer(encoder, vectors, values, graph):
-    rows = []
-    for g, (first, last) in enumerate(pairwise(graph.graph_ptr.tolist())):
-        for i in range(first, last):
-            there = ~vectors[i].isnan()
-            x = torch.stack([vectors[i][there], values[g][there]], 1)
-            x = linear(encoder.phi.lin, x)
-            for layer in encoder.phi.layers if len(x) else ():
-                x = layer_norm(layer.norm1, x + attention(layer, x))
-                hidden = linear(layer.ffn[0], x).clamp(min=0)
-                x = layer_norm(layer.norm2, x + linear(layer.ffn[3], hidden))
-            rows.append(x.sum(0))
-    return torch.stack(rows)
 
 
 def sign_net(net, vectors, graph):
@@ -134,59 +106,6 @@ def eigenvectors(graph, count):
         vectors[first:last, last - first :] = torch.nan
         values[g, last - first :] = torch.nan
     return vectors, values
-
-
-@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (2, 4)])
-def test_a_transformer_over_eigenvectors(layers, heads):
-    torch.manual_seed(0)
-    graph = both_ways()
-    encoder = perturbed(LaplacianEncoder(5, 8, layers, heads)).double().eval()
-    vectors, values = eigenvectors(graph, 5)
-    vectors[7] = torch.nan  # a node without a token
-    there = vectors.nan_to_num(), values.nan_to_num()
-
-    def ours(module, u, w):
-        return module(torch.where(vectors.isnan(), vectors, u), w, graph)
-
-    def theirs(module, u, w):
-        return transformer(module, torch.where(vectors.isnan(), vectors, u), w, graph)
-
-    check(encoder, ours, theirs, *there)
-    assert not encoder(vectors, there[1], graph)[7].any()
-
-
-def test_a_layer_of_the_transformer_is_that_of_pytorch():
-    """With its dropout, which the equations do not have."""
-    torch.manual_seed(0)
-    ours = perturbed(FrequencyLayer(8, 2))
-    theirs = nn.TransformerEncoderLayer(8, 2, batch_first=True)
-    with torch.no_grad():
-        for name in ("weight", "bias"):
-            joined = torch.cat([getattr(f, name) for f in (ours.q, ours.k, ours.v)])
-            getattr(theirs.self_attn, f"in_proj_{name}").copy_(joined)
-            for a, b in (
-                (theirs.self_attn.out_proj, ours.out),
-                (theirs.linear1, ours.ffn[0]),
-                (theirs.linear2, ours.ffn[3]),
-                (theirs.norm1, ours.norm1),
-                (theirs.norm2, ours.norm2),
-            ):
-                getattr(a, name).copy_(getattr(b, name))
-    x, attended = torch.randn(6, 5, 8), torch.rand(6, 5) < 0.7
-    attended[:, 0] = True
-    mask = attended[:, None, None]
-    assert not torch.equal(ours(x, mask), ours(x, mask))
-    wanted = theirs.eval()(x, src_key_padding_mask=~attended)
-    found = ours.eval()(x, mask)
-    torch.testing.assert_close(found[attended], wanted[attended])
-    for layer in (ours, theirs):
-        layer.train()
-    draws = [
-        [ours(x, mask) for _ in range(300)],
-        [theirs(x, src_key_padding_mask=~attended) for _ in range(300)],
-    ]
-    a, b = (torch.stack(y).detach().std(0).mean() for y in draws)
-    assert (a / b).item() == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -6,14 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 from attention_cases import DEVICE
-from literal_layers import assert_same, batch_norm, linear, perturbed
-from torch import nn
+from literal_layers import assert_same, batch_norm, linear, perturbed, spectral_encoder
 from torch.nn import functional as F
 
 from fastgt import Graph
 from fastgt.models import SAN, SANConfig
 from fastgt.models.san import SANAttention, SANLayer, complement
-from fastgt.models.spectral_encoder import SpectralEncoder
 from fastgt.testing import random_batch
 
 FP64 = torch.float64
@@ -150,66 +148,6 @@ def test_a_small_gamma_leaves_the_edges_alone():
     torch.testing.assert_close(found, alone(x, e, graph), rtol=0, atol=1e-4)
 
 
-def torchs_encoder(encoder, dropout=0.0):
-    """PyTorch's own, with the same weights."""
-    d, first = encoder.dim, encoder.layers[0]
-    layer = nn.TransformerEncoderLayer(
-        d, first.attention.heads, first.ffn[0].out_features, dropout, batch_first=True
-    )
-    theirs = nn.TransformerEncoder(layer, len(encoder.layers), enable_nested_tensor=False)
-    names = {
-        "self_attn.out_proj": "attention.out",
-        "linear1": "ffn.0",
-        "linear2": "ffn.3",
-        "norm1": "norm1",
-        "norm2": "norm2",
-    }
-    state = {}
-    for i, ours in enumerate(encoder.layers):
-        own = ours.state_dict()
-        for kind in ("weight", "bias"):
-            joined = torch.cat([own[f"attention.{part}.{kind}"] for part in "qkv"])
-            state[f"layers.{i}.self_attn.in_proj_{kind}"] = joined
-            for name, mine in names.items():
-                state[f"layers.{i}.{name}.{kind}"] = own[f"{mine}.{kind}"]
-    theirs.load_state_dict(state)
-    return theirs.to(DEVICE, FP64)
-
-
-def literal_encoder(encoder, vectors, values, graph):
-    owner = torch.repeat_interleave(
-        torch.arange(graph.num_graphs, device=DEVICE), graph.graph_ptr.diff()
-    )
-    pairs = torch.stack([vectors, values[owner]], 2)
-    absent = pairs.isnan().any(2)
-    tokens = linear(encoder.lin, pairs.nan_to_num())
-    for layer in encoder.layers:
-        heads, rows = layer.attention.heads, []
-        for i in range(len(tokens)):
-            x, there = tokens[i], ~absent[i]
-            m = layer.attention
-            q, k, v = (linear(f, x).view(len(x), heads, -1) for f in (m.q, m.k, m.v))
-            s = torch.einsum("nhd,mhd->hnm", q, k[there]) / q.shape[2] ** 0.5
-            y = torch.einsum("hnm,mhd->nhd", s.softmax(-1), v[there]).flatten(1)
-            rows.append(linear(layer.attention.out, y))
-        tokens = layer_norm(layer.norm1, tokens + torch.stack(rows))
-        ffn = linear(layer.ffn[3], linear(layer.ffn[0], tokens).clamp(min=0))
-        tokens = layer_norm(layer.norm2, tokens + ffn)
-    return (tokens * ~absent[..., None]).sum(1)
-
-
-def layer_norm(norm, x):
-    centred = x - x.mean(-1, keepdim=True)
-    scale = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
-    return centred / scale * norm.weight + norm.bias
-
-
-def small_encoder():
-    torch.manual_seed(0)
-    encoder = SpectralEncoder(4, 6, heads=2, layers=2, hidden_dim=10)
-    return perturbed(encoder).to(DEVICE, FP64).eval()
-
-
 def spectrum(graph):
     """Eigenpairs that are no eigenpairs; small graphs have fewer."""
     vectors = torch.randn(graph.num_rows, 4, dtype=FP64, device=DEVICE)
@@ -218,48 +156,6 @@ def spectrum(graph):
         values[g, last - first :] = torch.nan
         vectors[first:last, last - first :] = torch.nan
     return vectors, values
-
-
-def test_the_encoder_is_its_equations_and_pytorchs():
-    encoder, graph = small_encoder(), batch()
-    vectors, values = spectrum(graph)
-    assert vectors.isnan().any()
-
-    def theirs(m):
-        return literal_encoder(m, vectors, values, graph)
-
-    assert_same(encoder, lambda m: m(vectors, values, graph), theirs, {})
-    absent = vectors.isnan()
-    owner = torch.repeat_interleave(
-        torch.arange(graph.num_graphs, device=DEVICE), graph.graph_ptr.diff()
-    )
-    pairs = torch.stack([vectors, values[owner]], 2).nan_to_num()
-    tokens = torchs_encoder(encoder)(encoder.lin(pairs), src_key_padding_mask=absent)
-    wanted = tokens.masked_fill(absent[..., None], 0).sum(1)
-    torch.testing.assert_close(encoder(vectors, values, graph), wanted, rtol=1e-10, atol=1e-10)
-
-
-def test_a_node_without_eigenvectors_gets_zero():
-    encoder, graph = small_encoder(), batch()
-    vectors, values = spectrum(graph)
-    vectors[5] = torch.nan
-    found = encoder(vectors, values, graph)
-    assert not found[5].any()
-    assert found.isfinite().all()
-
-
-def test_signs_are_flipped_in_training_alone():
-    encoder, graph = small_encoder(), batch()
-    vectors, values = spectrum(graph)
-    assert torch.equal(encoder(vectors, values, graph), encoder(vectors, values, graph))
-    encoder.train()
-    for layer in encoder.modules():
-        if isinstance(layer, nn.Dropout):
-            layer.p = 0.0
-        if hasattr(layer, "attention"):
-            layer.attention.dropout = 0.0
-    found = {encoder(vectors, values, graph).sum().item() for _ in range(40)}
-    assert 2 <= len(found) <= 16
 
 
 def small(**changes):
@@ -309,7 +205,7 @@ def test_a_model_is_its_equations(name):
 
     def theirs(m):
         c = m.config
-        pe = literal_encoder(m.embed_lap, given["lap_vectors"], given["lap_values"], graph)
+        pe = spectral_encoder(m.embed_lap, given["lap_vectors"], given["lap_values"], graph)
         x = torch.cat([embedded(m.embed, given["node"]), pe], 1)
         if c.edge_types:
             e = embedded(m.embed_edge, given["edge"])

@@ -32,6 +32,7 @@ from fastgt.models.graph_gps_layer import GraphGPSLayer
 from fastgt.models.graph_gps_local import WITH_EDGES, edge_distance, edge_width
 from fastgt.models.graph_gps_pairs import DegreeEncoder, PairBias
 from fastgt.models.graph_gps_sign_net import SignNet
+from fastgt.models.spectral_encoder import SpectralEncoder
 from fastgt.nn.sublayers import reset_sublayers
 from fastgt.ops.checks import check_graph
 
@@ -70,9 +71,13 @@ class GraphGPS(nn.Module):
             if c.node_types
             else FeatureEncoder(c.node_features, width)
         )
-        self.embed_lap = (
-            LaplacianEncoder(c.lap_pe, c.lap_dim, c.lap_layers, c.lap_heads) if c.lap_pe else None
-        )
+        self.embed_lap: nn.Module | None = None
+        if c.lap_pe and c.lap_heads:
+            self.embed_lap = SpectralEncoder(
+                c.lap_pe, c.lap_dim, heads=c.lap_heads, layers=c.lap_layers
+            )
+        elif c.lap_pe:
+            self.embed_lap = LaplacianEncoder(c.lap_pe, c.lap_dim, c.lap_layers)
         self.embed_sign = (
             SignNet(
                 c.sign_pe,

@@ -19,10 +19,10 @@ _NAMES = {
     _ENCODER + r"linear_A\.(\w+)": r"embed_lap.phi.0.\1",
     # activations have even numbers there, and the first linear layer stands outside
     _ENCODER + r"pe_encoder\.(\d*[13579])\.(\w+)": r"embed_lap.phi.<\1+1>.\2",
-    _FREQUENCIES + r"self_attn\.out_proj\.(\w+)": r"embed_lap.phi.layers.\1.out.\2",
-    _FREQUENCIES + r"linear1\.(\w+)": r"embed_lap.phi.layers.\1.ffn.0.\2",
-    _FREQUENCIES + r"linear2\.(\w+)": r"embed_lap.phi.layers.\1.ffn.3.\2",
-    _FREQUENCIES + r"(norm[12]\.\w+)": r"embed_lap.phi.layers.\1.\2",
+    _FREQUENCIES + r"self_attn\.out_proj\.(\w+)": r"embed_lap.layers.\1.attention.out.\2",
+    _FREQUENCIES + r"linear1\.(\w+)": r"embed_lap.layers.\1.ffn.0.\2",
+    _FREQUENCIES + r"linear2\.(\w+)": r"embed_lap.layers.\1.ffn.3.\2",
+    _FREQUENCIES + r"(norm[12]\.\w+)": r"embed_lap.layers.\1.\2",
     # linear layers, ReLU and norms take turns here
     _SIGN_NET + r"enc\.layers\.(\d+)\.nn\.lins\.(\d)\.(\w+)": r"embed_sign.phi.\1.<3*\2>.\3",
     _SIGN_NET + r"enc\.layers\.(\d+)\.nn\.bns\.0\.(\w+)": r"embed_sign.phi.\1.2.\2",
@@ -166,13 +166,13 @@ def _here(name: str, x: Tensor, theirs: Mapping[str, Tensor]) -> dict[str, Tenso
     if (match := re.fullmatch(_FREQUENCIES + r"self_attn\.in_proj_(\w+)", name)) is not None:
         layer, kind = match.groups()
         return {
-            f"embed_lap.phi.layers.{layer}.{part}.{kind}": y
+            f"embed_lap.layers.{layer}.attention.{part}.{kind}": y
             for part, y in zip("qkv", x.chunk(3), strict=True)
         }
     if (match := re.fullmatch(_ENCODER + r"linear_A\.(\w+)", name)) is not None and any(
         re.match(_FREQUENCIES, other) for other in theirs
     ):
-        return {f"embed_lap.phi.lin.{match[1]}": x}
+        return {f"embed_lap.lin.{match[1]}": x}
     if (match := re.fullmatch(_LAYER + r"local_model\.pre_nns\.0\.0\.weight", name)) is not None:
         parts = ("row", "col", "of_edge")
         return {

@@ -3,10 +3,10 @@
     x_i = concat(node_i, DeepSet_i, W BatchNorm(walk_i))
     DeepSet_i = sum_k phi(u_ki, lambda_k)    over the eigenvectors u_k that the graph has
 
-In the place of the DeepSet there may be a Transformer or SignNet (graph_gps_sign_net.py), and
-beside walks the heat kernel and electrostatics. node_i is a sum of embeddings, or linear. With
-stable encodings p_i = W u_i there is no more in x_i than node_i, and p_i goes into the factors of
-edges.
+In the place of the DeepSet there may be a Transformer (spectral_encoder.py) or SignNet
+(graph_gps_sign_net.py), and beside walks the heat kernel and electrostatics. node_i is a sum of
+embeddings, or linear. With stable encodings p_i = W u_i there is no more in x_i than node_i, and
+p_i goes into the factors of edges.
 """
 
 from __future__ import annotations
@@ -145,19 +145,16 @@ class LaplacianEncoder(nn.Module):
     Args:
         count: Eigenvectors of a node.
         dim: Width of what is made of them.
-        layers: Linear ones of the DeepSet, or layers of the Transformer.
-        heads: Of a Transformer in the place of the DeepSet, or 0.
+        layers: Linear ones.
 
     Source:
         Rampasek et al., arXiv 2205.12454, after Kreuzer et al., arXiv 2106.03893.
     """
 
-    def __init__(self, count: int, dim: int, layers: int = 2, heads: int = 0):
+    def __init__(self, count: int, dim: int, layers: int = 2):
         super().__init__()
         self.count = count
-        self.phi: nn.Module = (
-            FrequencyTransformer(dim, layers, heads) if heads else perceptron(2, dim, layers)
-        )
+        self.phi = perceptron(2, dim, layers)
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
@@ -165,77 +162,11 @@ class LaplacianEncoder(nn.Module):
 
     def forward(self, vectors: Tensor, values: Tensor, graph: Graph) -> Tensor:
         """Eigenvectors ``[N, count]``, eigenvalues ``[G, count]`` -> ``[N, dim]``."""
-        n, k = graph.num_rows, self.count
-        check_matrix("lap_vectors", vectors, f"N, {k}", (n, k))
-        check_dtype("lap_vectors", vectors, next(self.phi.parameters()))
-        check_matrix("lap_values", values, f"G, {k}", (graph.num_graphs, k))
         if self.training:
             vectors = flip_signs(vectors)
-        sizes = graph.graph_ptr.diff()
-        of_nodes = values.to(vectors.dtype).repeat_interleave(sizes, 0, output_size=n)
-        absent = vectors.isnan()
-        pairs = torch.stack([vectors, of_nodes], 2).nan_to_num(nan=0.0)
-        attending = isinstance(self.phi, FrequencyTransformer)
-        y = self.phi(pairs, absent) if attending else self.phi(pairs)
-        return y.masked_fill(absent[..., None], 0).sum(1)
-
-
-class FrequencyTransformer(nn.Module):
-    """A Transformer over the eigenvectors of each node, which are its tokens.
-
-    The authors' layers all begin with the same weights, those here with their own.
-
-    Source:
-        Kreuzer et al., arXiv 2106.03893, as in GraphGPS's ``LapPENodeEncoder``.
-    """
-
-    def __init__(self, dim: int, layers: int, heads: int):
-        super().__init__()
-        self.lin = nn.Linear(2, dim)
-        self.layers = nn.ModuleList(FrequencyLayer(dim, heads) for _ in range(layers))
-
-    def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
-        reset_sublayers(self)
-
-    def forward(self, pairs: Tensor, absent: Tensor) -> Tensor:
-        """Tokens ``[N, count, 2]``, True for those to leave out -> ``[N, count, dim]``."""
-        x = self.lin(pairs)
-        # a node without a token would be NaN, and its gradients too; nothing reads what it gives
-        attended = ~absent | absent.all(1, keepdim=True)
-        for layer in self.layers:
-            x = layer(x, attended[:, None, None])
-        return x
-
-
-class FrequencyLayer(nn.Module):
-    """PyTorch's ``TransformerEncoderLayer`` with its defaults, as the authors take it.
-
-    Norms stand after the residuals; the hidden width is 2048 and dropout 0.1.
-    """
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(0.1)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, 2048), nn.ReLU(), nn.Dropout(0.1), nn.Linear(2048, dim)
-        )
-
-    def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
-        reset_sublayers(self)
-
-    def forward(self, x: Tensor, attended: Tensor) -> Tensor:
-        q, k, v = (
-            f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )
-        p = self.dropout.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attended, dropout_p=p)
-        x = self.norm1(x + self.dropout(self.out(y.transpose(1, 2).flatten(2))))
-        return self.norm2(x + self.dropout(self.ffn(x)))
+        weight = next(self.phi.parameters())
+        pairs, absent = eigenpairs(vectors, values, graph, self.count, weight)
+        return self.phi(pairs).masked_fill(absent[..., None], 0).sum(1)
 
 
 class StableEncoder(nn.Module):
@@ -316,6 +247,22 @@ class Readout(nn.Module):
             if self.kind != "san_graph":
                 x = F.normalize(x, dim=1)
         return self.layers[-1](x)
+
+
+def eigenpairs(
+    vectors: Tensor, values: Tensor, graph: Graph, count: int, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``(u_ki, lambda_k)`` of each node i, ``[N, count, 2]``, and True where u_ki is NaN.
+
+    What is NaN is 0 in the pairs. ``weight`` has the dtype that the eigenvectors must have.
+    """
+    n = graph.num_rows
+    check_matrix("lap_vectors", vectors, f"N, {count}", (n, count))
+    check_dtype("lap_vectors", vectors, weight)
+    check_matrix("lap_values", values, f"G, {count}", (graph.num_graphs, count))
+    sizes = graph.graph_ptr.diff()
+    of_nodes = values.to(vectors.dtype).repeat_interleave(sizes, 0, output_size=n)
+    return torch.stack([vectors, of_nodes], 2).nan_to_num(nan=0.0), vectors.isnan()
 
 
 def pooled(x: Tensor, offsets: Tensor, pooling: Pooling) -> Tensor:

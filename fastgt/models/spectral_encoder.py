@@ -1,10 +1,11 @@
-"""SAN's learnt encoding: a Transformer over the Laplacian eigenvectors of a node.
+"""SAN's learnt encoding, and GraphGPS's: a Transformer over the Laplacian eigenvectors of a node.
 
     t_ik = W (u_ki, lambda_k) + b                          over the eigenvectors u_k of i's graph
     t'_i = TransformerEncoder(t_i)
     pe_i = sum_k t'_ik
 
-The encoder is PyTorch's, post-norm: ``norm(t + MHA(t))``, then ``norm(t + W_2 relu(W_1 t))``.
+The encoder is PyTorch's, post-norm: ``norm(t + MHA(t))``, then ``norm(t + W_2 relu(W_1 t))``. The
+authors' layers all begin with the same weights, those here with their own.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from torch import Tensor, nn
 
 from fastgt.encodings import flip_signs
 from fastgt.graph import Graph
-from fastgt.models.graph_gps_encoders import check_matrix
+from fastgt.models.graph_gps_encoders import eigenpairs
 from fastgt.models.graph_gps_layer import GlobalAttention
-from fastgt.models.graph_transformer import check_dtype
 from fastgt.nn.sublayers import reset_sublayers
 from fastgt.ops.checks import integer
 
@@ -36,7 +36,8 @@ class SpectralEncoder(nn.Module):
         dropout: Likewise.
 
     Source:
-        Kreuzer et al., arXiv 2106.03893, section 4.2, with the authors' code.
+        Kreuzer et al., arXiv 2106.03893, section 4.2, with the authors' code; GraphGPS's
+        ``LapPENodeEncoder`` is the same.
 
     Example:
         >>> import torch
@@ -71,16 +72,11 @@ class SpectralEncoder(nn.Module):
 
     def forward(self, vectors: Tensor, values: Tensor, graph: Graph) -> Tensor:
         """Eigenvectors ``[N, K]``, eigenvalues ``[G, K]`` -> ``[N, dim]``."""
-        n, k = graph.num_rows, self.count
-        check_matrix("lap_vectors", vectors, f"N, {k}", (n, k))
-        check_dtype("lap_vectors", vectors, self.lin.weight)
-        check_matrix("lap_values", values, f"G, {k}", (graph.num_graphs, k))
         if self.training:
             vectors = flip_signs(vectors)
-        sizes = graph.graph_ptr.diff()
-        of_nodes = values.to(vectors.dtype).repeat_interleave(sizes, 0, output_size=n)
-        absent = (vectors.isnan() | of_nodes.isnan()).flatten()
-        pairs = torch.stack([vectors, of_nodes], 2).flatten(0, 1).nan_to_num(nan=0.0)
+        n, k = graph.num_rows, self.count
+        pairs, absent = eigenpairs(vectors, values, graph, k, self.lin.weight)
+        pairs, absent = pairs.flatten(0, 1), absent.flatten()
         x = self.lin(pairs)
         # every node's tokens are a graph of their own
         offsets = k * torch.arange(n + 1, device=x.device)

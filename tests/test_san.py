@@ -268,7 +268,7 @@ def test_a_batch_is_learnt_by_heart(name):
     assert min(losses[-20:]) < 0.05 * losses[0], (losses[0], losses[-1])
 
 
-# counts of the modules of the authors' configurations; that of cluster stands in the paper too
+# counted by hand from the authors' modules and configurations; no table was compared
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

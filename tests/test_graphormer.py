@@ -67,10 +67,10 @@ def inputs(model, graph, dtype=FP64):
     else:
         node = torch.randn(graph.num_rows, c.node_features, generator=generator).to(DEVICE, dtype)
     columns = types(c.edge_types or (1,), graph.num_edges)
-    paths = [shortest_paths(graph, x, c.path_distance) for x in columns]
+    paths = [shortest_paths(graph, x, c.path_distance, edges=c.path_edges) for x in columns]
     given = {"node": node, "pair_distance": paths[0][0]}
     if c.edge_types:
-        first = [path[:, : c.path_edges] for _, path in paths]
+        first = [path for _, path in paths]
         given["pair_edges"] = first[0] if len(first) == 1 else torch.stack(first, 2)
     return given
 

@@ -60,6 +60,19 @@ def test_a_search_in_loops(make, distance):
     )
 
 
+@pytest.mark.parametrize("edges", [1, 2, 3, 4, 19, 20])
+@pytest.mark.parametrize("make", [one_way, both_ways])
+def test_the_first_edges_alone(make, edges):
+    graph = make()
+    for distance in {max(edges, 2), 4, 20}:
+        if edges > distance:
+            continue
+        lengths, found = shortest_paths(graph, types(graph), distance)
+        again, cut = shortest_paths(graph, types(graph), distance, edges=edges)
+        assert torch.equal(again, lengths)
+        assert torch.equal(cut, found[:, :edges])
+
+
 @pytest.mark.parametrize("room", [1, 10, 30])
 def test_whatever_is_searched_at_once(room):
     with mock.patch.object(paths, "_ROOM", room):
@@ -121,12 +134,17 @@ def test_more_than_fits_is_refused_before_it_is_taken():
         ValueError, match=r"shortest_paths takes 96,000\.0 GB for graphs of up to 2,000,000 nodes"
     ):
         shortest_paths(graph, torch.zeros(1, dtype=torch.int64), distance=2)
+    with pytest.raises(ValueError, match=r"shortest_paths takes 36,000\.0 GB"):
+        shortest_paths(graph, torch.zeros(1, dtype=torch.uint8), distance=511, edges=1)
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"distance": 1}, ValueError, "distance must be 2 at least, got 1"),
+        ({"edges": 0}, ValueError, "edges must be positive, got 0"),
+        ({"edges": 4}, ValueError, "edges must be distance=3 at most, got 4"),
+        ({"edges": 2.5}, TypeError, "edges must be an int, got float"),
         ({"distance": 2.5}, TypeError, "distance must be an int, got float"),
         ({"edge_type": None}, TypeError, "edge_type must be a tensor of integers, got NoneType"),
         ({"edge_type": torch.ones(3)}, TypeError, "edge_type must hold integers .* torch.float32"),

@@ -17,7 +17,12 @@ _TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def shortest_paths(
-    graph: Graph, edge_type: Tensor, distance: int, *, progress: bool = False
+    graph: Graph,
+    edge_type: Tensor,
+    distance: int,
+    *,
+    edges: int | None = None,
+    progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Lengths of shortest paths between all pairs of a graph, and the types of their edges.
 
@@ -30,10 +35,12 @@ def shortest_paths(
         graph: Square.
         edge_type: ``[E]`` integers. The types of small dtypes take less memory.
         distance: 2 at least.
+        edges: How many edges of a path are kept, from its beginning: ``distance`` at most, and if
+            None.
         progress: Show a bar. Needs tqdm.
 
     Returns:
-        ``[P]`` int64, and ``[P, distance]`` of the dtype of ``edge_type``, on the graph's device: P
+        ``[P]`` int64, and ``[P, edges]`` of the dtype of ``edge_type``, on the graph's device: P
         pairs, graph after graph, i after i. Type 0 stands behind a path's end.
 
     Raises:
@@ -53,11 +60,16 @@ def shortest_paths(
         [[0, 1, 2], [4, 0, 1], [4, 4, 0]]
         >>> types[2].tolist()
         [3, 1, 0, 0]
+        >>> shortest_paths(path, torch.tensor([3, 1]), 4, edges=1)[1][2].tolist()
+        [3]
     """
     n = check_square(graph)
     distance = integer("distance", distance)
     if distance < 2:
         raise ValueError(f"distance must be 2 at least, got {distance}")
+    kept = distance if edges is None else integer("edges", edges, 1)
+    if kept > distance:
+        raise ValueError(f"edges must be distance={distance} at most, got {edges}")
     kind = _types(edge_type, graph)
     ptr = graph.graph_ptr.cpu().numpy().astype(np.int64)
     sizes = np.diff(ptr)
@@ -65,9 +77,9 @@ def shortest_paths(
     row_ptr = np.concatenate([[0], np.cumsum(size)])  # pairs of the nodes before
     pairs = int(row_ptr[-1])
     largest = int(sizes.max(initial=0))
-    check_room("shortest_paths", largest, pairs * (8 + distance * kind.itemsize))
+    check_room("shortest_paths", largest, pairs * (8 + kept * kind.itemsize))
     lengths = np.full(pairs, distance, np.int64)
-    paths = np.zeros((pairs, distance), kind.dtype)
+    paths = np.zeros((pairs, kept), kind.dtype)
     source, target = graph.edge_index.cpu().numpy().astype(np.int64)
     by = source.argsort(kind="stable")
     ends = np.concatenate([[0], np.bincount(source, minlength=n).cumsum()])
@@ -81,7 +93,7 @@ def shortest_paths(
             some = slice(row_ptr[start], row_ptr[end])
             shift = row_ptr[start:end] - row_ptr[start] - first[start:end]
             nodes = np.arange(start, end)
-            _search(leaving, nodes, shift, best, kind, lengths[some], paths[some])
+            _search(leaving, nodes, shift, best, kind, distance, lengths[some], paths[some])
             done(end - start)
             start = end
     length, types = (torch.from_numpy(x).to(graph.device) for x in (lengths, paths))
@@ -137,6 +149,7 @@ def _search(
     shift: np.ndarray,
     best: np.ndarray,
     kind: np.ndarray,
+    distance: int,
     length: np.ndarray,
     path: np.ndarray,
 ) -> None:
@@ -144,7 +157,7 @@ def _search(
 
     ``length`` has what stands for no path in all places, ``path`` zeros; both are filled.
     """
-    distance = path.shape[1]
+    kept = min(path.shape[1], distance - 1)
     best[: len(length)] = len(kind)
     pair, step = shift + node, 0
     length[pair] = 0
@@ -158,7 +171,7 @@ def _search(
         at, edge, reached = at[chosen], edge[chosen], reached[chosen]
         step += 1
         path[reached] = path[pair[at]]
-        if step < distance:
+        if step <= kept:
             path[reached, step - 1] = kind[edge]
         length[reached] = min(step, distance - 1)
         pair, node, shift = reached, leaving.target[edge], shift[at]

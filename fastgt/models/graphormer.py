@@ -151,14 +151,14 @@ class Graphormer(nn.Module):
     Example:
         >>> import torch
         >>> from fastgt import Graph
-        >>> from fastgt.models import Graphormer, GraphormerConfig
         >>> from fastgt.encodings import shortest_paths
+        >>> from fastgt.models import Graphormer, GraphormerConfig
         >>> model = Graphormer(GraphormerConfig.published("zinc"))
         >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 0]]))
         >>> atoms, bonds = torch.tensor([0, 27, 1]), torch.tensor([1, 3, 2])
-        >>> lengths, types = shortest_paths(graph, bonds, model.config.path_distance)
-        >>> first = types[:, : model.config.path_edges]
-        >>> model(atoms, graph, pair_distance=lengths, pair_edges=first).shape
+        >>> c = model.config
+        >>> lengths, types = shortest_paths(graph, bonds, c.path_distance, edges=c.path_edges)
+        >>> model(atoms, graph, pair_distance=lengths, pair_edges=types).shape
         torch.Size([1, 1])
     """
 
@@ -245,9 +245,9 @@ class Graphormer(nn.Module):
                 paths.
             pair_distance: ``[P]`` integers, of
                 :func:`fastgt.encodings.shortest_paths` with ``path_distance``.
-            pair_edges: ``[P, path_edges]`` integers, the first columns of its types; with several
-                columns of types ``[P, path_edges, columns]``, of a call for each, stacked. None
-                without types.
+            pair_edges: ``[P, path_edges]`` integers, its types with ``edges=path_edges``; with
+                several columns of types ``[P, path_edges, columns]``, of a call for each, stacked.
+                None without types.
         """
         check_graph(graph)
         n = graph.num_rows

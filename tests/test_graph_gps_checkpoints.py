@@ -558,11 +558,23 @@ CONVS = {
     "gcn": lambda pyg: pyg.GCNConv(DIM, DIM),
     "gin": lambda pyg: pyg.GINConv(network()),
     "gine": lambda pyg: pyg.GINEConv(network()),
+    "genconv": lambda pyg: pyg.GENConv(DIM, DIM),
     "pna": lambda pyg: pyg.PNAConv(
         DIM, DIM, ["mean", "max", "sum"], ["identity"], torch.tensor([1, 3, 5]), edge_dim=DIM
     ),
     "gat": lambda pyg: pyg.GATConv(DIM, DIM // HEADS, heads=HEADS, edge_dim=DIM),
 }
+
+
+def test_a_learnt_temperature_and_edges_come_with_genconv():
+    pyg = pytest.importorskip("torch_geometric.nn")
+    conv = pyg.GENConv(DIM, DIM, learn_t=True, t=0.5)
+    state = {f"layers.0.local_model.{name}": x for name, x in conv.state_dict().items()}
+    found = graph_gps_state_dict(state | {"encoder.edge_encoder.encoder.weight": torch.ones(4, 2)})
+    assert found.pop("embed_edge.embed.0.weight").shape == (4, 2)
+    layer = GraphGPSLayer(DIM, HEADS, local="genconv", attention="none", learn_temperature=True)
+    layer.local.load_state_dict({k.removeprefix("layers.0.local."): x for k, x in found.items()})
+    assert layer.local.temperature.tolist() == [0.5]
 
 
 @pytest.mark.parametrize("norm", ["batch", "graph"])
@@ -580,7 +592,7 @@ def test_gps_conv(local, norm):
     index = torch.cat([random_edge_index(0, N, E - 2), torch.tensor([[0, 3], [0, 3]])], 1)
     index[1, index[1] == 5] = 6  # a node that receives nothing
     x, e = torch.randn(N, DIM, dtype=FP64), torch.randn(E, DIM, dtype=FP64)
-    with_edges = local in ("gine", "gat", "pna")
+    with_edges = local in ("gine", "genconv", "gat", "pna")
     found, _ = ours(x, e if with_edges else None, Graph.from_edge_index(index, N))
     # with a batch vector, as in training: without one, its norm adds eps to the deviation
     wanted = theirs(x, index, torch.zeros(N).long(), **{"edge_attr": e} if with_edges else {})

@@ -40,6 +40,10 @@ _NAMES = {
     _ENCODER + r"atom_embedding_list\.(\d+)\.weight": r"embed.embed.\1.weight",
     r"encoder\.edge_encoder\.bond_embedding_list\.(\d+)\.weight": r"embed_edge.embed.\1.weight",
     _LAYER + r"local_model\.nn\.([02])\.(\w+)": r"\1.local.mlp.\2.\3",
+    # GENConv's MLP has a dropout, which has no place here
+    _LAYER + r"local_model\.mlp\.([01])\.(\w+)": r"\1.local.mlp.\2.\3",
+    _LAYER + r"local_model\.mlp\.4\.weight": r"\1.local.mlp.3.weight",
+    _LAYER + r"local_model\.aggr_module\.t": r"\1.local.temperature",
     _LAYER + r"local_model\.mlp_r_ij\.([02])\.(\w+)": r"\1.local.factor.\2.\3",
     _LAYER + r"local_model\.A\.(\w+)": r"\1.local.own.\2",
     _LAYER + r"local_model\.B\.(\w+)": r"\1.local.value.\2",
@@ -89,10 +93,10 @@ def graph_gps_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     one or two entries ``embed_edge...`` out.
 
     Args:
-        state: GraphGPS's ``GPSModel``, in local models GCN, GIN, GINE, GAT, PNA and CustomGatedGCN,
-            with a Transformer, biased or not, or a Performer, and encoders TypeDict, Linear, Atom,
-            Bond, DummyEdge, LapPE, SignNet, RWSE (linear), EquivStableLapPE and GraphormerBias
-            without a token.
+        state: GraphGPS's ``GPSModel``, in local models GCN, GIN, GINE, GENConv, GAT, PNA and
+            CustomGatedGCN, with a Transformer, biased or not, or a Performer, and encoders
+            TypeDict, Linear, Atom, Bond, DummyEdge, LapPE, SignNet, RWSE (linear),
+            EquivStableLapPE and GraphormerBias without a token.
 
     Raises:
         ValueError: A name is none of these models'; it is given. Or GIN's epsilon is not 0, which
@@ -124,7 +128,8 @@ def gps_conv_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         state: Of a ``GPSConv`` of ``attn_type="multihead"`` around no layer, a ``GCNConv``, a
-            ``GINConv`` or ``GINEConv`` with a network of Linear, ReLU, Linear, or a ``GATConv``.
+            ``GINConv`` or ``GINEConv`` with a network of Linear, ReLU, Linear, a ``GENConv`` or a
+            ``GATConv``.
 
     Raises:
         ValueError: A name is none of these; it is given, as those of torch-geometric's Performer,
@@ -152,7 +157,7 @@ def _used(name: str, theirs: Mapping[str, Tensor]) -> bool:
         branch = {"local": "local_model", "attn": "self_attn"}[match[2]]
         return any(other.startswith(f"{match[1]}.{branch}.") for other in theirs)
     if name.startswith("encoder.edge_encoder."):
-        with_edges = _LAYER + r"local_model\.(nn|C|lin_edge|edge_encoder)\."
+        with_edges = _LAYER + r"local_model\.(nn|C|lin_edge|edge_encoder|mlp)\."
         return any(re.match(with_edges, other) for other in theirs)
     return True
 

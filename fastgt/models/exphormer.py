@@ -23,13 +23,12 @@ from fastgt.graph import Graph
 from fastgt.models.exphormer_config import ExphormerConfig
 from fastgt.models.exphormer_graph import Pattern, exphormer_pattern
 from fastgt.models.graph_gps_encoders import (
-    FeatureEncoder,
     LaplacianEncoder,
     Readout,
-    SharedEncoder,
     StableEncoder,
-    TypeEncoder,
     check_matrix,
+    check_unused,
+    make_encoder,
 )
 from fastgt.models.graph_gps_layer import GraphGPSLayer
 from fastgt.models.graph_gps_local import WITH_EDGES, Local, edge_distance
@@ -209,26 +208,14 @@ class Exphormer(nn.Module):
     def __init__(self, config: ExphormerConfig):
         super().__init__()
         c = self.config = config
-        assert not isinstance(c.node_types, int)
-        assert not isinstance(c.edge_types, int)
         width = c.dim - c.lap_dim
         self.embed: nn.Module | None = None
         if c.encode_nodes:
-            self.embed = (
-                TypeEncoder(c.node_types, width)
-                if c.node_types
-                else FeatureEncoder(c.node_features, width)
-            )
+            self.embed = make_encoder(c.node_types, c.node_features, width)
         self.embed_norm = nn.BatchNorm1d(c.dim) if c.encode_norm else None
         self.embed_lap = LaplacianEncoder(c.lap_pe, c.lap_dim, c.lap_layers) if c.lap_pe else None
         self.embed_stable = StableEncoder(c.stable_pe, c.dim) if c.stable_pe else None
-        self.embed_edge: nn.Module
-        if c.edge_types:
-            self.embed_edge = TypeEncoder(c.edge_types, c.dim)
-        elif c.edge_features:
-            self.embed_edge = FeatureEncoder(c.edge_features, c.dim)
-        else:
-            self.embed_edge = SharedEncoder(c.dim)
+        self.embed_edge = make_encoder(c.edge_types, c.edge_features, c.dim)
         self.expander_edge = nn.Embedding(1, c.dim)
         if c.virtual_nodes:
             self.virtual = nn.Embedding(c.virtual_nodes, c.dim)
@@ -274,13 +261,10 @@ class Exphormer(nn.Module):
         """
         check_graph(graph)
         c = self.config
-        for name, given, wanted, why in (
-            ("expander", expander, c.expander_degree, "expander_degree is 0"),
-            ("lap_vectors", lap_vectors, c.lap_pe + c.stable_pe, "lap_pe and stable_pe are 0"),
-            ("lap_values", lap_values, c.lap_pe, "lap_pe is 0"),
-        ):
-            if given is not None and not wanted:
-                raise ValueError(f"{name} must be None ({why}), got {list(given.shape)}")
+        check_unused("expander", expander, c.expander_degree, "expander_degree is 0")
+        vectors = c.lap_pe + c.stable_pe
+        check_unused("lap_vectors", lap_vectors, vectors, "lap_pe and stable_pe are 0")
+        check_unused("lap_values", lap_values, c.lap_pe, "lap_pe is 0")
         if c.expander_degree and expander is None:
             raise ValueError(f"expander must be given: expander_degree is {c.expander_degree}")
         x = self._nodes(node, lap_vectors, lap_values, graph)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fastgt.models.graph_gps_config import kinds_of
+from fastgt.models.graph_gps_config import check_inputs, check_together
 from fastgt.models.graph_gps_encoders import Head, Pooling
 from fastgt.models.graph_gps_local import Local
 from fastgt.ops.checks import integer
@@ -78,25 +78,12 @@ class ExphormerConfig:
             setattr(self, name, integer(name, getattr(self, name), 1))
         for name in _COUNTS:
             setattr(self, name, integer(name, getattr(self, name), 0))
-        self.node_types = kinds_of("node_types", self.node_types)
-        self.edge_types = kinds_of("edge_types", self.edge_types)
-        for whose, types, features in (
-            ("node", self.node_types, self.node_features),
-            ("edge", self.edge_types, self.edge_features),
-        ):
-            if types and features:
-                raise ValueError(
-                    f"{whose}_features must be 0 with {whose}_types={types}, got {features}"
-                )
-        if not self.node_types and not self.node_features:
-            raise ValueError("node_types is () and node_features is 0: give one of them")
+        check_inputs(self)
         if self.dim % self.heads:
             raise ValueError(f"heads must divide dim, got dim={self.dim} and heads={self.heads}")
         if self.local not in _LOCAL:
             raise ValueError(f"local must be one of {list(_LOCAL)}, got {self.local!r}")
-        if bool(self.lap_pe) != bool(self.lap_dim):
-            found = f"{self.lap_pe} and {self.lap_dim}"
-            raise ValueError(f"lap_pe and lap_dim must both be 0 or positive, got {found}")
+        check_together(self, "lap_pe", "lap_dim")
         if self.lap_pe and self.stable_pe:
             raise ValueError(f"stable_pe must be 0 with lap_pe={self.lap_pe}, got {self.stable_pe}")
         if self.lap_dim >= self.dim:

@@ -20,13 +20,12 @@ from fastgt.graph import Graph
 from fastgt.models.graph_gps_bigbird import bigbird_pattern
 from fastgt.models.graph_gps_config import GraphGPSConfig
 from fastgt.models.graph_gps_encoders import (
-    FeatureEncoder,
     KernelEncoder,
     LaplacianEncoder,
     Readout,
-    SharedEncoder,
     StableEncoder,
-    TypeEncoder,
+    check_unused,
+    make_encoder,
 )
 from fastgt.models.graph_gps_layer import GraphGPSLayer
 from fastgt.models.graph_gps_local import WITH_EDGES, edge_distance, edge_width
@@ -63,14 +62,9 @@ class GraphGPS(nn.Module):
     def __init__(self, config: GraphGPSConfig):
         super().__init__()
         c = self.config = config
-        assert not isinstance(c.node_types, int)
         assert not isinstance(c.edge_types, int)
         width = c.dim - c.encoded_dim
-        self.embed: nn.Module = (
-            TypeEncoder(c.node_types, width)
-            if c.node_types
-            else FeatureEncoder(c.node_features, width)
-        )
+        self.embed = make_encoder(c.node_types, c.node_features, width)
         self.embed_lap: nn.Module | None = None
         if c.lap_pe and c.lap_heads:
             self.embed_lap = SpectralEncoder(
@@ -107,12 +101,7 @@ class GraphGPS(nn.Module):
         self.embed_edge: nn.Module | None = None
         if c.local in WITH_EDGES:
             width = edge_width(c.local, c.dim)
-            if c.edge_types:
-                self.embed_edge = TypeEncoder(c.edge_types, width)
-            elif c.edge_features:
-                self.embed_edge = FeatureEncoder(c.edge_features, width)
-            else:
-                self.embed_edge = SharedEncoder(width)
+            self.embed_edge = make_encoder(c.edge_types, c.edge_features, width)
         self.layers = nn.ModuleList(
             GraphGPSLayer(
                 c.dim,
@@ -188,8 +177,7 @@ class GraphGPS(nn.Module):
             ("pair_distance", pair_distance, c.path_distance, "path_distance is 0"),
             ("pair_edges", pair_edges, c.path_distance, "path_distance is 0"),
         ):
-            if given is not None and not wanted:
-                raise ValueError(f"{name} must be None ({why}), got {list(given.shape)}")
+            check_unused(name, given, wanted, why)
         parts = [self.embed("node", node, "N", n, graph)]
         if self.embed_degree is not None:
             parts[0] = parts[0] + self.embed_degree(graph)

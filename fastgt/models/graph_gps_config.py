@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from fastgt.models.graph_gps_encoders import Head, Pooling
 from fastgt.models.graph_gps_layer import Attention, GPSNorm
@@ -138,27 +139,15 @@ class GraphGPSConfig:
             setattr(self, name, integer(name, getattr(self, name), 1))
         for name in _WIDTHS:
             setattr(self, name, integer(name, getattr(self, name), 0))
-        self.node_types = kinds_of("node_types", self.node_types)
-        self.edge_types = kinds_of("edge_types", self.edge_types)
-        for whose, types, features in (
-            ("node", self.node_types, self.node_features),
-            ("edge", self.edge_types, self.edge_features),
-        ):
-            if types and features:
-                raise ValueError(
-                    f"{whose}_features must be 0 with {whose}_types={types}, got {features}"
-                )
-        if not self.node_types and not self.node_features:
-            raise ValueError("node_types is () and node_features is 0: give one of them")
+        check_inputs(self)
+        assert not isinstance(self.edge_types, int)
         for count, width in (
             ("walk_steps", "walk_dim"),
             ("lap_pe", "lap_dim"),
             ("sign_pe", "sign_dim"),
             ("heat_times", "heat_dim"),
         ):
-            if bool(getattr(self, count)) != bool(getattr(self, width)):
-                found = f"{getattr(self, count)} and {getattr(self, width)}"
-                raise ValueError(f"{count} and {width} must both be 0 or positive, got {found}")
+            check_together(self, count, width)
         if self.stable_pe and self.encoded_dim:
             counts = ("walk_steps", "lap_pe", "sign_pe", "heat_times", "electrostatic_dim")
             others = [f"{name}={getattr(self, name)}" for name in counts if getattr(self, name)]
@@ -209,6 +198,38 @@ class GraphGPSConfig:
         if name not in _PUBLISHED:
             raise ValueError(f"name must be one of {list(_PUBLISHED)}, got {name!r}")
         return replace(_PUBLISHED[name])
+
+
+class Inputs(Protocol):
+    """Fields of a config that say what nodes and edges come with."""
+
+    node_types: int | Sequence[int]
+    node_features: int
+    edge_types: int | Sequence[int]
+    edge_features: int
+
+
+def check_inputs(config: Inputs) -> None:
+    """Make tuples of types; refuse types beside features, and nodes with neither."""
+    config.node_types = kinds_of("node_types", config.node_types)
+    config.edge_types = kinds_of("edge_types", config.edge_types)
+    for whose, types, features in (
+        ("node", config.node_types, config.node_features),
+        ("edge", config.edge_types, config.edge_features),
+    ):
+        if types and features:
+            raise ValueError(
+                f"{whose}_features must be 0 with {whose}_types={types}, got {features}"
+            )
+    if not config.node_types and not config.node_features:
+        raise ValueError("node_types is () and node_features is 0: give one of them")
+
+
+def check_together(config: object, count: str, width: str) -> None:
+    """Refuse two fields of which one is 0 and the other is not."""
+    if bool(getattr(config, count)) != bool(getattr(config, width)):
+        found = f"{getattr(config, count)} and {getattr(config, width)}"
+        raise ValueError(f"{count} and {width} must both be 0 or positive, got {found}")
 
 
 def kinds_of(name: str, types: int | Sequence[int]) -> tuple[int, ...]:

@@ -105,6 +105,14 @@ class SharedEncoder(nn.Module):
         return self.embed[0](first).expand(size, -1)
 
 
+def make_encoder(types: int | Sequence[int], features: int, dim: int) -> nn.Module:
+    """Of types where there are any, else of features, else one vector for all."""
+    assert not isinstance(types, int)
+    if types:
+        return TypeEncoder(types, dim)
+    return FeatureEncoder(features, dim) if features else SharedEncoder(dim)
+
+
 class KernelEncoder(nn.Module):
     """Numbers of a node (walks, heat, potentials), normalised and made as wide as asked for.
 
@@ -277,6 +285,12 @@ def perceptron(width: int, dim: int, layers: int) -> nn.Sequential:
     for pair in pairwise(sizes):
         parts += [nn.Linear(*pair), nn.ReLU()]
     return nn.Sequential(*parts)
+
+
+def check_unused(name: str, given: Tensor | None, wanted: int, why: str) -> None:
+    """Refuse an encoding that the model takes none of: ``wanted`` is 0, which ``why`` tells."""
+    if given is not None and not wanted:
+        raise ValueError(f"{name} must be None ({why}), got {list(given.shape)}")
 
 
 def check_matrix(name: str, x: object, letters: str, shape: tuple[int, ...]) -> None:

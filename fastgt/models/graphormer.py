@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fastgt.graph import Graph
 from fastgt.models.graph_gps_config import kinds_of
-from fastgt.models.graph_gps_encoders import FeatureEncoder, TypeEncoder
+from fastgt.models.graph_gps_encoders import make_encoder
 from fastgt.models.graph_gps_layer import GlobalAttention
 from fastgt.models.graph_gps_pairs import DegreeEncoder
 from fastgt.models.graphormer_pairs import PathBias
@@ -170,13 +170,8 @@ class Graphormer(nn.Module):
     ):
         super().__init__()
         c = self.config = config
-        assert not isinstance(c.node_types, int)
         assert not isinstance(c.edge_types, int)
-        self.embed: nn.Module = (
-            TypeEncoder(c.node_types, c.dim)
-            if c.node_types
-            else FeatureEncoder(c.node_features, c.dim)
-        )
+        self.embed = make_encoder(c.node_types, c.node_features, c.dim)
         self.embed_degree = DegreeEncoder(c.degrees, c.dim)
         self.pair_bias = PathBias(
             c.path_distance, c.edge_types, c.heads, edges=c.path_edges, rows=c.path_rows

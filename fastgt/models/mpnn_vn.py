@@ -24,17 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
-from fastgt.models.graph_gps_config import kinds_of
+from fastgt.models.graph_gps_config import check_inputs, check_together
 from fastgt.models.graph_gps_encoders import (
-    FeatureEncoder,
     Head,
     KernelEncoder,
     LaplacianEncoder,
     Pooling,
     Readout,
-    SharedEncoder,
-    TypeEncoder,
     check_matrix,
+    check_unused,
+    make_encoder,
 )
 from fastgt.models.graph_gps_local import GCN, GINE, WITH_EDGES, GatedGCN
 from fastgt.nn.sublayers import check_rows, reset_sublayers
@@ -93,18 +92,7 @@ class MPNNVirtualNodeConfig:
             setattr(self, name, integer(name, getattr(self, name), 1))
         for name in _COUNTS:
             setattr(self, name, integer(name, getattr(self, name), 0))
-        self.node_types = kinds_of("node_types", self.node_types)
-        self.edge_types = kinds_of("edge_types", self.edge_types)
-        for whose, types, features in (
-            ("node", self.node_types, self.node_features),
-            ("edge", self.edge_types, self.edge_features),
-        ):
-            if types and features:
-                raise ValueError(
-                    f"{whose}_features must be 0 with {whose}_types={types}, got {features}"
-                )
-        if not self.node_types and not self.node_features:
-            raise ValueError("node_types is () and node_features is 0: give one of them")
+        check_inputs(self)
         if self.local not in ("gcn", "gine", "gatedgcn"):
             raise ValueError(f"local must be 'gcn', 'gine' or 'gatedgcn', got {self.local!r}")
         if self.local == "gcn" and (self.edge_types or self.edge_features):
@@ -112,10 +100,8 @@ class MPNNVirtualNodeConfig:
                 "edge_types must be () and edge_features 0 with local='gcn', which uses no edges, "
                 f"got {self.edge_types} and {self.edge_features}"
             )
-        for count, width in (("walk_steps", "walk_dim"), ("lap_pe", "lap_dim")):
-            if bool(getattr(self, count)) != bool(getattr(self, width)):
-                found = f"{getattr(self, count)} and {getattr(self, width)}"
-                raise ValueError(f"{count} and {width} must both be 0 or positive, got {found}")
+        check_together(self, "walk_steps", "walk_dim")
+        check_together(self, "lap_pe", "lap_dim")
         if self.walk_dim + self.lap_dim >= self.dim:
             found = f"{self.walk_dim} + {self.lap_dim}"
             raise ValueError(f"walk_dim + lap_dim must be below dim={self.dim}, got {found}")
@@ -348,26 +334,15 @@ class MPNNVirtualNode(nn.Module):
     def __init__(self, config: MPNNVirtualNodeConfig):
         super().__init__()
         c = self.config = config
-        assert not isinstance(c.node_types, int)
-        assert not isinstance(c.edge_types, int)
         width = c.dim - c.walk_dim - c.lap_dim
-        self.embed: nn.Module = (
-            TypeEncoder(c.node_types, width)
-            if c.node_types
-            else FeatureEncoder(c.node_features, width)
-        )
+        self.embed = make_encoder(c.node_types, c.node_features, width)
         self.embed_lap = LaplacianEncoder(c.lap_pe, c.lap_dim, c.lap_layers) if c.lap_pe else None
         self.embed_walk = (
             KernelEncoder("walk_pe", c.walk_steps, c.walk_dim) if c.walk_steps else None
         )
         self.embed_edge: nn.Module | None = None
         if c.local in WITH_EDGES:
-            if c.edge_types:
-                self.embed_edge = TypeEncoder(c.edge_types, c.dim)
-            elif c.edge_features:
-                self.embed_edge = FeatureEncoder(c.edge_features, c.dim)
-            else:
-                self.embed_edge = SharedEncoder(c.dim)
+            self.embed_edge = make_encoder(c.edge_types, c.edge_features, c.dim)
         self.start = nn.Parameter(torch.zeros(1, c.dim)) if c.virtual_node else None
         self.layers = nn.ModuleList(
             MPNNVirtualNodeLayer(
@@ -406,13 +381,9 @@ class MPNNVirtualNode(nn.Module):
         """
         check_graph(graph)
         c = self.config
-        for name, given, wanted, why in (
-            ("walk_pe", walk_pe, c.walk_steps, "walk_steps is 0"),
-            ("lap_vectors", lap_vectors, c.lap_pe, "lap_pe is 0"),
-            ("lap_values", lap_values, c.lap_pe, "lap_pe is 0"),
-        ):
-            if given is not None and not wanted:
-                raise ValueError(f"{name} must be None ({why}), got {list(given.shape)}")
+        check_unused("walk_pe", walk_pe, c.walk_steps, "walk_steps is 0")
+        check_unused("lap_vectors", lap_vectors, c.lap_pe, "lap_pe is 0")
+        check_unused("lap_values", lap_values, c.lap_pe, "lap_pe is 0")
         parts = [self.embed("node", node, "N", graph.num_rows, graph)]
         if self.embed_lap is not None:
             parts.append(self.embed_lap(lap_vectors, lap_values, graph))

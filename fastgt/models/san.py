@@ -27,9 +27,9 @@ from fastgt.graph import Graph
 from fastgt.models.graph_gps_config import kinds_of
 from fastgt.models.graph_gps_encoders import (
     Pooling,
-    SharedEncoder,
     TypeEncoder,
     check_matrix,
+    make_encoder,
     pooled,
 )
 from fastgt.models.graph_transformer import readout
@@ -338,12 +338,11 @@ class SAN(nn.Module):
         super().__init__()
         c = self.config = config
         assert not isinstance(c.node_types, int)
-        assert not isinstance(c.edge_types, int)
         self.embed = TypeEncoder(c.node_types, c.dim - c.lap_dim)
         self.embed_lap = SpectralEncoder(
             c.lap_pe, c.lap_dim, heads=c.lap_heads, layers=c.lap_layers, dropout=c.lap_dropout
         )
-        self.embed_edge = TypeEncoder(c.edge_types, c.dim) if c.edge_types else SharedEncoder(c.dim)
+        self.embed_edge = make_encoder(c.edge_types, 0, c.dim)
         if c.full_graph and not c.far_type:
             self.far = nn.Embedding(1, c.dim)
         self.layers = nn.ModuleList(

@@ -6,6 +6,18 @@ from itertools import pairwise
 import numpy as np
 import torch
 from attention_cases import DEVICE
+from literal_layers import (
+    activation,
+    batch_norm,
+    gated_gcn,
+    gcn,
+    gin,
+    gine,
+    layer_norm,
+    linear,
+    perturbed,
+    scatter,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,17 +45,6 @@ def batch():
     return Graph.from_edge_index(edges, graph_ptr=graph.graph_ptr)
 
 
-def scatter(values, index, n):
-    return values.new_zeros(n, *values.shape[1:]).index_add(0, index, values)
-
-
-def batch_norm(norm, x, offsets):
-    mean, variance = norm.running_mean, norm.running_var
-    if norm.training:
-        mean, variance = x.mean(0), x.var(0, unbiased=False)
-    return (x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
-
-
 def graph_norm(norm, x, offsets):
     parts = [x[:0]]
     for first, last in pairwise(offsets):
@@ -57,59 +58,21 @@ def graph_norm(norm, x, offsets):
 def norm_of(norm, x, offsets):
     if isinstance(norm, nn.Identity):
         return x
-    return (graph_norm if isinstance(norm, GraphNorm) else batch_norm)(norm, x, offsets)
+    return graph_norm(norm, x, offsets) if isinstance(norm, GraphNorm) else batch_norm(norm, x)
 
 
-def linear(layer, x):
-    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
-
-
-def activation(module, x):
-    if isinstance(module, nn.ReLU):
-        return x.clamp(min=0)
-    return x * (1 + torch.erf(x / 2**0.5)) / 2
-
-
-def two(mlp, x):
-    return linear(mlp[2], activation(mlp[1], linear(mlp[0], x)))
-
-
-def factor(local, distance):
-    if local.factor is None:
-        return 1
-    return 1 / (1 + torch.exp(-two(local.factor, distance)))
-
-
-def gcn(m, x, e, source, target, distance):
-    n = len(x)
-    keep = source != target
-    loops = torch.arange(n, device=x.device)
-    source, target = torch.cat([source[keep], loops]), torch.cat([target[keep], loops])
-    degree = scatter(torch.ones_like(source, dtype=x.dtype), target, n)
-    norm = degree[source] ** -0.5 * degree[target] ** -0.5
-    return scatter(norm[:, None] * linear(m.lin, x)[source], target, n) + m.bias
-
-
-def gin(m, x, e, source, target, distance):
-    return two(m.mlp, x + scatter(x[source], target, len(x)))
-
-
-def gine(m, x, e, source, target, distance):
-    messages = (x[source] + e).clamp(min=0) * factor(m, distance)
-    return two(m.mlp, x + scatter(messages, target, len(x)))
-
-
-def genconv(m, x, e, source, target, distance):
+def genconv(m, x, e, edge_index):
+    source, target = edge_index
     n, messages = len(x), (x[source] + e).clamp(min=0) + 1e-7
     w = (messages * (1 if m.temperature is None else m.temperature)).exp()
     total = scatter(w, target, n)
     out = x + scatter(w * messages, target, n) / torch.where(total > 0, total, 1)
-    hidden = batch_norm(m.mlp[1], linear(m.mlp[0], out), None)
+    hidden = batch_norm(m.mlp[1], linear(m.mlp[0], out))
     return linear(m.mlp[3], hidden.clamp(min=0))
 
 
-def gat(m, x, e, source, target, distance):
-    n, heads = len(x), m.heads
+def gat(m, x, e, edge_index):
+    n, heads, (source, target) = len(x), m.heads, edge_index
     keep = source != target
     source, target, e = source[keep], target[keep], e[keep]
     count = scatter(torch.ones_like(source, dtype=x.dtype), target, n).clamp(min=1)
@@ -124,7 +87,8 @@ def gat(m, x, e, source, target, distance):
     return out.flatten(1) + m.bias
 
 
-def pna(m, x, e, source, target, distance):
+def pna(m, x, e, edge_index):
+    source, target = edge_index
     weight = torch.cat([m.row.weight, m.col.weight, m.of_edge.weight], 1)
     given = torch.cat([x[target], x[source], linear(m.edge, e)], 1)
     messages = given @ weight.T + m.row.bias
@@ -136,27 +100,14 @@ def pna(m, x, e, source, target, distance):
     return linear(m.lin, linear(m.post, torch.stack(rows)))
 
 
-def neighbours(m, x, e, source, target, distance):
-    n, a = len(x), m.attention
+def neighbours(m, x, e, edge_index):
+    n, a, (source, target) = len(x), m.attention, edge_index
     q, k, v = (linear(layer, x).view(n, a.heads, -1) for layer in (a.q, a.k, a.v))
     s = (q[target] * k[source]).sum(-1) / q.shape[2] ** 0.5 + linear(m.edge_bias, e)
     w = s.exp()[..., None]
     total = scatter(w, target, n)
     out = scatter(w * v[source], target, n) / torch.where(total > 0, total, 1)
     return linear(a.out, out.flatten(1))
-
-
-def gated(m, x, e, source, target, distance, edge_output, offsets):
-    n = len(x)
-    scores = linear(m.gate_row, x)[target] + linear(m.gate_col, x)[source] + linear(m.gate, e)
-    sigma = factor(m, distance) / (1 + torch.exp(-scores))
-    mean = scatter(sigma * linear(m.value, x)[source], target, n)
-    mean = mean / (scatter(sigma, target, n) + 1e-6)
-    y = batch_norm(m.norm, linear(m.own, x) + mean, offsets)
-    x = x + activation(m.activation, y)
-    if edge_output:
-        e = e + activation(m.edge_activation, batch_norm(m.edge_norm, scores, offsets))
-    return x, e
 
 
 def softmax(m, q, k, v):
@@ -184,21 +135,14 @@ def elu(m, q, k, v):
 
 GLOBAL = {"softmax": softmax, "performer": performer, "linear": elu}
 MESSAGES = {
-    "gcn": gcn,
-    "gin": gin,
+    "gcn": lambda m, x, e, edge_index: gcn(m, x, edge_index),
+    "gin": lambda m, x, e, edge_index: gin(m, x, edge_index),
     "gine": gine,
     "genconv": genconv,
     "gat": gat,
     "pna": pna,
     "attention": neighbours,
 }
-
-
-def layer_norm(norm, x):
-    centred = x - x.mean(1, keepdim=True)
-    return (
-        centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt() * norm.weight + norm.bias
-    )
 
 
 def sees(n, block=3, random=3, seed=0):
@@ -221,6 +165,7 @@ def sees(n, block=3, random=3, seed=0):
 def bigbird(m, x, **rules):
     """One graph."""
     a, n = m.attention, len(x)
+    assert m.norm1.eps == m.norm2.eps == 1e-6
     q, k, v = (linear(layer, x).view(n, a.heads, -1) for layer in (a.q, a.k, a.v))
     s = torch.einsum("nhd,mhd->hnm", q, k) / q.shape[2] ** 0.5
     s = s.masked_fill(~sees(n, **rules).to(x.device), -torch.inf)
@@ -231,14 +176,14 @@ def bigbird(m, x, **rules):
 
 
 def literal(layer, kind, attention, x, graph, e, distance, edge_output):
-    source, target = graph.edge_index
+    m, edges = layer.local, graph.edge_index
     offsets, parts = graph.graph_ptr.tolist(), []
     if kind == "gatedgcn":
-        given = source, target, distance, edge_output, offsets
-        y, e_out = gated(layer.local, x, e, *given)
+        y, e_out = gated_gcn(m, x, e, edges, edge_output, distance)
         parts.append(norm_of(layer.local_norm, y, offsets))
     elif kind != "none":
-        y = MESSAGES[kind](layer.local, x, e, source, target, distance)
+        given = {"distance": distance} if kind == "gine" else {}
+        y = MESSAGES[kind](m, x, e, edges, **given)
         parts.append(norm_of(layer.local_norm, x + y, offsets))
     if attention != "none":
         m, outs = layer.attention, [x[:0]]
@@ -253,17 +198,6 @@ def literal(layer, kind, attention, x, graph, e, distance, edge_output):
     h = sum(parts)
     ffn = linear(layer.ffn[3], activation(layer.ffn[1], linear(layer.ffn[0], h)))
     return norm_of(layer.norm, h + ffn, offsets), e_out if kind == "gatedgcn" else e
-
-
-def perturbed(module):
-    """Buffers and constants of norms, that no two are alike."""
-    generator = torch.Generator().manual_seed(1)
-    for m in module.modules():
-        for name, x in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)):
-            if x.ndim == 1 and name != "offsets":
-                drawn = torch.rand(x.shape, generator=generator, dtype=FP64) + 0.5
-                x.data.copy_(drawn)
-    return module
 
 
 def run(layer, forward, tensors, upstream):

@@ -28,8 +28,14 @@ def scatter(values, index, n):
     return values.new_zeros(n, *values.shape[1:]).index_add(0, index, values)
 
 
+def activation(module, x):
+    if isinstance(module, nn.ReLU):
+        return x.clamp(min=0)
+    return x * (1 + torch.erf(x / 2**0.5)) / 2
+
+
 def two(mlp, x):
-    return linear(mlp[2], linear(mlp[0], x).clamp(min=0))
+    return linear(mlp[2], activation(mlp[1], linear(mlp[0], x)))
 
 
 def factor(local, distance):
@@ -64,9 +70,9 @@ def gated_gcn(m, x, e, edge_index, edge_output, distance=None):
     sigma = factor(m, distance) / (1 + torch.exp(-scores))
     mean = scatter(sigma * linear(m.value, x)[source], target, n)
     mean = mean / (scatter(sigma, target, n) + 1e-6)
-    y = x + batch_norm(m.norm, linear(m.own, x) + mean).clamp(min=0)
+    y = x + activation(m.activation, batch_norm(m.norm, linear(m.own, x) + mean))
     if edge_output:
-        e = e + batch_norm(m.edge_norm, scores).clamp(min=0)
+        e = e + activation(m.edge_activation, batch_norm(m.edge_norm, scores))
     return y, e
 
 

@@ -16,9 +16,9 @@ from gps_cases import (
     batch,
     check,
     inputs,
-    perturbed,
     small,
 )
+from literal_layers import perturbed
 from torch.nn import functional as F
 
 from fastgt import Graph

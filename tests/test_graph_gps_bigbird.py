@@ -5,8 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 from attention_cases import DEVICE, FAST
-from gps_cases import DIM, FP64, HEADS, NO_ENCODINGS, bigbird, check, inputs, perturbed, run, sees
+from gps_cases import DIM, FP64, HEADS, NO_ENCODINGS, bigbird, check, inputs, run, sees
 from gps_cases import small as small_gps
+from literal_layers import perturbed
 
 from fastgt import Graph, implementation
 from fastgt.models.graph_gps_bigbird import BigBirdAttention, bigbird_pattern

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from attention_cases import DEVICE, FAST
-from gps_cases import DIM, FP64, batch, check, perturbed, run
+from gps_cases import DIM, FP64, batch, check, run
+from literal_layers import perturbed
 
 from fastgt import Graph, implementation
 from fastgt.models.graph_gps_layer import GraphGPSLayer

@@ -11,13 +11,7 @@ from fastgt import Graph
 from fastgt.datasets import DATASETS, Encoded, GraphSet, NodeSet, graph_set, load
 from fastgt.real_graphs import open_data
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def loaded(name):

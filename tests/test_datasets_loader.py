@@ -5,13 +5,7 @@ import torch
 
 from fastgt.datasets import Encoded, GraphSet
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def graphs(count=23):

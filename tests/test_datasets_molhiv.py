@@ -19,14 +19,7 @@ ROWS = [
     ("C", "1", "test"),
     ("CO(C)(C)C", "0", "test"),  # an oxygen of valence 4, which rdkit refuses
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

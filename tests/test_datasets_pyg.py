@@ -10,14 +10,7 @@ from fastgt.datasets import GraphSet, NodeSet, load
 
 Data = pytest.importorskip("torch_geometric.data").Data
 SPLITS = ("train", "val", "test")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def drawn(seed, node, edge, y, *, most=6, count=4):

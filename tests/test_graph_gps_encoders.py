@@ -16,14 +16,7 @@ from fastgt.models.graph_gps_encoders import KernelEncoder
 from fastgt.models.graph_gps_sign_net import SignNet
 
 FP64 = torch.float64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def linear(layer, x):

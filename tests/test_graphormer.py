@@ -25,15 +25,7 @@ MODELS = {
     "features": {"node_types": (), "node_features": 3, "edge_types": ()},
     "long paths": {"path_distance": 2, "path_edges": 2},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More would mostly wait for each other: these tensors are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch():

@@ -23,15 +23,7 @@ DIM, HEADS = 8, 2
 SIZES = [(5, 8), (0, 0), (7, 12), (1, 1), (4, 0)]
 SMALL = {"node_features": 3, "dim": DIM, "heads": HEADS, "layers": 2, "walk_steps": 4}
 SMALL |= {"path_distance": 4, "degrees": 24, "attention_dropout": 0.0, "out_dim": 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More would mostly wait for each other: these tensors are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch(sizes=SIZES):

@@ -31,15 +31,7 @@ FP64 = torch.float64
 DIM = 8
 SIZES = [(6, 12), (0, 0), (7, 20), (1, 1)]
 LOCAL = ("gcn", "gine", "gatedgcn")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More would mostly wait for each other: these tensors are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch():

@@ -37,15 +37,7 @@ KINDS = {
     "large": LARGE | {"local": "gcn", "pre_norm": True},
     "torch-geometric": PYG,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More would mostly wait for each other: these tensors are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch():

@@ -30,15 +30,7 @@ KINDS = {
     "without residual": {"alpha": 1.0, "norm": False, "values": False},
     "one convolution": {"convolution": "plain", "conv_layers": 1, "qkv_bias": False},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More would mostly wait for each other: these tensors are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch():

@@ -13,15 +13,7 @@ from fastgt.testing import random_batch
 
 FP64 = torch.float64
 SIZES = [(6, 12), (0, 0), (7, 20), (1, 1), (3, 0)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More would mostly wait for each other: these tensors are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch():

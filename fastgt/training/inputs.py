@@ -88,14 +88,14 @@ def _paths(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[s
     c = r.config
     if not getattr(c, "edge_types", ()):
         none = torch.zeros(graph.num_edges, dtype=torch.uint8)
-        length, _ = cache(shortest_paths, graph, none, c.path_distance)
+        length, _ = cache(shortest_paths, graph, none, c.path_distance, edges=1)
         return {"pair_distance": Encoded(length, "pair")}
     if edge is None or edge.dim() != 1:
         found = "nothing" if edge is None else f"{list(edge.shape)}"
         raise ValueError(f"shortest paths need edges with one column of types, got {found}")
     kinds = edge.to(torch.uint8)  # types of 20 edges stand for every pair of nodes
-    length, types = cache(shortest_paths, graph, kinds, c.path_distance)
-    types = types[:, : getattr(c, "path_edges", c.path_distance)].contiguous()
+    kept = getattr(c, "path_edges", c.path_distance)
+    length, types = cache(shortest_paths, graph, kinds, c.path_distance, edges=kept)
     return {"pair_distance": Encoded(length, "pair"), "pair_edges": Encoded(types, "pair")}
 
 

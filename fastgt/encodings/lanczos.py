@@ -14,20 +14,24 @@ if TYPE_CHECKING:
 Pairs = tuple[np.ndarray, np.ndarray]  # eigenvalues [k], eigenvectors [n, k]
 _Operator = Callable[[np.ndarray], np.ndarray]
 
-_RESTARTS = 300
-_STEPS = 2000  # of conjugate gradients
+_RESTARTS = 1000  # products end before, but where the graph is small
+_WORK = 6e10  # entries that a filter multiplies: about two minutes on one core
+_CALL = 10_000  # what a product takes beside its entries, in entries
+_PRODUCTS = 16_000  # of a filter, where _WORK has fewer: graphs of over 3 million edges
+_SOLUTIONS = 60  # least by conjugate gradients
 _ROOM = 80  # entries of a factor for each node
-_EVEN = 4  # largest over mean degree up to which Lanczos on L itself may be fast
+_MORE = 8  # eigenvalues below the cut of a filter that are not wanted
+_GAIN = 4.0  # cosh of it is what a filter makes of the lowest eigenvalue
 
 
 def lowest(laplacian: sp.csr_array, trivial: np.ndarray, bound: float, k: int) -> Pairs:
     """The k lowest pairs of L but the trivial one, in ascending order.
 
     Lanczos on the inverse of L, where L has a sparse factor: paths, trees, grids, roads. Else
-    Lanczos on bound - L, which takes about sqrt(bound / gap) steps. Where these are too many, or
-    degrees too uneven, the inverse again: with a factor of the part of L that has a sparse one,
-    and conjugate gradients on the rest. Every stage has so many steps and no more, and no factor
-    more than 80 entries a node.
+    Lanczos on a polynomial of L. Where gaps are too small for that, the inverse again: with a
+    factor of the part of L that has a sparse one, and conjugate gradients on the rest. The
+    filter multiplies 6e10 entries at most, or 16,000 times with L, the gradients half of that, and
+    no factor has more than 80 entries a node.
 
     Args:
         laplacian: L of a connected graph of n nodes, or ``D^-1/2 L D^-1/2``.
@@ -36,23 +40,104 @@ def lowest(laplacian: sp.csr_array, trivial: np.ndarray, bound: float, k: int) -
         k: At most n / 4.
 
     Raises:
-        RuntimeError: No stage converged within its steps.
+        RuntimeError: No stage converged within its work.
     """
-    from scipy.sparse.linalg import ArpackError
-
     basis = max(2 * k, 40)
     eliminated, core, sparse = _elimination(laplacian)
     if sparse and (solve := _factor(laplacian, bound)) is not None:
         mu, u = _largest(solve, trivial, k, basis)
         return 1 / mu, u
-    if bound <= 2 * _EVEN * laplacian.diagonal().mean():
-        try:
-            mu, u = _largest(lambda x: bound * x - laplacian @ x, trivial, k, basis)
-            return bound - mu, u
-        except ArpackError:
-            pass  # small gaps: long paths that hang off an expander, mostly
+    try:
+        return _filtered(laplacian, trivial, bound, k, basis)
+    except RuntimeError:
+        pass  # small gaps: long paths that hang off an expander; or hubs, in D - A
     mu, u = _largest(_inverse(laplacian, trivial, eliminated, core), trivial, k, basis)
     return 1 / mu, u
+
+
+def _filtered(
+    laplacian: sp.csr_array, trivial: np.ndarray, bound: float, k: int, basis: int
+) -> Pairs:
+    """Lanczos on a polynomial that is large at the lowest eigenvalues only.
+
+        p(L) = T_d(M),    M = (c + b - 2 L) / (b - c),    T_d(M) = 2 M T_d-1(M) - T_d-2(M)
+
+    Chebyshev's T_d stays within [-1, 1] where L has its eigenvalues from c to the bound b, and
+    grows below c. Steps of Lanczos on p(L) are fewer by d than on L, and so are the basis'
+    orthogonalisations and restarts, which lose what the products have found.
+
+    c is a Ritz value, and so no less than the eigenvalue of its rank. Each is found with the
+    filter of the one before, from L itself on, until it hardly falls. b is the largest Ritz value
+    of the first, 1 % and twice its residual, where that is less than ``bound``.
+
+    Source:
+        Zhou and Saad, SIAM J. Matrix Anal. Appl. 29 (2007), a Chebyshev-Davidson algorithm.
+    """
+    rng, n = np.random.default_rng(0), len(trivial)
+    left = _limit(laplacian.nnz + 4 * n)
+    cut, degree, start = bound, 1, rng.standard_normal(n)
+    centre, scaled = bound, laplacian  # of a filter of degree 1: bound - L
+
+    def spend(products: int) -> None:
+        nonlocal left
+        left -= products
+        if left < 0:
+            raise RuntimeError("no convergence within the products of a filter")
+
+    def apply(x: np.ndarray) -> np.ndarray:
+        spend(degree)
+        before, y = x, centre * x - scaled @ x
+        for _ in range(degree - 1):
+            before, y = y, 2 * (centre * y - scaled @ y) - before
+        return y
+
+    while True:
+        v = _krylov(apply, trivial, start, basis, rng)
+        spend(basis)
+        w, s = np.linalg.eigh(v @ (laplacian @ v.T))
+        if degree == 1:
+            top = s[:, -1] @ v
+            residual = np.linalg.norm(laplacian @ top - w[-1] * top)
+            bound = min(bound, float(1.01 * w[-1] + 2 * residual))
+        last, cut = cut, float(w[k + _MORE])
+        start = s[:, :k].sum(1) @ v
+        above = 2 * (cut - w[0]) / (bound - cut)
+        # equal eigenvalues, in complete graphs: nothing to part
+        degree = 1 if above < 1e-8 else int(np.ceil(_GAIN / np.arccosh(1 + above)))
+        scaled = laplacian * (2 / (bound - cut))
+        centre = (bound + cut) / (bound - cut)
+        if cut > 0.75 * last:
+            break
+    _, u = _largest(apply, trivial, k, basis, start)
+    w = (u * (laplacian @ u)).sum(0)
+    if w.max() > cut:
+        raise RuntimeError("an eigenvalue lies above the bound of a filter")
+    order = np.argsort(w, kind="stable")
+    return w[order], u[:, order]
+
+
+def _krylov(
+    apply: _Operator, trivial: np.ndarray, start: np.ndarray, m: int, rng: np.random.Generator
+) -> np.ndarray:
+    """``[m, n]``, orthonormal rows off ``trivial``: start, A start, ... A^(m-1) start."""
+    v = np.empty((m + 1, len(trivial)))
+    v[0] = trivial
+    for j in range(1, m + 1):
+        y = start if j == 1 else apply(v[j - 1])
+        size = np.linalg.norm(y)
+        for _ in range(2):
+            y = y - (v[:j] @ y) @ v[:j]
+        if np.linalg.norm(y) <= 1e-10 * size:  # the space is exhausted
+            y = rng.standard_normal(len(trivial))
+            for _ in range(2):
+                y = y - (v[:j] @ y) @ v[:j]
+        v[j] = y / np.linalg.norm(y)
+    return v[1:]
+
+
+def _limit(entries: int) -> int:
+    """How many products a stage has, of so many entries each."""
+    return max(_PRODUCTS, int(_WORK / (entries + _CALL)))
 
 
 def _elimination(laplacian: sp.csr_array) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -157,26 +242,46 @@ def _inverse(
     def off(x: np.ndarray) -> np.ndarray:  # what rounding leaves along the null vector stays
         return x - null * (null @ x)
 
+    # a step costs about as much again for the vectors, and the factor's entries twice
+    inside = 0 if lu is None else 4 * (lu.L.nnz + lu.U.nnz)
+    limit = _limit(laplacian.nnz + inside + 12 * len(trivial) + 2 * _CALL) // 2
+    left = limit
+
     schur = LinearOperator(c.shape, lambda x: off(c @ x - b.T @ inner(b @ x)), dtype=np.float64)
     jacobi = LinearOperator(c.shape, lambda x: weight * x, dtype=np.float64)
 
+    def step(_: np.ndarray) -> None:
+        nonlocal left
+        left -= 1
+
     def solve(x: np.ndarray) -> np.ndarray:
+        nonlocal left
         y = np.empty(len(x))
         right = off(x[core] - b.T @ inner(x[eliminated]))
-        y[core], steps = cg(schur, right, rtol=1e-12, atol=0, maxiter=_STEPS, M=jacobi)
-        if steps:
-            raise RuntimeError(f"no convergence in {_STEPS} steps of conjugate gradients")
+        each = min(left, limit // _SOLUTIONS)
+        y[core], failed = cg(
+            schur, right, rtol=1e-12, atol=0, maxiter=each, M=jacobi, callback=step
+        )
+        if failed or each == 0:  # of no steps, scipy says that they converged
+            raise RuntimeError(f"no convergence in {limit} steps of conjugate gradients")
         y[eliminated] = inner(x[eliminated] - b @ y[core])
         return y
 
     return solve
 
 
-def _largest(apply: _Operator, trivial: np.ndarray, k: int, basis: int) -> Pairs:
+def _largest(
+    apply: _Operator,
+    trivial: np.ndarray,
+    k: int,
+    basis: int,
+    start: np.ndarray | None = None,
+) -> Pairs:
     """The k largest eigenpairs, in descending order, of a positive operator off ``trivial``.
 
     Lanczos may miss copies of a repeated eigenvalue (equal chains hanging off one hub): what was
-    found is deflated and the rest searched again until nothing larger turns up.
+    found is deflated and the rest searched again until nothing larger turns up. A search is coarse
+    first: a Ritz value's error is about the square of its vector's.
     """
     from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -192,10 +297,15 @@ def _largest(apply: _Operator, trivial: np.ndarray, k: int, basis: int) -> Pairs
             return y - known @ (known.T @ y)
 
         linear = LinearOperator((n, n), deflated, dtype=np.float64)
-        options = dict(v0=v0, ncv=min(n, basis), maxiter=_RESTARTS, **seed)
-        w, v = eigsh(linear, count, which="LA", **options)
-        if len(mu) and w[0] <= mu[k - 1] + 1e-12 * mu[0]:
-            return mu[:k], u[:, :k]
+        options = dict(ncv=min(n, basis), maxiter=_RESTARTS, which="LA", **seed)
+        if len(mu):
+            w, v = eigsh(linear, count, v0=v0, tol=1e-8, **options)
+            if w[0] <= mu[k - 1] + 1e-12 * mu[0]:
+                return mu[:k], u[:, :k]
+            first = v[:, 0]
+        else:
+            first = v0 if start is None else start
+        w, v = eigsh(linear, count, v0=first, **options)
         mu, u, count = np.append(mu, w), np.column_stack([u, v]), 1
         order = np.argsort(-mu, kind="stable")
         mu, u = mu[order], u[:, order]

@@ -538,7 +538,7 @@ def test_the_head_is_graphgyms(monkeypatch):
     [
         ("encoder.node_encoder_bn.bn.weight", 0.0),
         ("encoder.node_encoder.encoder2.pe_encoder.0.weight", 0.0),
-        ("layers.0.local_model.aggr_module.t", 0.0),
+        ("layers.0.local_model.aggr_module.p", 0.0),
         ("layers.0.self_attn.attention.weight", 0.0),
         ("layers.0.local_model.eps", 0.5),
     ],

@@ -40,7 +40,16 @@ from fastgt.pruning import GradualPruning, HeadSparsity, prune_heads
 
 Base = Literal["gps", "graphormer"]
 _PRUNED = ("tokens", "heads", "layers", "weights")
-_SIZES = ("node_features", "out_dim", "dim", "heads", "layers", "walk_steps", "degrees")
+_SIZES = (
+    "node_features",
+    "out_dim",
+    "dim",
+    "heads",
+    "layers",
+    "walk_steps",
+    "path_distance",
+    "degrees",
+)
 
 
 @dataclass

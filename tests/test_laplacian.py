@@ -178,11 +178,11 @@ def test_every_copy_of_a_repeated_eigenvalue(edges, n, k, solver):
 
 
 def test_complete_graphs_take_no_more_searches_than_needed():
-    """All eigenvalues are equal: the first search is complete and the second one shows it."""
+    """All eigenvalues are equal: the first search is complete, and one or two others show it."""
     graph = both_ways([(i, j) for i in range(120) for j in range(i)], 120)
     with krylov(), mock.patch("scipy.sparse.linalg.eigsh", wraps=eigsh) as searched:
         laplacian_pe(graph, 4)
-    assert searched.call_count == 2
+    assert searched.call_count <= 4  # each of the others is coarse, and exact if it finds more
 
 
 def test_paths_are_factorised():

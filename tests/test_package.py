@@ -454,6 +454,27 @@ def test_readme_figures_are_those_of_the_result_files():
     assert render.rendered(readme) == readme, "run `python tools/render.py`"
 
 
+def test_packages_export_what_they_import():
+    """A second list of names would hide those of the first from ``import *``."""
+    for path in (ROOT / "fastgt").rglob("__init__.py"):
+        body = ast.parse(path.read_text()).body
+        lists = [
+            ast.literal_eval(node.value)
+            for node in body
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+        ]
+        assert len(lists) <= 1, path
+        imported = {
+            name.asname or name.name
+            for node in body
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastgt")
+            for name in node.names
+        }
+        public = {name for name in imported if not name.startswith("_")}
+        for names in lists:
+            assert not public - set(names), path
+
+
 def test_public_names_have_docstrings():
     for name in fastgt.__all__:
         assert getattr(fastgt, name).__doc__, name

@@ -3,23 +3,24 @@
 from fastgt.encodings.cache import Cache
 from fastgt.encodings.electrostatic import electrostatic_pe
 from fastgt.encodings.heat_kernel import heat_kernel_pe
-from fastgt.encodings.laplacian import flip_signs, laplacian_pe
+from fastgt.encodings.laplacian import (
+    LaplacianEigenpairs,
+    flip_signs,
+    laplacian_eigenpairs,
+    laplacian_pe,
+)
 from fastgt.encodings.paths import degrees, shortest_paths
 from fastgt.encodings.random_walk import random_walk_pe
 
 __all__ = [
     "Cache",
+    "LaplacianEigenpairs",
     "degrees",
     "electrostatic_pe",
     "flip_signs",
     "heat_kernel_pe",
+    "laplacian_eigenpairs",
     "laplacian_pe",
     "random_walk_pe",
     "shortest_paths",
 ]
-from fastgt.encodings.laplacian import (
-    LaplacianEigenpairs,
-    laplacian_eigenpairs,
-)
-
-__all__ = ["LaplacianEigenpairs", "flip_signs", "laplacian_eigenpairs", "laplacian_pe"]

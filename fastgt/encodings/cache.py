@@ -64,9 +64,12 @@ class Cache:
     ) -> Any:
         """What ``function(graph, *args, **kwargs)`` gives: a tensor, or a tuple of tensors.
 
+        A tuple with names comes as a plain one, computed or read: a file holds no names.
+
         Raises:
             TypeError: The function is none of a module, an argument is neither a number, a string,
-                None, a tensor nor a tuple of these, or the result is no tensor.
+                None, a tensor nor a tuple of these, or the result is neither a tensor nor a tuple
+                of two tensors or more.
             ValueError: The file is damaged; its path is given.
             OSError: The file cannot be read or written.
         """
@@ -86,14 +89,18 @@ class Cache:
             found = [x.to(graph.device) for x in found]
             return found[0] if len(found) == 1 else tuple(found)
         result = function(graph, *args, **kwargs)
-        tensors = result if isinstance(result, tuple) else (result,)
-        if not tensors or not all(isinstance(x, Tensor) for x in tensors):
+        tensors = tuple(result) if isinstance(result, tuple) else (result,)
+        # what is read of one tensor is no tuple
+        few = isinstance(result, tuple) and len(tensors) < 2
+        if few or not all(isinstance(x, Tensor) for x in tensors):
             given = ", ".join(type(x).__name__ for x in tensors)
-            raise TypeError(f"{function.__name__} must give one or more tensors, gave ({given})")
+            raise TypeError(
+                f"{function.__name__} must give a tensor or a tuple of two or more, gave ({given})"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         with files.replacing(path) as file:
             _write(file, key, [x.detach().cpu().contiguous() for x in tensors])
-        return result
+        return tensors if isinstance(result, tuple) else result
 
 
 class _DamagedError(Exception):

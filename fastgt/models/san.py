@@ -107,6 +107,9 @@ class SANConfig:
     def published(name: str) -> SANConfig:
         """The model of that name.
 
+        The authors' model for molhiv has a vector for pairs without an edge, too, but does not use
+        it: there they have those of type 0 in all columns.
+
         Args:
             name: ``"zinc"``, ``"pattern"``, ``"cluster"`` or ``"ogbg_molhiv"`` of the authors;
                 ``"zinc_gps"`` of GraphGPS.
@@ -155,7 +158,6 @@ _PUBLISHED = {
         dim=64,
         heads=4,
         gamma=1e-6,
-        far_type=False,
         dropout=0.01,
         lap_dim=16,
         lap_layers=3,
@@ -373,7 +375,8 @@ class SAN(nn.Module):
             graph: The batch.
             lap_vectors, lap_values: ``[N, lap_pe]`` and ``[G, lap_pe]``; NaN stands for an
                 eigenvector that a small graph does not have. In training every eigenvector gets
-                one random sign for the whole batch.
+                one random sign for the whole batch. The authors make the ``lap_pe`` entries of
+                every node of length 1, GraphGPS every eigenvector.
             others: What :func:`~fastgt.models.san.complement` gives of the graph, where it was
                 made before, as for compiled calls. None makes it.
         """

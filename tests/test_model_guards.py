@@ -14,6 +14,9 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgt import Graph
+from fastgt.models.exphormer_graph import expander, exphormer_pattern
+from fastgt.models.mpnn_vn import add_virtual_nodes
+from fastgt.models.san import complement
 from fastgt.testing import random_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,6 +41,25 @@ def trained(model):
 def graphs():
     """Plain molecules, without what a batch norm in training refuses."""
     return random_batch(5, [(6, 14), (5, 12), (7, 20), (4, 8)])
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (4, 3)])
+@pytest.mark.parametrize(
+    "made",
+    [
+        complement,
+        lambda graph: add_virtual_nodes(torch.zeros(graph.num_rows), None, graph),
+        lambda graph: exphormer_pattern(graph, None, 1),
+        lambda graph: expander(graph, 3),
+    ],
+    ids=["complement", "virtual nodes", "pattern", "expander"],
+)
+def test_what_a_model_makes_of_a_graph_needs_a_square_one(made, sizes):
+    """Columns without a row would stand for the nodes of another graph, or for virtual ones."""
+    graph = Graph.from_edge_index(torch.tensor([[2, 1, 0], [0, 1, 2]]), sizes)
+    rows, cols = sizes
+    with pytest.raises(ValueError, match=f"graph must be square, got {rows} rows and {cols} col"):
+        made(graph)
 
 
 @EVERY

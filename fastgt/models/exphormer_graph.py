@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastgt.encodings.size_order import check_square
 from fastgt.graph import Graph
-from fastgt.ops.checks import check_graph, integer, readable
+from fastgt.ops.checks import integer, readable
 from fastgt.ops.segment_pool import segment_sum
 from fastgt.philox import words
 
@@ -73,10 +74,7 @@ def expander(
         >>> found.shape, found[20:].tolist()
         (torch.Size([23, 5]), [[1, -1, -1, -1, -1], [2, -1, -1, -1, -1], [0, -1, -1, -1, -1]])
     """
-    check_graph(graph)
-    if graph.num_cols != graph.num_rows:
-        found = f"{graph.num_rows} rows and {graph.num_cols} columns"
-        raise ValueError(f"graph must be square, got {found}")
+    check_square(graph)
     degree, tries = integer("degree", degree, 1), integer("tries", tries, 1)
     ptr = graph.graph_ptr.long().cpu()
     sizes, n = ptr.diff(), graph.num_rows
@@ -136,7 +134,7 @@ def exphormer_pattern(graph: Graph, expander: Tensor | None, virtual_nodes: int)
         >>> pattern.sizes, pattern.graph.num_nodes
         ((2, 6, 3, 3), 4)
     """
-    n, g, device = graph.num_rows, graph.num_graphs, graph.device
+    n, g, device = check_square(graph), graph.num_graphs, graph.device
     parts = [graph.edge_index]
     if expander is not None:
         parts.append(_both_ways(expander, graph))

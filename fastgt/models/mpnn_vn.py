@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastgt.encodings.size_order import check_square
 from fastgt.graph import Graph
 from fastgt.models.graph_gps_config import check_inputs, check_together
 from fastgt.models.graph_gps_encoders import (
@@ -194,8 +195,7 @@ def add_virtual_nodes(node: Tensor, edge: Tensor | None, graph: Graph) -> WithVi
         >>> found.graph.edge_index.tolist()
         [[0, 0, 1, 3, 2, 2, 4], [1, 2, 2, 4, 0, 1, 3]]
     """
-    check_graph(graph)
-    n, g, device = graph.num_rows, graph.num_graphs, graph.device
+    n, g, device = check_square(graph), graph.num_graphs, graph.device
     for name, x, size, letter in (("node", node, n, "N"), ("edge", edge, graph.num_edges, "E")):
         if x is not None and x.shape[:1] != (size,):
             raise ValueError(f"{name} must be [{letter}, ...] = [{size}, ...], got {list(x.shape)}")

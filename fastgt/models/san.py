@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.contract import AuxRequest
+from fastgt.encodings.size_order import check_square
 from fastgt.graph import Graph
 from fastgt.models.graph_gps_config import kinds_of
 from fastgt.models.graph_gps_encoders import (
@@ -176,7 +177,7 @@ def complement(graph: Graph) -> Graph:
         >>> complement(path).edge_index.tolist()
         [[1, 2, 2, 0], [0, 0, 1, 2]]
     """
-    check_graph(graph)
+    check_square(graph)
     pairs = Graph.complete(graph.graph_ptr)
     source, target = pairs.edge_index
     apart = source != target

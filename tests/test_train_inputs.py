@@ -129,6 +129,19 @@ def test_encodings_of_models_that_have_their_own(made, data, tmp_path):
             assert torch.equal(found.encodings["pair_distance"], lengths)
 
 
+def test_types_of_edges_on_paths_do_not_wrap(data, tmp_path):
+    """Those of many kinds are kept; one that the config does not know is refused, not narrowed."""
+    molecules = load("zinc12k", data)
+    molecules = replace(molecules, edge=molecules.edge + 256)
+    settings = ("path_distance=4", "limit=2", "walk_steps=0", "walk_dim=0")
+    recipe = changed(RECIPES["graph_gps", "zinc12k"], [*settings, "edge_types=300"])
+    found = prepared(recipe, molecules, Cache(tmp_path)).batch(torch.tensor([0]))
+    assert found.encodings["pair_edges"].max() >= 256
+    recipe = changed(RECIPES["graph_gps", "zinc12k"], settings)
+    with pytest.raises(ValueError, match="edge must be from 0 to 3, got 25"):
+        prepared(recipe, molecules, Cache(tmp_path))
+
+
 def test_edges_carry_nothing_where_the_config_has_no_types(made):
     assert made("edge_types=()", "local=gin").edge is None
     assert made().edge is not None

@@ -18,6 +18,7 @@ from fastgt.encodings import (
 )
 from fastgt.graph import Graph
 from fastgt.models import expander
+from fastgt.models.graph_transformer import check_types
 from fastgt.training.published_recipes import MODELS
 from fastgt.training.recipe import Recipe
 
@@ -93,7 +94,10 @@ def _paths(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[s
     if edge is None or edge.dim() != 1:
         found = "nothing" if edge is None else f"{list(edge.shape)}"
         raise ValueError(f"shortest paths need edges with one column of types, got {found}")
-    kinds = edge.to(torch.uint8)  # types of 20 edges stand for every pair of nodes
+    count = c.edge_types[0]
+    kinds = check_types("edge", edge, "E", graph.num_edges, count, graph)
+    if count <= 256:
+        kinds = kinds.to(torch.uint8)  # types of 20 edges stand for every pair of nodes
     kept = getattr(c, "path_edges", c.path_distance)
     length, types = cache(shortest_paths, graph, kinds, c.path_distance, edges=kept)
     return {"pair_distance": Encoded(length, "pair"), "pair_edges": Encoded(types, "pair")}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from train_cases import assert_same_run, command, table, write
 
 from fastgt import cli
@@ -111,6 +112,25 @@ def test_gradients_are_those_of_one_process(data, tmp_path):
     assert found.keys() == expected.keys()
     for name, x in expected.items():
         torch.testing.assert_close(found[name], x, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_batch_norm_that_no_process_gives_rows_tracks_nothing():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        norm = torch.nn.BatchNorm1d(3)
+        called = Ranks(0, 2).wrapped(norm)
+        out = called(torch.zeros(0, 3))
+        out.sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert out.shape == (0, 3)
+    expected = torch.nn.BatchNorm1d(3)
+    expected(torch.zeros(0, 3))
+    for (name, x), y in zip(norm.named_buffers(), expected.buffers(), strict=True):
+        assert torch.equal(x, y), name
+    for x in norm.parameters():
+        assert x.grad is not None
+        assert not x.grad.any()
 
 
 STOPPED = """

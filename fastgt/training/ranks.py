@@ -108,6 +108,8 @@ class _BatchNormOfRanks(nn.BatchNorm1d):
         count = float(rows)
         if count == 1:
             raise ValueError("a batch norm in training got 1 row in all processes together")
+        if count == 0:  # as of graphs without edges: there is no mean, and nothing to track
+            return super().forward(x)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         mean = all_reduce(wide.sum(0), group=self.group) / count
         centred = wide - mean

@@ -46,6 +46,8 @@ def test_values_are_read_as_their_types():
         ("factor=1.5", "factor must be between 0 and 1, got 1.5"),
         ("lr=-1", "lr must be positive, got -1"),
         ("weight_decay=-1", "weight_decay must not be below 0, got -1"),
+        ("metric=accuracy", "loss 'l1' and metric 'mae' go together, got 'l1' and 'accuracy'"),
+        ("loss=cross_entropy", "loss 'l1' and metric 'mae' .*, got 'cross_entropy' and 'mae'"),
         ("stop_after=0", "stop_after must be positive, got 0"),
         ("warmup=2000", "warmup must be below epochs=2000, got 2000"),
         ("layers=" + "9" * 30, "--set layers must be a whole number"),

@@ -71,7 +71,8 @@ class Recipe:
         loss: ``"l1"``; ``"cross_entropy"`` of classes; the same with every class weighted by
             (V - n_c) / V (``"class_weighted_cross_entropy"``, V labels in the batch, n_c of the
             class); or ``"binary_cross_entropy"`` of logits, labels of NaN left out.
-        metric: What chooses the best epoch, on the validation split.
+        metric: What chooses the best epoch, on the validation split; ``"mae"`` goes with the loss
+            ``"l1"``, the others with classes.
         optimizer: ``"adam"`` or ``"adamw"``.
         lr, weight_decay: Of the optimizer.
         attention_decay: Weight decay of the parameters that ``MODELS`` calls attention; None for
@@ -122,6 +123,10 @@ class Recipe:
         for name, kinds in _KINDS.items():
             if getattr(self, name) not in kinds:
                 raise ValueError(f"{name} must be one of {list(kinds)}, got {getattr(self, name)}")
+        if (self.loss == "l1") != (self.metric == "mae"):
+            raise ValueError(
+                f"loss 'l1' and metric 'mae' go together, got {self.loss!r} and {self.metric!r}"
+            )
         for name in ("batch_size", "epochs", "stop_after", "limit"):
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name), 1)

@@ -79,9 +79,13 @@ def run(args: argparse.Namespace, device: Callable[[], torch.device]) -> int:
     from fastgt.training import listing
 
     if args.list:
+        if args.model is not None:
+            raise ValueError(f"--list takes no names, got {args.model!r}")
         rows = listing.rows()
         print(json.dumps(rows, indent=1) if args.json else listing.table(rows))
         return 0
+    if args.json:
+        raise ValueError("--json goes with --list alone; a run writes result.json")
     recipe = chosen(args.model, args.data_set, assignments(args))
     # after the names: these import what they train with
     from fastgt.training import pruned, train

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +236,17 @@ def test_a_second_run_in_the_same_folder_is_refused(straight, data, tmp_path, ca
     assert list(tmp_path.iterdir()) == []
     assert cli.main(command(data, tmp_path, "--epochs", "3")) == 0
     assert_same_run(tmp_path, straight)
+
+
+def test_several_runs_in_the_folder_of_one_are_refused(straight, data, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    kept = (tmp_path / "run" / "result.json").read_bytes()
+    for seeds in ("0", "1-2"):
+        options = ["--epochs", "1", "--seeds", seeds]
+        assert cli.main(command(data, tmp_path / "run", *options)) == 1
+        assert "holds one run: name another --output for several" in capsys.readouterr().err
+    assert (tmp_path / "run" / "result.json").read_bytes() == kept
+    assert not list((tmp_path / "run").glob("seed-*"))
 
 
 def test_files_lost_after_the_last_checkpoint_are_made_again(straight, data, tmp_path):

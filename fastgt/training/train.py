@@ -110,7 +110,10 @@ def without_unused_parameters(recipe: Recipe) -> Recipe:
 
 
 def _runs(recipe: Recipe, plan: Plan, data: GraphSet | NodeSet) -> list[_Run]:
-    """Seed by seed, split by split; several have folders of their own."""
+    """Seed by seed, split by split; several have folders of their own.
+
+    In the folder of one run, their result.json would take the place of its own.
+    """
     splits = [0]
     if isinstance(data, NodeSet):
         splits = list(range(len(data.splits)) if plan.splits is None else plan.splits)
@@ -124,6 +127,9 @@ def _runs(recipe: Recipe, plan: Plan, data: GraphSet | NodeSet) -> list[_Run]:
     for name, given in (("--seeds", seeds), ("--splits", splits)):
         if len(set(given)) < len(given):
             raise ValueError(f"{name} has a number twice: {', '.join(map(str, given))}")
+    alone = plan.seeds is None and isinstance(data, GraphSet)  # its run stands in the folder itself
+    if not alone and (plan.folder / "checkpoint.pt").exists():
+        raise ValueError(f"{plan.folder} holds one run: name another --output for several")
     runs = []
     for seed in seeds:
         for split in splits:

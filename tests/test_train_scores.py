@@ -59,6 +59,15 @@ def test_labels_that_are_unknown_get_no_gradient():
     assert output.grad[:, 0].ne(0).tolist() == [True, False, True, False]
 
 
+@pytest.mark.parametrize("kind", ["l1", "binary_cross_entropy"])
+def test_a_batch_without_labels_has_loss_zero(kind):
+    output = torch.randn(4, 2, requires_grad=True)
+    found = loss(kind, output, torch.full((4, 2), torch.nan))
+    found.backward()
+    assert found.item() == 0
+    assert not output.grad.any()
+
+
 def test_a_batch_of_one_class_has_weighted_loss_zero():
     output = torch.randn(5, 2, requires_grad=True)
     found = loss("class_weighted_cross_entropy", output, torch.zeros(5, dtype=torch.long))

@@ -47,7 +47,9 @@ def loss_terms(kind: Loss, output: Tensor, y: Tensor, total: Total) -> tuple[Ten
             each = (output - y).abs()
         else:
             each = F.binary_cross_entropy_with_logits(output, y.nan_to_num(), reduction="none")
-        return each.where(told, each.new_zeros(())).sum(), told.sum().to(each.dtype)
+        told_labels = told.sum().to(each.dtype)
+        # without any label the loss is 0, not 0 / 0
+        return each.where(told, each.new_zeros(())).sum(), told_labels + _tiny(each)
     one, output = output.shape[1:] == (1,), _logits(output, y)
     each = F.cross_entropy(output, y, reduction="none")
     if kind == "cross_entropy":
@@ -56,7 +58,7 @@ def loss_terms(kind: Loss, output: Tensor, y: Tensor, total: Total) -> tuple[Ten
     count = total(torch.bincount(y, minlength=output.shape[1]))
     weight = ((count.sum() - count) / count.sum()).to(each.dtype)[y]
     total_weight = each.new_tensor(len(y)) if one else weight.sum()
-    return (weight * each).sum(), total_weight + torch.finfo(each.dtype).tiny
+    return (weight * each).sum(), total_weight + _tiny(each)
 
 
 def metric(kind: Metric) -> Score:
@@ -139,6 +141,10 @@ def _over_tasks(of: Callable[[Tensor, Tensor], float], output: Tensor, y: Tensor
     if not found:
         raise ValueError("a ranking is judged by positive and negative labels: there are not both")
     return sum(found) / len(found)
+
+
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny
 
 
 def _beside(output: Tensor, y: Tensor) -> Tensor:

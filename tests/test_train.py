@@ -441,7 +441,7 @@ def test_damaged_data_is_said(tmp_path, capsys):
         (["lr=nan"], 1, "--set lr must be a number, got 'nan'"),
         (["lr=1", "lr=2"], 1, "--set lr is there twice"),
         (["epochs=3", "--epochs", "3"], 1, "--set epochs is there twice"),
-        (["schedule=linear"], 1, "--set schedule must be 'constant' or 'plateau' or 'cosine'"),
+        (["schedule=step"], 1, "--set schedule must be 'constant' or 'plateau' or 'cosine'"),
         (["last_edges=1"], 1, "--set last_edges must be true or false, got '1'"),
         (["batch_size=0"], 1, "batch_size must be positive, got 0"),
         (["schedule=cosine", "warmup=5", "epochs=5"], 1, "warmup must be below epochs=5, got 5"),

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fastgt.encodings.laplacian_components import batch_eigenpairs
+from fastgt.encodings.size_order import both_ways
 from fastgt.graph import Graph
+from fastgt.ops.checks import check_square
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
@@ -186,22 +188,10 @@ def flip_signs(pe: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def _adjacency(graph: Graph, symmetrize: bool) -> sp.csr_array:
-    if not isinstance(graph, Graph):
-        raise TypeError(f"graph must be a fastgt.Graph, got {type(graph).__name__}")
-    n = graph.num_rows
-    if n != graph.num_cols:
-        raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")
+    n = check_square(graph)
     import scipy.sparse as sp
 
     # copies: duplicates are summed in place, and the graph's memory is not ours to write
     col, row_ptr = (x.cpu().numpy().copy() for x in (graph.col, graph.row_ptr))
     a = sp.csr_array((np.ones(len(col)), col, row_ptr), shape=(n, n))
-    a.sum_duplicates()
-    if symmetrize:
-        return sp.csr_array(a.maximum(a.T))
-    one_way = (a - a.T).tocoo()
-    if one_way.nnz:
-        i, j = (int(x[0]) for x in one_way.coords)
-        edges = f"{a[j, i]:.0f} edges from node {i} to {j} but {a[i, j]:.0f} back"
-        raise ValueError(f"graph must be symmetric, has {edges}; symmetrize=True makes it so")
-    return a
+    return both_ways(a, np.arange(n), symmetrize)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgt.encodings.size_order import check_room, check_square, progress_of
+from fastgt.encodings.size_order import check_room, progress_of
 from fastgt.graph import Graph
-from fastgt.ops.checks import integer
+from fastgt.ops.checks import check_square, integer
 
 _ROOM = 2**16  # pairs at once
 _TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgt.graph import Graph
-from fastgt.ops.checks import check_graph
+from fastgt.ops.checks import check_square
 from fastgt.plans import free_memory
 
 if TYPE_CHECKING:
@@ -128,26 +128,23 @@ def size_order(graph: Graph, name: str) -> SizeOrder:
 
 def undirected(order: SizeOrder, symmetrize: bool) -> SizeOrder:
     """The same with each entry once, where edges go both ways; ``symmetrize``: they come to do."""
-    a = order.a.copy()
+    return order._replace(a=both_ways(order.a.copy(), order.nodes, symmetrize))
+
+
+def both_ways(a: sp.csr_array, nodes: np.ndarray, symmetrize: bool) -> sp.csr_array:
+    """``a``, whose duplicates are summed in place, if it is symmetric; or made so.
+
+    ``nodes`` numbers its rows for the message.
+    """
     a.sum_duplicates()
     if symmetrize:
-        return order._replace(a=a.maximum(a.T).tocsr())
+        return a.maximum(a.T).tocsr()
     apart = (a - a.T).tocoo()
     if apart.nnz:
         i, j = (int(x[0]) for x in apart.coords)
-        v, u = order.nodes[i], order.nodes[j]
-        edges = f"{a[j, i]:.0f} edges from node {v} to {u} but {a[i, j]:.0f} back"
+        edges = f"{a[j, i]:.0f} edges from node {nodes[i]} to {nodes[j]} but {a[i, j]:.0f} back"
         raise ValueError(f"graph must be symmetric, has {edges}; symmetrize=True makes it so")
-    return order._replace(a=a)
-
-
-def check_square(graph: Graph) -> int:
-    """The number of nodes of a graph that has as many rows as columns."""
-    check_graph(graph)
-    n = graph.num_rows
-    if n != graph.num_cols:
-        raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")
-    return n
+    return a
 
 
 def check_room(name: str, nodes: int, needed: int) -> None:

@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgt.encodings.size_order import check_square
 from fastgt.graph import Graph
-from fastgt.ops.checks import integer, readable
+from fastgt.ops.checks import check_square, integer, readable
 from fastgt.ops.segment_pool import segment_sum
 from fastgt.philox import words
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from fastgt.graph import Graph
 from fastgt.nn import NeighborhoodAttention
 from fastgt.nn.sublayers import reset_sublayers
-from fastgt.ops.checks import check_graph, integer
+from fastgt.ops.checks import check_square, integer
 
 
 def bigbird_pattern(graph: Graph, *, block: int = 3, random: int = 3, seed: int = 0) -> Graph:
@@ -68,12 +68,9 @@ def bigbird_pattern(graph: Graph, *, block: int = 3, random: int = 3, seed: int 
         >>> pattern.row_degree[::15].tolist()
         [60, 24, 24, 24]
     """
-    check_graph(graph)
+    check_square(graph)
     block, random = integer("block", block, 1), integer("random", random, 0)
     seed = integer("seed", seed, 0)
-    if graph.num_cols != graph.num_rows:
-        found = f"{graph.num_rows} rows and {graph.num_cols} columns"
-        raise ValueError(f"graph must be square, got {found}")
     offsets = graph.graph_ptr.long()
     counts = (offsets.diff() + block - 1) // block  # [G]
     before = counts.cumsum(0) - counts

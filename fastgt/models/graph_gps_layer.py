@@ -25,7 +25,7 @@ from fastgt.models.graph_gps_local import (
 from fastgt.nn import LinearAttention
 from fastgt.nn.gated_heads import GatedHeads
 from fastgt.nn.sublayers import check_rows, reset_sublayers
-from fastgt.ops.checks import check_float, check_graph, check_offsets, integer
+from fastgt.ops.checks import check_float, check_graph, check_offsets, check_square, integer
 from fastgt.ops.global_attention import global_attention
 from fastgt.ops.segment_pool import segment_mean, virtual_node
 
@@ -314,9 +314,7 @@ class GraphGPSLayer(nn.Module):
         distance: Tensor | None,
         edge_output: bool | None,
     ) -> bool:
-        n, edges, dim = graph.num_rows, graph.num_edges, self.dim
-        if graph.num_cols != n:
-            raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")
+        n, edges, dim = check_square(graph), graph.num_edges, self.dim
         check_matrix("x", x, "N, dim", (n, dim))
         if self.local_kind in WITH_EDGES:
             check_matrix("e", e, "E, dim", (edges, edge_width(self.local_kind, dim)))

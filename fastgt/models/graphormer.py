@@ -33,7 +33,7 @@ from fastgt.models.graph_gps_layer import GlobalAttention
 from fastgt.models.graph_gps_pairs import DegreeEncoder
 from fastgt.models.graphormer_pairs import PathBias
 from fastgt.nn.sublayers import reset_sublayers
-from fastgt.ops.checks import check_graph, integer
+from fastgt.ops.checks import check_square, integer
 
 NormPlace = Literal["pre", "post"]
 GraphormerHead = Literal["linear", "transform"]
@@ -244,10 +244,7 @@ class Graphormer(nn.Module):
                 several columns of types ``[P, path_edges, columns]``, of a call for each, stacked.
                 None without types.
         """
-        check_graph(graph)
-        n = graph.num_rows
-        if graph.num_cols != n:
-            raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")
+        n = check_square(graph)
         x = self.embed("node", node, "N", n, graph) + self.embed_degree(graph)
         ptr = graph.graph_ptr.long()
         graphs = torch.arange(graph.num_graphs, device=ptr.device)

@@ -23,7 +23,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgt.encodings.size_order import check_square
 from fastgt.graph import Graph
 from fastgt.models.graph_gps_config import check_inputs, check_together
 from fastgt.models.graph_gps_encoders import (
@@ -38,7 +37,7 @@ from fastgt.models.graph_gps_encoders import (
 )
 from fastgt.models.graph_gps_local import GCN, GINE, WITH_EDGES, GatedGCN
 from fastgt.nn.sublayers import check_rows, reset_sublayers
-from fastgt.ops.checks import check_graph, integer
+from fastgt.ops.checks import check_graph, check_square, integer
 from fastgt.ops.segment_pool import of_nodes, segment_sum
 
 VNLocal = Literal["gcn", "gine", "gatedgcn"]

@@ -35,7 +35,7 @@ from fastgt.models.polynormer_config import PolynormerConfig
 from fastgt.models.sgformer import DrawnGCN
 from fastgt.nn.sublayers import check_rows, reset_sublayers
 from fastgt.ops.additive_attention import additive_attention
-from fastgt.ops.checks import check_graph
+from fastgt.ops.checks import check_square
 from fastgt.ops.linear_attention import linear_attention
 
 Stage = Literal["local", "global"]
@@ -103,10 +103,7 @@ class Polynormer(nn.Module):
 
     def forward(self, node: Tensor, graph: Graph) -> Tensor:
         """node ``[N, node_features]`` -> ``[N, out_dim]``."""
-        check_graph(graph)
-        c, n = self.config, graph.num_rows
-        if graph.num_cols != n:
-            raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")
+        c, n = self.config, check_square(graph)
         check_matrix("node", node, "N, node_features", (n, c.node_features))
         check_dtype("node", node, next(self.parameters()))
         x = self.in_dropout(node)

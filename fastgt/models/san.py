@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.contract import AuxRequest
-from fastgt.encodings.size_order import check_square
 from fastgt.graph import Graph
 from fastgt.models.graph_gps_config import kinds_of
 from fastgt.models.graph_gps_encoders import (
@@ -37,7 +36,7 @@ from fastgt.models.graph_transformer import readout
 from fastgt.models.spectral_encoder import SpectralEncoder
 from fastgt.nn.sublayers import check_rows, reset_sublayers
 from fastgt.ops.attention import neighborhood_attention
-from fastgt.ops.checks import check_graph, integer, number
+from fastgt.ops.checks import check_graph, check_square, integer, number
 
 _SIZES = ("out_dim", "dim", "heads", "layers", "lap_pe", "lap_dim", "lap_heads", "lap_layers")
 

@@ -33,7 +33,7 @@ from fastgt.models.graph_gps_encoders import check_matrix
 from fastgt.models.graph_gps_local import GCN
 from fastgt.models.graph_transformer import check_dtype
 from fastgt.nn.sublayers import check_rows, reset_sublayers
-from fastgt.ops.checks import MAX_WIDTH, check_float, check_graph, integer, number
+from fastgt.ops.checks import MAX_WIDTH, check_float, check_square, integer, number
 from fastgt.ops.linear_attention import Norms, sgformer_attention
 
 Convolution = Literal["plain", "residual", "initial"]
@@ -181,10 +181,7 @@ class SGFormer(nn.Module):
 
     def forward(self, node: Tensor, graph: Graph) -> Tensor:
         """node ``[N, node_features]`` -> ``[N, out_dim]``."""
-        check_graph(graph)
-        c, n = self.config, graph.num_rows
-        if graph.num_cols != n:
-            raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")
+        c, n = self.config, check_square(graph)
         check_matrix("node", node, "N, node_features", (n, c.node_features))
         check_dtype("node", node, next(self.parameters()))
         z = self.after(self.embed(node))

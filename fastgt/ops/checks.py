@@ -83,6 +83,15 @@ def check_graph(graph: object) -> None:
         )
 
 
+def check_square(graph: Graph) -> int:
+    """The number of nodes of a graph that has as many rows as columns."""
+    check_graph(graph)
+    n = graph.num_rows
+    if n != graph.num_cols:
+        raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")
+    return n
+
+
 def check_attention(q: Tensor, k: Tensor, v: Tensor, graph: Graph) -> None:
     """q, k, v and the graph fit each other."""
     check_graph(graph)

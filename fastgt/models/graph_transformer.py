@@ -31,7 +31,14 @@ from fastgt.encodings import flip_signs
 from fastgt.graph import Graph
 from fastgt.nn import EdgeGatedAttention, NeighborhoodAttention
 from fastgt.nn.sublayers import check_rows, reset_sublayers
-from fastgt.ops.checks import autocasts, check_float, check_graph, integer, readable
+from fastgt.ops.checks import (
+    autocasts,
+    check_float,
+    check_graph,
+    check_square,
+    integer,
+    readable,
+)
 
 Norm = Literal["batch", "layer"]
 _NORM = ", or take norm='layer'"
@@ -274,7 +281,61 @@ class GraphTransformer(nn.Module):
         return self.readout(x)
 
 
-class EdgeGraphTransformer(nn.Module):
+class EdgeLayers(nn.Module):
+    """Typed nodes and typed edges, embedded, and layers of both: what stands before a head.
+
+    Args:
+        config: With ``dim``, ``heads``, ``layers``, ``pe_dim``, ``norm``, ``dropout`` and
+            ``last_edges``, as of :class:`EdgeGraphTransformerConfig`.
+        node_types, edge_types: How many there are.
+        in_dropout: Of the embeddings of nodes.
+    """
+
+    def __init__(self, config: Any, node_types: int, edge_types: int, in_dropout: float):
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(node_types, c.dim)
+        self.embed_pe = nn.Linear(c.pe_dim, c.dim) if c.pe_dim else None
+        self.embed_edge = nn.Embedding(edge_types, c.dim)
+        self.in_dropout = nn.Dropout(in_dropout)
+        self.layers = nn.ModuleList(
+            GraphTransformerEdgeLayer(
+                c.dim,
+                c.heads,
+                norm=c.norm,
+                dropout=c.dropout,
+                edge_output=i < c.layers or c.last_edges,
+            )
+            for i in range(1, c.layers + 1)
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        reset_sublayers(self)
+
+    def encode(
+        self, node: Tensor, edge: Tensor, graph: Graph, pe: Tensor | None, *, suffix: str = ""
+    ) -> Tensor:
+        """node ``[N]``, edge ``[E]`` integers, pe ``[N, pe_dim]`` -> ``[N, dim]``.
+
+        In training every eigenvector gets one random sign for the whole batch. ``suffix`` ends the
+        names of node and edge in messages.
+        """
+        n = check_square(graph)
+        kinds = self.embed.num_embeddings, self.embed_edge.num_embeddings
+        node = check_types(f"node{suffix}", node, "N", n, kinds[0], graph)
+        edge = check_types(f"edge{suffix}", edge, "E", graph.num_edges, kinds[1], graph)
+        check_pe(pe, n, self.config.pe_dim, self.embed_pe)
+        x = self.in_dropout(self.embed(node))
+        if pe is not None and self.embed_pe is not None:
+            x = x + self.embed_pe(flip_signs(pe) if self.training else pe)
+        e = self.embed_edge(edge)
+        for i, layer in enumerate(self.layers, 1):
+            x, e = layer(x, e, graph, edge_output=i < len(self.layers))
+        return x
+
+
+class EdgeGraphTransformer(EdgeLayers):
     """Numbers for every graph of a batch with typed nodes and typed edges.
 
     Nodes are averaged over each graph before the readout. The edges of the last layer reach no
@@ -293,27 +354,8 @@ class EdgeGraphTransformer(nn.Module):
     """
 
     def __init__(self, config: EdgeGraphTransformerConfig):
-        super().__init__()
-        c = self.config = config
-        self.embed = nn.Embedding(c.node_types, c.dim)
-        self.embed_pe = nn.Linear(c.pe_dim, c.dim) if c.pe_dim else None
-        self.embed_edge = nn.Embedding(c.edge_types, c.dim)
-        self.in_dropout = nn.Dropout(c.in_dropout)
-        self.layers = nn.ModuleList(
-            GraphTransformerEdgeLayer(
-                c.dim,
-                c.heads,
-                norm=c.norm,
-                dropout=c.dropout,
-                edge_output=i < c.layers or c.last_edges,
-            )
-            for i in range(1, c.layers + 1)
-        )
-        self.readout = readout(c.dim, c.out_dim)
-
-    def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
-        reset_sublayers(self)
+        super().__init__(config, config.node_types, config.edge_types, config.in_dropout)
+        self.readout = readout(config.dim, config.out_dim)
 
     def forward(
         self, node_type: Tensor, edge_type: Tensor, graph: Graph, pe: Tensor | None = None
@@ -322,17 +364,7 @@ class EdgeGraphTransformer(nn.Module):
 
         In training every eigenvector gets one random sign for the whole batch.
         """
-        check_graph(graph)
-        c, n = self.config, graph.num_rows
-        node_type = check_types("node_type", node_type, "N", n, c.node_types, graph)
-        edge_type = check_types("edge_type", edge_type, "E", graph.num_edges, c.edge_types, graph)
-        check_pe(pe, n, c.pe_dim, self.embed_pe)
-        x = self.in_dropout(self.embed(node_type))
-        if pe is not None and self.embed_pe is not None:
-            x = x + self.embed_pe(flip_signs(pe) if self.training else pe)
-        e = self.embed_edge(edge_type)
-        for i, layer in enumerate(self.layers, 1):
-            x, e = layer(x, e, graph, edge_output=i < len(self.layers))
+        x = self.encode(node_type, edge_type, graph, pe, suffix="_type")
         return self.readout(_mean(x, graph))
 
 

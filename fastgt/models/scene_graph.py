@@ -18,17 +18,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from fastgt.encodings import flip_signs
 from fastgt.graph import Graph
-from fastgt.models.graph_transformer import (
-    GraphTransformerEdgeLayer,
-    Norm,
-    check_config,
-    check_pe,
-    check_types,
-)
-from fastgt.nn.sublayers import reset_sublayers
-from fastgt.ops.checks import check_graph
+from fastgt.models.graph_transformer import EdgeLayers, Norm, check_config
 
 
 @dataclass
@@ -84,7 +75,7 @@ class SceneGraphConfig:
         return replace(_PUBLISHED[name])
 
 
-class SceneGraphEncoder(nn.Module):
+class SceneGraphEncoder(EdgeLayers):
     """A box and logits of classes for every object of a batch of scene graphs.
 
     Boxes are no less than -0.28, and not bounded above: the authors clamp them to (0, 1) before
@@ -109,22 +100,8 @@ class SceneGraphEncoder(nn.Module):
     """
 
     def __init__(self, config: SceneGraphConfig):
-        super().__init__()
-        c = self.config = config
-        self.embed = nn.Embedding(c.objects, c.dim)
-        self.embed_pe = nn.Linear(c.pe_dim, c.dim) if c.pe_dim else None
-        self.embed_edge = nn.Embedding(c.predicates, c.dim)
-        self.in_dropout = nn.Dropout(c.dropout)
-        self.layers = nn.ModuleList(
-            GraphTransformerEdgeLayer(
-                c.dim,
-                c.heads,
-                norm=c.norm,
-                dropout=c.dropout,
-                edge_output=i < c.layers or c.last_edges,
-            )
-            for i in range(1, c.layers + 1)
-        )
+        c = config
+        super().__init__(c, c.objects, c.predicates, c.dropout)
         self.box = nn.Sequential(
             nn.Linear(c.dim, c.dim // 2),
             nn.GELU(),
@@ -137,10 +114,6 @@ class SceneGraphEncoder(nn.Module):
             nn.Linear(c.dim, c.dim // 2), nn.GELU(), nn.Linear(c.dim // 2, c.objects)
         )
 
-    def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
-        reset_sublayers(self)
-
     def forward(
         self, node: Tensor, edge: Tensor, graph: Graph, *, pe: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -148,19 +121,7 @@ class SceneGraphEncoder(nn.Module):
 
         In training every eigenvector gets one random sign for the whole batch.
         """
-        check_graph(graph)
-        c, n = self.config, graph.num_rows
-        if graph.num_cols != n:
-            raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")
-        node = check_types("node", node, "N", n, c.objects, graph)
-        edge = check_types("edge", edge, "E", graph.num_edges, c.predicates, graph)
-        check_pe(pe, n, c.pe_dim, self.embed_pe)
-        x = self.in_dropout(self.embed(node))
-        if pe is not None and self.embed_pe is not None:
-            x = x + self.embed_pe(flip_signs(pe) if self.training else pe)
-        e = self.embed_edge(edge)
-        for i, layer in enumerate(self.layers, 1):
-            x, e = layer(x, e, graph, edge_output=i < len(self.layers))
+        x = self.encode(node, edge, graph, pe)
         return self.box(x), self.classes(x)
 
 

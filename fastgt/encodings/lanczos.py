@@ -42,6 +42,8 @@ def lowest(laplacian: sp.csr_array, trivial: np.ndarray, bound: float, k: int) -
     Raises:
         RuntimeError: No stage converged within its work.
     """
+    from scipy.sparse.linalg import ArpackError
+
     basis = max(2 * k, 40)
     eliminated, core, sparse = _elimination(laplacian)
     if sparse and (solve := _factor(laplacian, bound)) is not None:
@@ -49,10 +51,15 @@ def lowest(laplacian: sp.csr_array, trivial: np.ndarray, bound: float, k: int) -
         return 1 / mu, u
     try:
         return _filtered(laplacian, trivial, bound, k, basis)
-    except RuntimeError:
-        pass  # small gaps: long paths that hang off an expander; or hubs, in D - A
-    mu, u = _largest(_inverse(laplacian, trivial, eliminated, core), trivial, k, basis)
+    except (ArpackError, _UnsolvedError):
+        # small gaps: long paths that hang off an expander; or hubs, in D - A
+        inverse = _inverse(laplacian, trivial, eliminated, core)
+    mu, u = _largest(inverse, trivial, k, basis)
     return 1 / mu, u
+
+
+class _UnsolvedError(RuntimeError):
+    """A stage did not converge within its work."""
 
 
 def _filtered(
@@ -82,7 +89,7 @@ def _filtered(
         nonlocal left
         left -= products
         if left < 0:
-            raise RuntimeError("no convergence within the products of a filter")
+            raise _UnsolvedError("no convergence within the products of a filter")
 
     def apply(x: np.ndarray) -> np.ndarray:
         spend(degree)
@@ -111,7 +118,7 @@ def _filtered(
     _, u = _largest(apply, trivial, k, basis, start)
     w = (u * (laplacian @ u)).sum(0)
     if w.max() > cut:
-        raise RuntimeError("an eigenvalue lies above the bound of a filter")
+        raise _UnsolvedError("an eigenvalue lies above the bound of a filter")
     order = np.argsort(w, kind="stable")
     return w[order], u[:, order]
 
@@ -263,7 +270,7 @@ def _inverse(
             schur, right, rtol=1e-12, atol=0, maxiter=each, M=jacobi, callback=step
         )
         if failed or each == 0:  # of no steps, scipy says that they converged
-            raise RuntimeError(f"no convergence in {limit} steps of conjugate gradients")
+            raise _UnsolvedError(f"no convergence in {limit} steps of conjugate gradients")
         y[eliminated] = inner(x[eliminated] - b @ y[core])
         return y
 
@@ -309,4 +316,4 @@ def _largest(
         mu, u, count = np.append(mu, w), np.column_stack([u, v]), 1
         order = np.argsort(-mu, kind="stable")
         mu, u = mu[order], u[:, order]
-    raise RuntimeError(f"more than {k} copies of an eigenvalue turned up")
+    raise _UnsolvedError(f"more than {k} copies of an eigenvalue turned up")

@@ -10,6 +10,8 @@ from fastgt import Graph, cli
 from fastgt.datasets import NodeSet, load
 from fastgt.encodings import (
     Cache,
+    electrostatic_pe,
+    heat_kernel_pe,
     laplacian_eigenpairs,
     laplacian_pe,
     random_walk_pe,
@@ -72,6 +74,14 @@ def test_encodings_are_those_that_the_config_asks_for(made):
     stable = made("walk_steps=0", "walk_dim=0", "stable_pe=3", "local=gatedgcn").batch(chosen)
     assert stable.encodings.keys() == {"lap_vectors"}
     assert stable.encodings["lap_vectors"].shape[1] == 3
+    more = ["sign_pe=3", "sign_dim=4", "heat_times=5", "heat_dim=4", "electrostatic_dim=4"]
+    other = made("walk_steps=0", "walk_dim=0", *more).batch(chosen)
+    assert other.encodings.keys() == {"lap_vectors", "heat_pe", "electrostatic_pe"}
+    assert other.encodings["lap_vectors"].shape[1] == 3
+    expected = heat_kernel_pe(other.graph, [1, 2, 3, 4, 5])
+    torch.testing.assert_close(other.encodings["heat_pe"], expected, rtol=1e-5, atol=1e-6)
+    expected = electrostatic_pe(other.graph)
+    torch.testing.assert_close(other.encodings["electrostatic_pe"], expected, rtol=1e-4, atol=1e-5)
     eigen = made(model="edge_graph_transformer").batch(chosen)
     expected = laplacian_pe(eigen.graph, 8)
     # the largest entries of an eigenvector may be equal: then its sign is no one's

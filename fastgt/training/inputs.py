@@ -11,6 +11,8 @@ from torch import Tensor
 from fastgt.datasets import Encoded, GraphSet, NodeSet
 from fastgt.encodings import (
     Cache,
+    electrostatic_pe,
+    heat_kernel_pe,
     laplacian_eigenpairs,
     laplacian_pe,
     random_walk_pe,
@@ -28,8 +30,8 @@ def prepared(recipe: Recipe, data: GraphSet | NodeSet, cache: Cache) -> GraphSet
 
     Encodings are those of :data:`ENCODINGS` that a field of the config asks for. Types of nodes
     become features, one for each type, column after column, where the config has
-    ``node_features``. Edges leave what
-    they carry where the config has neither types nor features of edges.
+    ``node_features``. Edges leave what they carry where the config has neither types nor features
+    of edges.
     """
     c = recipe.config
     if recipe.limit is not None:
@@ -76,8 +78,28 @@ def _eigenpairs(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> d
 
 
 def _stable(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[str, Encoded]:
-    vectors, _ = cache(laplacian_eigenpairs, graph, r.config.stable_pe)
+    return _vectors(cache, graph, r.config.stable_pe)
+
+
+def _sign(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[str, Encoded]:
+    return _vectors(cache, graph, r.config.sign_pe)
+
+
+def _vectors(cache: Cache, graph: Graph, k: int) -> dict[str, Encoded]:
+    vectors, _ = cache(laplacian_eigenpairs, graph, k)
     return {"lap_vectors": Encoded(vectors, "node")}
+
+
+def _heat(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[str, Encoded]:
+    """At the times 1, 2, ..., as GraphGPS's configurations have them."""
+    times = tuple(range(1, r.config.heat_times + 1))
+    return {"heat_pe": Encoded(cache(heat_kernel_pe, graph, times), "node")}
+
+
+def _electrostatic(
+    cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe
+) -> dict[str, Encoded]:
+    return {"electrostatic_pe": Encoded(cache(electrostatic_pe, graph), "node")}
 
 
 def _expander(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[str, Encoded]:
@@ -108,6 +130,9 @@ ENCODINGS: dict[str, Callable[[Cache, Graph, Tensor | None, Recipe], dict[str, E
     "walk_steps": _walks,
     "lap_pe": _eigenpairs,
     "stable_pe": _stable,
+    "sign_pe": _sign,
+    "heat_times": _heat,
+    "electrostatic_dim": _electrostatic,
     "path_distance": _paths,
     "expander_degree": _expander,
 }

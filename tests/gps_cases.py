@@ -16,17 +16,17 @@ from literal_layers import (
     layer_norm,
     linear,
     perturbed,
+    rough_batch,
     scatter,
 )
 from torch import nn
 from torch.nn import functional as F
 
-from fastgt import Graph, implementation
+from fastgt import implementation
 from fastgt.encodings import shortest_paths
 from fastgt.models import GraphGPS, GraphGPSConfig
 from fastgt.models.graph_gps_bigbird import bigbird_pattern
 from fastgt.models.graph_gps_layer import GraphGPSLayer, GraphNorm
-from fastgt.testing import random_batch
 
 FP64 = torch.float64
 DIM, HEADS = 8, 2
@@ -37,12 +37,7 @@ ATTENTION = ("none", "softmax", "performer", "linear", "bigbird")
 
 
 def batch():
-    """Graphs with isolated nodes, self loops and duplicate edges."""
-    graph = random_batch(3, SIZES, device=DEVICE)
-    extra = torch.tensor([[0, 1, 1, 6], [0, 2, 2, 6]], device=DEVICE)
-    edges = torch.cat([graph.edge_index, extra], 1)
-    edges = edges[:, edges[1] != 3]
-    return Graph.from_edge_index(edges, graph_ptr=graph.graph_ptr)
+    return rough_batch(SIZES)
 
 
 def graph_norm(norm, x, offsets):

@@ -1,10 +1,17 @@
-"""Equations of layers that several models share, in plain PyTorch: they read parameters alone."""
+"""Equations of layers that several models share, in plain PyTorch: they read parameters alone.
+
+And the batch that models are compared on.
+"""
 
 import copy
 from itertools import pairwise
 
 import torch
+from attention_cases import DEVICE
 from torch import nn
+
+from fastgt import Graph
+from fastgt.testing import random_batch
 
 
 def linear(layer, x):
@@ -141,3 +148,18 @@ def _run(module, forward, tensors):
     found = {f"out {i}": y for i, y in enumerate(outputs)}
     names = zip([*tensors, *named], grads, strict=True)
     return found | {f"d {name}": g for name, g in names}
+
+
+def rough_batch(sizes, loop=6):
+    """Graphs with isolated nodes, self loops, one at node ``loop``, and duplicate edges."""
+    graph = random_batch(3, sizes, device=DEVICE)
+    extra = torch.tensor([[0, 1, 1, loop], [0, 2, 2, loop]], device=DEVICE)
+    edges = torch.cat([graph.edge_index, extra], 1)
+    edges = edges[:, edges[1] != 3]
+    return Graph.from_edge_index(edges, graph_ptr=graph.graph_ptr)
+
+
+def edgeless(*sizes):
+    """Graphs of so many nodes, without edges."""
+    ptr = torch.tensor([0, *sizes]).cumsum(0).to(DEVICE)
+    return Graph.from_edge_index(torch.zeros(2, 0, dtype=torch.long, device=DEVICE), graph_ptr=ptr)

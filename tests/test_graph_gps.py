@@ -19,7 +19,7 @@ from gps_cases import (
     small,
 )
 from literal_layers import perturbed
-from torch.nn import functional as F
+from model_cases import check_learnt_by_heart
 
 from fastgt import Graph
 from fastgt.models import GraphGPS, GraphGPSConfig
@@ -174,15 +174,7 @@ def test_a_batch_is_learnt_by_heart(name):
         given["lap_vectors"] = given["lap_vectors"].nan_to_num()
     size = graph.num_rows if model.config.head == "inductive_node" else graph.num_graphs
     wanted = torch.linspace(-1, 1, size, device=DEVICE)[torch.randperm(size), None]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
-    losses = []
-    for _ in range(150):
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(graph=graph, **given), wanted)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert min(losses[-20:]) < 0.05 * losses[0], (losses[0], losses[-1])
+    check_learnt_by_heart(model, graph, given, wanted, steps=150)
 
 
 @pytest.mark.parametrize(

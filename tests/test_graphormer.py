@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from attention_cases import DEVICE
-from torch.nn import functional as F
+from model_cases import check_learnt_by_heart
 
 from fastgt import Graph
 from fastgt.encodings import shortest_paths
@@ -202,15 +202,7 @@ def test_a_batch_is_learnt_by_heart(name):
     graph = random_batch(5, [(6, 14), (5, 12), (7, 20), (4, 8)], device=DEVICE)
     given = inputs(model, graph, torch.float32)
     wanted = torch.randn(4, 3, device=DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
-    losses = []
-    for _ in range(120):
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(graph=graph, **given), wanted)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert min(losses[-20:]) < 0.05 * losses[0], (losses[0], losses[-1])
+    check_learnt_by_heart(model, graph, given, wanted, steps=120)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from literal_layers import (
     linear,
     perturbed,
     readout,
+    rough_batch,
     scatter,
 )
+from model_cases import check_learnt_by_heart
 from torch import nn
-from torch.nn import functional as F
 
 from fastgt import Graph, linear_attention, virtual_node
 from fastgt.models import MPNNVirtualNode, MPNNVirtualNodeConfig, add_virtual_nodes
@@ -35,12 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch():
-    """Graphs with isolated nodes, self loops and duplicate edges."""
-    graph = random_batch(3, SIZES, device=DEVICE)
-    extra = torch.tensor([[0, 1, 1, 7], [0, 2, 2, 7]], device=DEVICE)
-    edges = torch.cat([graph.edge_index, extra], 1)
-    edges = edges[:, edges[1] != 3]
-    return Graph.from_edge_index(edges, graph_ptr=graph.graph_ptr)
+    return rough_batch(SIZES, loop=7)
 
 
 def owners(graph):
@@ -201,15 +197,7 @@ def test_a_batch_is_learnt_by_heart(name):
     given = inputs(model, graph)
     size = graph.num_rows if model.config.head == "inductive_node" else graph.num_graphs
     wanted = torch.linspace(-1, 1, size, device=DEVICE)[torch.randperm(size), None]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
-    losses = []
-    for _ in range(100):
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(graph=graph, **given), wanted)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert min(losses[-20:]) < 0.1 * losses[0], (losses[0], losses[-1])
+    check_learnt_by_heart(model, graph, given, wanted, steps=100, lr=1e-2, left=0.1)
 
 
 def test_virtual_nodes_are_the_only_way_between_parts():

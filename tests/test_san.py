@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 from attention_cases import DEVICE
-from literal_layers import assert_same, batch_norm, linear, perturbed, spectral_encoder
-from torch.nn import functional as F
+from literal_layers import assert_same, batch_norm, linear, perturbed, rough_batch, spectral_encoder
+from model_cases import check_learnt_by_heart
 
 from fastgt import Graph
 from fastgt.models import SAN, SANConfig
@@ -21,12 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch():
-    """Graphs with isolated nodes, self loops and duplicate edges."""
-    graph = random_batch(3, SIZES, device=DEVICE)
-    extra = torch.tensor([[0, 1, 1, 7], [0, 2, 2, 7]], device=DEVICE)
-    edges = torch.cat([graph.edge_index, extra], 1)
-    edges = edges[:, edges[1] != 3]
-    return Graph.from_edge_index(edges, graph_ptr=graph.graph_ptr)
+    return rough_batch(SIZES, loop=7)
 
 
 def other_pairs(graph):
@@ -249,15 +244,7 @@ def test_a_batch_is_learnt_by_heart(name):
     given = inputs(model, graph)
     size = graph.num_rows if model.config.head == "node" else graph.num_graphs
     wanted = torch.linspace(-1, 1, size, device=DEVICE)[torch.randperm(size), None]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
-    losses = []
-    for _ in range(120):
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(graph=graph, **given), wanted)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert min(losses[-20:]) < 0.05 * losses[0], (losses[0], losses[-1])
+    check_learnt_by_heart(model, graph, given, wanted, steps=120)
 
 
 # counted by hand from the authors' modules and configurations; no table was compared

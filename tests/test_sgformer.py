@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from attention_cases import DEVICE, close
+from literal_layers import rough_batch
 from torch import nn
 from torch.nn import functional as F
 
@@ -34,12 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch():
-    """Graphs with isolated nodes, self loops and duplicate edges."""
-    graph = random_batch(3, SIZES, device=DEVICE)
-    extra = torch.tensor([[0, 1, 1, 6], [0, 2, 2, 6]], device=DEVICE)
-    edges = torch.cat([graph.edge_index, extra], 1)
-    edges = edges[:, edges[1] != 3]
-    return Graph.from_edge_index(edges, graph_ptr=graph.graph_ptr)
+    return rough_batch(SIZES)
 
 
 class Parts(nn.Module):

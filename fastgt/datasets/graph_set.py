@@ -277,8 +277,8 @@ class GraphSet:
             some = slice(first, first + _GRAPHS)
             begin, end = self.edge_ptr[first], self.edge_ptr[first : first + _GRAPHS + 1][-1]
             ends = self.edge_index[:, begin:end]
-            if ((ends < 0) | (ends >= size[some].repeat_interleave(count[some]))).any():
-                wrong = ((ends < 0) | (ends >= size[some].repeat_interleave(count[some]))).any(0)
+            wrong = ((ends < 0) | (ends >= size[some].repeat_interleave(count[some]))).any(0)
+            if wrong.any():
                 edge = int(begin) + int(wrong.nonzero()[0])
                 graph = int(torch.searchsorted(self.edge_ptr, edge, right=True)) - 1
                 raise ValueError(
@@ -341,19 +341,3 @@ def digest(arrays: Iterable[tuple[str, Tensor | None]]) -> str:
         if x is not None:
             found.update(x.contiguous().cpu().numpy().reshape(-1).view("uint8").data)
     return found.hexdigest()[:16]
-
-
-def owned(ptr: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """What the chosen graphs own: the places ``[T]``, and where each graph's begin ``[B + 1]``.
-
-    Example:
-        >>> import torch
-        >>> from fastgt.datasets.graph_set import owned
-        >>> owned(torch.tensor([0, 2, 2, 5]), torch.tensor([2, 0]))
-        (tensor([2, 3, 4, 0, 1]), tensor([0, 3, 5]))
-    """
-    start = ptr[chosen]
-    count = ptr[chosen + 1] - start
-    begin = archive.ptr(count)
-    place = torch.arange(int(begin[-1])) + (start - begin[:-1]).repeat_interleave(count)
-    return place, begin

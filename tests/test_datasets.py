@@ -9,6 +9,7 @@ import torch
 
 from fastgt import Graph
 from fastgt.datasets import DATASETS, Encoded, GraphSet, NodeSet, graph_set, load
+from fastgt.datasets.node_graphs import class_splits
 from fastgt.real_graphs import open_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def loaded(name):
     """The set and the arrays of its file; the test is skipped where that is absent."""
     try:
-        with open_data(name) as file:
+        with open_data(name.removesuffix("_drawn")) as file:
             return load(name), dict(file)
     except FileNotFoundError as error:
         pytest.skip(str(error))
@@ -225,6 +226,8 @@ def test_dd_is_its_file():
     [
         ("cora", 10_556, [(140, 500, 1000)]),
         ("citeseer", 9_104, [(120, 500, 1000)]),
+        ("cora_drawn", 10_556, 10 * [(140, 500, 1000)]),
+        ("citeseer_drawn", 9_104, 10 * [(120, 500, 1000)]),
         ("amazon_computers", 491_722, 10 * [(8251, 2750, 2751)]),
         ("tolokers", 1_038_000, 10 * [(5879, 2939, 2940)]),
         ("minesweeper", 78_804, 10 * [(5000, 2500, 2500)]),
@@ -260,7 +263,7 @@ def test_node_sets_are_their_files(name, edges, splits):
             words = file["x_indices"][slice(*file["x_indptr"][i : i + 2])]
             assert data.node[i].nonzero()[:, 0].tolist() == sorted(words.tolist())
         sums = data.node.sum(1)
-        if name in ("cora", "citeseer"):
+        if name.startswith(("cora", "citeseer")):
             torch.testing.assert_close(sums, (sums > 0).float())
         else:
             assert data.node.unique().tolist() == [0, 1]
@@ -450,6 +453,21 @@ def test_damaged_citations_are_refused(tmp_path, key, value, message):
     np.savez(tmp_path / "cora.npz", **citation_arrays() | {key: np.array(value)})
     with pytest.raises(ValueError, match=rf"cora\.npz is damaged: .*{message}"):
         load("cora", tmp_path)
+
+
+def test_drawn_splits_train_on_as_many_nodes_of_every_class():
+    y = torch.tensor([0, 1, 2, -1] * 30)
+    splits = class_splits(y, 4, 30, 40, 3)
+    assert splits[0]["train"].tolist() == class_splits(y, 4, 30, 40, 1)[0]["train"].tolist()
+    for split in splits:
+        assert y[split["train"]].bincount().tolist() == [4, 4, 4]
+        assert [int(x.sum()) for x in split.values()] == [12, 30, 40]
+        together = torch.stack([x.int() for x in split.values()]).sum(0)
+        assert int(together.max()) == 1
+        assert not together[y < 0].any()
+    assert not torch.equal(splits[0]["test"], splits[1]["test"])
+    with pytest.raises(ValueError, match=r"30 and 49 nodes .* must be left, 78 are"):
+        class_splits(y, 4, 30, 49, 1)
 
 
 def test_random_splits_are_disjoint_and_the_same_every_time(tmp_path):

@@ -24,6 +24,8 @@ DATASETS: dict[str, Callable[[Path | None], GraphSet | NodeSet]] = {
     "molhiv_small": molhiv_small,
     "cora": partial(citations, "cora", "Cora", 7),
     "citeseer": partial(citations, "citeseer", "CiteSeer", 6),
+    "cora_drawn": partial(citations, "cora", "Cora", 7, drawn=True),
+    "citeseer_drawn": partial(citations, "citeseer", "CiteSeer", 6, drawn=True),
     "amazon_computers": amazon_computers,
     "tolokers": partial(heterophilous, "tolokers", "Tolokers", 2),
     "minesweeper": partial(heterophilous, "minesweeper", "Minesweeper", 2),

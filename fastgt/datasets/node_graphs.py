@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,13 @@ RANDOM_SPLITS = 10
 _BAG = ("x_indptr", "x_indices", "x_shape")
 
 
-def citations(stem: str, title: str, classes: int, folder: Path | None) -> NodeSet:
+def citations(
+    stem: str, title: str, classes: int, folder: Path | None, *, drawn: bool = False
+) -> NodeSet:
     """Cora or CiteSeer with the public split, of ``stem.npz``.
+
+    ``drawn``: in its place ten random splits of the same sizes, 20 nodes of each class to train on,
+    500 and 1,000. They are always the same.
 
     Each citation stands both ways, once, and no node has a loop, as in PyG's ``Planetoid``. Words
     are divided by their number, so that a node's features sum to 1 or 0, as in the experiments on
@@ -35,13 +40,14 @@ def citations(stem: str, title: str, classes: int, folder: Path | None) -> NodeS
         graph = undirected(arrays["edge_index"], len(y), loops=False)
         words = _bag(arrays, len(y))
         split = _integers("split_public", arrays["split_public"], len(y), -1, 2)
+        public = [{part: split == i for i, part in enumerate(SPLITS)}]
         return NodeSet(
             graph,
             words / words.sum(1, keepdim=True).clamp(min=1),
             None,
             y,
-            [{part: split == i for i, part in enumerate(SPLITS)}],
-            title=f"{title}, public split",
+            class_splits(y, 20, 500, 1000, RANDOM_SPLITS) if drawn else public,
+            title=f"{title}, {'ten random splits of 20 a class' if drawn else 'public split'}",
             classes=classes,
         )
 
@@ -147,13 +153,26 @@ def random_splits(
     splits = []
     for _ in range(count):
         order = torch.randperm(nodes, generator=generator)
-        parts = order.split([train, val, nodes - train - val])
-        splits.append(
-            {
-                name: torch.zeros(nodes, dtype=torch.bool).index_fill(0, part, True)
-                for name, part in zip(SPLITS, parts, strict=True)
-            }
-        )
+        splits.append(_masks(order.split([train, val, nodes - train - val]), nodes))
+    return splits
+
+
+def class_splits(
+    y: Tensor, each: int, val: int, test: int, count: int, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """``each`` nodes of every class to train on, ``val`` and ``test`` others; so many times."""
+    generator = torch.Generator().manual_seed(seed)
+    splits = []
+    for _ in range(count):
+        order = torch.randperm(len(y), generator=generator)
+        order = order[y[order] >= 0]
+        train = torch.cat([order[y[order] == label][:each] for label in y[y >= 0].unique()])
+        others = order[~torch.isin(order, train)]
+        if len(others) < val + test:
+            raise ValueError(
+                f"{val} and {test} nodes to validate and test on must be left, {len(others)} are"
+            )
+        splits.append(_masks((train, others[:val], others[val : val + test]), len(y)))
     return splits
 
 
@@ -166,6 +185,13 @@ def edges_of(edge_index: np.ndarray, nodes: int) -> Tensor:
         found = f"{edge_index.min()} to {edge_index.max()}"
         raise ValueError(f"edge_index has nodes from {found}, there are {nodes}")
     return torch.from_numpy(edge_index.astype(np.int64))
+
+
+def _masks(parts: Sequence[Tensor], nodes: int) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros(nodes, dtype=torch.bool).index_fill(0, part, True)
+        for name, part in zip(SPLITS, parts, strict=True)
+    }
 
 
 def _classes(name: str, y: np.ndarray, classes: int) -> Tensor:

@@ -135,3 +135,9 @@ def test_numbers_of_graphs_that_are_refused():
         cluster(graphs=15)
     with pytest.raises(ValueError, match="graphs must be positive, got 0"):
         cluster(graphs=0)
+
+
+@pytest.mark.parametrize("name", ["pattern", "cluster", "pattern_small", "cluster_small"])
+def test_a_drawn_set_refuses_a_folder(name, tmp_path):
+    with pytest.raises(ValueError, match="drawn and has no file"):
+        load(name, tmp_path)

@@ -17,6 +17,15 @@ from fastgt.datasets.power import power_grid
 from fastgt.datasets.pyg_sets import DATASETS as OF_PYG
 from fastgt.datasets.zinc import zinc12k
 
+SMALL = 1000  # graphs to train on
+
+
+def _drawn(draw: Callable[[], GraphSet], folder: Path | None) -> GraphSet:
+    if folder is not None:
+        raise ValueError(f"the set is drawn and has no file: leave out its folder, {folder}")
+    return draw()
+
+
 DATASETS: dict[str, Callable[[Path | None], GraphSet | NodeSet]] = {
     "zinc12k": zinc12k,
     "dd": dd,
@@ -34,14 +43,13 @@ DATASETS: dict[str, Callable[[Path | None], GraphSet | NodeSet]] = {
     "debian": debian,
     "power10k": partial(power_grid, "power10k", "Power grid of 10,000 buses"),
     "power70k": partial(power_grid, "power70k", "Power grid of 70,000 buses"),
-    "pattern": lambda folder: pattern(),
-    "cluster": lambda folder: cluster(),
-    "pattern_small": lambda folder: pattern(SMALL),
-    "cluster_small": lambda folder: cluster(SMALL),
+    "pattern": partial(_drawn, pattern),
+    "cluster": partial(_drawn, cluster),
+    "pattern_small": partial(_drawn, partial(pattern, SMALL)),
+    "cluster_small": partial(_drawn, partial(cluster, SMALL)),
     **OF_PYG,
     **OF_OGB,
 }
-SMALL = 1000  # graphs to train on
 
 
 def load(name: str, folder: str | Path | None = None) -> GraphSet | NodeSet:
@@ -49,12 +57,13 @@ def load(name: str, folder: str | Path | None = None) -> GraphSet | NodeSet:
 
     Args:
         name: One of ``DATASETS``.
-        folder: That holds its file, or the file. None: that which ``FASTGT_DATA`` names. Sets that
-            are drawn have no file.
+        folder: That holds its file, or the file. None: that which ``FASTGT_DATA`` names, unless the
+            set is drawn.
 
     Raises:
         FileNotFoundError: Its file is absent.
-        ValueError: There is no such name, or the file is damaged; says how.
+        ValueError: There is no such name, the file is damaged, or ``folder`` is given for a set
+            that is drawn; says how.
 
     Example:
         >>> from fastgt.datasets import load

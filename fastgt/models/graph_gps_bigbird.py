@@ -27,14 +27,13 @@ All layers share one pattern, as there.
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fastgt.graph import Graph
 from fastgt.nn import NeighborhoodAttention
 from fastgt.nn.sublayers import reset_sublayers
 from fastgt.ops.checks import check_square, integer
+from fastgt.patterns.big_bird import blocks_pattern
 
 
 def bigbird_pattern(graph: Graph, *, block: int = 3, random: int = 3, seed: int = 0) -> Graph:
@@ -71,67 +70,7 @@ def bigbird_pattern(graph: Graph, *, block: int = 3, random: int = 3, seed: int 
     check_square(graph)
     block, random = integer("block", block, 1), integer("random", random, 0)
     seed = integer("seed", seed, 0)
-    offsets = graph.graph_ptr.long()
-    counts = (offsets.diff() + block - 1) // block  # [G]
-    before = counts.cumsum(0) - counts
-    total = int(counts.sum())
-    owner = torch.arange(len(counts), device=offsets.device)
-    owner = owner.repeat_interleave(counts, output_size=total)
-    place, count = torch.arange(total, device=offsets.device) - before[owner], counts[owner]
-    row, col = _pairs(place, count, _drawn(place, count, random, seed))
-    # blocks -> nodes
-    inside = torch.arange(block, device=offsets.device)
-    first, end = offsets[owner] + place * block, offsets[1:][owner]
-    rows = (first[row, None] + inside)[:, :, None].expand(-1, -1, block)
-    cols = (first[row] + (col - place[row]) * block)[:, None] + inside
-    cols = cols[:, None, :].expand(-1, block, -1)
-    there = (rows < end[row, None, None]) & (cols < end[row, None, None])
-    edge_index = torch.stack([cols[there], rows[there]])
-    return Graph.from_edge_index(edge_index, graph.num_rows, graph_ptr=graph.graph_ptr)
-
-
-def _pairs(place: Tensor, count: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks numbered over the batch -> those that attend, and the places of what each attends to.
-
-    place, count ``[B]``; drawn ``[B, random]``, -1 for none.
-    """
-    outer = (place == 0) | (place == count - 1)
-    whole = outer.nonzero()[:, 0]
-    size = count[whole]
-    row = whole.repeat_interleave(size)
-    col = torch.arange(len(row), device=row.device) - (size.cumsum(0) - size).repeat_interleave(
-        size
-    )
-    i, last = place[~outer], count[~outer] - 1
-    near = torch.stack([torch.zeros_like(i), i - 1, i, i + 1, last], 1)
-    # the first and the last block stand there already
-    near[:, 1].masked_fill_(i == 1, -1)
-    near[:, 3].masked_fill_(i + 1 == last, -1)
-    near = torch.cat([near, drawn[~outer]], 1)
-    others = (~outer).nonzero()[:, 0][:, None].expand_as(near)
-    there = near >= 0
-    return torch.cat([row, others[there]]), torch.cat([col, near[there]])
-
-
-def _drawn(place: Tensor, count: Tensor, random: int, seed: int) -> Tensor:
-    """``[B, random]`` places of distinct blocks out of sight of each block, -1 for none."""
-    i = place
-    left = (i - 2).clamp(min=0)
-    size = left + (count - 3 - i).clamp(min=0)  # how many can be drawn
-    largest = int(count.max()) if len(count) else 0
-    # numbers of a place do not depend on how many places follow
-    uniform = np.random.Generator(np.random.PCG64(seed)).random((largest, random))
-    chance = torch.from_numpy(uniform).to(place.device)[i]  # [B, random]
-    none = largest + 1
-    chosen = size.new_zeros(len(i), 0)
-    for k in range(random):
-        rank = (chance[:, k] * (size - k)).long()
-        for other in chosen.unbind(1):  # ascending
-            rank = rank + (rank >= other)
-        rank = torch.where(k < size, rank, none)
-        chosen = torch.cat([chosen, rank[:, None]], 1).sort(1).values
-    place = torch.where(chosen < left[:, None], chosen + 1, chosen - left[:, None] + i[:, None] + 2)
-    return place.masked_fill(chosen == none, -1)
+    return blocks_pattern(graph.graph_ptr.long(), block, 1, 1, random, seed)
 
 
 class BigBirdAttention(nn.Module):

@@ -447,7 +447,10 @@ def test_docstring_examples(module):
     assert not found.failed
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/torch-geometric.md", "docs/data-sets.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "docs/torch-geometric.md", "docs/data-sets.md", "docs/patterns.md"],
+)
 def test_code_of_documents_runs(document):
     pytest.importorskip("torch_geometric")  # of which a block accelerates a model
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)

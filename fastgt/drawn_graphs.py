@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgt.graph import Graph
+from fastgt.patterns import band
 
 
 def pattern() -> Graph:
@@ -71,11 +72,7 @@ def points() -> Graph:
 
 def banded() -> Graph:
     """A sequence whose places attend to the 16 before and after them, and to themselves."""
-    place = torch.arange(2**14)
-    source = place[:, None] + torch.arange(-16, 17)
-    inside = (source >= 0) & (source < len(place))
-    target = place[:, None].expand_as(source)
-    return Graph.from_edge_index(torch.stack([source[inside], target[inside]]), len(place))
+    return band(2**14, 16, 16)
 
 
 def complete() -> Graph:

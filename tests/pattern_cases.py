@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from itertools import product
 
+import torch
 from graph_cases import Case, check
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgt import Graph
 
@@ -48,3 +50,19 @@ shapes = st.integers(1, 3).flatmap(
     lambda dims: st.tuples(*[st.integers(1, {1: 12, 2: 7, 3: 4}[dims])] * dims)
 )
 sizes_of_batches = st.lists(st.integers(0, 9), min_size=1, max_size=4)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that is made, and how many bytes all of them took."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+                self.bytes += x.numel() * x.element_size()
+        return out

@@ -10,6 +10,7 @@ from graph_cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from pattern_cases import (
+    Largest,
     all_pairs,
     check_pattern,
     coordinates,
@@ -18,7 +19,6 @@ from pattern_cases import (
     sizes_of_batches,
     symmetric,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgt import Graph, neighborhood_attention
 from fastgt.patterns import (
@@ -294,22 +294,6 @@ def test_edges_keep_their_numbers_when_tokens_come():
         x[:5], x[:5], x[:5], graph, edge_bias=bias[: graph.num_edges].contiguous()
     )
     torch.testing.assert_close(out[:5], alone, rtol=1e-12, atol=1e-12)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of a tensor that is made, and how many bytes all of them took."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
-                self.bytes += x.numel() * x.element_size()
-        return out
 
 
 NODES = 2**14

@@ -10,7 +10,14 @@ import torch
 from graph_cases import assert_same, examples, few
 from hypothesis import given
 from hypothesis import strategies as st
-from pattern_cases import all_pairs, check_pattern, offsets_of, sizes_of_batches, symmetric
+from pattern_cases import (
+    Largest,
+    all_pairs,
+    check_pattern,
+    offsets_of,
+    sizes_of_batches,
+    symmetric,
+)
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from fastgt import Graph, neighborhood_attention
@@ -391,6 +398,31 @@ def test_heads_have_patterns_of_their_own():
 def test_scores_of_heads_are_a_pattern_a_head():
     scores = torch.randn(3, 5, 5)
     assert_same(top_k(scores, 2), fold_heads([top_k(x, 2) for x in scores]))
+
+
+def cloud(nodes):
+    return torch.rand(nodes, 3, generator=torch.Generator().manual_seed(0))
+
+
+NODES = 2**13
+LARGE = {
+    "knn": lambda: knn(cloud(NODES), 8),
+    "radius": lambda: radius(cloud(NODES), 0.06),
+    "balls": lambda: balls(cloud(NODES), 16),
+    "random": lambda: random(NODES, 8),
+    "expander": lambda: expander(NODES, 4, tries=1),
+    "big_bird": lambda: big_bird(NODES, 2),
+    "top_blocks": lambda: top_blocks(torch.rand(NODES // 64, NODES // 64), 1, 64),
+    "fold_heads": lambda: fold_heads([band(NODES // 4, 2, 2)] * 4),
+}
+
+
+@pytest.mark.parametrize("pattern", LARGE)
+def test_no_tensor_is_larger_than_edges(pattern):
+    with Largest() as made:
+        graph = LARGE[pattern]()
+    assert graph.num_edges <= 64 * NODES
+    assert made.elements <= 2 * (graph.num_edges + graph.num_rows)
 
 
 SCORES = torch.zeros(2, 3)

@@ -30,9 +30,12 @@ from fastgt.patterns import (
     expander,
     fold,
     fold_heads,
+    global_tokens,
+    groups,
     knn,
     radius,
     random,
+    sets,
     top_blocks,
     top_k,
     unfold,
@@ -398,6 +401,33 @@ def test_heads_have_patterns_of_their_own():
 def test_scores_of_heads_are_a_pattern_a_head():
     scores = torch.randn(3, 5, 5)
     assert_same(top_k(scores, 2), fold_heads([top_k(x, 2) for x in scores]))
+
+
+EMPTY = {
+    "top_k": lambda: top_k(torch.zeros(0, 3, 3), 2),
+    "top_blocks": lambda: top_blocks(torch.zeros(0, 3, 3), 2, 4),
+    "knn": lambda: knn(torch.zeros(0, 2), 3, offsets=torch.tensor([0])),
+    "radius": lambda: radius(torch.zeros(0, 2), 1.0, offsets=torch.tensor([0])),
+    "balls": lambda: balls(torch.zeros(0, 2), 4, offsets=torch.tensor([0])),
+    "random": lambda: random(torch.tensor([0]), 3),
+    "expander": lambda: expander(torch.tensor([0]), 3),
+    "big_bird": lambda: big_bird(torch.tensor([0]), 2),
+    "band": lambda: band(torch.tensor([0]), 2, 2),
+    "groups": lambda: groups(torch.zeros(0).long(), offsets=torch.tensor([0])),
+    "sets": lambda: sets(torch.zeros(0).long(), 4, offsets=torch.tensor([0])),
+    "global_tokens": lambda: global_tokens(Graph.batch([]), 2),
+}
+
+
+@pytest.mark.parametrize("pattern", EMPTY)
+def test_a_batch_of_no_graphs(pattern):
+    check_pattern(EMPTY[pattern](), [], [])
+
+
+def test_scores_without_rows_or_columns():
+    check_pattern(top_k(torch.zeros(0, 3), 2), [], [0], [3])
+    check_pattern(top_k(torch.zeros(3, 0), 0), [], [3], [0])
+    check_pattern(top_blocks(torch.zeros(0, 3), 2, 4), [], [0], [12])
 
 
 def cloud(nodes):

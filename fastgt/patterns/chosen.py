@@ -42,10 +42,11 @@ def top_k(scores: Tensor, k: int) -> Graph:
         [[1, 2], [0, 1]]
     """
     graphs, rows, cols = _sizes(scores)
-    chosen = _best(scores, k, "columns")
+    k = integer("k", k, 0)
+    chosen = _best(scores, k, "columns").view(graphs, rows, k)
     number = torch.arange(graphs + 1, device=scores.device)
-    col = (chosen.view(graphs, -1) + number[:-1, None] * cols).flatten()
-    degree = number.new_full((graphs * rows,), chosen.shape[-1])
+    col = (chosen + number[:-1, None, None] * cols).flatten()
+    degree = number.new_full((graphs * rows,), k)
     return from_rows(degree, col, number * rows, None if rows == cols else number * cols)
 
 
@@ -81,13 +82,14 @@ def top_blocks(scores: Tensor, k: int, block: Block | tuple[Block, Block]) -> Gr
         [[2, 3], [2, 3], [0, 1], [0, 1]]
     """
     graphs, rows, cols = _sizes(scores)
-    chosen = _best(scores, k, "blocks of columns").view(graphs, rows, -1)
+    k = integer("k", k, 0)
+    chosen = _best(scores, k, "blocks of columns").view(graphs, rows, k)
     of_rows, of_cols = block if isinstance(block, tuple) else (block, block)
     row_ptr = _blocks(of_rows, rows, "rows", scores.device)
     col_ptr = _blocks(of_cols, cols, "columns", scores.device)
     number = torch.arange(graphs + 1, device=scores.device)
     col = (chosen + number[:-1, None, None] * cols).flatten()
-    row = torch.arange(graphs * rows, device=scores.device).repeat_interleave(chosen.shape[-1])
+    row = torch.arange(graphs * rows, device=scores.device).repeat_interleave(k)
     ends = None if torch.equal(row_ptr, col_ptr) else number * col_ptr[-1]
     ptrs = _repeated(row_ptr, graphs), _repeated(col_ptr, graphs)
     return from_blocks(row, col, *ptrs, number * row_ptr[-1], ends)
@@ -104,7 +106,6 @@ def _sizes(scores: Tensor) -> tuple[int, int, int]:
 
 def _best(scores: Tensor, k: int, of: str) -> Tensor:
     """``[..., M, k]`` int64, the columns of the highest scores, in order of their numbers."""
-    k = integer("k", k, 0)
     if k > scores.shape[-1]:
         raise ValueError(f"k={k} is larger than the {scores.shape[-1]} {of} of scores")
     scores = scores.detach()

@@ -287,16 +287,12 @@ def _ball_order(points: np.ndarray, size: int, ptr: np.ndarray) -> np.ndarray:
     leaves = -(-count // size)
     while leaves.max(initial=1) > 1:
         part = np.repeat(np.arange(len(start)), count)
-        spread = np.maximum.reduceat(points[order], start) - np.minimum.reduceat(
-            points[order], start
-        )
-        axis = spread.argmax(1)
-        # parts of one leaf stay as they are
-        key = np.where((leaves > 1)[part], points[order, axis[part]], 0.0)
+        at = points[order]
+        spread = np.maximum.reduceat(at, start) - np.minimum.reduceat(at, start)
+        key = np.take_along_axis(at, spread.argmax(1)[part, None], 1)[:, 0]
         order = order[np.lexsort((order, key, part))]
-        first = np.where(leaves > 1, leaves - leaves // 2, leaves)
+        first, rest = leaves - leaves // 2, leaves // 2
         taken = np.minimum(first * size, count)
-        rest = leaves - first
         both = np.stack([taken, count - taken], 1).ravel()
         start = np.stack([start, start + taken], 1).ravel()[both > 0]
         leaves = np.stack([first, rest], 1).ravel()[both > 0]

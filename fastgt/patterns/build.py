@@ -57,13 +57,13 @@ def from_blocks(
     """
     height, width = row_ptr.diff(), col_ptr.diff()
     pairs = torch.bincount(row, minlength=len(height))
-    degree = torch.zeros_like(height).index_add_(0, row, width[col]).repeat_interleave(height)
+    first = pairs.cumsum(0) - pairs
+    degree = torch.zeros_like(height).index_add_(0, row, width[col])
     # the pairs of each row of a block, then the columns of each pair
-    pair = ranges(
-        (pairs.cumsum(0) - pairs).repeat_interleave(height), pairs.repeat_interleave(height)
-    )
+    pair = ranges(first.repeat_interleave(height), pairs.repeat_interleave(height))
     block = col.index_select(0, pair)
-    return from_rows(degree, ranges(col_ptr[block], width[block]), offsets, ends)
+    cols = ranges(col_ptr[block], width[block])
+    return from_rows(degree.repeat_interleave(height), cols, offsets, ends)
 
 
 def boundaries(n: int | Tensor, graphs: int) -> Tensor:
@@ -73,14 +73,15 @@ def boundaries(n: int | Tensor, graphs: int) -> Tensor:
         return torch.arange(graphs + 1) * integer("n", n, 0)
     if graphs != 1:
         raise ValueError(f"graphs must be 1 where n has boundaries of graphs, got {graphs}")
-    check_ptr("n", n)
-    return n.long()
+    return check_ptr("n", n)
 
 
 def check_ptr(name: str, offsets: object) -> Tensor:
     """Boundaries ``[G + 1]`` of a batch, which say themselves how many nodes there are."""
-    total = int(offsets[-1]) if isinstance(offsets, Tensor) and offsets.numel() else 0
-    device = offsets.device if isinstance(offsets, Tensor) else torch.device("cpu")
+    total, device = 0, torch.device("cpu")
+    if isinstance(offsets, Tensor):
+        device = offsets.device
+        total = int(offsets[-1]) if offsets.ndim == 1 and len(offsets) else 0
     check_offsets(offsets, total, device, name)
     assert isinstance(offsets, Tensor)
     return offsets.long()

@@ -365,7 +365,7 @@ def test_equal_graphs_of_a_batch_have_one_pattern_of_big_bird():
 
 
 def test_heads_have_patterns_of_their_own():
-    """Folded attention is SDPA with a mask a head, gradients too."""
+    """Folded attention is SDPA with a mask and a bias a head, gradients too."""
     torch.manual_seed(0)
     graphs = [causal(7), band(7, 1, 2), Graph.complete(torch.tensor([0, 7]))]
     folded = fold_heads(graphs)
@@ -378,18 +378,25 @@ def test_heads_have_patterns_of_their_own():
     assert folded.num_edges == sum(graph.num_edges for graph in graphs)
     for each in (1, 2):
         q, k, v = torch.randn(3, 7, 3 * each, 5, dtype=torch.float64).requires_grad_().unbind()
-        mask = torch.zeros(3, 7, 7, dtype=torch.bool)
-        for h, graph in enumerate(graphs):
-            for j, i in graph.edge_index.T.tolist():
-                mask[h, i, j] = True
-        wanted = sdpa(*(x.transpose(0, 1) for x in (q, k, v)), mask.repeat_interleave(each, 0))
+        bias = torch.randn(len(pairs), each, dtype=torch.float64, requires_grad=True)
+        dense = []
+        for h in range(3 * each):
+            mask = torch.full((7, 7), -torch.inf, dtype=torch.float64)
+            for e, (i, j) in enumerate(pairs):
+                if i // 7 == h // each:
+                    mask = mask.index_put(
+                        (torch.tensor(i % 7), torch.tensor(j % 7)), bias[e, h % each]
+                    )
+            dense.append(mask)
+        wanted = sdpa(*(x.transpose(0, 1) for x in (q, k, v)), torch.stack(dense))
         wanted = wanted.transpose(0, 1)
         parts = [fold(x, 3) for x in (q, k, v)]
         assert [x.shape for x in parts] == [(21, each, 5)] * 3
-        found = unfold(neighborhood_attention(*parts, folded), 3)
+        found = unfold(neighborhood_attention(*parts, folded, edge_bias=bias), 3)
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
         upstream = torch.randn_like(found)
-        ours, theirs = (torch.autograd.grad(x, (q, k, v), upstream) for x in (found, wanted))
+        inputs = q, k, v, bias
+        ours, theirs = (torch.autograd.grad(x, inputs, upstream) for x in (found, wanted))
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     x = torch.randn(4, 6, 3)
     assert fold(x).shape == (24, 1, 3)

@@ -18,7 +18,9 @@ os.environ.setdefault("FASTGT_DATA", str(Path(__file__).resolve().parents[2] / "
 # the import mode "importlib" leaves this folder off the path; helper modules are imported from it
 sys.path.append(os.path.dirname(__file__))
 sys.path.append(os.path.join(os.path.dirname(__file__), "..", "tools"))
-pytest.register_assert_rewrite("attention_cases", "gps_cases", "graph_cases", "laws")
+pytest.register_assert_rewrite(
+    "attention_cases", "gps_cases", "graph_cases", "laws", "pattern_cases"
+)
 
 hypothesis.settings.register_profile(
     "fastgt",

@@ -73,8 +73,8 @@ def sets(
     places counted in each graph. A graph of n nodes has ``n size`` edges where ``size`` divides n,
     and else ``size^2 (n // size) + (n mod size)^2``. The pattern is symmetric.
 
-    FlatFormer fills its last group up with nodes of the group before, which then count twice.
-    Here the last set is smaller.
+    FlatFormer fills its last set up with earlier nodes, which the others of it then see too. Here
+    the last set is smaller. DSVT's sets are of nearly equal size: :func:`groups` makes such.
 
     Args:
         order: ``[N]`` integers, a permutation that keeps each graph's nodes in its own range.
@@ -86,8 +86,7 @@ def sets(
         TypeError, ValueError: An argument does not fit; it is named, with both numbers.
 
     Source:
-        Liu et al., FlatFormer, arXiv 2301.08739, section 3.1; Wang et al., DSVT,
-        arXiv 2301.06051, section 3.2.
+        Liu et al., FlatFormer, arXiv 2301.08739, section 3.1.
 
     Example:
         >>> import torch

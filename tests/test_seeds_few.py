@@ -35,6 +35,7 @@ OPERATORS = {
     "tnt": "global_attention",
     "vdt": "global_attention",
     "channelvit": "global_attention",
+    "adaformer": "channelwise_attention",
 }
 # of the pattern at the paper's size: rows, columns, edges
 SIZES = {
@@ -61,6 +62,7 @@ SIZES = {
     "tnt": (196 * 16, 196 * 16, 196 * 16**2),
     "vdt": (16 * 256, 16 * 256, 256 * 16**2),
     "channelvit": (1569, 1569, 1569**2),
+    "adaformer": (1024, 1024, 1024 * 32),
 }
 
 
@@ -659,3 +661,26 @@ def test_channelvit() -> None:
     places, offsets = torch.arange(place).repeat(5), torch.tensor([0, 6, 15])
     assert block(normal(15, 5), channels, places, offsets)[1].tolist() == [0, 7, 17]
     check(block, lambda z: block(z, channels, places, offsets)[0], literal, normal(15, 5))
+
+
+def test_adaformer() -> None:
+    offsets = [0, 5, 14]
+    block = drawn(load("adaformer").AdaFormerAttention(6, nearest=4))
+    w = Weights(block)
+
+    def mlp(name: str, x: Tensor) -> Tensor:
+        return w.linear(f"{name}.2", w.linear(f"{name}.0", x).clamp(min=0))
+
+    def literal(x: Tensor, p: Tensor) -> Tensor:
+        middle = p + w.linear("shift", x)
+        distance = (middle[:, None] - p).detach().square().sum(2)
+        distance = distance.masked_fill(~same(offsets), math.inf)
+        allowed = distance <= distance.sort(1).values[:, 3:4]
+        assert int(allowed.sum()) == 14 * 4
+        d = mlp("place", middle[:, None] - p)  # [N, N, C]
+        logits = mlp("weigh", w.linear("q", x)[:, None] - w.linear("k", x) + d)
+        weights = logits.masked_fill(~allowed[..., None], -math.inf).softmax(1)
+        return x + w.linear("out", (weights * (w.linear("v", x) + d)).sum(1))
+
+    call = lambda x, p: block(x, p, torch.tensor(offsets))  # noqa: E731
+    check(block, call, literal, normal(14, 6), normal(14, 3))

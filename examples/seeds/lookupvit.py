@@ -10,6 +10,7 @@ queries and keys of the gathering serve for giving back, read the other way::
 
 Time is linear in the lookup tokens. Their number may differ from image to image, and that of the
 compressed ones too, which one LookupViT is trained with: offsets say both, nothing is padded.
+Where all images have one size, scaled_dot_product_attention takes less time.
 
 No code was released. That the second softmax runs over the compressed tokens of the same logits is
 read out of the paper's words that weights are shared. MLPs and norms are left out.

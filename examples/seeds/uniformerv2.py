@@ -5,8 +5,8 @@ The global block. c is the video's token, x the tokens of all frames of its clip
     c' = c + W softmax_j(W_q LN(c) . W_k LN'(x_j) / sqrt(D)) W_v LN'(x_j)
 
 One query reads T (h w + 1) keys, so time is linear in the clip. Clips of different lengths lie in a
-batch one after another, by offsets. Where all have one length, scaled_dot_product_attention does
-the same.
+batch one after another, by offsets. Where all have one length, as in the released code,
+scaled_dot_product_attention does the same in less time: one query is little work.
 
 Kept: W begins as 0, so a block changes nothing before it is trained. Local blocks and the position
 are convolutions: they are left out.

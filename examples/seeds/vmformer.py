@@ -9,8 +9,8 @@ frame, by deformable attention, which samples pixels and is not ours::
     out  = LN(u_tq + d_tq + sum_t' a_t'q d_t'q)
 
 Few queries attend to each other, frame by frame, without holes, and clips have one length: take
-scaled_dot_product_attention, as here. The sum over frames has one weight for all queries that read
-it, so it is one softmax and one sum, linear in the frames.
+scaled_dot_product_attention, as here. Matting has one foreground, so the released default is a
+single query. The sum over frames has one weight for all that read it: one softmax and one sum.
 
 Kept: a frame's own d counts twice, for itself and within the sum.
 """
@@ -47,8 +47,8 @@ class VMFormerLayer(nn.Module):
 
 
 def paper_size() -> tuple[Graph, int, int]:
-    """20 queries (assumed) in each of 5 frames, 8 heads of 32."""
-    return Graph.complete(torch.arange(6) * 20), 8, 32
+    """The sum of one query over 5 frames (assumed), of 256 channels."""
+    return Graph.complete(torch.tensor([0, 5])), 1, 256
 
 
 if __name__ == "__main__":

@@ -94,6 +94,16 @@ def test_scripts_print_one_line(stem: str, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.count("\n") == 1
 
 
+@pytest.mark.parametrize("stem", ["ecoformer", "t2t", "isomer"])
+def test_an_image_without_tokens_changes_nothing(stem: str) -> None:
+    module = load(stem)
+    name = {"ecoformer": "EcoFormerAttention", "t2t": "T2TPerformer", "isomer": "IsomerScatter"}
+    sizes = {"ecoformer": (12, 3), "t2t": (12,), "isomer": (12, 3, 4)}
+    block, x = getattr(module, name[stem])(*sizes[stem]).double(), normal(14, 12)
+    found, expected = (block(x, torch.tensor(y)) for y in ([0, 5, 5, 14], [0, 5, 14]))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 class Sign(torch.autograd.Function):
     """-1 or 1, whose gradient is that of a clamp to [-1, 1]."""
 

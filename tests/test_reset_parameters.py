@@ -100,6 +100,7 @@ MAKE = {
         models.GraphClassifierConfig(30, 20, gated=True, **SIZES)
     ),
     "PackageClassifier": lambda: PackageClassifier(PackageClassifierConfig(90, 5, 20, **SIZES)),
+    "SymPointAttention": lambda: models.SymPointAttention(48),
     "TokenPruning": lambda: pruning.TokenPruning(48),
     "SkipLayer": lambda: pruning.SkipLayer(GraphTransformerLayer(48, 4)),
 }

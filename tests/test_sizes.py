@@ -98,17 +98,21 @@ SIZES = {
         "heads": 2,
         "layers": 2,
     },
+    models.SymPointAttention: {"dim": 8, "position_dim": 3, "planes": 4},
+    models.connected_neighbors: {"k": 2, "most": 1},
     pruning.TokenPruning: {"dim": 8},
     pruning.SkipLayer: {"block": nn.Identity(), "passes": 2},
     GradualPruning: {"final": 0.5, "begin": 2, "end": 8, "every": 3},
     HeadSparsity: {"steps": 10, "every": 4, "scored": 2},
 }
+ENDS = torch.arange(24.0).view(6, 2, 2)
 RING = Graph.from_edge_index(torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]]))
 MAKE = {
     models.Sparsification: lambda **counts: models.Sparsification(
         models.GTSP(models.GTSPConfig(prune={"heads": 0.5}, **SIZES[models.GTSPConfig])), **counts
     ),
     models.expander: lambda **counts: models.expander(RING, **counts),
+    models.connected_neighbors: lambda **counts: models.connected_neighbors(ENDS, **counts),
     GradualPruning: lambda **counts: GradualPruning(nn.Linear(4, 4), **counts),
     HeadSparsity: sparsity,
 }

@@ -23,6 +23,7 @@ from fastgt.models.polynormer_config import PolynormerConfig
 from fastgt.models.san import SAN, SANConfig
 from fastgt.models.scene_graph import SceneGraphConfig, SceneGraphEncoder
 from fastgt.models.sgformer import SGFormer, SGFormerConfig, sgformer_state_dict
+from fastgt.models.sym_point import SymPointAttention, connected_neighbors
 
 __all__ = [
     "GTSP",
@@ -50,7 +51,9 @@ __all__ = [
     "SceneGraphConfig",
     "SceneGraphEncoder",
     "Sparsification",
+    "SymPointAttention",
     "add_virtual_nodes",
+    "connected_neighbors",
     "expander",
     "gps_conv_state_dict",
     "graph_gps_state_dict",

@@ -350,7 +350,7 @@ def test_gridformer() -> None:
 
 def test_p2at() -> None:
     torch.manual_seed(0)
-    B, height, width, dim, heads, keys, values = 2, 3, 5, 6, 2, 4, 3
+    B, height, width, dim, heads, keys, values = 2, 3, 5, 7, 2, 4, 3
     block = load("p2at").P2ATAttention(dim, heads, keys, values).double()
     names = {"q": "q.0", "k": "k.0", "v": "v.0"}
 

@@ -203,10 +203,39 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         connected_neighbors(ends, 2, offsets=offsets + 1)
 
 
+@pytest.mark.parametrize("n", [3, 1, 0])
 @pytest.mark.parametrize("training", [True, False])
-def test_without_edges_it_gives_0(training: bool) -> None:
+def test_without_edges_it_gives_0(training: bool, n: int) -> None:
     layer = SymPointAttention(16).train(training)
-    none = Graph.from_edge_index(torch.empty(2, 0, dtype=torch.int64), 3)
-    out = layer(torch.randn(3, 16), torch.randn(3, 2), none)
-    assert torch.equal(out, torch.zeros(3, 16))
+    none = Graph.from_edge_index(torch.empty(2, 0, dtype=torch.int64), n)
+    out = layer(torch.randn(n, 16), torch.randn(n, 2), none)
+    assert torch.equal(out, torch.zeros(n, 16))
+    out.sum().backward()
+    for name, t in layer.named_parameters():  # DistributedDataParallel needs all of them
+        assert torch.equal(t.grad, torch.zeros_like(t)), name
     assert all(t.isfinite().all() for t in layer.buffers())
+
+
+def test_drawings_without_primitives() -> None:
+    ends = torch.rand(3, 2, 2)
+    graph = connected_neighbors(ends, 2, most=1, offsets=torch.tensor([0, 0, 3, 3]))
+    assert graph.num_graphs == 3
+    assert graph.row_degree.min() >= 2
+    assert connected_neighbors(ends[:0], 2, most=1).num_rows == 0
+    assert connected_neighbors(ends[:0], 2).num_edges == 0
+
+
+def test_a_narrow_dtype_and_compiled_code_give_the_same(compiled_kernels: None) -> None:
+    torch.manual_seed(0)
+    layer, graph = SymPointAttention(16).eval(), batch()
+    x, position = torch.randn(8, 16), torch.randn(8, 2)
+    wanted = layer(x, position, graph)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = layer(x, position, graph)
+    torch.testing.assert_close(narrow.float(), wanted, rtol=0.05, atol=0.05)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    ends, offsets = drawing()
+    other = connected_neighbors(ends, 3, distance=0.02, offsets=offsets)
+    for given in ((x, position, graph), (torch.randn(17, 16), ends.mean(1).float(), other)):
+        torch.testing.assert_close(compiled(*given), layer(*given))

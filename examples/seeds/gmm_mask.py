@@ -10,8 +10,8 @@ grid get, a head each,
 The mask multiplies logits before the softmax, so it is an `edge_gate [E, H]`. Where it is 0 the
 logit is 0, and the weight is not: no edge may be left out, however far. The pattern is complete.
 
-Mended: the released code takes exp(-d^2), which is 0 in float32 beyond d = 10, and raises it to a
-power. Here the exponents are multiplied.
+Mended: the released code takes exp(-d^2), which is 0 in float32 where d^2 > 103, and raises it to
+a power. Here the exponents are multiplied.
 
 At the paper's size, 64 patches, dense attention is at least as good. PyTorch's
 scaled_dot_product_attention has no factor of logits, so it is three lines of products and softmax.

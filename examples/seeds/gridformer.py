@@ -49,9 +49,9 @@ class PointGridAttention(nn.Module):
 
 
 def paper_size():
-    """10,000 points of a synthetic room, third level: 16^3 cells, 8 planes of 16 channels."""
+    """10,000 points of a synthetic room, last level: 8^3 cells, 8 planes of 32 channels."""
     points = torch.rand(10_000, 3, generator=torch.Generator().manual_seed(0))
-    return cells(points, 16)[0], 8, 16
+    return cells(points, 8)[0], 8, 32
 
 
 if __name__ == "__main__":

@@ -49,9 +49,11 @@ class PointGridAttention(nn.Module):
 
 
 def paper_size():
-    """10,000 points of a synthetic room, last level: 8^3 cells, 8 planes of 32 channels."""
+    """10,000 points of a room and those of 16^3 cells that have some; 8 planes of 32 channels."""
     points = torch.rand(10_000, 3, generator=torch.Generator().manual_seed(0))
-    return cells(points, 8)[0], 8, 32
+    col, row = cells(points, 16)[0].edge_index
+    filled, row = row.unique(return_inverse=True)
+    return Graph.from_edge_index(torch.stack([col, row]), (len(filled), len(col))), 8, 32
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ lines, as places of a text of 77 words, in bins of two. A token attends to its b
 
 This is one line. The model adds up all of them, by how similar out_i is to what a grid of voxels
 gives. Kept: heads of 2 channels are scaled with 1 / sqrt(12), the width of all 6; bins without
-tokens are rows of 0 in the batch norm. A cloud has 128 tokens: dense attention with a mask, as the
-authors write it, is at least as good.
+tokens are rows of 0 in the batch norm. For one cloud of 128 tokens dense attention with a mask, as
+the authors write it, is as good.
 """
 
 import torch

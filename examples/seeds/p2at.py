@@ -8,7 +8,7 @@ columns, with e and f learnt at 16 places and interpolated. Pixels (r, c) get bo
 
 A line of pixels is one node, and an image has two complete graphs. Attention of every pixel along
 its lines is another pattern, `fastgt.patterns.axial`. Kept: encode_row has a norm and a PReLU,
-encode_column neither. At the paper's size, 23 and 30 nodes, two dense calls are as good.
+encode_column neither. For one image, 23 and 30 nodes, two dense calls are as good.
 """
 
 import torch

@@ -7,7 +7,7 @@ or every (T / F)-th, with joints that are near or every (V / K)-th. Inside a par
 
 b_ij depends on the step between frames, and on both joints where these are spread. The patterns are
 one batch, for one call. Kept: s = 1 / sqrt(heads of a partition). Left out: convolutions of the
-other channels. Parts have equal sizes: reshapes and dense attention do as well.
+other channels. Parts have equal sizes: reshapes and dense attention in them are faster.
 """
 
 import torch

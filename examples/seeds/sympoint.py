@@ -46,7 +46,7 @@ def boxes(count, side, generator=None):
 
 def paper_size():
     """A drawing of 4,096 lines; the first stage has 8 planes of 8 channels."""
-    ends = boxes(1024, 20, torch.Generator().manual_seed(0))
+    ends = boxes(1024, 200, torch.Generator().manual_seed(0))
     return connected_neighbors(ends, 16), 8, 8
 
 

@@ -118,7 +118,7 @@ def literal_neighbors(ends: Tensor, k: int, distance: float, offsets: Tensor) ->
 @pytest.mark.parametrize("k", [0, 1, 3, 16])
 def test_neighbors_are_the_nearest_and_the_connected(k: int) -> None:
     ends, offsets = drawing()
-    graph = connected_neighbors(ends, k, distance=0.02, offsets=offsets)
+    graph = connected_neighbors(ends, k, distance=0.02, offsets=offsets, partial=True)
     col, row = graph.edge_index.tolist()
     pairs = list(zip(row, col, strict=True))
     assert set(pairs) == literal_neighbors(ends, k, 0.02, offsets)
@@ -199,8 +199,18 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         connected_neighbors(ends.tolist(), 2)
     with pytest.raises(ValueError, match=r"ends must be \[N, 2, position_dim\], got \[17, 2\]"):
         connected_neighbors(ends[:, 0], 2)
+    with pytest.raises(TypeError, match="ends must be float"):
+        connected_neighbors(ends.long(), 2)
     with pytest.raises(ValueError, match="offsets"):
         connected_neighbors(ends, 2, offsets=offsets + 1)
+    with pytest.raises(ValueError, match="k=2 is larger than the 1 points of graph 1"):
+        connected_neighbors(ends, 2, offsets=offsets)
+    for wrong in (-1.0, torch.inf, torch.nan):
+        with pytest.raises(ValueError, match=rf"distance must be finite .* got {wrong}"):
+            connected_neighbors(ends, 1, distance=wrong)
+    ends[3, 1, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"ends must be finite, got \[nan, .*\] at \[3, 1\]"):
+        connected_neighbors(ends, 1)
 
 
 @pytest.mark.parametrize("n", [3, 1, 0])
@@ -236,6 +246,6 @@ def test_a_narrow_dtype_and_compiled_code_give_the_same(compiled_kernels: None) 
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
     ends, offsets = drawing()
-    other = connected_neighbors(ends, 3, distance=0.02, offsets=offsets)
+    other = connected_neighbors(ends, 1, distance=0.02, offsets=offsets)
     for given in ((x, position, graph), (torch.randn(17, 16), ends.mean(1).float(), other)):
         torch.testing.assert_close(compiled(*given), layer(*given))

@@ -16,6 +16,8 @@ connections was left out of it, and is here as in the paper.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ from fastgt.models.graph_gps_encoders import check_matrix
 from fastgt.models.graph_transformer import check_dtype
 from fastgt.nn.sublayers import check_rows, reset_sublayers
 from fastgt.ops.channelwise_attention import channelwise_attention
-from fastgt.ops.checks import check_square, integer, number
+from fastgt.ops.checks import check_float, check_square, integer, number
 from fastgt.ops.implementation import Impl, check_impl
 from fastgt.patterns import knn, radius
 
@@ -123,6 +125,7 @@ def connected_neighbors(
     most: int | None = None,
     generator: torch.Generator | None = None,
     offsets: Tensor | None = None,
+    partial: bool = False,
 ) -> Graph:
     """The k nearest primitives of each, and those that it is joined with, as one neighbourhood.
 
@@ -132,14 +135,15 @@ def connected_neighbors(
 
     Args:
         ends: ``[N, 2, position_dim]``, both ends of each; of a circle, its centre twice.
-        k: Nearest ones; all of them where a drawing has fewer.
+        k: Nearest ones, from 0 to the primitives of each drawing.
         distance: In the unit of the ends.
-        most: How many connections a primitive keeps at most. Which ones is drawn.
+        most: How many connections a primitive keeps at most, near or not. Which ones is drawn.
         generator: What draws them; on the CPU. Default: PyTorch's.
         offsets: ``[G + 1]`` boundaries of the drawings of a batch.
+        partial: Let a drawing have fewer than k primitives; each attends to all of them.
 
     Raises:
-        TypeError, ValueError: An argument does not fit; it is named.
+        TypeError, ValueError: An argument does not fit; it is named, with both numbers.
 
     Source:
         Liu et al., arXiv 2401.10556, whose drawings are in pixels and whose k is 16.
@@ -151,12 +155,16 @@ def connected_neighbors(
         >>> connected_neighbors(ends, 1).edge_index.tolist()
         [[0, 1, 0, 1, 2], [0, 0, 1, 1, 2]]
     """
-    if not isinstance(ends, Tensor):
-        raise TypeError(f"ends must be a tensor, got {type(ends).__name__}")
+    check_float("ends", ends)
     if ends.ndim != 3 or ends.shape[1] != 2:
         raise ValueError(f"ends must be [N, 2, position_dim], got {list(ends.shape)}")
+    if not bool(ends.isfinite().all()):
+        n, side, _ = (~ends.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"ends must be finite, got {ends[n, side].tolist()} at [{n}, {side}]")
     distance, n = number("distance", distance), len(ends)
-    near = knn(ends.mean(1), k, offsets=offsets, partial=True)
+    if not 0 <= distance < math.inf:
+        raise ValueError(f"distance must be finite and not negative, got {distance}")
+    near = knn(ends.mean(1), k, offsets=offsets, partial=partial)
     of_ends = None if offsets is None else 2 * offsets
     col, row = (radius(ends.flatten(0, 1), distance, offsets=of_ends).edge_index // 2).unbind()
     pairs = torch.unique(row * n + col)
@@ -170,8 +178,8 @@ def connected_neighbors(
 
 def _at_most(pairs: Tensor, most: int, n: int, generator: torch.Generator | None) -> Tensor:
     """So many drawn pairs of each row, of pairs ``row n + column`` that are sorted."""
-    drawn = torch.rand(len(pairs), generator=generator, dtype=torch.float64).to(pairs.device)
-    order = drawn.argsort()
+    drawn = torch.rand(len(pairs), generator=generator, dtype=torch.float64, device="cpu")
+    order = drawn.to(pairs.device).argsort()
     order = order[(pairs[order] // n).argsort(stable=True)]
     row = pairs // n
     first = torch.searchsorted(row, row)  # a row's first pair: rows stand in order

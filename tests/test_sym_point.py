@@ -49,8 +49,8 @@ def literal(layer: SymPointAttention, p: dict[str, Tensor], x, position, graph: 
         norm(linear(d, "position.0"), layer.position[1], p, "position.1").relu(), "position.3"
     )
     w = torch.stack([k[j] - q[i] + d[e] for e, (j, i) in enumerate(edges)])
-    w = linear(norm(w, layer.weight[0], p, "weight.0").relu(), "weight.2")
-    w = linear(norm(w, layer.weight[3], p, "weight.3").relu(), "weight.5")
+    w = linear(norm(w, layer.logits[0], p, "logits.0").relu(), "logits.2")
+    w = linear(norm(w, layer.logits[3], p, "logits.3").relu(), "logits.5")
     rows = []
     for i in range(len(x)):
         mine = [e for e, (_, target) in enumerate(edges) if target == i]

@@ -11,8 +11,8 @@ whose ends touch its own, in one neighbourhood, channel by channel: the equation
 Channels s C / 8 + c of all 8 planes s share the weight c ("share_planes = 8"). So the operator is
 `channelwise_attention` with logits `[E, C / 8]`, expanded to `[E, 8, C / 8]` without a copy.
 
-The released code left the connections out; they are here as the paper has them. Dense attention has
-no weights of channels.
+Mended: the released code left the connections out. It fills drawings up to 2,048 points, all at
+one place, which others may attend to. Dense attention has no weights of channels.
 """
 
 import torch
@@ -45,8 +45,8 @@ def boxes(count, side, generator=None):
 
 
 def paper_size():
-    """A drawing of 4,096 lines; the first stage has 8 planes of 8 channels."""
-    ends = boxes(1024, 200, torch.Generator().manual_seed(0))
+    """A drawing of 2,048 lines; the first stage has 8 planes of 8 channels."""
+    ends = boxes(512, 200, torch.Generator().manual_seed(0))
     return connected_neighbors(ends, 16), 8, 8
 
 

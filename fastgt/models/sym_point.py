@@ -82,7 +82,7 @@ class SymPointAttention(nn.Module):
             nn.Linear(position_dim, dim),
         )
         shared = dim // planes
-        self.weight = nn.Sequential(
+        self.logits = nn.Sequential(
             nn.BatchNorm1d(dim),
             nn.ReLU(),
             nn.Linear(dim, shared),
@@ -105,7 +105,7 @@ class SymPointAttention(nn.Module):
         source, target = graph.edge_index
         check_rows(self, source, "norm of SymPointAttention", "edge")
         step = self.position(position[source] - position[target])
-        logits = self.weight(self.k(x)[source] - self.q(x)[target] + step)
+        logits = self.logits(self.k(x)[source] - self.q(x)[target] + step)
         shape = self.planes, self.dim // self.planes
         out = channelwise_attention(
             logits[:, None].expand(-1, *shape),

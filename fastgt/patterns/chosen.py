@@ -112,8 +112,15 @@ def _best(scores: Tensor, k: int, of: str) -> Tensor:
     if bool(scores.isnan().any()):
         at = scores.isnan().nonzero()[0].tolist()
         raise ValueError(f"scores must not be NaN, got one at {at}")
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    return order[..., :k].sort(-1).values
+    if k == 0:
+        return torch.empty(*scores.shape[:-1], 0, dtype=torch.int64, device=scores.device)
+    values, best = scores.topk(k, dim=-1)
+    best = best.sort(-1).values
+    # where more columns are as high as the last, topk does not say which of them it gives
+    tied = (scores >= values[..., -1:]).sum(-1) > k
+    order = scores[tied].argsort(dim=-1, descending=True, stable=True)
+    best[tied] = order[:, :k].sort(-1).values
+    return best
 
 
 def _blocks(block: Block, count: int, of: str, device: torch.device) -> Tensor:

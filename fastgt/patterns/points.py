@@ -37,7 +37,7 @@ def knn(
     Euclidean, in float64. With M queries these are ``M k`` edges. A point is its own nearest one,
     unless another in the same place has a lower number. The pattern is not symmetric in general.
 
-    Computed on the CPU, by scipy's k-d tree: O(N log N) where few points are equally far.
+    Computed on the CPU, by scipy's k-d tree: O(N log N) where few places are equally far.
 
     Args:
         points: ``[N, dimensions]``.
@@ -71,7 +71,9 @@ def knn(
         many = min(k, len(known))
         degree.append(np.full(len(asked), many))
         if many:
-            cols.append(np.sort(_nearest(known, asked, many), axis=1).ravel() + first)
+            kept = _first_of_a_place(known, many)
+            best = kept[_nearest(known[kept], asked, many)]
+            cols.append(np.sort(best, axis=1).ravel() + first)
     return space.graph(degree, cols)
 
 
@@ -234,6 +236,17 @@ def _checked(name: str, points: Tensor) -> np.ndarray:
         i, a = wrong[0].tolist()
         raise ValueError(f"{name} must be finite, got {found[i, a]} at [{i}, {a}]")
     return found
+
+
+def _first_of_a_place(points: np.ndarray, k: int) -> np.ndarray:
+    """The numbers of points, in order, but for those with k others before them in their place."""
+    order = np.lexsort(points.T)  # stable: in a place by number
+    place = points[order]
+    begins = np.ones(len(points), dtype=bool)
+    begins[1:] = (place[1:] != place[:-1]).any(1)
+    at = np.arange(len(points))
+    rank = at - np.maximum.accumulate(np.where(begins, at, 0))
+    return np.sort(order[rank < k])
 
 
 def _nearest(known: np.ndarray, asked: np.ndarray, k: int) -> np.ndarray:

@@ -12,6 +12,7 @@ them, in ``bench/results/plots``:
 - ``<!-- targets FILE -->``: what was set out to be reached;
 - ``<!-- devices -->``: targets and attention on every GPU that there is a file of;
 - ``<!-- trainings -->``: what trained models reached, from ``trainings.json``;
+- ``<!-- seeds -->``: attention of ``examples/seeds`` beside dense attention, from ``seeds.json``;
 - ``<!-- table FILE -->``: rows of another kind.
 """
 
@@ -46,10 +47,9 @@ def run() -> None:
 
     for path in sorted(RESULTS.glob("*.json")):
         rows = json.loads(path.read_text())
-        if rows and "operator" in rows[0]:
-            mine = [row for row in rows if row["operator"] in PLOTTED]
-            for drawn in plot(mine, RESULTS / "plots" / path.stem):
-                print(drawn)
+        mine = [row for row in rows if row.get("operator") in PLOTTED]
+        for drawn in plot(mine, RESULTS / "plots" / path.stem) if mine else []:
+            print(drawn)
 
 
 def rendered(readme: str) -> str:
@@ -60,12 +60,14 @@ def rendered(readme: str) -> str:
             return f"<!-- devices -->\n{_devices()}\n<!-- end -->"
         if match[1] == "trainings":
             return f"<!-- trainings -->\n{_trainings()}\n<!-- end -->"
+        if match[1] == "seeds":
+            return f"<!-- seeds -->\n{_seeds()}\n<!-- end -->"
         kind, file, *rest = match[1].split(maxsplit=2)
         rows = json.loads((RESULTS / f"{file}.json").read_text())
         return f"<!-- {match[1]} -->\n{KINDS[kind](rows, *rest)}\n<!-- end -->"
 
     kinds = "|".join(KINDS)
-    marker = rf"<!-- (devices|trainings|(?:{kinds}) [^>]+?) -->\n.*?<!-- end -->"
+    marker = rf"<!-- (devices|trainings|seeds|(?:{kinds}) [^>]+?) -->\n.*?<!-- end -->"
     return re.sub(marker, table, readme, flags=re.DOTALL)
 
 
@@ -404,6 +406,60 @@ def _trainings() -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _seeds() -> str:
+    """A line for each example: its pattern, and what it takes beside dense attention."""
+    path = RESULTS / "seeds.json"
+    if not path.exists():
+        return "No seed has been measured."
+    rows = json.loads(path.read_text())
+    lines = [
+        _machine(rows),
+        "",
+        "| seed | pattern | operator | nodes | edges | of all pairs | heads x width | fastgt "
+        "| dense | blocks | fastest |",
+        f"|{'---|' * 11}",
+    ]
+    for row in rows:
+        nodes = f"{row['rows']:,}"
+        if row["columns"] != row["rows"]:
+            nodes += f" to {row['columns']:,}"
+        cells = [
+            f"[{row['seed']}](../examples/seeds/{row['seed']}.py)",
+            row["pattern"],
+            f"`{row['operator']}`",
+            nodes,
+            f"{row['edges']:,}",
+            f"{row['share']:.2%}" if row["share"] < 0.1 else f"{row['share']:.0%}",
+            f"{row['heads']} x {row['width']}",
+            *(_seed_provider(row.get(name)) for name in ("fastgt", "dense", "blocks")),
+            _fastest(row),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _seed_provider(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if "refused" in found:
+        return found["refused"]
+    times = " / ".join(_time(found, part, 1) for part in ("forward", "both"))
+    return f"{times}, {found['both_peak_bytes'] / 1e6:.1f} MB"
+
+
+def _fastest(row: dict[str, Any]) -> str:
+    """Whose forward and backward is, and how many times longer fastgt's or the next one's is."""
+    times = {
+        name: row[name]["both_s"]
+        for name in ("fastgt", "dense", "blocks")
+        if name in row and "both_s" in row[name]
+    }
+    first = min(times, key=times.__getitem__)
+    others = [time for name, time in times.items() if name != first]
+    other = times.get("fastgt") if first != "fastgt" else min(others, default=None)
+    return first if other is None else f"{first}, {other / times[first]:.1f}x"
 
 
 def _with_deviation(value: float, deviation: float | None) -> str:

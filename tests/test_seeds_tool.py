@@ -132,6 +132,20 @@ def test_a_mask_that_is_too_large_is_refused(tmp_path, monkeypatch):
     assert row["fastgt"]["both_s"] > 0
 
 
+def test_who_asks_for_more_memory_than_there_is_is_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(seeds, "dense", lambda graph: lambda q, k, v: torch.empty(1 << 46))
+    row = seeds.measured(write(tmp_path, "pairs", PAIRS), repeats=1)
+    assert row["dense"] == {"refused": "more memory than there is"}
+    assert row["fastgt"]["both_s"] > 0
+
+    def broken(q, k, v):
+        raise RuntimeError("a fault of another kind")
+
+    monkeypatch.setattr(seeds, "dense", lambda graph: broken)
+    with pytest.raises(RuntimeError, match="another kind"):
+        seeds.measured(write(tmp_path, "pairs", PAIRS), repeats=1)
+
+
 def test_an_operator_that_errs_is_not_timed(tmp_path, monkeypatch):
     right = seeds.dense
     monkeypatch.setattr(

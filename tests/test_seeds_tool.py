@@ -26,6 +26,7 @@ def paper_size():
 '''
 PAIRS = "Graph.from_edge_index(torch.tensor([[0, 3, 3, 0, 1, 2, 1, 2], [0, 3, 0, 3, 1, 2, 2, 1]]))"
 COMPLETE = "Graph.complete(torch.tensor([0, 3, 4]), torch.tensor([0, 2, 7]))"
+SETS = "Graph.from_edge_index(torch.tensor([[0, 2, 0, 2, 1], [2, 0, 0, 2, 1]]))"
 SQUARE = "Graph.complete(torch.tensor([0, 3, 4]))"
 
 
@@ -68,7 +69,7 @@ def test_a_row_has_sizes_times_and_memory(tmp_path):
         "width": 4,
     }
     assert row.items() >= expected.items()
-    for provider in ("fastgt", "dense", "blocks"):
+    for provider in ("fastgt", "sorted", "dense", "blocks"):
         found = row[provider]
         assert 0 < found["forward_s"] < found["both_s"] + 0.1
         assert found["both_peak_bytes"] >= found["forward_peak_bytes"] >= 4 * 2 * 4 * 4
@@ -78,17 +79,23 @@ def test_a_row_has_sizes_times_and_memory(tmp_path):
 @pytest.mark.parametrize(
     ("graph", "names"),
     [
-        (PAIRS, ["neighborhood_attention", "dense", "blocks"]),
+        (PAIRS, ["neighborhood_attention", "dense", "sorted", "blocks"]),
+        (SETS, ["neighborhood_attention", "dense", "sorted"]),
         (COMPLETE, ["neighborhood_attention", "global_attention", "dense"]),
-        (SQUARE, ["neighborhood_attention", "global_attention", "dense"]),
+        (SQUARE, ["neighborhood_attention", "global_attention", "dense", "sorted"]),
     ],
 )
 def test_providers_are_softmax_attention(graph, names):
     graph = eval(graph, {"Graph": Graph, "torch": torch})
-    known = {"dense": seeds.dense, "blocks": seeds.in_blocks}
+    label = seeds.blocks(graph)
+    assert (label is None) == ("sorted" not in names)
+    known = {
+        "dense": lambda: seeds.dense(graph),
+        "sorted": lambda: seeds.sorted_blocks(label),
+        "blocks": lambda: seeds.equal_blocks(label),
+    }
     for name in names:
-        same_as_by_hand(known[name](graph) if name in known else seeds.ours(graph, name), graph)
-    assert (seeds.in_blocks(graph) is None) == ("blocks" not in names)
+        same_as_by_hand(known[name]() if name in known else seeds.ours(graph, name), graph)
 
 
 def same_as_by_hand(call: seeds.Attend, graph: Graph) -> None:
@@ -103,13 +110,20 @@ def same_as_by_hand(call: seeds.Attend, graph: Graph) -> None:
 @pytest.mark.parametrize(
     "edges",
     [
-        [[0, 1, 0, 1, 2, 3], [0, 1, 1, 0, 2, 3]],  # of other sizes
-        [[0, 1, 1, 2, 2, 0], [0, 0, 1, 1, 2, 2]],  # no blocks
+        [[0, 1, 1, 2, 2, 0], [0, 0, 1, 1, 2, 2]],
         [[0, 1, 0, 1, 2, 3, 2, 1], [0, 0, 1, 1, 2, 2, 3, 3]],
+        [[0, 0, 1, 2], [0, 1, 2, 2]],
     ],
 )
-def test_what_is_not_made_of_complete_blocks_of_one_size_has_none(edges):
-    assert seeds.in_blocks(Graph.from_edge_index(torch.tensor(edges))) is None
+def test_what_is_not_made_of_complete_blocks_has_none(edges):
+    assert seeds.blocks(Graph.from_edge_index(torch.tensor(edges))) is None
+
+
+def test_sets_of_other_sizes_are_no_batch_of_blocks(tmp_path):
+    row = seeds.measured(write(tmp_path, "sets", SETS), repeats=1)
+    assert row["sorted"]["both_s"] > 0
+    assert "blocks" not in row
+    assert "sorted" not in seeds.measured(write(tmp_path, "all", SQUARE), repeats=1)
 
 
 @pytest.mark.parametrize("operator", ["linear_attention", "channelwise_attention"])
@@ -213,7 +227,7 @@ def test_the_fastest_is_named_with_how_much_longer_another_takes(tmp_path, monke
     }
     rows = [
         base | {"seed": "a", "fastgt": took(1.0), "dense": took(3.0), "blocks": took(2.0)},
-        base | {"seed": "b", "fastgt": took(1.5), "dense": took(3.0), "blocks": took(0.5)},
+        base | {"seed": "b", "fastgt": took(1.5), "sorted": took(0.8), "blocks": took(0.5)},
         base | {"seed": "c", "fastgt": took(1.5), "dense": {"refused": "a mask of 9.1 GB"}},
         base | {"seed": "d", "dense": took(1.5)},
     ]
@@ -224,6 +238,12 @@ def test_the_fastest_is_named_with_how_much_longer_another_takes(tmp_path, monke
     assert ends == ["fastgt, 2.0x", "blocks, 3.0x", "fastgt", "dense"]
     assert "| 1.23% |" in lines[0]
     assert "| a mask of 9.1 GB |" in lines[2]
+
+
+def test_the_page_is_rendered_from_the_results():
+    page = (seeds.ROOT / "docs" / "gallery.md").read_text()
+    assert "<!-- seeds -->" in page
+    assert render.rendered(page) == page, "run `python tools/render.py`"
 
 
 def test_every_example_says_what_it_is():

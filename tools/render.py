@@ -418,8 +418,8 @@ def _seeds() -> str:
         _machine(rows),
         "",
         "| seed | pattern | operator | nodes | edges | of all pairs | heads x width | fastgt "
-        "| dense | blocks | fastest |",
-        f"|{'---|' * 11}",
+        "| sorted | dense | blocks | fastest |",
+        f"|{'---|' * 12}",
     ]
     for row in rows:
         nodes = f"{row['rows']:,}"
@@ -433,7 +433,7 @@ def _seeds() -> str:
             f"{row['edges']:,}",
             f"{row['share']:.2%}" if row["share"] < 0.1 else f"{row['share']:.0%}",
             f"{row['heads']} x {row['width']}",
-            *(_seed_provider(row.get(name)) for name in ("fastgt", "dense", "blocks")),
+            *(_seed_provider(row.get(name)) for name in _SEED_PROVIDERS),
             _fastest(row),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -453,7 +453,7 @@ def _fastest(row: dict[str, Any]) -> str:
     """Whose forward and backward is, and how many times longer fastgt's or the next one's is."""
     times = {
         name: row[name]["both_s"]
-        for name in ("fastgt", "dense", "blocks")
+        for name in _SEED_PROVIDERS
         if name in row and "both_s" in row[name]
     }
     first = min(times, key=times.__getitem__)
@@ -467,6 +467,7 @@ def _with_deviation(value: float, deviation: float | None) -> str:
 
 
 _PASSES = ("epoch", "inference")
+_SEED_PROVIDERS = ("fastgt", "sorted", "dense", "blocks")
 KINDS: dict[str, Callable[..., str]] = {
     "table": _table,
     "overview": _overview,

@@ -2,11 +2,13 @@
 
 ``python tools/seeds.py`` measures, for each file, the operator that it names on the graph, heads
 and width of its ``paper_size()``: q, k and v are random and float32, projections and biases are
-left out. Beside it stand PyTorch's ``scaled_dot_product_attention``
+left out. Beside it stand
 
-- dense: over all pairs of each graph of the batch, padded, under a boolean mask of the edges;
-- blocks: as a batch of small dense problems, where the pattern is made of complete blocks of one
-  size, as windows are.
+- dense: PyTorch's ``scaled_dot_product_attention`` over all pairs of each graph of the batch,
+  padded, under a boolean mask of the edges;
+- sorted: fastgt's ``global_attention`` on nodes sorted by block, where the pattern is made of
+  complete blocks, as windows and sets are;
+- blocks: PyTorch's attention on a batch of these, where they have one size.
 
 Where an operator is the softmax of these, its output is compared with theirs before it is timed.
 Rows stand in ``bench/results/seeds.json``, from which ``tools/render.py`` makes the table of
@@ -164,18 +166,31 @@ def dense(graph: Graph) -> Attend:
     return attend
 
 
-def in_blocks(graph: Graph) -> Attend | None:
-    """PyTorch's attention on a batch of blocks, where the graph is made of complete ones of one
-    size; else None."""
-    size = int(graph.row_degree.max())
-    if graph.num_rows != graph.num_cols or graph.num_edges != graph.num_rows * size:
+def blocks(graph: Graph) -> Tensor | None:
+    """``[N]``, the number of each node's block, where the graph is made of complete blocks, as
+    windows and sets are; else None. Each edge is there once."""
+    if graph.num_rows != graph.num_cols:
         return None
-    cols = graph.col.long().view(-1, size).sort(1).values if size else graph.col
-    if int(graph.row_degree.min()) != size or len(cols) % size:
-        return None
-    block = cols[:, 0].argsort(stable=True).view(-1, size)  # [blocks, size]
-    if not torch.equal(cols[block], block[:, None].expand(-1, size, -1)):
-        return None
+    j, i = graph.edge_index
+    nobody = torch.full((graph.num_rows,), graph.num_rows)
+    label = nobody.scatter_reduce(0, i, j, "amin").unique(return_inverse=True)[1]
+    sizes = label.bincount()
+    degree = graph.row_degree.long()
+    complete = torch.equal(label[i], label[j]) and torch.equal(degree, sizes[label])
+    return label if complete else None
+
+
+def sorted_blocks(label: Tensor) -> Attend:
+    """``global_attention`` on nodes sorted by block."""
+    order = label.argsort(stable=True)
+    back, sizes = order.argsort(), label.bincount()
+    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    return lambda q, k, v: global_attention(q[order], k[order], v[order], offsets)[back]
+
+
+def equal_blocks(label: Tensor) -> Attend:
+    """PyTorch's attention on a batch of blocks of one size."""
+    block = label.argsort(stable=True).view(int(label.max()) + 1, -1)  # [blocks, size]
     back = block.flatten().argsort()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -194,9 +209,11 @@ def _providers(graph: Graph, operator: str) -> dict[str, Attend | str]:
         found["dense"] = dense(graph)
     except MemoryError as error:
         found["dense"] = str(error)
-    blocks = in_blocks(graph)
-    if blocks is not None and graph.num_edges < _pairs(graph):
-        found["blocks"] = blocks
+    if graph.num_edges == _pairs(graph) or (label := blocks(graph)) is None:
+        return found
+    found["sorted"] = sorted_blocks(label)
+    if len(label.bincount().unique()) == 1:
+        found["blocks"] = equal_blocks(label)
     return found
 
 

@@ -9,7 +9,8 @@ j is in the stripe of i that belongs to head h, and conv_h is a depthwise 3 x 3 
 released code the first half has vertical stripes, where the paper names horizontal ones first, and
 the convolution pads every stripe with zeros: it does not reach into the next one.
 
-Stripes of one size are a batch of small dense problems, which PyTorch's attention is good at too.
+Tokens sorted by stripe are a batch of small dense problems: ``global_attention`` or PyTorch's
+attention is the faster way through these on a CPU.
 """
 
 import torch

@@ -11,7 +11,7 @@ No code was released. The abstract fixes the three parts: windows, down-sampling
 is learned, and fusion by attention. That the streams are added is a choice of this file, and so are
 the grid and heads of ``paper_size()``, which are Swin-T's.
 
-Windows are sparse, M global tokens are a small dense problem (``global_attention``).
+The global tokens are a small dense problem (``global_attention``), and so are sorted windows.
 """
 
 import torch

@@ -8,8 +8,8 @@ B is a table of (2M - 1)^2 numbers for windows of M x M: its gradient comes thro
 Every second block moves the windows by M / 2. The released code then rolls the grid and adds -100
 to logits across its seam, which leaves weights of e^-100. Here such pairs have no edge.
 
-Windows of one size are a batch of small dense problems. PyTorch's attention on that batch is the
-faster way on a CPU, as long as none is cut by a border.
+Tokens sorted by window are a batch of small dense problems. ``global_attention`` by boundaries, or
+PyTorch's attention where no window is cut, is the faster way through these on a CPU.
 """
 
 import torch

@@ -31,9 +31,7 @@ class SparsifinerAttention(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         sizes = dim // heads, dim // heads // 2
         self.narrow_q, self.narrow_k = nn.Linear(*sizes), nn.Linear(*sizes)
-        self.mix, self.basis = (nn.Parameter(torch.empty(tokens, rank)) for _ in "PB")
-        nn.init.trunc_normal_(self.mix, std=0.02)
-        nn.init.trunc_normal_(self.basis, std=0.02)
+        self.mix, self.basis = (nn.Parameter(0.02 * torch.randn(tokens, rank)) for _ in "PB")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # [N, H, D]

@@ -44,14 +44,11 @@ def pattern(
 ) -> tuple[Graph, Tensor]:
     """-> edges to the own window and to all means, and the window of each token."""
     near = windows(shape, size, shift=shift)
-    j, i = near.edge_index
-    n = near.num_nodes
-    first = torch.full((n,), n).scatter_reduce(0, i, j, "amin")
-    window = first.unique(return_inverse=True)[1]  # each has a first token
-    count = int(window.max()) + 1
-    token, mean = torch.cartesian_prod(torch.arange(n), n + torch.arange(count)).T
+    (j, i), n = near.edge_index, near.num_nodes
+    first, window = near.col[near.row_ptr[:-1]].unique(return_inverse=True)  # token of each window
+    token, mean = torch.cartesian_prod(torch.arange(n), n + torch.arange(len(first))).T
     edges = torch.stack([torch.cat([j, mean]), torch.cat([i, token])])
-    return Graph.from_edge_index(edges, (n, n + count)), window
+    return Graph.from_edge_index(edges, (n, n + len(first))), window
 
 
 def paper_size() -> tuple[Graph, int, int]:

@@ -158,6 +158,7 @@ class Batch(NamedTuple):
 def _modules(ours: nn.Module) -> dict[str, Callable[[], nn.Module]]:
     modules: dict[str, Callable[[], nn.Module]] = {
         "fastgt": lambda: copy.deepcopy(ours),
+        "fastgt, compiled": lambda: _compiled(copy.deepcopy(ours)),
         "pyg": lambda: on_pyg(ours),
         "pyg, compiled": lambda: _compiled(on_pyg(ours)),
     }

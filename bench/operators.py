@@ -141,7 +141,10 @@ OPERATORS = {
 OPERATORS |= {
     model: Operator(
         partial(models.case, model),
-        ("pyg", "pyg, compiled", *(["pyg, padded keys zeroed"] if model == "gps" else [])),
+        (
+            *("fastgt, compiled", "pyg", "pyg, compiled"),
+            *(["pyg, padded keys zeroed"] if model == "gps" else []),
+        ),
         problems,
         problems,
         problems[:1] if model == "graph_transformer" else (),

@@ -1,6 +1,11 @@
 """Reference models, one file each."""
 
 from fastgt.models.authors_checkpoints import graph_transformer_state_dict
+from fastgt.models.correspondence import (
+    CorrespondenceTransformer,
+    CorrespondenceTransformerConfig,
+)
+from fastgt.models.correspondence_matching import log_likelihoods, matches
 from fastgt.models.exphormer import Exphormer
 from fastgt.models.exphormer_config import ExphormerConfig
 from fastgt.models.exphormer_graph import expander
@@ -24,10 +29,13 @@ from fastgt.models.san import SAN, SANConfig
 from fastgt.models.scene_graph import SceneGraphConfig, SceneGraphEncoder
 from fastgt.models.sgformer import SGFormer, SGFormerConfig, sgformer_state_dict
 from fastgt.models.sym_point import SymPointAttention, connected_neighbors
+from fastgt.models.sinkhorn import log_sinkhorn
 
 __all__ = [
     "GTSP",
     "SAN",
+    "CorrespondenceTransformer",
+    "CorrespondenceTransformerConfig",
     "EdgeGraphTransformer",
     "EdgeGraphTransformerConfig",
     "Exphormer",
@@ -58,6 +66,9 @@ __all__ = [
     "gps_conv_state_dict",
     "graph_gps_state_dict",
     "graph_transformer_state_dict",
+    "log_likelihoods",
+    "log_sinkhorn",
+    "matches",
     "polynormer_state_dict",
     "sgformer_state_dict",
 ]

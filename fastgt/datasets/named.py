@@ -9,6 +9,7 @@ from pathlib import Path
 from fastgt.datasets.block_models import cluster, pattern
 from fastgt.datasets.dd import dd
 from fastgt.datasets.graph_set import GraphSet
+from fastgt.datasets.line_drawings import drawn_lines
 from fastgt.datasets.molhiv import molhiv, molhiv_small
 from fastgt.datasets.node_graphs import amazon_computers, citations, debian, heterophilous
 from fastgt.datasets.node_set import NodeSet
@@ -47,6 +48,11 @@ DATASETS: dict[str, Callable[[Path | None], GraphSet | NodeSet]] = {
     "cluster": partial(_drawn, cluster),
     "pattern_small": partial(_drawn, partial(pattern, SMALL)),
     "cluster_small": partial(_drawn, partial(cluster, SMALL)),
+    "pattern": lambda folder: pattern(),
+    "cluster": lambda folder: cluster(),
+    "pattern_small": lambda folder: pattern(SMALL),
+    "cluster_small": lambda folder: cluster(SMALL),
+    "drawn_lines": lambda folder: drawn_lines(),
     **OF_PYG,
     **OF_OGB,
 }

@@ -178,8 +178,9 @@ class CorrespondenceTransformer(nn.Module):
                 x = x + layer(x, x.index_select(0, partner), ptr, partner_ptr)
             else:
                 x = x + layer(x, x, ptr, ptr)
-        f = self.out(x).split(ptr.diff().tolist())
-        scores = [node.new_zeros(0)]
+        f = self.out(x)
+        scores = [f[:0].flatten()]
+        f = f.split(ptr.diff().tolist())
         for first, second in zip(f[::2], f[1::2], strict=True):
             scores.append((first @ second.T).flatten())
         return log_sinkhorn(
@@ -258,7 +259,8 @@ def _partners(graph: Graph) -> tuple[Tensor, Tensor]:
     sizes = ptr.diff()[other]
     ends = torch.cat([ptr.new_zeros(1), sizes.cumsum(0)])
     shift = (ptr[other] - ends[:-1]).repeat_interleave(sizes, output_size=graph.num_rows)
-    return torch.arange(graph.num_rows, device=ptr.device) + shift, ends
+    nodes = torch.arange(graph.num_rows, device=ptr.device) + shift
+    return nodes, ends.to(graph.graph_ptr.dtype)
 
 
 _PUBLISHED = {"mixamo_line": CorrespondenceTransformerConfig()}

@@ -134,6 +134,7 @@ def _sums(q: Tensor, values: Tensor, k: Tensor, z: Tensor, rows: Tensor, cols: T
     q, k, values = (x[:, None, None] for x in (q, k, values))
     logits: dict[str, Any] = {"scale": 1.0, "bias": z[:, None], "key_offsets": cols}
     _, aux = global_attention(q, k, values, rows, **logits, return_aux=AuxRequest(lse=True))
+    assert aux.lse is not None
     return aux.lse[:, 0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastgt.models import (
+    CorrespondenceTransformerConfig,
     EdgeGraphTransformerConfig,
     ExphormerConfig,
     GraphClassifierConfig,
@@ -60,6 +61,19 @@ _GTSP: dict[str, Any] = {
 }
 
 GRAPH_RECIPES = [
+    Recipe(
+        "correspondence",
+        "drawn_lines",
+        CorrespondenceTransformerConfig(dim=64, layers=3, pe_dim=16, node_widths=(32, 64)),
+        loss="assignment",
+        metric="matched",
+        optimizer="adamw",
+        schedule="cosine",
+        clip=1.0,
+        batch_size=16,
+        lr=2e-3,
+        epochs=5,
+    ),
     Recipe(
         "edge_graph_transformer",
         "zinc12k",

@@ -15,6 +15,7 @@ from torch import nn
 from fastgt.models import (
     GTSP,
     SAN,
+    CorrespondenceTransformer,
     EdgeGraphTransformer,
     Exphormer,
     GraphClassifier,
@@ -42,6 +43,7 @@ class Model(NamedTuple):
     Attributes:
         make: Of its config.
         takes_edges: Whether it is called with what edges carry.
+        pairs: Whether graphs 2p and 2p + 1 of a set are one example.
         self_loops: Whether every node is to have one edge to itself.
         attention: What the names of its attention's parameters begin with, where those have a
             weight decay of their own.
@@ -53,6 +55,7 @@ class Model(NamedTuple):
 
     make: Callable[[Any], nn.Module]
     takes_edges: bool = False
+    pairs: bool = False
     self_loops: bool = False
     attention: tuple[str, ...] = ()
     laplacian: Literal["sym"] | None = None
@@ -87,6 +90,7 @@ def _gtsp_prune(config: GTSPConfig) -> Prune | None:
 
 
 MODELS = {
+    "correspondence": Model(CorrespondenceTransformer, pairs=True),
     "edge_graph_transformer": Model(EdgeGraphTransformer, takes_edges=True),
     "exphormer": Model(Exphormer, takes_edges=True),
     "graph_transformer": Model(GraphTransformer),

@@ -30,8 +30,10 @@ from typing import Any, Literal, get_args
 
 from fastgt.ops.checks import integer
 
-Loss = Literal["l1", "cross_entropy", "class_weighted_cross_entropy", "binary_cross_entropy"]
-Metric = Literal["mae", "accuracy", "class_accuracy", "roc_auc", "average_precision"]
+Loss = Literal[
+    "l1", "cross_entropy", "class_weighted_cross_entropy", "binary_cross_entropy", "assignment"
+]
+Metric = Literal["mae", "accuracy", "class_accuracy", "roc_auc", "average_precision", "matched"]
 Optimizer = Literal["adam", "adamw"]
 Schedule = Literal["constant", "plateau", "cosine", "linear"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -70,9 +72,10 @@ class Recipe:
         published: What others reached; None where nobody told.
         loss: ``"l1"``; ``"cross_entropy"`` of classes; the same with every class weighted by
             (V - n_c) / V (``"class_weighted_cross_entropy"``, V labels in the batch, n_c of the
-            class); or ``"binary_cross_entropy"`` of logits, labels of NaN left out.
+            class); ``"binary_cross_entropy"`` of logits, labels of NaN left out; or
+            ``"assignment"``, of pairs of graphs.
         metric: What chooses the best epoch, on the validation split; ``"mae"`` goes with the loss
-            ``"l1"``, the others with classes.
+            ``"l1"``, ``"matched"`` with ``"assignment"``, the others with classes.
         optimizer: ``"adam"`` or ``"adamw"``.
         lr, weight_decay: Of the optimizer.
         attention_decay: Weight decay of the parameters that ``MODELS`` calls attention; None for
@@ -82,7 +85,7 @@ class Recipe:
             below ``min_lr``); ``"cosine"`` (to 0 at the last epoch, after ``warmup`` epochs of
             linear rise); ``"linear"`` (likewise, falling by as much every epoch).
         clip: Norm that gradients are cut to; None for no limit.
-        batch_size: Graphs; a data set of one graph ignores it.
+        batch_size: Graphs, or pairs of them; a data set of one graph ignores it.
         epochs: At most.
         stop_after: Epochs without a better metric that end the run; None for no such end.
         local_epochs: So many first ones in the local stage of a model that has two, as Polynormer.
@@ -91,7 +94,7 @@ class Recipe:
             ``"rows"``, divided by their sum.
         seed: Of weights, order and dropout.
         precision: ``"fp32"``, or that of autocast: ``"bf16"``, or ``"fp16"`` with scaled losses.
-        limit: Train on the first so many graphs; None for all.
+        limit: Train on the first so many graphs, two a pair; None for all.
     """
 
     model: str
@@ -123,10 +126,12 @@ class Recipe:
         for name, kinds in _KINDS.items():
             if getattr(self, name) not in kinds:
                 raise ValueError(f"{name} must be one of {list(kinds)}, got {getattr(self, name)}")
-        if (self.loss == "l1") != (self.metric == "mae"):
-            raise ValueError(
-                f"loss 'l1' and metric 'mae' go together, got {self.loss!r} and {self.metric!r}"
-            )
+        for loss, metric in (("l1", "mae"), ("assignment", "matched")):
+            if (self.loss == loss) != (self.metric == metric):
+                raise ValueError(
+                    f"loss {loss!r} and metric {metric!r} go together, got {self.loss!r} and "
+                    f"{self.metric!r}"
+                )
         for name in ("batch_size", "epochs", "stop_after", "limit"):
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name), 1)

@@ -28,8 +28,11 @@ def loss_terms(kind: Loss, output: Tensor, y: Tensor, total: Total) -> tuple[Ten
     Args:
         kind: See :class:`fastgt.training.recipe.Recipe`.
         output: ``[B, T]`` of graphs or nodes. One logit ``[B, 1]`` tells two classes apart; class
-            weights are then not divided by their sum but by B, as in GraphGPS's code.
-        y: ``[B]`` or ``[B, T]`` numbers, or ``[B]`` classes.
+            weights are then not divided by their sum but by B, as in GraphGPS's code. Of
+            ``"assignment"`` ``[B, 2]``: of a node, the logarithm of the probability of its match,
+            and the match that is found.
+        y: ``[B]`` or ``[B, T]`` numbers, ``[B]`` classes, or ``[B]`` matches, -1 for none: each of
+            two nodes that match counts half.
         total: Sums a tensor over the processes that share the batch.
 
     Example:
@@ -50,6 +53,9 @@ def loss_terms(kind: Loss, output: Tensor, y: Tensor, total: Total) -> tuple[Ten
         told_labels = told.sum().to(each.dtype)
         # without any label the loss is 0, not 0 / 0
         return each.where(told, each.new_zeros(())).sum(), told_labels + _tiny(each)
+    if kind == "assignment":
+        weight = torch.where(_matches(output, y) < 0, 1.0, 0.5).to(output.dtype)
+        return -(weight * output[:, 0]).sum(), weight.sum()
     one, output = output.shape[1:] == (1,), _logits(output, y)
     each = F.cross_entropy(output, y, reduction="none")
     if kind == "cross_entropy":
@@ -111,6 +117,20 @@ def average_precision(output: Tensor, y: Tensor) -> float:
     return _over_tasks(_average_precision, output, y)
 
 
+def matched(output: Tensor, y: Tensor) -> float:
+    """Share of the nodes that have a match whose match is found.
+
+    Example:
+        >>> import torch
+        >>> from fastgt.training.scores import matched
+        >>> found = torch.tensor([[-0.1, 4.0], [-0.7, 3.0], [-0.2, 0.0]])
+        >>> matched(found, torch.tensor([4, 2, -1]))
+        0.5
+    """
+    have = _matches(output, y) >= 0
+    return float((output[have, 1] == y[have]).double().mean())
+
+
 def _roc_auc(score: Tensor, positive: Tensor) -> float:
     _, group, size = score.unique(return_inverse=True, return_counts=True)
     end = size.cumsum(0).double()
@@ -166,6 +186,15 @@ def _logits(output: Tensor, y: Tensor) -> Tensor:
     return output
 
 
+def _matches(output: Tensor, y: Tensor) -> Tensor:
+    if y.dim() != 1 or y.is_floating_point() or output.shape != (len(y), 2):
+        raise ValueError(
+            f"numbers [B, 2] need matches [B], got {list(output.shape)} and {list(y.shape)} "
+            f"{y.dtype}"
+        )
+    return y
+
+
 def _check_classes(output: Tensor, y: Tensor) -> None:
     if y.dim() != 1 or y.is_floating_point() or output.dim() != 2 or len(output) != len(y):
         raise ValueError(
@@ -182,4 +211,5 @@ _METRICS: dict[Metric, Score] = {
     "class_accuracy": Score(class_accuracy, "mean accuracy of classes", True),
     "roc_auc": Score(roc_auc, "ROC-AUC", True),
     "average_precision": Score(average_precision, "average precision", True),
+    "matched": Score(matched, "share of matches found", True),
 }

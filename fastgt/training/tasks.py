@@ -1,12 +1,14 @@
-"""What the loop trains on: batches of many graphs, or one graph whose nodes are classified."""
+"""What the loop trains on: batches of many graphs, pairs of graphs, or one graph's nodes."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fastgt.datasets import Batch, GraphSet, NodeSet
+from fastgt.models import log_likelihoods, matches
 from fastgt.training import optimization
 from fastgt.training.ranks import Ranks
 from fastgt.training.recipe import Recipe
@@ -82,6 +84,40 @@ class GraphTask(_Task):
 
     def _batch(self, split: str, chosen: Tensor) -> Batch:
         return self.data.batch(self.data.splits[split][chosen]).to(self.device)
+
+
+class PairTask(GraphTask):
+    """Which node of one graph is which of another: an example is two graphs of the set."""
+
+    def __init__(
+        self,
+        title: str,
+        recipe: Recipe,
+        data: GraphSet,
+        model: nn.Module,
+        *,
+        takes_edges: bool,
+        ranks: Ranks,
+    ):
+        super().__init__(title, recipe, data, model, takes_edges=takes_edges, ranks=ranks)
+        self._pairs: dict[str, Tensor] = {}
+        for name, graphs in data.splits.items():
+            if len(graphs) % 2:
+                raise ValueError(f"{name} has {len(graphs)} graphs, and a pair has two")
+            self._pairs[name] = pairs = graphs.view(-1, 2)
+            if (pairs[:, 0] % 2).any() or (pairs[:, 1] != pairs[:, 0] + 1).any():
+                raise ValueError(f"{name} must have graphs 2p and 2p + 1 after each other")
+        self.sizes = {name: len(x) for name, x in self._pairs.items()}
+
+    def _batch(self, split: str, chosen: Tensor) -> Batch:
+        return self.data.batch(self._pairs[split][chosen].flatten()).to(self.device)
+
+    def _output(self, batch: Batch) -> Tensor:
+        """``[N, 2]``: what loss and metric take of a node."""
+        found = super()._output(batch)
+        of_nodes = log_likelihoods(found, batch.y, batch.graph)
+        partner = matches(found, batch.graph, self.recipe.config.threshold)
+        return torch.stack([of_nodes, partner.to(of_nodes.dtype)], 1)
 
 
 class NodeTask(_Task):

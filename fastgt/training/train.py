@@ -24,7 +24,7 @@ from fastgt.training.memory import check_fits
 from fastgt.training.published_recipes import MODELS, Prune
 from fastgt.training.ranks import Ranks, joined
 from fastgt.training.recipe import Recipe
-from fastgt.training.tasks import GraphTask, NodeTask
+from fastgt.training.tasks import GraphTask, NodeTask, PairTask
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,8 @@ def start(
             data.title, recipe, data, split, called, takes_edges=kind.takes_edges
         )
     else:
-        task = GraphTask(
+        kind_of_task = PairTask if kind.pairs else GraphTask
+        task = kind_of_task(
             data.title, recipe, data, called, takes_edges=kind.takes_edges, ranks=ranks
         )
     prunes = None if sparsity is None else sparsity(model)
@@ -243,7 +244,9 @@ def start(
 def _opening(training: Training, parameters: int) -> str:
     task, p, recipe = training.task, training.progress, training.recipe
     sizes = " / ".join(f"{task.sizes[name]:,}" for name in ("train", "val", "test"))
-    of = "one graph" if isinstance(task, NodeTask) else f"{sizes} graphs"
+    of = f"{sizes} {'pairs of graphs' if isinstance(task, PairTask) else 'graphs'}"
+    if isinstance(task, NodeTask):
+        of = "one graph"
     processes = f", {training.ranks.size} processes" if training.ranks.size > 1 else ""
     lines = [
         f"{recipe.model} on {task.title}: {of}; {parameters:,} parameters; {training.batches} "

@@ -44,6 +44,9 @@ MAKE = {
     "EdgeGraphTransformer": lambda: models.EdgeGraphTransformer(
         models.EdgeGraphTransformerConfig(**SIZES)
     ),
+    "CorrespondenceTransformer": lambda: models.CorrespondenceTransformer(
+        models.CorrespondenceTransformerConfig(**SIZES)
+    ),
     "GraphGPS": lambda: models.GraphGPS(
         models.GraphGPSConfig(lap_pe=5, lap_dim=6, edge_types=(), **SIZES)
     ),

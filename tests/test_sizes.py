@@ -52,6 +52,9 @@ SIZES = {
     | {"sign_pe": 0, "sign_dim": 0, "sign_layers": 2, "sign_hidden": 3, "sign_out": 3}
     | {"sign_rho_layers": 2, "heat_times": 2, "heat_dim": 1, "electrostatic_dim": 1}
     | {"kernel_layers": 1},
+    models.CorrespondenceTransformerConfig: {"node_features": 3, "dim": 8, "heads": 2}
+    | {"layers": 2, "pe_dim": 5, "iterations": 3},
+    models.log_sinkhorn: {"iterations": 3},
     models.ExphormerConfig: NODES
     | {"edge_types": 4, "node_features": 0, "edge_features": 0, "expander_degree": 3}
     | {"virtual_nodes": 2, "in_layers": 1, "lap_pe": 2, "lap_dim": 3, "lap_layers": 2}
@@ -113,6 +116,9 @@ MAKE = {
     ),
     models.expander: lambda **counts: models.expander(RING, **counts),
     models.connected_neighbors: lambda **counts: models.connected_neighbors(ENDS, **counts),
+    models.log_sinkhorn: lambda **counts: models.log_sinkhorn(
+        torch.arange(4.0), torch.tensor(1.0), *torch.tensor([[0, 2], [0, 2]]), **counts
+    ),
     GradualPruning: lambda **counts: GradualPruning(nn.Linear(4, 4), **counts),
     HeadSparsity: sparsity,
 }

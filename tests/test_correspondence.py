@@ -200,7 +200,7 @@ def test_published_settings():
 
 def test_weights_begin_as_they_are_said_to():
     model = CorrespondenceTransformer(CorrespondenceTransformerConfig(**SMALL))
-    assert float(model.dustbin) == 1
+    assert model.dustbin.item() == 1
     for layer in (model.embed, model.embed_pe, *(x.mlp for x in model.layers)):
         assert not layer.layers[-1].bias.any()
         assert layer.layers[0].bias.all()
@@ -258,15 +258,15 @@ def test_matches_are_the_largest_of_their_row_and_column(threshold):
     assert (max(wanted) >= 0) == (threshold < 1)
 
 
-def test_partners_of_drawn_lines_are_learnt_by_heart():
+def test_partners_are_learnt_by_heart():
     """Also those that have none, by the loss of all nodes."""
     graph = random_batch(5, [(9, 30), (7, 24), (6, 14), (8, 26)], device=DEVICE)
-    model = model_of(torch.float32, dim=24, pe_dim=4)
+    model = model_of(torch.float32, layers=1, iterations=10)
     given, y = inputs(model, graph, torch.float32), true_matches(graph)
     given["pe"] = laplacian_pe(graph, 4, symmetrize=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     losses = []
-    for _ in range(120):
+    for _ in range(80):
         optimizer.zero_grad()
         loss = -log_likelihoods(model(graph=graph, **given), y, graph).mean()
         loss.backward()

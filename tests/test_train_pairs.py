@@ -19,7 +19,7 @@ from fastgt.training.settings import changed
 from fastgt.training.tasks import PairTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = ["dim=8", "heads=2", "layers=1", "pe_dim=3", "node_widths=8", "pe_widths=8", "iterations=5"]
+TINY = ["dim=8", "heads=2", "layers=1", "pe_dim=3", "node_widths=8", "pe_widths=8", "iterations=2"]
 
 
 @pytest.fixture(scope="module")

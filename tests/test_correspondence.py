@@ -1,19 +1,23 @@
 """The correspondence transformer against its equations on padded pairs, and what is read of it."""
 
 import itertools
+import re
 from itertools import pairwise
 
 import pytest
 import torch
 from attention_cases import DEVICE
 from literal_layers import assert_same, edgeless, linear, perturbed, rough_batch
+from torch.nn import functional as F
 
 from fastgt import Graph, implementation
 from fastgt.encodings import laplacian_pe
 from fastgt.models import (
     CorrespondenceTransformer,
     CorrespondenceTransformerConfig,
+    correspondence_state_dict,
     log_likelihoods,
+    log_sinkhorn,
     matches,
 )
 from fastgt.testing import random_batch
@@ -206,6 +210,80 @@ def test_weights_begin_as_they_are_said_to():
         assert layer.layers[0].bias.all()
     layer = model.layers[0]
     assert not torch.equal(layer.q.weight, layer.k.weight)
+
+
+def authors_state(c):
+    """Random parameters by the authors' names, of convolutions over one node."""
+    generator = torch.Generator().manual_seed(0)
+    layers = {
+        "vertex_desc.encoder.layer1": [3, c.dim // 4],
+        "kenc.encoder": [c.node_features, *c.node_widths, c.dim],
+        "tenc.encoder": [c.pe_dim, *c.pe_widths, c.dim],
+        "final_proj": [c.dim, c.dim],
+    }
+    for i in range(2 * c.layers):
+        layers[f"gnn.layers.{i}.attn.merge"] = [c.dim, c.dim]
+        layers |= {f"gnn.layers.{i}.attn.proj.{j}": [c.dim, c.dim] for j in range(3)}
+        layers[f"gnn.layers.{i}.mlp"] = [2 * c.dim, 2 * c.dim, c.dim]
+    state = {"bin_score": torch.tensor(0.8, dtype=FP64)}
+    for name, widths in layers.items():
+        for i, (a, b) in enumerate(pairwise(widths)):
+            part = f"{name}.{3 * i}" if name.endswith(("encoder", "mlp")) else name
+            state[f"{part}.weight"] = torch.randn(b, a, 1, generator=generator, dtype=FP64) / a**0.5
+            state[f"{part}.bias"] = torch.randn(b, generator=generator, dtype=FP64)
+    return {name: x.to(DEVICE) for name, x in state.items()}
+
+
+def authors_layers(state, name, x):
+    """``[C, n]`` -> ``[C', n]``, with instance norms of PyTorch's."""
+    numbers = sorted(int(k.split(".")[-2]) for k in state if re.match(rf"{name}\.\d+\.bias", k))
+    for i in numbers:
+        x = state[f"{name}.{i}.weight"][..., 0] @ x + state[f"{name}.{i}.bias"][:, None]
+        if i != numbers[-1]:
+            x = F.instance_norm(x[None])[0].relu()
+    return x
+
+
+def authors(state, c, nodes, encodings):
+    """One pair, ``[C, n]`` and ``[C, m]``: -> scores ``[n, m]``. Channel d of head h is d H + h."""
+
+    def projected(name, x):
+        return state[f"{name}.weight"][..., 0] @ x + state[f"{name}.bias"][:, None]
+
+    x = [authors_layers(state, "kenc.encoder", y) for y in nodes]
+    x = [y + authors_layers(state, "tenc.encoder", e) for y, e in zip(x, encodings, strict=True)]
+    for i in range(2 * c.layers):
+        name, found = f"gnn.layers.{i}", []
+        for mine, source in zip(x, x[::-1] if i % 2 else x, strict=True):
+            q = projected(f"{name}.attn.proj.0", mine).view(-1, c.heads, mine.shape[1])
+            k, v = (
+                projected(f"{name}.attn.proj.{j}", source).view(-1, c.heads, source.shape[1])
+                for j in (1, 2)
+            )
+            s = torch.einsum("dhn,dhm->hnm", q, k) / len(q) ** 0.5
+            message = torch.einsum("hnm,dhm->dhn", s.softmax(2), v).reshape(c.dim, -1)
+            message = projected(f"{name}.attn.merge", message)
+            found.append(authors_layers(state, f"{name}.mlp", torch.cat([mine, message])))
+        x = [a + b for a, b in zip(x, found, strict=True)]
+    first, second = (projected("final_proj", y) for y in x)
+    return first.T @ second / c.dim**0.5
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoints_of_the_authors_give_what_they_gave(prefix):
+    model = model_of()
+    c, state, graph = model.config, authors_state(model.config), edgeless(6, 4)
+    given = inputs(model, graph)
+    given["pe"] = given["pe"].abs()
+    theirs = {prefix + name: x for name, x in state.items()}
+    model.load_state_dict(correspondence_state_dict(theirs, c))
+    parts = [[x.T for x in given[name].split([6, 4])] for name in ("node", "pe")]
+    scores = authors(state, c, *parts).flatten()
+    offsets = torch.tensor([[0, 6], [0, 4]], device=DEVICE)
+    wanted = log_sinkhorn(scores, state["bin_score"], *offsets, iterations=c.iterations)
+    torch.testing.assert_close(model(graph=graph, **given), wanted, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"'gnn\.layers\.0\.norm\.bias' is no parameter of the"):
+        correspondence_state_dict({"gnn.layers.0.norm.bias": torch.zeros(1)}, c)
 
 
 def true_matches(graph, seed=0):

@@ -386,6 +386,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.graph_pytree",
         "fastgt.models.authors_checkpoints",
         "fastgt.models.correspondence",
+        "fastgt.models.correspondence_checkpoints",
         "fastgt.models.correspondence_matching",
         "fastgt.models.deepsets",
         "fastgt.models.exphormer",

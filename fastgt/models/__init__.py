@@ -5,6 +5,7 @@ from fastgt.models.correspondence import (
     CorrespondenceTransformer,
     CorrespondenceTransformerConfig,
 )
+from fastgt.models.correspondence_checkpoints import correspondence_state_dict
 from fastgt.models.correspondence_matching import log_likelihoods, matches
 from fastgt.models.exphormer import Exphormer
 from fastgt.models.exphormer_config import ExphormerConfig
@@ -62,6 +63,7 @@ __all__ = [
     "SymPointAttention",
     "add_virtual_nodes",
     "connected_neighbors",
+    "correspondence_state_dict",
     "expander",
     "gps_conv_state_dict",
     "graph_gps_state_dict",

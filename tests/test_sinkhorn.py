@@ -122,6 +122,20 @@ def test_scores_far_apart_neither_overflow_nor_vanish():
     assert dustbin.grad.isfinite()
 
 
+def test_a_score_of_minus_infinity_forbids_a_match():
+    scores = drawn([(3, 2)]).view(3, 2)
+    scores[0] = scores[2, 1] = -torch.inf
+    scores.requires_grad_()
+    dustbin = torch.tensor(1.0, dtype=FP64, device=DEVICE, requires_grad=True)
+    p = log_sinkhorn(scores.flatten(), dustbin, *both([(3, 2)])).view(4, 3).exp()
+    assert (p[:3, :2] == 0).tolist() == [[True, True], [False, False], [False, True]]
+    assert p[0, 2].item() > 0.99
+    p.square().sum().backward()
+    assert scores.grad.isfinite().all()
+    assert (scores.grad == 0).tolist() == [[True, True], [False, False], [False, True]]
+    assert dustbin.grad.isfinite()
+
+
 def test_indices_dtypes_and_autocast():
     dustbin = torch.tensor(1.0, device=DEVICE)
     scores = drawn(SHAPES, torch.float32)

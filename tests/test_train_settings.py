@@ -202,7 +202,7 @@ def test_the_list_has_parameters_and_published_results(capsys):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "name a model of edge_graph_transformer, .*, got no model: fastgt train --list"),
+        ([], "name a model of .*edge_graph_transformer, .*, got no model: fastgt train --list"),
         (["gcn", "dd"], "name a model of .*, got 'gcn'"),
         (["graph_gps"], "graph_gps is trained on .*, got no data set: fastgt train --list"),
         (["--json"], "--json goes with --list alone"),

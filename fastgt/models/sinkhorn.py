@@ -40,7 +40,8 @@ def log_sinkhorn(
     is ``v_j`` and whose bias is ``Z_ij``: for a gradient an iteration keeps u and v, and no matrix.
 
     Args:
-        scores: ``[sum_p n_p m_p]``, pair after pair, each row after row: floating point.
+        scores: ``[sum_p n_p m_p]``, pair after pair, each row after row: floating point. One of
+            -inf forbids a match.
         dustbin: ``[]``, like scores; it gets a gradient.
         offsets: ``[P + 1]`` int32 or int64, boundaries of the first sets. No set is empty. Values
             are checked on a CPU only.

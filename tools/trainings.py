@@ -39,6 +39,7 @@ RUNS: dict[str, list[str]] = {
     "mpnn_virtual_node dd": HALF_AN_HOUR,
     "gtsp dd": HALF_AN_HOUR,
     "gtsp molhiv_small": HALF_AN_HOUR,
+    "correspondence drawn_lines": HALF_AN_HOUR,
 }
 """A model and its data, and how much of it is trained within a night on two cores."""
 

@@ -16,7 +16,8 @@ the two attentions are global attention over the graph's own nodes and over thos
 
 The authors' code differs in this: in a batch of several pairs it pads, and its norms, and the
 masses of its Sinkhorn iterations, count what is padded. Theirs and these are the same for one pair
-in a batch, as they train. Their descriptors are of an image, by three convolutions, and are no part
+in a batch, as they train. Their topological encodings are scikit-network's, of a graph that has a
+self loop at every node. Their descriptors are of an image, by three convolutions, and are no part
 of this model. Their four projections of an attention start alike; here each is drawn on its own.
 """
 

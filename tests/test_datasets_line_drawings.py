@@ -119,6 +119,23 @@ def test_noise_is_as_wide_as_it_is_said_to_be(data, still):
     assert noise.std() == pytest.approx(0.02, rel=0.05)
 
 
+def test_nearest_neighbours_find_the_matches_only_after_the_way_back(data):
+    found = {"as it stands": 0, "moved back": 0}
+    have = 0
+    for ((first, _, y), (second, _, _)), (angle, shift, _) in zip(
+        pairs(data), moved(data), strict=True
+    ):
+        turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()]).view(2, 2)
+        have += int((y >= 0).sum())
+        for name, points in (("as it stands", first), ("moved back", first @ turn + shift)):
+            distance = torch.cdist(points, second)
+            near, back = distance.argmin(1), distance.argmin(0)
+            mutual = back[near] == torch.arange(len(near))
+            found[name] += int((mutual & (near == y)).sum())
+    assert found["as it stands"] / have == pytest.approx(0.47, abs=0.05)
+    assert found["moved back"] / have > 0.98
+
+
 def test_the_order_of_nodes_tells_nothing(data):
     """Neither what matches nor who has no match."""
     same, have, places = 0, 0, []

@@ -28,7 +28,8 @@ def drawn_lines(pairs: int = 8_000, seed: int = 0, noise: float = 0.02) -> Graph
     lines between the points of a graph are its edges, each both ways. The second graph is turned by
     up to 10 degrees and moved by up to a tenth of the extent in both directions; then a random
     number with the standard deviation ``noise`` is added to every coordinate. The nodes of both
-    graphs stand in random order: no order says what matches.
+    graphs stand in random order: no order says what matches. Of the matches, mutual nearest
+    neighbours are 47 %, and 99 % once the second graph is turned and moved back.
 
     A node has its coordinates, ``[N, 2]``, from the middle of the square. ``y`` of a node is the
     number of its match within the other graph, or -1.

@@ -100,9 +100,9 @@ def test_loss_and_metric_go_together():
 def test_a_tiny_training_runs_and_goes_on(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(DATASETS, "drawn_lines", lambda folder: data)
 
-    def train(folder, epochs):
+    def train(folder, epochs, *more):
         names = ["train", "correspondence", "drawn_lines", "--output", str(tmp_path / folder)]
-        options = [*TINY, "schedule=constant", "batch_size=6", f"epochs={epochs}"]
+        options = [*TINY, "schedule=constant", "batch_size=6", f"epochs={epochs}", *more]
         assert cli.main([*names, "--device", "cpu", "--set", *options]) == 0
         return capsys.readouterr().out
 
@@ -115,6 +115,7 @@ def test_a_tiny_training_runs_and_goes_on(data, tmp_path, monkeypatch, capsys):
     train("parts", 1)
     train("parts", 2)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", "matched")
+    assert "at epoch" in train("half", 1, "precision=bf16")
     names = ["train", "correspondence", "drawn_lines", "--output", str(tmp_path / "odd")]
     assert cli.main([*names, "--device", "cpu", "--limit", "7", "--set", *TINY])
     assert "train has 7 graphs, and a pair has two" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from attention_cases import DEVICE
+from attention_cases import DEVICE, FAST
 
 from fastgt import implementation
 from fastgt.models import log_sinkhorn
@@ -53,7 +53,7 @@ def matrices(out, shapes):
     return [part.view(n + 1, m + 1) for part, (n, m) in zip(parts, shapes, strict=True)]
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpp"])
+@pytest.mark.parametrize("impl", ["reference", *FAST])
 @pytest.mark.parametrize("iterations", [1, 2, 7])
 def test_the_result_and_its_gradients_are_the_equations(iterations, impl):
     scores, dustbin = drawn(SHAPES), torch.tensor(0.7, dtype=FP64, device=DEVICE)

@@ -48,11 +48,7 @@ DATASETS: dict[str, Callable[[Path | None], GraphSet | NodeSet]] = {
     "cluster": partial(_drawn, cluster),
     "pattern_small": partial(_drawn, partial(pattern, SMALL)),
     "cluster_small": partial(_drawn, partial(cluster, SMALL)),
-    "pattern": lambda folder: pattern(),
-    "cluster": lambda folder: cluster(),
-    "pattern_small": lambda folder: pattern(SMALL),
-    "cluster_small": lambda folder: cluster(SMALL),
-    "drawn_lines": lambda folder: drawn_lines(),
+    "drawn_lines": partial(_drawn, drawn_lines),
     **OF_PYG,
     **OF_OGB,
 }

@@ -29,8 +29,8 @@ from fastgt.models.polynormer_config import PolynormerConfig
 from fastgt.models.san import SAN, SANConfig
 from fastgt.models.scene_graph import SceneGraphConfig, SceneGraphEncoder
 from fastgt.models.sgformer import SGFormer, SGFormerConfig, sgformer_state_dict
-from fastgt.models.sym_point import SymPointAttention, connected_neighbors
 from fastgt.models.sinkhorn import log_sinkhorn
+from fastgt.models.sym_point import SymPointAttention, connected_neighbors
 
 __all__ = [
     "GTSP",

@@ -1,6 +1,8 @@
-"""Data sets: many graphs in flat arrays, or one graph with splits of its nodes."""
+"""Data sets: many graphs in flat arrays, one graph with splits of its nodes, or timed events."""
 
 from fastgt.datasets.block_models import cluster, pattern
+from fastgt.datasets.event_set import EventBatch, Events, EventSet
+from fastgt.datasets.flights import flights
 from fastgt.datasets.graph_set import Batch, Encoded, GraphSet
 from fastgt.datasets.line_drawings import drawn_lines
 from fastgt.datasets.named import DATASETS, load
@@ -14,6 +16,13 @@ __all__ = [
     "NodeSet",
     "cluster",
     "drawn_lines",
+    "EventBatch",
+    "EventSet",
+    "Events",
+    "GraphSet",
+    "NodeSet",
+    "cluster",
+    "flights",
     "load",
     "pattern",
 ]

@@ -180,6 +180,19 @@ def readable(x: Tensor) -> bool:
     return proxy is None and not is_fake(x)
 
 
+def check_times(name: str, time: Tensor) -> None:
+    """Refuse times of events, on a CPU, that fall or are no numbers."""
+    if time.is_floating_point() and not bool(time.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got {float(time[~time.isfinite()][0])}")
+    fallen = (time[1:] < time[:-1]).nonzero()
+    if len(fallen):
+        event = int(fallen[0]) + 1
+        raise ValueError(
+            f"{name} must not go back: event {event} is at {time[event].item()} and event "
+            f"{event - 1} at {time[event - 1].item()}"
+        )
+
+
 def check_edge_tensor(name: str, x: object, q: Tensor, letters: str, *shape: int) -> None:
     """``x`` is a tensor like q, of that shape, whose dimensions are called ``letters``."""
     _check_like_q(name, x, q)

@@ -370,6 +370,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
     "module",
     [
         "fastgt.datasets.block_models",
+        "fastgt.datasets.event_set",
         "fastgt.datasets.graph_set",
         "fastgt.datasets.line_drawings",
         "fastgt.datasets.named",
@@ -409,6 +410,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.models.sgformer",
         "fastgt.models.sinkhorn",
         "fastgt.models.spectral_encoder",
+        "fastgt.models.todyformer",
         "fastgt.nn.attention",
         "fastgt.nn.head_gate",
         "fastgt.nn.linear_attention",

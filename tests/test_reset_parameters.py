@@ -13,6 +13,7 @@ from fastgt.models.package_classifier import PackageClassifier, PackageClassifie
 
 SIZES = {"dim": 48, "heads": 4, "layers": 2}
 WALKS = {"walk_steps": 3, "walk_dim": 4, **SIZES}
+TEMPORAL = {"dim": 48, "heads": 4, "blocks": 2}
 MASK = torch.tensor([1.0, 0.0, -2.0, 0.5], device="cpu")
 
 MAKE = {
@@ -93,6 +94,7 @@ MAKE = {
     "GraphGPS signs": lambda: models.GraphGPS(
         models.GraphGPSConfig(sign_pe=5, sign_dim=6, electrostatic_dim=4, **WALKS)
     ),
+    "Todyformer": lambda: models.Todyformer(models.TodyformerConfig(30, **TEMPORAL)),
     "GTSP": lambda: models.GTSP(
         models.GTSPConfig(prune={"tokens": 0.5, "heads": 0.5, "layers": 0.5}, **SIZES)
     ),

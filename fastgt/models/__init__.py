@@ -31,6 +31,7 @@ from fastgt.models.scene_graph import SceneGraphConfig, SceneGraphEncoder
 from fastgt.models.sgformer import SGFormer, SGFormerConfig, sgformer_state_dict
 from fastgt.models.sinkhorn import log_sinkhorn
 from fastgt.models.sym_point import SymPointAttention, connected_neighbors
+from fastgt.models.todyformer import Todyformer, TodyformerConfig
 
 __all__ = [
     "GTSP",
@@ -61,6 +62,8 @@ __all__ = [
     "SceneGraphEncoder",
     "Sparsification",
     "SymPointAttention",
+    "Todyformer",
+    "TodyformerConfig",
     "add_virtual_nodes",
     "connected_neighbors",
     "correspondence_state_dict",

@@ -115,7 +115,8 @@ def literal(model, pairs, source, target, time, edge=None, node=None, now=NOW):
         states.append(linear(model.own, x[i]) + (sum(mine) / len(mine) if mine else 0))
     logits = []
     for i, j in pairs.T.tolist():
-        hidden = linear(model.link[0], torch.cat([states[i], states[j]])).clamp(min=0)
+        both = torch.cat([states[i], states[j], states[i] * states[j]])
+        hidden = linear(model.link[0], both).clamp(min=0)
         logits.append(linear(model.link[2], hidden)[0])
     return torch.stack(logits)
 

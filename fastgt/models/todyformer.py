@@ -18,7 +18,7 @@ The tokens of a node stand one after the other. So packing, which gives the atte
 tokens as a sequence, and unpacking are the order in which tokens are made. In the end, for a pair::
 
     h_i    = W_n x_i + mean_m x_im                            without tokens the first part alone
-    s_ij   = w . relu(W [h_i, h_j] + c) + d
+    s_ij   = w . relu(W [h_i, h_j, h_i * h_j] + c) + d
 
 From the paper are patches of equal counts, the message passing with keys and values of node, edge
 and time as in DyG2Vec (arXiv 2210.16906), packing, a positional encoding of time, and blocks that
@@ -26,7 +26,7 @@ alternate both. Its authors released no code. Chosen here are: the norms and the
 that of TGAT (arXiv 2002.07962), with ages counted from ``now``; one layer of message passing a
 block, without DyG2Vec's counts of common neighbours; that an event stands both ways, and direction
 (1, and -1 for the way back) tells them apart; the positional encoding of a patch by the age of its
-last event; the mean over a node's tokens.
+last event; the mean over a node's tokens; the product in the predictor.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Todyformer(nn.Module):
             for _ in range(c.blocks)
         )
         self.own = nn.Linear(c.dim, c.dim)
-        self.link = nn.Sequential(nn.Linear(2 * c.dim, c.dim), nn.ReLU(), nn.Linear(c.dim, 1))
+        self.link = nn.Sequential(nn.Linear(3 * c.dim, c.dim), nn.ReLU(), nn.Linear(c.dim, 1))
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
@@ -149,8 +149,8 @@ class Todyformer(nn.Module):
             found = list(pairs.shape)
             raise ValueError(f"pairs must be [2, B], source above target, got {found}")
         pairs = _nodes("pairs", pairs, self.config.num_nodes, h.device)
-        both = [h.index_select(0, nodes) for nodes in pairs]  # [B, dim] each
-        return self.link(torch.cat(both, 1))[:, 0]
+        first, second = (h.index_select(0, nodes) for nodes in pairs)  # [B, dim]
+        return self.link(torch.cat([first, second, first * second], 1))[:, 0]
 
     def encode(
         self,

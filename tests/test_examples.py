@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from raw_data_sets import write_cora, write_tolokers, write_zinc
+from test_event_set import write_flights
 
 pytest.importorskip("torch_geometric")
 
@@ -133,3 +134,36 @@ def test_sampled_training_is_that_of_torch_geometric(capsys: pytest.CaptureFixtu
     losses = [torch.tensor(x["losses"], dtype=torch.float64) for x in (found, expected)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     assert "share of drawing and Graphs: " in capsys.readouterr().out
+
+
+def test_todyformer_is_compared_with_its_means_and_with_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Airports fly in a circle, which turns back in the test: counts know the old way best."""
+    event = torch.arange(3000)
+    source = event % 6
+    write_flights(
+        tmp_path,
+        src=source.numpy(),
+        dst=((source + torch.where(event < 2550, 1, 5)) % 6).numpy(),
+        t_minutes=(event // 3).numpy(),
+        distance=(100 + source).numpy(),
+    )
+    arguments = ["--data", tmp_path, "--window", 60, "--patches", 3, "--dim", 16, "--batch", 6]
+    arguments += ["--steps", 60, "--evaluated", 10, "--lr", 1e-2]
+    found = run((EXAMPLES / "todyformer.py").read_text(), "todyformer.py", *arguments)
+    results, said = found["results"], capsys.readouterr().out
+    for name in ("Todyformer", "Todyformer, means"):
+        losses = found["losses"][name]
+        assert len(losses) == 60
+        assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+        assert results["val", "random", name][0] > 0.9
+    for name in ("popularity", "EdgeBank", "EdgeBank, window"):
+        # all pairs of the circle are as frequent, and those against them never were
+        assert results["val", "random", name] == (1.0, 1.0)
+    assert results["test", "historical", "popularity"][1] < 0.2
+    assert results["test", "historical", "EdgeBank"][1] <= 0.5
+    for split in ("val", "test"):
+        for kind in ("random", "historical", "inductive"):
+            for name in ("popularity", "EdgeBank, window", "Todyformer, means", "Todyformer"):
+                assert re.search(rf"{split}, {kind} negatives, {name}: AP [01]\.\d{{4}}, AUC", said)

@@ -411,6 +411,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.models.sinkhorn",
         "fastgt.models.spectral_encoder",
         "fastgt.models.todyformer",
+        "fastgt.models.todyformer_block",
         "fastgt.nn.attention",
         "fastgt.nn.head_gate",
         "fastgt.nn.linear_attention",

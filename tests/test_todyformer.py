@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastgt.datasets import flights
 from fastgt.models import Todyformer, TodyformerConfig
-from fastgt.models.todyformer import patchify
+from fastgt.models.todyformer_block import patchify
 from fastgt.training.scores import average_precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")

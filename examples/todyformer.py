@@ -3,9 +3,10 @@
     python examples/todyformer.py --data FOLDER
 
 Trains Todyformer, and the same model with means in the place of its softmaxes, on the same batches.
-A step predicts the next flights from those before them, against pairs without one. Then it compares
-both with two ways of counting: how often a pair had a flight (popularity), and whether it had one
-among the last events (EdgeBank). The folder holds flights.npz, which docs/data-sets.md describes.
+A step predicts the next flights from those before them, against pairs without one. Then both are
+compared with counts: how many flights a pair had (popularity), and whether it had one, ever or in
+the window (EdgeBank). All scores of a split are ranked together. The folder holds flights.npz,
+which docs/data-sets.md describes.
 """
 
 import argparse

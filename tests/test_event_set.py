@@ -71,6 +71,13 @@ def test_history_is_the_last_events_before_the_first_that_is_predicted():
     assert len(data.batch("train", 0, size=7, window=20).history.time) == 0
 
 
+def test_a_batch_moves_with_its_history():
+    batch = drawn().batch("val", 1, size=7, window=20).to("meta")
+    for events in (batch.events, batch.history):
+        assert [x.device.type for x in events] == 4 * ["meta"]
+    assert replace(drawn(), edge=None).batch("val", 1, size=7, window=20).to("meta").now
+
+
 def test_history_without_features():
     data = replace(drawn(), edge=None)
     assert data.batch("val", 1, size=7, window=20).history.edge is None
@@ -223,6 +230,7 @@ def test_what_does_not_fit_is_refused_by_name():
         ),
         ({"edge": data.edge.long()}, TypeError, "edge must be floating point, got torch.int64"),
         ({"num_nodes": 0}, ValueError, "num_nodes must be positive, got 0"),
+        ({"num_nodes": 2**32}, ValueError, "num_nodes must be 2147483648 at most, got 4294967296"),
         (
             {"splits": {"train": (0, 241)}},
             ValueError,
@@ -239,6 +247,14 @@ def test_what_does_not_fit_is_refused_by_name():
         (
             lambda: data.negatives(data.batch("val", 0, size=7, window=5), "hard"),
             "kind must be one of .*, got 'hard'",
+        ),
+        (
+            lambda: data.times_seen(torch.tensor([[1], [9]]), 5),
+            "pairs must be from 0 to 8, got 1 to 9",
+        ),
+        (
+            lambda: data.times_seen(torch.tensor([1, 2]), 5),
+            r"pairs must be \[2, B\], .*, got \[2\]",
         ),
     ):
         with pytest.raises(ValueError, match=message):

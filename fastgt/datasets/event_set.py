@@ -29,6 +29,11 @@ class Events(NamedTuple):
     time: Tensor
     edge: Tensor | None
 
+    def to(self, device: torch.device | str) -> Events:
+        """The events on that device."""
+        edge = None if self.edge is None else self.edge.to(device)
+        return Events(self.source.to(device), self.target.to(device), self.time.to(device), edge)
+
 
 class EventBatch(NamedTuple):
     """Events to predict, and those that are known when the first of them happens.
@@ -54,6 +59,10 @@ class EventBatch(NamedTuple):
     def pairs(self) -> Tensor:
         """``[2, B]``, source above target, of the events to predict."""
         return torch.stack([self.events.source, self.events.target])
+
+    def to(self, device: torch.device | str) -> EventBatch:
+        """The batch on that device: the set that it is of stays on a CPU, and so do negatives."""
+        return self._replace(events=self.events.to(device), history=self.history.to(device))
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,8 @@ class EventSet:
     title: str = ""
 
     def __post_init__(self) -> None:
-        integer("num_nodes", self.num_nodes, 1)
+        if integer("num_nodes", self.num_nodes, 1) > _MOST_NODES:
+            raise ValueError(f"num_nodes must be {_MOST_NODES} at most, got {self.num_nodes}")
         for name in ("source", "target"):
             x = getattr(self, name)
             if x.dtype != torch.int64:
@@ -228,7 +238,15 @@ class EventSet:
 
         Returns:
             ``[B]`` int64.
+
+        Raises:
+            ValueError: Pairs have another shape, or a node is beyond the graph.
         """
+        if pairs.ndim != 2 or len(pairs) != 2:
+            raise ValueError(f"pairs must be [2, B], source above target, got {list(pairs.shape)}")
+        if bool(((pairs < 0) | (pairs >= self.num_nodes)).any()):
+            found = f"{int(pairs.min())} to {int(pairs.max())}"
+            raise ValueError(f"pairs must be from 0 to {self.num_nodes - 1}, got {found}")
         known, place = self._places
         key = pairs[0] * self.num_nodes + pairs[1]
         rank = torch.searchsorted(known, key)
@@ -304,6 +322,9 @@ class EventSet:
             target[again] = self._targets[chosen]
             again = torch.isin(source * self.num_nodes + target, span)
         return torch.stack([source, target])
+
+
+_MOST_NODES = 2**31  # a pair of nodes is one number of 64 bits
 
 
 def chronological(

@@ -5,7 +5,7 @@
 Trains Todyformer, and the same model with means in the place of its softmaxes, on the same batches.
 A step predicts the next flights from those before them, against pairs without one. Then both are
 compared with counts: how many flights a pair had (popularity), and whether it had one, ever or in
-the window (EdgeBank). All scores of a split are ranked together. The folder holds flights.npz,
+the history (EdgeBank). All scores of a split are ranked together. The folder holds flights.npz,
 which docs/data-sets.md describes.
 """
 
@@ -23,7 +23,7 @@ from fastgt.training.scores import average_precision, roc_auc
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", type=Path, help="default: the folder that FASTGT_DATA names")
-parser.add_argument("--window", type=int, default=2048, help="events that a prediction knows")
+parser.add_argument("--history", type=int, default=2048, help="events that a prediction knows")
 parser.add_argument("--patches", type=int, default=8)
 parser.add_argument("--dim", type=int, default=64)
 parser.add_argument("--batch", type=int, default=600, help="events of a step")
@@ -38,7 +38,7 @@ KINDS = ("random", "historical", "inductive")
 
 
 def batch_of(split, number):
-    return data.batch(split, number, size=args.batch, window=args.window)
+    return data.batch(split, number, size=args.batch, history=args.history)
 
 
 def train(mixing):
@@ -93,7 +93,7 @@ def scores(models, split):
         rows = {
             "popularity": data.times_seen(pairs, batch.known),
             "EdgeBank": (data.times_seen(pairs, batch.known) > 0).long(),
-            "EdgeBank, window": (data.times_seen(pairs, batch.known, recent) > 0).long(),
+            "EdgeBank, history": (data.times_seen(pairs, batch.known, recent) > 0).long(),
         }
         for name, model in models.items():
             rows[name] = model(pairs, *batch.history, now=batch.now)

@@ -27,10 +27,10 @@ def drawn(seed=0, events=EVENTS):
     return EventSet(source, target, time, NODES, chronological(time), edge)
 
 
-def every_batch(data, size=7, window=20):
+def every_batch(data, size=7, history=20):
     for split in data.splits:
         for number in range(data.batches(split, size)):
-            yield split, data.batch(split, number, size=size, window=window)
+            yield split, data.batch(split, number, size=size, history=history)
 
 
 def test_splits_are_in_the_order_of_time_and_share_no_time():
@@ -68,19 +68,23 @@ def test_history_is_the_last_events_before_the_first_that_is_predicted():
         assert torch.equal(batch.history.edge, data.edge[before])
         assert batch.now == data.time[batch.first]
         assert (batch.history.time < batch.events.time.min()).all()
-    assert len(data.batch("train", 0, size=7, window=20).history.time) == 0
+    assert len(data.batch("train", 0, size=7, history=20).history.time) == 0
 
 
 def test_a_batch_moves_with_its_history():
-    batch = drawn().batch("val", 1, size=7, window=20).to("meta")
+    data = drawn()
+    here = data.batch("val", 1, size=7, history=20)
+    batch = here.to("meta")
+    for kind in KINDS:
+        assert torch.equal(data.negatives(batch, kind), data.negatives(here, kind))
     for events in (batch.events, batch.history):
         assert [x.device.type for x in events] == 4 * ["meta"]
-    assert replace(drawn(), edge=None).batch("val", 1, size=7, window=20).to("meta").now
+    assert replace(drawn(), edge=None).batch("val", 1, size=7, history=20).to("meta").now
 
 
 def test_history_without_features():
     data = replace(drawn(), edge=None)
-    assert data.batch("val", 1, size=7, window=20).history.edge is None
+    assert data.batch("val", 1, size=7, history=20).history.edge is None
 
 
 def pairs_of(x):
@@ -115,7 +119,7 @@ def test_negatives_have_no_event_at_the_time_of_the_batch(kind):
 
 def test_kinds_of_negatives_differ_where_they_should():
     data = drawn()
-    batch = data.batch("test", 2, size=7, window=20)
+    batch = data.batch("test", 2, size=7, history=20)
     new = seen(data, 0, batch.known) - seen(data, 0, data.splits["test"][0])
     assert new  # else the batch tells nothing of inductive negatives
     old = seen(data, 0, batch.known) - new
@@ -127,7 +131,7 @@ def test_kinds_of_negatives_differ_where_they_should():
 @pytest.mark.parametrize("kind", KINDS)
 def test_negatives_depend_on_the_seed_and_the_batch_alone(kind):
     data, other = drawn(), drawn()
-    batch = data.batch("test", 1, size=7, window=20)
+    batch = data.batch("test", 1, size=7, history=20)
     wanted = data.negatives(batch, kind, seed=3)
     for _, again in every_batch(other):
         other.negatives(again, kind)
@@ -139,7 +143,7 @@ def test_negatives_depend_on_the_seed_and_the_batch_alone(kind):
 def test_random_negatives_are_drawn_alike():
     """Each target that is free is as likely as any other."""
     data = drawn()
-    batch = data.batch("test", 1, size=7, window=20)
+    batch = data.batch("test", 1, size=7, history=20)
     drawn_targets = torch.cat([data.negatives(batch, "random", seed=s)[1, :1] for s in range(900)])
     count = torch.bincount(drawn_targets, minlength=NODES)
     free = count > 0
@@ -184,7 +188,7 @@ def test_what_happens_later_changes_no_history():
     number = (batch.first - data.splits[split][0]) // 7
     other = changed_later(data, batch)
     assert not torch.equal(other.source, data.source)
-    again = other.batch(split, number, size=7, window=20)
+    again = other.batch(split, number, size=7, history=20)
     for found, wanted in zip(again.history, batch.history, strict=True):
         assert torch.equal(found, wanted)
     assert torch.equal(
@@ -240,12 +244,12 @@ def test_what_does_not_fit_is_refused_by_name():
         with pytest.raises(error, match=message):
             replace(data, **fields)
     for call, message in (
-        (lambda: data.batch("dev", 0, size=7, window=5), "split must be one of .*, got 'dev'"),
-        (lambda: data.batch("val", 99, size=7, window=5), "number must be from 0 to 4 .* got 99"),
-        (lambda: data.batch("val", 0, size=7, window=0), "window must be positive, got 0"),
+        (lambda: data.batch("dev", 0, size=7, history=5), "split must be one of .*, got 'dev'"),
+        (lambda: data.batch("val", 99, size=7, history=5), "number must be from 0 to 4 .* got 99"),
+        (lambda: data.batch("val", 0, size=7, history=0), "history must be positive, got 0"),
         (lambda: data.batches("val", 0), "size must be positive, got 0"),
         (
-            lambda: data.negatives(data.batch("val", 0, size=7, window=5), "hard"),
+            lambda: data.negatives(data.batch("val", 0, size=7, history=5), "hard"),
             "kind must be one of .*, got 'hard'",
         ),
         (
@@ -265,7 +269,7 @@ def test_a_source_that_reaches_every_target_at_once_has_no_negative():
     source = torch.zeros(3, dtype=torch.int64)
     data = EventSet(source, torch.arange(3), source, 3, {"train": (0, 3)})
     with pytest.raises(ValueError, match="source 0 has an event with each of the 3 targets"):
-        data.negatives(data.batch("train", 0, size=3, window=1), "random")
+        data.negatives(data.batch("train", 0, size=3, history=1), "random")
 
 
 def write_flights(folder, **changes):
@@ -324,7 +328,7 @@ def test_the_real_flights():
     assert len(data) == 600_000
     assert data.num_nodes == len(airports) == 229
     assert [last - first for first, last in data.splits.values()] == [420_000, 90_000, 90_000]
-    batch = data.batch("test", 100, size=200, window=4096)
+    batch = data.batch("test", 100, size=200, history=4096)
     assert (batch.history.time < batch.now).all()
     assert len(batch.history.time) == 4096
     assert 0 < (data.times_seen(batch.pairs, batch.known) > 0).float().mean() <= 1

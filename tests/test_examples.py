@@ -149,7 +149,7 @@ def test_todyformer_is_compared_with_its_means_and_with_counts(
         t_minutes=(event // 3).numpy(),
         distance=(100 + source).numpy(),
     )
-    arguments = ["--data", tmp_path, "--window", 60, "--patches", 3, "--dim", 16, "--batch", 6]
+    arguments = ["--data", tmp_path, "--history", 60, "--patches", 3, "--dim", 16, "--batch", 6]
     arguments += ["--steps", 60, "--evaluated", 10, "--lr", 1e-2]
     found = run((EXAMPLES / "todyformer.py").read_text(), "todyformer.py", *arguments)
     results, said = found["results"], capsys.readouterr().out
@@ -158,12 +158,12 @@ def test_todyformer_is_compared_with_its_means_and_with_counts(
         assert len(losses) == 60
         assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
         assert results["val", "random", name][0] > 0.9
-    for name in ("popularity", "EdgeBank", "EdgeBank, window"):
+    for name in ("popularity", "EdgeBank", "EdgeBank, history"):
         # all pairs of the circle are as frequent, and those against them never were
         assert results["val", "random", name] == (1.0, 1.0)
     assert results["test", "historical", "popularity"][1] < 0.2
     assert results["test", "historical", "EdgeBank"][1] <= 0.5
     for split in ("val", "test"):
         for kind in ("random", "historical", "inductive"):
-            for name in ("popularity", "EdgeBank, window", "Todyformer, means", "Todyformer"):
+            for name in ("popularity", "EdgeBank, history", "Todyformer, means", "Todyformer"):
                 assert re.search(rf"{split}, {kind} negatives, {name}: AP [01]\.\d{{4}}, AUC", said)

@@ -196,7 +196,7 @@ def batch_and_later():
     split, batch = next((s, b) for s, b in every_batch(data) if 30 < b.known < b.first)
     other = changed_later(data, batch)
     number = (batch.first - data.splits[split][0]) // 7
-    return data, batch, other.batch(split, number, size=7, window=20)
+    return data, batch, other.batch(split, number, size=7, history=20)
 
 
 def test_what_happens_at_the_predicted_time_or_later_changes_no_logit():
@@ -289,7 +289,7 @@ def test_dropout_is_of_training_alone_and_autocast_is_taken():
 def test_a_batch_is_learnt_by_heart():
     """Pairs with an event from those without, of the same history."""
     data = drawn()
-    batch = data.batch("val", 3, size=7, window=60)
+    batch = data.batch("val", 3, size=7, history=60)
     pairs = torch.cat([batch.pairs, data.negatives(batch, "historical")], 1)
     y = (torch.arange(pairs.shape[1]) < batch.pairs.shape[1]).float()
     model = made(num_nodes=data.num_nodes, edge_features=2, dim=16)
@@ -316,7 +316,7 @@ def test_a_few_steps_on_real_flights_are_better_than_chance():
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
     def scored(split, number):
-        batch = data.batch(split, number, size=200, window=1000)
+        batch = data.batch(split, number, size=200, history=1000)
         pairs = torch.cat([batch.pairs, data.negatives(batch, "random")], 1)
         y = (torch.arange(pairs.shape[1]) < batch.pairs.shape[1]).float()
         return model(pairs, *batch.history, now=batch.now), y

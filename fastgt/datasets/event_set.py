@@ -61,7 +61,7 @@ class EventBatch(NamedTuple):
         return torch.stack([self.events.source, self.events.target])
 
     def to(self, device: torch.device | str) -> EventBatch:
-        """The batch on that device: the set that it is of stays on a CPU, and so do negatives."""
+        """The batch on that device; its set, and negatives that it draws, stay on a CPU."""
         return self._replace(events=self.events.to(device), history=self.history.to(device))
 
 
@@ -93,7 +93,7 @@ class EventSet:
         ...     num_nodes=3,
         ...     splits={"train": (0, 3), "val": (3, 4), "test": (4, 5)},
         ... )
-        >>> batch = data.batch("val", 0, size=10, window=2)
+        >>> batch = data.batch("val", 0, size=10, history=2)
         >>> batch.pairs.tolist(), batch.history.time.tolist()
         ([[2], [0]], [3, 3])
         >>> data.times_seen(torch.tensor([[0, 2], [1, 0]]), batch.known).tolist()
@@ -154,8 +154,8 @@ class EventSet:
         first, last = self._bounds(split)
         return -(-(last - first) // integer("size", size, 1))
 
-    def batch(self, split: str, number: int, *, size: int, window: int) -> EventBatch:
-        """That batch of a split, with the last ``window`` events before it.
+    def batch(self, split: str, number: int, *, size: int, history: int) -> EventBatch:
+        """That batch of a split, with the last ``history`` events before it.
 
         History ends before the time of the batch's first event. What happens at that time, or
         later, is not in it.
@@ -170,7 +170,7 @@ class EventSet:
         first = begin + number * size
         last = min(first + size, end)
         known = int(torch.searchsorted(self.time, self.time[first]))
-        oldest = max(0, known - integer("window", window, 1))
+        oldest = max(0, known - integer("history", history, 1))
         return EventBatch(
             self._events(first, last),
             self._events(oldest, known),
@@ -212,18 +212,17 @@ class EventSet:
         draws = torch.Generator().manual_seed(
             (seed * 1_000_003 + batch.first * len(kinds) + kinds.index(kind)) % 2**63
         )
-        span = self._span(batch)
+        source, span = self.source[batch.first : batch.last], self._span(batch)
         if kind == "random":
-            return self._random(batch.events.source, span, draws)
+            return self._random(source, span, draws)
         pairs, first_seen = self._seen
         begin = batch.split_begin if kind == "inductive" else 0
         some = torch.searchsorted(first_seen, torch.tensor([begin, batch.known]))
         found = pairs[int(some[0]) : int(some[1])]
         found = found[~torch.isin(found, span)]
-        count = batch.last - batch.first
-        found = found[torch.randperm(len(found), generator=draws)[:count]]
+        found = found[torch.randperm(len(found), generator=draws)[: len(source)]]
         drawn = torch.stack([found // self.num_nodes, found % self.num_nodes])
-        rest = self._random(batch.events.source[len(found) :], span, draws)
+        rest = self._random(source[len(found) :], span, draws)
         return torch.cat([drawn, rest], 1)
 
     def times_seen(self, pairs: Tensor, end: int, begin: int = 0) -> Tensor:
@@ -300,7 +299,7 @@ class EventSet:
 
     def _span(self, batch: EventBatch) -> Tensor:
         """[S] pairs that have an event from the batch's first time to its last."""
-        end = torch.searchsorted(self.time, batch.events.time[-1], right=True)
+        end = torch.searchsorted(self.time, self.time[batch.last - 1], right=True)
         return self._key[batch.known : int(end)].unique()
 
     @cached_property

@@ -146,6 +146,20 @@ def test_the_model_is_its_equations(kind):
     )
 
 
+@pytest.mark.parametrize("mixing", ["attention", "mean"])
+def test_one_event_of_one_node_is_the_equations(mixing):
+    model = perturbed(made(num_nodes=1, mixing=mixing).double())
+    zero, time = torch.zeros(1, dtype=torch.int64), torch.tensor([30])
+    pairs = torch.zeros(2, 1, dtype=torch.int64)
+    assert_same(
+        model,
+        lambda m: m(pairs, zero, zero, time, now=NOW),
+        lambda m: literal(m, pairs, zero, zero, time),
+        {},
+        1e-11,
+    )
+
+
 def test_a_softmax_of_equal_logits_is_the_mean():
     mean, model = made(mixing="mean").double(), made().double()
     for m in model.modules():

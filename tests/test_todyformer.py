@@ -357,6 +357,8 @@ def test_what_does_not_fit_is_refused_by_name():
         ({"time": TIME.tolist()}, TypeError, "time must be a tensor, got list"),
         ({"time": TIME[:, None]}, ValueError, r"time must be \[E\] numbers, got \[11, 1\]"),
         ({"time": TIME > 3}, TypeError, r"time must be \[E\] numbers, got torch.bool"),
+        ({"time": TIME.to("meta")}, ValueError, "time is on meta but the model is on cpu"),
+        ({"target": TARGET.to("meta")}, ValueError, "target is on meta but the model is on cpu"),
         ({"now": "31"}, TypeError, "now must be a number, got str"),
         (
             {"source": SOURCE + 1},

@@ -181,6 +181,8 @@ class Todyformer(nn.Module):
             raise TypeError(f"time must be [E] numbers, got {time.dtype}")
         if time.ndim != 1:
             raise ValueError(f"time must be [E] numbers, got {list(time.shape)}")
+        if time.device != weight.device:
+            raise ValueError(f"time is on {time.device} but the model is on {weight.device}")
         count = len(time)
         source = _nodes("source", source, c.num_nodes, weight.device)
         target = _nodes("target", target, c.num_nodes, weight.device)

@@ -23,11 +23,11 @@ from fastgt.training.scores import average_precision, roc_auc
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", type=Path, help="default: the folder that FASTGT_DATA names")
-parser.add_argument("--history", type=int, default=2048, help="events that a prediction knows")
+parser.add_argument("--history", type=int, default=4096, help="events that a prediction knows")
 parser.add_argument("--patches", type=int, default=8)
 parser.add_argument("--dim", type=int, default=64)
 parser.add_argument("--batch", type=int, default=600, help="events of a step")
-parser.add_argument("--steps", type=int, default=1000)
+parser.add_argument("--steps", type=int, default=2000)
 parser.add_argument("--lr", type=float, default=2e-3, help="of the first step; it falls to 0")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--evaluated", type=int, help="batches of a split; default: all")

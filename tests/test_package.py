@@ -381,6 +381,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.encodings.laplacian",
         "fastgt.encodings.paths",
         "fastgt.encodings.random_walk",
+        "fastgt.encodings.singular_vectors",
         "fastgt.graph",
         "fastgt.graph_file",
         "fastgt.graph_plan",

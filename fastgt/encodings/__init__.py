@@ -11,6 +11,7 @@ from fastgt.encodings.laplacian import (
 )
 from fastgt.encodings.paths import degrees, shortest_paths
 from fastgt.encodings.random_walk import random_walk_pe
+from fastgt.encodings.singular_vectors import svd_tokens
 
 __all__ = [
     "Cache",
@@ -23,4 +24,5 @@ __all__ = [
     "laplacian_pe",
     "random_walk_pe",
     "shortest_paths",
+    "svd_tokens",
 ]

@@ -28,6 +28,8 @@ from fastgt.models import (
     GTSPConfig,
     MPNNVirtualNode,
     MPNNVirtualNodeConfig,
+    OpenGraph,
+    OpenGraphConfig,
     Polynormer,
     PolynormerConfig,
     SANConfig,
@@ -224,6 +226,8 @@ CASES = {
     "SGFormer": Case(
         lambda: SGFormer(SGFormerConfig(4, 2, **SMALL)), "N", {"node": Numbers("N", 4)}
     ),
+    # all nodes are anchors
+    "OpenGraph": Case(lambda: OpenGraph(OpenGraphConfig(**SMALL)), "N", {"node": Numbers("N", 16)}),
     "Polynormer": Case(
         lambda: Polynormer(PolynormerConfig(4, 2, **SMALL)), "N", {"node": Numbers("N", 4)}
     ),

@@ -69,6 +69,7 @@ MAKE = {
             **SIZES,
         )
     ),
+    "OpenGraph": lambda: models.OpenGraph(models.OpenGraphConfig(**SIZES)),
     "SGFormer": lambda: models.SGFormer(models.SGFormerConfig(30, 20, **SIZES)),
     "SGFormer plain": lambda: models.SGFormer(
         models.SGFormerConfig(30, 20, convolution="plain", norm=False, values=False, **SIZES)

@@ -73,6 +73,9 @@ SIZES = {
     | {"walk_steps": 3, "path_distance": 4, "degrees": 4},
     models.Sparsification: {"steps": 10, "every": 4, "scored": 2},
     models.expander: {"degree": 2, "seed": 1, "tries": 3},
+    models.OpenGraphConfig: {"dim": 8, "heads": 2, "layers": 2, "anchors": 3, "hops": 2},
+    models.with_class_nodes: {"classes": 2},
+    models.class_scores: {"classes": 2},
     models.PolynormerConfig: {
         "node_features": 5,
         "out_dim": 2,
@@ -119,6 +122,10 @@ MAKE = {
     models.log_sinkhorn: lambda **counts: models.log_sinkhorn(
         torch.arange(4.0), torch.tensor(1.0), *torch.tensor([[0, 2], [0, 2]]), **counts
     ),
+    models.with_class_nodes: lambda **counts: models.with_class_nodes(
+        RING, torch.tensor([0, 1, 0, 1]), torch.ones(4, dtype=torch.bool), **counts
+    ),
+    models.class_scores: lambda **counts: models.class_scores(torch.ones(5, 3), **counts),
     GradualPruning: lambda **counts: GradualPruning(nn.Linear(4, 4), **counts),
     HeadSparsity: sparsity,
 }

@@ -23,6 +23,8 @@ from fastgt.models.graph_transformer import (
 from fastgt.models.graphormer import Graphormer, GraphormerConfig
 from fastgt.models.gtsp import GTSP, GTSPConfig, Sparsification
 from fastgt.models.mpnn_vn import MPNNVirtualNode, MPNNVirtualNodeConfig, add_virtual_nodes
+from fastgt.models.open_graph import OpenGraph, OpenGraphConfig
+from fastgt.models.open_graph_tasks import both_sides, class_scores, rank_links, with_class_nodes
 from fastgt.models.polynormer import Polynormer
 from fastgt.models.polynormer_checkpoints import polynormer_state_dict
 from fastgt.models.polynormer_config import PolynormerConfig
@@ -53,6 +55,8 @@ __all__ = [
     "GraphormerConfig",
     "MPNNVirtualNode",
     "MPNNVirtualNodeConfig",
+    "OpenGraph",
+    "OpenGraphConfig",
     "Polynormer",
     "PolynormerConfig",
     "SANConfig",
@@ -67,6 +71,8 @@ __all__ = [
     "add_virtual_nodes",
     "connected_neighbors",
     "correspondence_state_dict",
+    "both_sides",
+    "class_scores",
     "expander",
     "gps_conv_state_dict",
     "graph_gps_state_dict",
@@ -75,5 +81,7 @@ __all__ = [
     "log_sinkhorn",
     "matches",
     "polynormer_state_dict",
+    "rank_links",
     "sgformer_state_dict",
+    "with_class_nodes",
 ]

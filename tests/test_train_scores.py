@@ -133,6 +133,20 @@ def test_accuracies_count():
     assert scores.mae(torch.tensor([[3.0], [5.0]]), nan) == 2
 
 
+def test_macro_f1_is_the_mean_of_the_harmonic_means():
+    draw = torch.Generator().manual_seed(0)
+    output, y = torch.randn(90, 6, generator=draw), torch.randint(3, (90,), generator=draw)
+    output[:, 3:5] -= 9  # class 4 is there and never found, 3 is neither, 5 is found only
+    y[:7] = 4
+    found, each = output.argmax(1).tolist(), []
+    for c in (0, 1, 2, 4, 5):
+        right = sum(a == b == c for a, b in zip(found, y.tolist(), strict=True))
+        precision, recall = right / max(1, found.count(c)), right / max(1, y.tolist().count(c))
+        each.append(2 * precision * recall / (precision + recall) if right else 0)
+    assert each[3] == each[4] == 0
+    assert scores.macro_f1(output, y) == pytest.approx(sum(each) / 5)
+
+
 @pytest.mark.parametrize(
     ("kind", "output", "y", "message"),
     [

@@ -34,6 +34,8 @@ Loss = Literal[
     "l1", "cross_entropy", "class_weighted_cross_entropy", "binary_cross_entropy", "assignment"
 ]
 Metric = Literal["mae", "accuracy", "class_accuracy", "roc_auc", "average_precision", "matched"]
+Loss = Literal["l1", "cross_entropy", "class_weighted_cross_entropy", "binary_cross_entropy"]
+Metric = Literal["mae", "accuracy", "class_accuracy", "macro_f1", "roc_auc", "average_precision"]
 Optimizer = Literal["adam", "adamw"]
 Schedule = Literal["constant", "plateau", "cosine", "linear"]
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -97,6 +97,24 @@ def class_accuracy(output: Tensor, y: Tensor) -> float:
     return float((right.double() / count.clamp(min=1)).mean())
 
 
+def macro_f1(output: Tensor, y: Tensor) -> float:
+    """Mean over classes of 2 TP / (2 TP + FP + FN); those in no row and no prediction are left out.
+
+    Example:
+        >>> import torch
+        >>> from fastgt.training.scores import macro_f1
+        >>> output = torch.eye(3)[torch.tensor([0, 0, 1, 1])]
+        >>> round(macro_f1(output, torch.tensor([0, 1, 1, 1])), 4)  # 2 / 3 and 4 / 5
+        0.7333
+    """
+    output = _logits(output, y)
+    found, classes = output.argmax(1), output.shape[1]
+    right = torch.bincount(y[found == y], minlength=classes)
+    count = torch.bincount(y, minlength=classes) + torch.bincount(found, minlength=classes)
+    there = count > 0
+    return float((2 * right[there].double() / count[there]).mean())
+
+
 def roc_auc(output: Tensor, y: Tensor) -> float:
     """Probability that a positive scores above a negative, ties counted as a half.
 
@@ -209,6 +227,7 @@ _METRICS: dict[Metric, Score] = {
     "mae": Score(mae, "mean absolute error", False),
     "accuracy": Score(accuracy, "accuracy", True),
     "class_accuracy": Score(class_accuracy, "mean accuracy of classes", True),
+    "macro_f1": Score(macro_f1, "macro F1", True),
     "roc_auc": Score(roc_auc, "ROC-AUC", True),
     "average_precision": Score(average_precision, "average precision", True),
     "matched": Score(matched, "share of matches found", True),

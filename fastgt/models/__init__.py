@@ -24,7 +24,13 @@ from fastgt.models.graphormer import Graphormer, GraphormerConfig
 from fastgt.models.gtsp import GTSP, GTSPConfig, Sparsification
 from fastgt.models.mpnn_vn import MPNNVirtualNode, MPNNVirtualNodeConfig, add_virtual_nodes
 from fastgt.models.open_graph import OpenGraph, OpenGraphConfig
-from fastgt.models.open_graph_tasks import both_sides, class_scores, rank_links, with_class_nodes
+from fastgt.models.open_graph_tasks import (
+    both_sides,
+    class_scores,
+    draw_negatives,
+    rank_links,
+    with_class_nodes,
+)
 from fastgt.models.polynormer import Polynormer
 from fastgt.models.polynormer_checkpoints import polynormer_state_dict
 from fastgt.models.polynormer_config import PolynormerConfig
@@ -73,6 +79,7 @@ __all__ = [
     "correspondence_state_dict",
     "both_sides",
     "class_scores",
+    "draw_negatives",
     "expander",
     "gps_conv_state_dict",
     "graph_gps_state_dict",

@@ -11,6 +11,9 @@ from torch import Tensor
 from fastgt.graph import Graph
 from fastgt.ops.checks import check_float, check_graph, check_square, integer, readable
 
+_ROWS = 256  # of [rows, N_cols] at once
+_TRIES = 8  # to draw no neighbour
+
 
 def with_class_nodes(graph: Graph, y: Tensor, labelled: Tensor, classes: int) -> Graph:
     """The graph with a node for each class, which the labelled nodes of it are joined to.
@@ -128,6 +131,56 @@ def edges_between(graph: Graph, first: Tensor, second: Tensor) -> Tensor:
     return torch.isin(edge, pair)
 
 
+def draw_negatives(graph: Graph, anchor: Tensor) -> Tensor:
+    """For every anchor a random node that it has no edge from, nor is.
+
+    Each such node is as likely as any other. Drawn from PyTorch's generator.
+
+    Args:
+        graph: Square, with edges both ways.
+        anchor: ``[B]`` integers.
+
+    Returns:
+        ``[B]`` int64.
+
+    Raises:
+        ValueError: An anchor has edges from all other nodes; it is named.
+
+    Example:
+        >>> import torch
+        >>> from fastgt import Graph
+        >>> from fastgt.models import draw_negatives
+        >>> path = Graph.from_edge_index(torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]))
+        >>> draw_negatives(path, torch.tensor([0, 2])).tolist()
+        [2, 0]
+    """
+    n = check_square(graph)
+    check_nodes("anchor", anchor, n, graph.device)
+    source, target = graph.edge_index
+    pair = target * n + source
+    negative = torch.empty(len(anchor), dtype=torch.int64, device=anchor.device)
+    pending = torch.arange(len(anchor), device=anchor.device)
+    for _ in range(_TRIES):
+        drawn = torch.randint(n, (len(pending),), device=anchor.device)
+        row = anchor[pending].long()
+        bad = torch.isin(row * n + drawn, pair) | (row == drawn)
+        negative[pending[~bad]] = drawn[~bad]
+        pending = pending[bad]
+        if not len(pending):
+            return negative
+    # what has edges from nearly all nodes
+    for some in pending.split(_ROWS):
+        row = anchor[some].long()
+        free = ~_mask(graph, row)
+        free[torch.arange(len(row), device=row.device), row] = False
+        if len(full := (~free.any(1)).nonzero()):
+            raise ValueError(
+                f"node {int(row[full[0]])} has edges from all others: it has no negative"
+            )
+        negative[some] = free.float().multinomial(1)[:, 0]
+    return negative
+
+
 class Ranking(NamedTuple):
     """Means over the anchors that have something to find."""
 
@@ -147,7 +200,7 @@ def rank_links(
 
     Columns of known edges are no candidates. Other columns are, a node itself too where rows and
     columns are the same nodes, as in the released code. Rows without hidden edges do not count.
-    Computed for 256 rows at once.
+    Computed for 256 rows at once, in O(256 N_cols) memory.
 
     Args:
         rows: ``[N_rows, dim]`` embeddings.
@@ -195,7 +248,7 @@ def rank_links(
     total = torch.zeros(len(ks), 2, dtype=torch.float64, device=rows.device)
     discount = torch.arange(2, len(cols) + 2, device=rows.device).double().log2().reciprocal()
     best = discount.cumsum(0)
-    for some in wanted.split(256):
+    for some in wanted.split(_ROWS):
         scores = rows[some] @ cols.T
         scores = scores.masked_fill(_mask(known, some), -torch.inf)
         target = _mask(hidden, some)

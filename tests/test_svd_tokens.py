@@ -166,6 +166,9 @@ def test_weights_of_edges_are_the_entries():
         source, target = graph.edge_index.cpu()
         found.index_put_((target, source), weight, accumulate=True)
         torch.testing.assert_close(found, adjacency(graph, present), rtol=1e-12, atol=1e-12)
+    hub = Graph.from_edge_index(torch.arange(300, device=DEVICE).repeat(2, 1).fill_(0), 1)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert adjacency_weights(hub, dtype=dtype).tolist() == pytest.approx([1 / 300] * 300, 4e-3)
     with pytest.raises(TypeError, match=r"present must be a tensor of bool, got torch\.float32"):
         adjacency_weights(graph, present=some.float())
     n = graph.num_edges

@@ -114,20 +114,20 @@ def adjacency_weights(
     check_graph(graph)
     source, target = graph.edge_index
     if present is None:
-        rows, cols = graph.row_degree.to(dtype), graph.col_degree.to(dtype)
-        there = torch.ones(graph.num_edges, dtype=dtype, device=graph.device)
+        rows, cols = graph.row_degree.long(), graph.col_degree.long()
     else:
         if not isinstance(present, Tensor) or present.dtype != torch.bool:
             found = present.dtype if isinstance(present, Tensor) else type(present).__name__
             raise TypeError(f"present must be a tensor of bool, got {found}")
         if present.shape != (graph.num_edges,):
             raise ValueError(f"present must be [E] = [{graph.num_edges}], got {[*present.shape]}")
-        there = present.to(dtype)
+        there = present.long()
         rows = there.new_zeros(graph.num_rows).index_add_(0, target, there)
         cols = there.new_zeros(graph.num_cols).index_add_(0, source, there)
-    # both are whole numbers; 0 only where no edge is present
-    degrees = rows.clamp(min=1)[target] * cols.clamp(min=1)[source]
-    return there * degrees.rsqrt()
+    # in half precision, products of degrees would be infinite
+    degrees = (rows[target] * cols[source]).to(torch.promote_types(dtype, torch.float32))
+    weight = degrees.clamp(min=1).rsqrt()
+    return (weight if present is None else weight.where(present, 0)).to(dtype)
 
 
 def _factors(

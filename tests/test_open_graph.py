@@ -12,7 +12,7 @@ from torch import nn
 
 from fastgt import Graph
 from fastgt.encodings import svd_tokens
-from fastgt.models import OpenGraph, OpenGraphConfig
+from fastgt.models import OpenGraph, OpenGraphConfig, open_graph_state_dict
 from fastgt.models.open_graph import (
     Anchors,
     OpenGraphLayer,
@@ -144,23 +144,45 @@ def test_the_model_is_its_equations():
     )
 
 
-def test_both_attentions_are_pytorchs_with_the_same_weights():
-    """As the released code has it, from a state of that code."""
+class Parts(nn.Module):
+    """Modules under the names that the authors give them."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, nn.ModuleList(part) if isinstance(part, list) else part)
+
+
+def test_the_model_is_the_released_one_from_its_state():
+    """With PyTorch's own attention, called twice."""
     torch.manual_seed(0)
-    theirs = nn.MultiheadAttention(DIM, HEADS, bias=False, dtype=FP64).to(DEVICE)
-    layer = OpenGraphLayer(DIM, HEADS, anchors=4).to(DEVICE, FP64)
-    q, k, v = theirs.in_proj_weight.chunk(3)
-    ours = layer.attention
-    for part, weight in ((ours.q, q), (ours.k, k), (ours.v, v), (ours.out, theirs.out_proj.weight)):
-        part.weight.data.copy_(weight)
-    x = drawn(11)
-    offsets = torch.tensor([0, 11], device=DEVICE)
-    anchors = draw_anchors(offsets, 11, 4)
-    s = x[anchors.node]
-    s = theirs(s, x, x)[0] + s
-    wanted = layer.norm1(theirs(x, s, s)[0] + x)
-    wanted = layer.norm2(layer.ffn(wanted) + wanted) / 10
-    torch.testing.assert_close(layer(x, None, anchors), wanted, rtol=1e-12, atol=1e-12)
+    theirs = [
+        Parts(
+            multi_head_attention=nn.MultiheadAttention(DIM, HEADS, bias=False),
+            dense_layers=[Parts(linear=nn.Linear(DIM, DIM)) for _ in range(2)],
+            layer_norm1=nn.LayerNorm(DIM),
+            layer_norm2=nn.LayerNorm(DIM),
+        )
+        for _ in range(3)
+    ]
+    whole = perturbed(Parts(graphTransformer=Parts(gt_layers=theirs)).to(DEVICE, FP64))
+    model = OpenGraph(OpenGraphConfig(**BARE)).to(DEVICE, FP64)
+    model.load_state_dict(open_graph_state_dict(whole.state_dict()))
+    x = wanted = drawn(11)
+    anchors = [draw_anchors(torch.tensor([0, 11], device=DEVICE), 11, count) for count in (4, 2, 7)]
+    for layer, some in zip(theirs, anchors, strict=True):
+        s = wanted[some.node]
+        s = layer.multi_head_attention(s, wanted, wanted)[0] + s
+        wanted = layer.layer_norm1(layer.multi_head_attention(wanted, s, s)[0] + wanted)
+        y = wanted
+        for dense in layer.dense_layers:
+            y = leaky(dense.linear(y))
+        wanted = layer.layer_norm2(y + wanted) / 10
+    found = model.transform(x, anchors=anchors)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    for name in ("graphTransformer.gt_layers.0.layer_norm3.bias", "layers.0.norm1.bias"):
+        with pytest.raises(ValueError, match=f"'{name}' is no parameter of an OpenGraph"):
+            open_graph_state_dict({name: x})
 
 
 def test_weights_are_drawn_as_pytorchs_attention_draws_them():

@@ -405,6 +405,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.models.gtsp_attention",
         "fastgt.models.mpnn_vn",
         "fastgt.models.open_graph",
+        "fastgt.models.open_graph_checkpoints",
         "fastgt.models.open_graph_tasks",
         "fastgt.models.polynormer",
         "fastgt.models.polynormer_checkpoints",

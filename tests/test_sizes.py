@@ -12,7 +12,7 @@ from torch import nn
 
 from fastgt import Graph, models, pruning
 from fastgt import nn as modules
-from fastgt.models import graph_gps_layer, graph_transformer, sgformer
+from fastgt.models import graph_gps_layer, graph_transformer, open_graph, sgformer
 from fastgt.models.package_classifier import PackageClassifierConfig
 from fastgt.ops.checks import integer
 from fastgt.pruning import GradualPruning, HeadSparsity
@@ -74,6 +74,7 @@ SIZES = {
     models.Sparsification: {"steps": 10, "every": 4, "scored": 2},
     models.expander: {"degree": 2, "seed": 1, "tries": 3},
     models.OpenGraphConfig: {"dim": 8, "heads": 2, "layers": 2, "anchors": 3, "hops": 2},
+    open_graph.OpenGraphLayer: {"dim": 8, "heads": 2, "anchors": 3},
     models.with_class_nodes: {"classes": 2},
     models.class_scores: {"classes": 2},
     models.PolynormerConfig: {

@@ -24,6 +24,7 @@ from fastgt.models.graphormer import Graphormer, GraphormerConfig
 from fastgt.models.gtsp import GTSP, GTSPConfig, Sparsification
 from fastgt.models.mpnn_vn import MPNNVirtualNode, MPNNVirtualNodeConfig, add_virtual_nodes
 from fastgt.models.open_graph import OpenGraph, OpenGraphConfig
+from fastgt.models.open_graph_checkpoints import open_graph_state_dict
 from fastgt.models.open_graph_tasks import (
     both_sides,
     class_scores,
@@ -87,6 +88,7 @@ __all__ = [
     "log_likelihoods",
     "log_sinkhorn",
     "matches",
+    "open_graph_state_dict",
     "polynormer_state_dict",
     "rank_links",
     "sgformer_state_dict",

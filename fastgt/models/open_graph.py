@@ -277,11 +277,11 @@ def topology_encoding(
     if not hops:
         return x
     weight = adjacency_weights(graph, present=present, dtype=x.dtype)
-    powers = []
+    total = torch.zeros_like(x)
     for _ in range(hops):
         x = aggregate(x, graph, edge_weight=weight)
-        powers.append(x)
-    return torch.stack(powers).sum(0)
+        total = total + x
+    return total
 
 
 def info_nce(anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
@@ -332,7 +332,10 @@ class OpenGraphLayer(nn.Module):
         scale: float = 10.0,
     ):
         super().__init__()
-        self.dim, self.anchors, self.scale = dim, anchors, scale
+        dim, heads = integer("dim", dim, 1), integer("heads", heads, 1)
+        if dim % heads:
+            raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
+        self.dim, self.anchors, self.scale = dim, integer("anchors", anchors, 1), scale
         self.attention = SharedAttention(dim, heads, dropout=attention_dropout)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.ffn = nn.Sequential(

@@ -115,10 +115,10 @@ def train(graph):
         for chosen in order:
             if step % 10 == 0:
                 tokens = svd_tokens(graph, args.dim, seed=args.seed + step)
-            anchor = target[chosen]
-            negative = draw_negatives(graph, anchor)
+            row = target[chosen]
+            negative = draw_negatives(graph, row)
             optimizer.zero_grad()
-            loss = model.link_loss(tokens, graph, anchor, source[chosen], negative)
+            loss = model.link_loss(tokens, graph, row, source[chosen], negative)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())

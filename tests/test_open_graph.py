@@ -245,7 +245,7 @@ def test_anchors_change_from_call_to_call():
 
 
 def literal_loss(a, p, n, floor=0.0):
-    """Anchor by anchor, as the paper has it."""
+    """Row by row, as the paper has it."""
     total = 0
     for b in range(len(a)):
         near = (a[b] * p[b]).sum()
@@ -277,7 +277,7 @@ def test_the_loss_is_the_released_one_where_scores_are_near_another():
     torch.testing.assert_close(
         info_nce(a / 3, p, n), released_loss(a / 3, p, n), rtol=1e-7, atol=1e-7
     )
-    a = torch.cat([a, 40 * a[:1]])  # one anchor whose scores are far above those of the others
+    a = torch.cat([a, 40 * a[:1]])  # one node whose scores are far above those of the others
     p = torch.cat([p, p[:1]])
     assert abs(info_nce(a, p, n) - released_loss(a, p, n)) > 1
     a = 1e4 * a
@@ -289,15 +289,15 @@ def test_a_step_hides_the_edges_of_its_batch():
     """Both ways and all duplicates, and no other; what is no edge adds none."""
     edges = [(0, 1), (1, 0), (0, 1), (2, 1), (1, 2), (3, 4), (4, 3), (2, 4), (5, 5), (0, 5), (6, 0)]
     graph = Graph.from_edge_index(torch.tensor(edges, device=DEVICE).T, 7)
-    anchor, positive, negative = [0, 4, 2, 5, 3], [1, 3, 4, 5, 6], [5, 6, 0, 2]
+    row, positive, negative = [0, 4, 2, 5, 3], [1, 3, 4, 5, 6], [5, 6, 0, 2]
     hidden = [(0, 1), (1, 0), (3, 4), (4, 3), (2, 4), (4, 2), (5, 5), (3, 6), (6, 3)]
     kept = [e for e in edges if e not in hidden]
     assert len(kept) == 4
-    model, rows = model_of(), anchor + positive + negative
+    model, rows = model_of(), row + positive + negative
     some = [Anchors(torch.tensor([1, 4, 11]), torch.tensor([0, 3])) for _ in range(3)]
     some = [Anchors(*(x.to(DEVICE) for x in y)) for y in some]
     node = drawn(7)
-    given = [torch.tensor(x, device=DEVICE) for x in (anchor, positive, negative)]
+    given = [torch.tensor(x, device=DEVICE) for x in (row, positive, negative)]
 
     def ours(m):
         return m.link_loss(node, graph, *given, anchors=some)
@@ -332,15 +332,15 @@ def test_edges_are_learned_by_heart():
     model = OpenGraph(OpenGraphConfig(16, 2, 2, 30, dropout=0, attention_dropout=0, scale=1.0))
     model = model.to(DEVICE)
     tokens = svd_tokens(graph, 16, iterations=8)
-    anchor = torch.arange(0, 30, 5, device=DEVICE)
+    row = torch.arange(0, 30, 5, device=DEVICE)
     optimizer, losses = torch.optim.Adam(model.parameters(), lr=5e-3), []
     for _ in range(150):
         optimizer.zero_grad()
-        # others of an anchor's clique are near it, the five other cliques are far
+        # others of a node's clique are near it, the five other cliques are far
         loss = sum(
-            model.link_loss(tokens, graph, anchor[c : c + 1], anchor[c : c + 1] + 1, far)
+            model.link_loss(tokens, graph, row[c : c + 1], row[c : c + 1] + 1, far)
             for c in range(6)
-            for far in [anchor[anchor != 5 * c] + 2]
+            for far in [row[row != 5 * c] + 2]
         )
         loss.backward()
         optimizer.step()
@@ -357,17 +357,17 @@ def test_what_does_not_fit_is_refused_by_name():
         ({"node": node[:, 1:]}, ValueError, r"node must be \[N, dim\] = \[9, 8\], got \[9, 7\]"),
         ({"node": node[1:]}, ValueError, r"node must be \[N, dim\] = \[9, 8\], got \[8, 8\]"),
         ({"node": node.float()}, TypeError, r"node must be torch\.float64, as the model is, got"),
-        ({"anchor": [0, 1]}, TypeError, "anchor must be a tensor of integers, got list"),
+        ({"row": [0, 1]}, TypeError, "row must be a tensor of integers, got list"),
         ({"positive": edge.float()}, TypeError, r"positive must be int32 or int64, got torch\.fl"),
         ({"negative": edge[None]}, ValueError, r"negative must have one dimension, got \[1, 2\]"),
-        ({"anchor": long}, ValueError, "anchor must be from 0 to 8, got 0 to 9"),
+        ({"row": long}, ValueError, "row must be from 0 to 8, got 0 to 9"),
         ({"negative": -long}, ValueError, "negative must be from 0 to 8, got -9 to 0"),
-        ({"positive": edge[:1]}, ValueError, r"positive must be \[2\] as anchor, got \[1\]"),
+        ({"positive": edge[:1]}, ValueError, r"positive must be \[2\] as row, got \[1\]"),
         ({"negative": edge[:0]}, ValueError, "negative must have a node at least, got 0"),
         (
-            {"anchor": edge[:0], "positive": edge[:0]},
+            {"row": edge[:0], "positive": edge[:0]},
             ValueError,
-            "anchor must have a node at least, got 0",
+            "row must have a node at least, got 0",
         ),
         ({"graph": Graph.batch([graph] * 2)}, ValueError, r"node must be \[N, dim\] = \[18, 8\]"),
         (
@@ -378,7 +378,7 @@ def test_what_does_not_fit_is_refused_by_name():
         ({"anchors": []}, ValueError, "anchors must be of 3 layers, got those of 0"),
     ):
         given = {"node": node, "graph": graph} | dict.fromkeys(
-            ("anchor", "positive", "negative"), edge
+            ("row", "positive", "negative"), edge
         )
         with pytest.raises(error, match=message):
             model.link_loss(**given | changes)

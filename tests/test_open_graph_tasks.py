@@ -116,24 +116,24 @@ def test_negatives_are_any_nodes_that_are_no_neighbours():
     edges = [(j, 0) for j in range(1, 200) if j != 6] + [(0, 1), (2, 1), (2, 1), (3, 3)]
     graph = graph_of(edges, 200)
     torch.manual_seed(0)
-    anchor = torch.tensor([0, 1, 3] * 2000, device=DEVICE)
-    found = draw_negatives(graph, anchor).view(-1, 3).T.cpu()
+    row = torch.tensor([0, 1, 3] * 2000, device=DEVICE)
+    found = draw_negatives(graph, row).view(-1, 3).T.cpu()
     assert (found[0] == 6).all()
-    for row, beside in ((1, {0, 1, 2}), (2, {3})):
-        count = torch.bincount(found[row], minlength=200)
+    for place, beside in ((1, {0, 1, 2}), (2, {3})):
+        count = torch.bincount(found[place], minlength=200)
         assert not count[list(beside)].any()
         assert (count > 0).sum() >= 190
         assert count.max() < 40
-    assert not len(draw_negatives(graph, anchor[:0]))
+    assert not len(draw_negatives(graph, row[:0]))
 
 
-def test_an_anchor_without_negatives_is_refused():
+def test_a_row_without_negatives_is_refused():
     graph = graph_of([(1, 0), (2, 0), (0, 1)], 3)
     with pytest.raises(ValueError, match="node 0 has edges from all others: it has no negative"):
         draw_negatives(graph, torch.tensor([1, 0], device=DEVICE))
-    with pytest.raises(ValueError, match="anchor must be from 0 to 2, got 0 to 3"):
+    with pytest.raises(ValueError, match="row must be from 0 to 2, got 0 to 3"):
         draw_negatives(graph, torch.tensor([0, 3], device=DEVICE))
-    with pytest.raises(TypeError, match=r"anchor must be int32 or int64, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"row must be int32 or int64, got torch\.float32"):
         draw_negatives(graph, torch.tensor([0.0], device=DEVICE))
 
 

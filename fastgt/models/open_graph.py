@@ -16,8 +16,8 @@ The released code differs where it is wrong. To hide a batch's edges from the to
 keeps the entries that are in exactly one of two lists, the graph's edges and the batch's pairs both
 ways: pairs that are no edges, as the way back of an edge that goes one way, are added. Here edges
 are only taken away. It subtracts one maximum, of all scores of a batch, before the exponentials,
-and adds 1e-8 to their sum, so that the loss of an anchor whose scores are 18 below that maximum is
-no longer that of a softmax. Here it is exact: each anchor has a maximum of its own.
+and adds 1e-8 to their sum, so that the loss of a node whose scores are 18 below that maximum is no
+longer that of a softmax. Here it is exact: each node has a maximum of its own.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class OpenGraph(nn.Module):
         self,
         node: Tensor,
         graph: Graph,
-        anchor: Tensor,
+        row: Tensor,
         positive: Tensor,
         negative: Tensor,
         *,
@@ -203,35 +203,35 @@ class OpenGraph(nn.Module):
     ) -> Tensor:
         """What a step of training minimises: :func:`info_nce` of a batch of edges.
 
-        The edges between ``anchor[b]`` and ``positive[b]``, both ways, are hidden from the topology
+        The edges between ``row[b]`` and ``positive[b]``, both ways, are hidden from the topology
         encoder. The layers see the batch's 2 B + K nodes as one graph, a node as often as it
         stands there. Nothing is learned through the topology encoder.
 
         Args:
             node: Tokens ``[N, dim]``; of the whole graph, as published.
             graph: A single square one.
-            anchor, positive: ``[B]`` integers, the ends of B edges.
-            negative: ``[K]`` integers, nodes that no anchor should be near. Published: B of them,
-                one for each anchor and no neighbour of it, which all others have too.
+            row, positive: ``[B]`` integers, the ends of B edges.
+            negative: ``[K]`` integers, nodes that no row should be near. Published: B of them, of
+                :func:`fastgt.models.draw_negatives` for each row, which all others have too.
             anchors: As of a call, within the batch.
         """
         self._check(node, graph)
         if graph.num_graphs != 1:
             raise ValueError(f"graph must be a single one, got a batch of {graph.num_graphs}")
         n = graph.num_nodes
-        for name, x in (("anchor", anchor), ("positive", positive), ("negative", negative)):
+        for name, x in (("row", row), ("positive", positive), ("negative", negative)):
             check_nodes(name, x, n, node.device)
-        if len(anchor) != len(positive):
-            raise ValueError(f"positive must be [{len(anchor)}] as anchor, got [{len(positive)}]")
-        for name, x in (("anchor", anchor), ("negative", negative)):
+        if len(row) != len(positive):
+            raise ValueError(f"positive must be [{len(row)}] as row, got [{len(positive)}]")
+        for name, x in (("row", row), ("negative", negative)):
             if not len(x):
                 raise ValueError(f"{name} must have a node at least, got 0")
         with torch.no_grad():
-            present = ~edges_between(graph, anchor, positive)
+            present = ~edges_between(graph, row, positive)
             x = topology_encoding(node, graph, self.config.hops, present=present)
-            x = x.index_select(0, torch.cat([anchor, positive, negative]))
+            x = x.index_select(0, torch.cat([row, positive, negative]))
         out = self.transform(x, anchors=anchors)
-        return info_nce(*out.split([len(anchor), len(positive), len(negative)]))
+        return info_nce(*out.split([len(row), len(positive), len(negative)]))
 
     def _check(self, node: Tensor, graph: Graph) -> None:
         n = check_square(graph)
@@ -284,12 +284,12 @@ def topology_encoding(
     return total
 
 
-def info_nce(anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """The mean over b of ``log(exp(a_b . p_b) + sum_k exp(a_b . n_k)) - a_b . p_b``.
+def info_nce(x: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """The mean over b of ``log(exp(x_b . p_b) + sum_k exp(x_b . n_k)) - x_b . p_b``.
 
     Args:
-        anchor, positive: ``[B, dim]``.
-        negative: ``[K, dim]``, shared by all anchors.
+        x, positive: ``[B, dim]``.
+        negative: ``[K, dim]``, shared by all rows.
 
     Source:
         Xia et al., arXiv 2403.01121. The module's docstring says how the released code differs.
@@ -301,8 +301,8 @@ def info_nce(anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         >>> round(float(info_nce(a, p, n)), 4)  # log(e + 1) - 1
         0.3133
     """
-    near = (anchor * positive).sum(1, keepdim=True)  # [B, 1]
-    far = anchor @ negative.T  # [B, K]
+    near = (x * positive).sum(1, keepdim=True)  # [B, 1]
+    far = x @ negative.T  # [B, K]
     return (torch.cat([near, far], 1).logsumexp(1) - near[:, 0]).mean()
 
 

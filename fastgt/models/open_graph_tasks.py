@@ -131,20 +131,20 @@ def edges_between(graph: Graph, first: Tensor, second: Tensor) -> Tensor:
     return torch.isin(edge, pair)
 
 
-def draw_negatives(graph: Graph, anchor: Tensor) -> Tensor:
-    """For every anchor a random node that it has no edge from, nor is.
+def draw_negatives(graph: Graph, row: Tensor) -> Tensor:
+    """For every row a random node that it has no edge from, nor is.
 
     Each such node is as likely as any other. Drawn from PyTorch's generator.
 
     Args:
         graph: Square, with edges both ways.
-        anchor: ``[B]`` integers.
+        row: ``[B]`` integers.
 
     Returns:
         ``[B]`` int64.
 
     Raises:
-        ValueError: An anchor has edges from all other nodes; it is named.
+        ValueError: A row has edges from all other nodes; it is named.
 
     Example:
         >>> import torch
@@ -155,34 +155,34 @@ def draw_negatives(graph: Graph, anchor: Tensor) -> Tensor:
         [2, 0]
     """
     n = check_square(graph)
-    check_nodes("anchor", anchor, n, graph.device)
+    check_nodes("row", row, n, graph.device)
     source, target = graph.edge_index
     pair = target * n + source
-    negative = torch.empty(len(anchor), dtype=torch.int64, device=anchor.device)
-    pending = torch.arange(len(anchor), device=anchor.device)
+    negative = torch.empty(len(row), dtype=torch.int64, device=row.device)
+    pending = torch.arange(len(row), device=row.device)
     for _ in range(_TRIES):
-        drawn = torch.randint(n, (len(pending),), device=anchor.device)
-        row = anchor[pending].long()
-        bad = torch.isin(row * n + drawn, pair) | (row == drawn)
+        drawn = torch.randint(n, (len(pending),), device=row.device)
+        mine = row[pending].long()
+        bad = torch.isin(mine * n + drawn, pair) | (mine == drawn)
         negative[pending[~bad]] = drawn[~bad]
         pending = pending[bad]
         if not len(pending):
             return negative
     # what has edges from nearly all nodes
     for some in pending.split(_ROWS):
-        row = anchor[some].long()
-        free = ~_mask(graph, row)
-        free[torch.arange(len(row), device=row.device), row] = False
+        mine = row[some].long()
+        free = ~_mask(graph, mine)
+        free[torch.arange(len(mine), device=mine.device), mine] = False
         if len(full := (~free.any(1)).nonzero()):
             raise ValueError(
-                f"node {int(row[full[0]])} has edges from all others: it has no negative"
+                f"node {int(mine[full[0]])} has edges from all others: it has no negative"
             )
         negative[some] = free.float().multinomial(1)[:, 0]
     return negative
 
 
 class Ranking(NamedTuple):
-    """Means over the anchors that have something to find."""
+    """Means over the rows that have something to find."""
 
     recall: float
     ndcg: float

@@ -82,7 +82,8 @@ def svd_tokens(
     for first, last in pairwise(graph.graph_ptr.tolist()):
         if last > first:
             one = graph if graph.num_graphs == 1 else _part(graph, first, last)
-            rows, cols = _factors(one, dim, iterations, seed, dtype)
+            with torch.autocast(graph.device.type, enabled=False):  # no QR takes half precision
+                rows, cols = _factors(one, dim, iterations, seed, dtype)
             tokens[first:last, : rows.shape[1]] = rows.add_(cols) if square else rows
             if not square:
                 tokens[last:, : cols.shape[1]] = cols

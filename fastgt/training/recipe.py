@@ -33,9 +33,9 @@ from fastgt.ops.checks import integer
 Loss = Literal[
     "l1", "cross_entropy", "class_weighted_cross_entropy", "binary_cross_entropy", "assignment"
 ]
-Metric = Literal["mae", "accuracy", "class_accuracy", "roc_auc", "average_precision", "matched"]
-Loss = Literal["l1", "cross_entropy", "class_weighted_cross_entropy", "binary_cross_entropy"]
-Metric = Literal["mae", "accuracy", "class_accuracy", "macro_f1", "roc_auc", "average_precision"]
+Metric = Literal[
+    "mae", "accuracy", "class_accuracy", "macro_f1", "roc_auc", "average_precision", "matched"
+]
 Optimizer = Literal["adam", "adamw"]
 Schedule = Literal["constant", "plateau", "cosine", "linear"]
 Precision = Literal["fp32", "bf16", "fp16"]

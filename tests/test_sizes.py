@@ -105,6 +105,8 @@ SIZES = {
         "heads": 2,
         "layers": 2,
     },
+    models.TodyformerConfig: {"num_nodes": 5, "node_features": 0, "edge_features": 0, "dim": 8}
+    | {"heads": 2, "blocks": 1, "patches": 2, "time_dim": 3},
     models.SymPointAttention: {"dim": 8, "position_dim": 3, "planes": 4},
     models.connected_neighbors: {"k": 2, "most": 1},
     pruning.TokenPruning: {"dim": 8},

@@ -380,6 +380,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.encodings.heat_kernel",
         "fastgt.encodings.laplacian",
         "fastgt.encodings.paths",
+        "fastgt.encodings.random_projection",
         "fastgt.encodings.random_walk",
         "fastgt.encodings.singular_vectors",
         "fastgt.graph",

@@ -10,6 +10,7 @@ from fastgt.encodings.laplacian import (
     laplacian_pe,
 )
 from fastgt.encodings.paths import degrees, shortest_paths
+from fastgt.encodings.random_projection import random_projection_pe
 from fastgt.encodings.random_walk import random_walk_pe
 from fastgt.encodings.singular_vectors import svd_tokens
 
@@ -22,6 +23,7 @@ __all__ = [
     "heat_kernel_pe",
     "laplacian_eigenpairs",
     "laplacian_pe",
+    "random_projection_pe",
     "random_walk_pe",
     "shortest_paths",
     "svd_tokens",

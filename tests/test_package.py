@@ -404,6 +404,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.models.graphormer",
         "fastgt.models.gtsp",
         "fastgt.models.gtsp_attention",
+        "fastgt.models.large_gt",
         "fastgt.models.mpnn_vn",
         "fastgt.models.open_graph",
         "fastgt.models.open_graph_checkpoints",

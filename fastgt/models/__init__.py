@@ -22,6 +22,8 @@ from fastgt.models.graph_transformer import (
 )
 from fastgt.models.graphormer import Graphormer, GraphormerConfig
 from fastgt.models.gtsp import GTSP, GTSPConfig, Sparsification
+from fastgt.models.large_gt import LargeGT
+from fastgt.models.large_gt_config import LargeGTConfig
 from fastgt.models.mpnn_vn import MPNNVirtualNode, MPNNVirtualNodeConfig, add_virtual_nodes
 from fastgt.models.open_graph import OpenGraph, OpenGraphConfig
 from fastgt.models.open_graph_checkpoints import open_graph_state_dict
@@ -60,6 +62,8 @@ __all__ = [
     "GraphTransformerConfig",
     "Graphormer",
     "GraphormerConfig",
+    "LargeGT",
+    "LargeGTConfig",
     "MPNNVirtualNode",
     "MPNNVirtualNodeConfig",
     "OpenGraph",

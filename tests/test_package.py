@@ -58,7 +58,7 @@ LAYERS = {
         "prepared",
     },
     "encodings": {"files", "graph", "ops", "plans"},
-    "datasets": {"cpu", "encodings", "files", "graph", "ops", "real_graphs"},
+    "datasets": {"cpu", "encodings", "files", "graph", "ops", "philox", "real_graphs"},
     "philox": set(),
     "reference": {"contract", "graph", "philox"},
     "cpu": {"contract", "philox", "__init__"},  # the version
@@ -369,12 +369,14 @@ def test_every_layer_of_pyg_has_examples_that_run():
 @pytest.mark.parametrize(
     "module",
     [
+        "fastgt.datasets.block_file",
         "fastgt.datasets.block_models",
         "fastgt.datasets.event_set",
         "fastgt.datasets.graph_set",
         "fastgt.datasets.line_drawings",
         "fastgt.datasets.named",
         "fastgt.datasets.node_set",
+        "fastgt.datasets.sampled_tokens",
         "fastgt.encodings.cache",
         "fastgt.encodings.electrostatic",
         "fastgt.encodings.heat_kernel",

@@ -7,6 +7,7 @@ from fastgt.datasets.graph_set import Batch, Encoded, GraphSet
 from fastgt.datasets.line_drawings import drawn_lines
 from fastgt.datasets.named import DATASETS, load
 from fastgt.datasets.node_set import NodeSet
+from fastgt.datasets.sampled_tokens import sample_tokens
 
 __all__ = [
     "DATASETS",
@@ -22,4 +23,10 @@ __all__ = [
     "flights",
     "load",
     "pattern",
+    "GraphSet",
+    "NodeSet",
+    "cluster",
+    "load",
+    "pattern",
+    "sample_tokens",
 ]

@@ -5,9 +5,11 @@ from fastgt.datasets.event_set import EventBatch, Events, EventSet
 from fastgt.datasets.flights import flights
 from fastgt.datasets.graph_set import Batch, Encoded, GraphSet
 from fastgt.datasets.line_drawings import drawn_lines
+from fastgt.datasets.hop_features import hop_features
 from fastgt.datasets.named import DATASETS, load
 from fastgt.datasets.node_set import NodeSet
 from fastgt.datasets.sampled_tokens import sample_tokens
+from fastgt.datasets.token_set import TokenBatch, TokenSet
 
 __all__ = [
     "DATASETS",
@@ -25,7 +27,10 @@ __all__ = [
     "pattern",
     "GraphSet",
     "NodeSet",
+    "TokenBatch",
+    "TokenSet",
     "cluster",
+    "hop_features",
     "load",
     "pattern",
     "sample_tokens",

@@ -15,6 +15,7 @@ from fastgt.encodings import (
     heat_kernel_pe,
     laplacian_eigenpairs,
     laplacian_pe,
+    random_projection_pe,
     random_walk_pe,
     shortest_paths,
 )
@@ -125,6 +126,10 @@ def _paths(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[s
     return {"pair_distance": Encoded(length, "pair"), "pair_edges": Encoded(types, "pair")}
 
 
+def _positions(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[str, Encoded]:
+    return {"position": Encoded(cache(random_projection_pe, graph, r.config.position_dim), "node")}
+
+
 ENCODINGS: dict[str, Callable[[Cache, Graph, Tensor | None, Recipe], dict[str, Encoded]]] = {
     "pe_dim": _laplacian,
     "walk_steps": _walks,
@@ -135,6 +140,7 @@ ENCODINGS: dict[str, Callable[[Cache, Graph, Tensor | None, Recipe], dict[str, E
     "electrostatic_dim": _electrostatic,
     "path_distance": _paths,
     "expander_degree": _expander,
+    "position_dim": _positions,
 }
 """Field of a config -> what it asks for where it is not 0: the model's arguments by name.
 

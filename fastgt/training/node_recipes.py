@@ -1,15 +1,21 @@
-"""How models of one graph's nodes are trained: SGFormer and Polynormer."""
+"""How models of one graph's nodes are trained: SGFormer, Polynormer and LargeGT."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastgt.models import PolynormerConfig, SGFormerConfig
+from fastgt.models import LargeGTConfig, PolynormerConfig, SGFormerConfig
 from fastgt.training.recipe import Published, Recipe
 
 _WU = "Wu et al., arXiv 2306.10759"
 _DENG = "Deng et al., arXiv 2403.01232"
 _SGFORMER: dict[str, Any] = {"schedule": "constant", "epochs": 500, "stop_after": 200}
+_LARGE_GT: dict[str, Any] = {
+    "schedule": "constant",
+    "batch_size": 512,
+    "epochs": 100,
+    "stop_after": 20,
+}
 
 _CORA: dict[str, Any] = {
     "config": SGFormerConfig.published("cora"),
@@ -84,5 +90,19 @@ NODE_RECIPES = [
         epochs=1200,
         features="rows",
     ),
+    Recipe(
+        "large_gt",
+        "tolokers",
+        LargeGTConfig(10, 2, 11_758, dim=64, samples=20, position_dim=32, centroids=256),
+        metric="roc_auc",
+        **_LARGE_GT,
+    ),
+    Recipe(
+        "large_gt",
+        "debian",
+        LargeGTConfig(2000, 58, 63_436, dim=64, samples=10, position_dim=32, centroids=512),
+        **_LARGE_GT,
+    ),
 ]
-"""Settings are those of the authors' configurations and scripts."""
+"""Settings are those of the authors' configurations and scripts; LargeGT's authors have none for
+these graphs, and the learning rate is theirs."""

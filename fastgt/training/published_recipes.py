@@ -24,6 +24,8 @@ from fastgt.models import (
     GraphormerConfig,
     GraphTransformer,
     GTSPConfig,
+    LargeGT,
+    LargeGTConfig,
     MPNNVirtualNode,
     Polynormer,
     SGFormer,
@@ -49,6 +51,7 @@ class Model(NamedTuple):
             weight decay of their own.
         laplacian: ``normalization`` of :func:`fastgt.encodings.laplacian_eigenpairs`.
         encodings: Of a config, which of its fields ask for encodings; None for all of them.
+        sampled: Whether it is called with the tokens of some nodes in the place of the graph.
         prune: Of a config, what makes the object that prunes a model in so many steps, None where
             nothing is pruned while it trains; None for models that never are.
     """
@@ -60,6 +63,7 @@ class Model(NamedTuple):
     attention: tuple[str, ...] = ()
     laplacian: Literal["sym"] | None = None
     encodings: Callable[[Any], tuple[str, ...]] | None = None
+    sampled: bool = False
     prune: Callable[[Any], Prune | None] | None = None
 
 
@@ -71,6 +75,10 @@ def _graphormer(config: GraphormerConfig) -> Graphormer:
 
 def _of_gtsp(config: GTSPConfig) -> tuple[str, ...]:
     return ("walk_steps",) if config.base == "gps" else ("path_distance",)
+
+
+def _of_large_gt(config: LargeGTConfig) -> tuple[str, ...]:
+    return () if config.parts == "local" else ("position_dim",)
 
 
 def _gtsp_prune(config: GTSPConfig) -> Prune | None:
@@ -98,6 +106,7 @@ MODELS = {
     "graph_gps": Model(GraphGPS, takes_edges=True),
     "graphormer": Model(_graphormer),
     "gtsp": Model(GTSP, encodings=_of_gtsp, prune=_gtsp_prune),
+    "large_gt": Model(LargeGT, encodings=_of_large_gt, sampled=True),
     "mpnn_virtual_node": Model(MPNNVirtualNode, takes_edges=True),
     "polynormer": Model(Polynormer, self_loops=True),
     "san": Model(SAN, takes_edges=True, laplacian="sym"),

@@ -1,4 +1,5 @@
 """What the loop trains on: batches of many graphs, pairs of graphs, or one graph's nodes."""
+"""What the loop trains on: many graphs, one graph, or batches of nodes of one."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgt.datasets import Batch, GraphSet, NodeSet
 from fastgt.models import log_likelihoods, matches
+from fastgt.datasets import Batch, GraphSet, NodeSet, TokenSet
 from fastgt.training import optimization
 from fastgt.training.ranks import Ranks
 from fastgt.training.recipe import Recipe
@@ -44,10 +46,7 @@ class _Task:
         self.device = next(model.parameters()).device
         self._model, self._takes_edges, self._ranks = model, takes_edges, ranks
 
-    def _terms(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
-        output, y = self._output(batch), batch.y
-        if rows is not None:
-            output, y = output[rows], y[rows]
+    def _terms(self, output: Tensor, y: Tensor) -> Tensor:
         total = self._ranks.total
         loss, weight = loss_terms(self.recipe.loss, output, y, total)
         return loss * self._ranks.size / total(weight)
@@ -76,7 +75,8 @@ class GraphTask(_Task):
         self.sizes = {name: len(x) for name, x in data.splits.items()}
 
     def loss(self, chosen: Tensor) -> Tensor:
-        return self._terms(self._batch("train", chosen))
+        batch = self._batch("train", chosen)
+        return self._terms(self._output(batch), batch.y)
 
     def outputs(self, split: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
         batch = self._batch(split, chosen)
@@ -144,7 +144,8 @@ class NodeTask(_Task):
 
     def loss(self, chosen: Tensor) -> Tensor:
         self._evaluated = None
-        return self._terms(self._graph, self._rows["train"])
+        rows = self._rows["train"]
+        return self._terms(self._output(self._graph)[rows], self._graph.y[rows])
 
     def outputs(self, split: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
         # validation and test between two steps have the same forward
@@ -152,3 +153,36 @@ class NodeTask(_Task):
             self._evaluated = self._output(self._graph)
         rows = self._rows[split]
         return self._evaluated[rows], self._graph.y[rows]
+
+
+class TokenTask(_Task):
+    """Nodes of one graph, each with tokens that were sampled before: an example is a node."""
+
+    def __init__(
+        self,
+        title: str,
+        recipe: Recipe,
+        data: NodeSet,
+        split: int,
+        model: nn.Module,
+        tokens: TokenSet,
+    ):
+        super().__init__(title, recipe, model, False, Ranks())
+        n, known = data.graph.num_nodes, recipe.config.num_nodes
+        if n != known:
+            raise ValueError(f"num_nodes must be {n}, the nodes of {recipe.data}, got {known}")
+        self._tokens, self._y, self._encodings = tokens, data.y, data.encodings
+        self._nodes = {name: mask.nonzero()[:, 0] for name, mask in data.splits[split].items()}
+        self.sizes = {name: len(nodes) for name, nodes in self._nodes.items()}
+
+    def loss(self, chosen: Tensor) -> Tensor:
+        return self._terms(*self.outputs("train", chosen))
+
+    def outputs(self, split: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, nodes = self._tokens.batch(self._nodes[split][chosen])
+        given = {name: x[nodes] for name, x in self._encodings.items()}
+        if self.recipe.config.parts != "local":
+            given["nodes"] = nodes
+        moved = {name: x.to(self.device) for name, x in given.items()}
+        with optimization.autocast(self.recipe.precision, self.device):
+            return self._model(tokens.to(self.device), **moved), self._y[nodes].to(self.device)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastgt import files
-from fastgt.datasets import GraphSet, NodeSet, load
+from fastgt.datasets import GraphSet, NodeSet, TokenSet, load
 from fastgt.encodings import Cache
 from fastgt.ops.implementation import Impl, implementation
 from fastgt.training import optimization, results
@@ -25,6 +25,7 @@ from fastgt.training.published_recipes import MODELS, Prune
 from fastgt.training.ranks import Ranks, joined
 from fastgt.training.recipe import Recipe
 from fastgt.training.tasks import GraphTask, NodeTask, PairTask
+from fastgt.training.tasks import GraphTask, NodeTask, TokenTask
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ def run(recipe: Recipe, plan: Plan, *, device: torch.device, impl: Impl | None =
             stack.enter_context(files.lock(plan.folder))
         digest = ranks.told(data.digest())
         data = prepared(recipe, data, plan.cache)
+        tokens = _tokens(recipe, data, plan.cache.folder) if kind.sampled else None
         stack.enter_context(implementation(impl))
         rows = [
-            _trained(one, data, digest, parameters, plan.hours, device, ranks, prune)
+            _trained(one, data, digest, parameters, plan.hours, device, ranks, prune, tokens)
             for one in runs
         ]
         if ranks.leads:
@@ -150,6 +152,7 @@ def _trained(
     device: torch.device,
     ranks: Ranks,
     prune: Prune | None,
+    tokens: TokenSet | None,
 ) -> dict[str, Any]:
     """Train, or go on. -> a row of results."""
     recipe, kept = one.recipe, one.recipe.kept(digest)
@@ -172,6 +175,7 @@ def _trained(
         ranks=ranks,
         split=one.split,
         sparsity=sparsity,
+        tokens=tokens,
     )
     if ranks.leads:
         print(_opening(training, parameters))
@@ -199,6 +203,7 @@ def start(
     ranks: Ranks | None = None,
     split: int = 0,
     sparsity: Callable[[nn.Module], Pruning] | None = None,
+    tokens: TokenSet | None = None,
 ) -> Training:
     """A training that is about to begin or to go on, with everything made that it needs.
 
@@ -208,6 +213,7 @@ def start(
         resumed: Checkpoint to go on from.
         split: Of the nodes of one graph.
         sparsity: Makes what prunes the model while it trains.
+        tokens: Of the nodes, for a model that is called with them.
     """
     ranks = ranks or Ranks()
     seed_everything(recipe.seed)
@@ -216,10 +222,12 @@ def start(
     called = ranks.wrapped(model)
     if ranks.rank:
         seed_everything(recipe.seed + ranks.rank)  # of dropout
-    if isinstance(data, NodeSet):
-        task: GraphTask | NodeTask = NodeTask(
-            data.title, recipe, data, split, called, takes_edges=kind.takes_edges
+    if isinstance(data, NodeSet) and tokens is not None:
+        task: GraphTask | NodeTask | TokenTask = TokenTask(
+            data.title, recipe, data, split, called, tokens
         )
+    elif isinstance(data, NodeSet):
+        task = NodeTask(data.title, recipe, data, split, called, takes_edges=kind.takes_edges)
     else:
         kind_of_task = PairTask if kind.pairs else GraphTask
         task = kind_of_task(
@@ -241,12 +249,22 @@ def start(
     )
 
 
+def _tokens(recipe: Recipe, data: GraphSet | NodeSet, folder: Path) -> TokenSet:
+    """Sampled where they are not there; the same for all seeds of a training."""
+    assert isinstance(data, NodeSet)
+    samples = recipe.config.samples
+    place = folder / f"tokens-{data.digest()}-{samples}"
+    return TokenSet.make(data.graph, data.node, place, samples=samples, progress=True)
+
+
 def _opening(training: Training, parameters: int) -> str:
     task, p, recipe = training.task, training.progress, training.recipe
     sizes = " / ".join(f"{task.sizes[name]:,}" for name in ("train", "val", "test"))
     of = f"{sizes} {'pairs of graphs' if isinstance(task, PairTask) else 'graphs'}"
     if isinstance(task, NodeTask):
         of = "one graph"
+    of = "one graph" if isinstance(task, NodeTask) else f"{sizes} graphs"
+    of = f"{sizes} nodes of one graph" if isinstance(task, TokenTask) else of
     processes = f", {training.ranks.size} processes" if training.ranks.size > 1 else ""
     lines = [
         f"{recipe.model} on {task.title}: {of}; {parameters:,} parameters; {training.batches} "

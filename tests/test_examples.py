@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from raw_data_sets import write_cora, write_tolokers, write_zinc
@@ -167,3 +168,28 @@ def test_todyformer_is_compared_with_its_means_and_with_counts(
         for kind in ("random", "historical", "inductive"):
             for name in ("popularity", "EdgeBank, history", "Todyformer, means", "Todyformer"):
                 assert re.search(rf"{split}, {kind} negatives, {name}: AP [01]\.\d{{4}}, AUC", said)
+@WARNINGS
+def test_large_gt_trains_beside_layers_of_torch_geometric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Communities whose members have noisy features of their class: attention finds them all."""
+    draw = np.random.default_rng(0)
+    y = np.arange(200) % 2
+    edges = draw.integers(0, 200, (4000, 2))
+    part = draw.permuted(np.tile(np.arange(200) % 3, (10, 1)), axis=1)
+    np.savez(
+        tmp_path / "tolokers.npz",
+        node_features=(y[:, None] + draw.normal(size=(200, 10))).astype(np.float32),
+        node_labels=y,
+        edges=edges[y[edges[:, 0]] == y[edges[:, 1]]],
+        train_masks=part == 0,
+        val_masks=part == 1,
+        test_masks=part == 2,
+    )
+    monkeypatch.setenv("FASTGT_DATA", str(tmp_path))
+    given = {"data": "tolokers", "folder": tmp_path, "samples": 6, "dim": 16, "batch": 16}
+    given |= {"centroids": 16, "epochs": 6, "gnn-epochs": 20}
+    arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
+    found = run((EXAMPLES / "large_gt.py").read_text(), "large_gt.py", *arguments)
+    assert set(found["tests"]) == {"GAT", "GraphSAGE", "LargeGT"}
+    assert min(found["tests"].values()) > 0.9

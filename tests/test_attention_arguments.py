@@ -117,7 +117,8 @@ REFUSALS = {
     "wide q": (
         {"q": zeros(5, 4, 257), "k": zeros(3, 2, 257)},
         ValueError,
-        "q has head width 257; supported are 1 to 256",
+        "q has head width 257; supported are 1 to 256: let the linear layers before make more "
+        "heads, or, .* take global_attention, up to 512 wide",
     ),
     "wide v": ({"v": zeros(3, 2, 257)}, ValueError, "v has head width 257; supported are 1 to 256"),
     "edges of bias": (

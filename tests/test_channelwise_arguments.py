@@ -144,3 +144,13 @@ def test_refuses_by_name_and_numbers(refused, impl):
     channelwise_attention(**fitting)
     with pytest.raises(error, match=message):
         channelwise_attention(**fitting | changes)
+
+
+def test_heads_of_any_width():
+    """What neighborhood_attention has no kernel for: 600 channels are 600 softmaxes."""
+    graph = random_graph(0, 7, 20)
+    logits, v = torch.randn(20, 1, 600), torch.randn(7, 1, 600)
+    whole = channelwise_attention(logits, v, graph, impl="cpp")
+    split = (x.view(len(x), 3, 200) for x in (logits, v))
+    parts = channelwise_attention(*split, graph, impl="reference")
+    assert torch.allclose(whole.flatten(1), parts.flatten(1), atol=1e-6)

@@ -583,7 +583,11 @@ def test_refusals():
     refused(ValueError, "k has head width 7 but q has 8", k=x.k[..., :7])
     refused(ValueError, "q's 2 heads must be a multiple of k's 0 heads", k=x.k[:, :0], v=x.v[:, :0])
     wide = zeros(10, 2, 513, device=DEVICE)
-    refused(ValueError, "v has head width 513; supported are 1 to 512", v=wide)
+    refused(
+        ValueError,
+        "v has head width 513; supported are 1 to 512: .* scaled_dot_product_attention",
+        v=wide,
+    )
     ends = torch.tensor([0, 10], device=DEVICE)
     refused(ValueError, "key_offsets has 1 graphs but offsets has 2", key_offsets=ends)
     refused(

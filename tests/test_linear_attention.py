@@ -451,6 +451,8 @@ def test_bad_input():
     refused(ValueError, "k has 9 nodes but q has 10", k=x.k[:9])
     refused(ValueError, "v has 1 heads but q has 2", v=x.v[:, :1])
     refused(ValueError, "k has head width 7 but q has 8", k=x.k[..., :7])
+    wide = torch.zeros(*x.v.shape[:2], 257, device=x.v.device)
+    refused(ValueError, "v has head width 257; supported are 1 to 256: .* more heads", v=wide)
     refused(ValueError, "feature_map must be one of .*'softmax'.*, got 'exp'", feature_map="exp")
     refused(ValueError, "'softmax' needs projection", feature_map="softmax")
     refused(ValueError, "'elu' takes no projection", projection=torch.zeros(3, 8))

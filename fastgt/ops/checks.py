@@ -110,7 +110,11 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, graph: Graph) -> None:
         raise ValueError(f"v has {v_heads} heads but k has {kv_heads}")
     if heads == 0 or kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q's {heads} heads must be a multiple of k's {kv_heads} heads")
-    check_widths(q, v)
+    check_widths(
+        q,
+        v,
+        "or, where nodes attend to all nodes of their graph, take global_attention, up to 512 wide",
+    )
 
 
 def _check_count(name: str, found: int, wanted: int, what: str) -> None:
@@ -144,10 +148,12 @@ def check_float(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a strided tensor, got {found}")
 
 
-def check_widths(q: Tensor, v: Tensor) -> None:
+def check_widths(q: Tensor, v: Tensor, instead: str, widest: int = MAX_WIDTH) -> None:
+    """``instead``: what takes wider heads, or may stand in their place."""
     for name, d in (("q", q.shape[2]), ("v", v.shape[2])):
-        if not 1 <= d <= MAX_WIDTH:
-            raise ValueError(f"{name} has head width {d}; supported are 1 to {MAX_WIDTH}")
+        if not 1 <= d <= widest:
+            hint = f": let the linear layers before make more heads, {instead}" if d else ""
+            raise ValueError(f"{name} has head width {d}; supported are 1 to {widest}{hint}")
 
 
 def check_offsets(offsets: object, nodes: int, device: torch.device, name: str = "offsets") -> None:

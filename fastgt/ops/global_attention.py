@@ -31,6 +31,7 @@ from fastgt.ops.checks import (
     check_nodes,
     check_numbers,
     check_offsets,
+    check_widths,
     dropout_key,
     needs_gradient,
     number,
@@ -254,9 +255,8 @@ def _check(
         raise ValueError(f"v has {v.shape[1]} heads but k has {kv_heads}")
     if heads == 0 or kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q's {heads} heads must be a multiple of k's {kv_heads} heads")
-    for name, x in (("q", q), ("v", v)):
-        if not 1 <= x.shape[2] <= MAX_WIDTH:
-            raise ValueError(f"{name} has head width {x.shape[2]}; supported are 1 to {MAX_WIDTH}")
+    instead = "or take PyTorch's scaled_dot_product_attention, of graphs padded to one size"
+    check_widths(q, v, instead, MAX_WIDTH)
     if offsets is not None:
         check_offsets(offsets, q.shape[0], q.device)
     if key_offsets is None:

@@ -263,7 +263,7 @@ def _check(
         raise ValueError("q has no heads")
     if k.shape[2] != width:
         raise ValueError(f"k has head width {k.shape[2]} but q has {width}")
-    check_widths(q, v)
+    check_widths(q, v, "whose products are smaller too")
     if offsets is not None:
         check_offsets(offsets, nodes, q.device)
     if feature_map not in get_args(FeatureMap):

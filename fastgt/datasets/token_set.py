@@ -21,8 +21,8 @@ from fastgt.ops.checks import integer
 from fastgt.philox import words
 
 _ROUNDS = 6  # of a shuffle
-_AROUND = 2**16  # bytes that Linux maps around what is read
-_RELEASE = 2**28  # bytes that are mapped, after which they are given back
+_AROUND = 2**21  # bytes that Linux maps around what is read, at most
+_RELEASE = 2**26  # bytes that are mapped, after which they are given back
 
 
 class TokenBatch(NamedTuple):
@@ -69,17 +69,16 @@ class TokenSet:
         folder = Path(folder)
         self.ids = BlockFile(folder / "ids")
         self.hops = [BlockFile(folder / f"hop{h}") for h in range(HOPS + 1)]
+        first = self.hops[0]
+        for file in self.hops[1:]:
+            if (file.about["features"], file.shape) != (first.about["features"], first.shape):
+                raise ValueError(f"{file.path} is of other features than {first.path}")
         for file in (self.ids, *self.hops):
             if file.about["graph"] != self.ids.about["graph"]:
                 raise ValueError(
                     f"{file.path} is of the graph {file.about['graph']}, and {self.ids.path} of "
                     f"{self.ids.about['graph']}: make them anew"
                 )
-            if (file.about.get("features"), file.shape) != (
-                (None, self.ids.shape) if file is self.ids
-                else (self.hops[0].about["features"], self.hops[0].shape)
-            ):  # fmt: skip
-                raise ValueError(f"{file.path} is of other features than {self.hops[0].path}")
             file.check_complete()
             if check:
                 file.check()
@@ -129,15 +128,18 @@ class TokenSet:
         nodes = checked_nodes(nodes, len(self))
         own = nodes.numpy()
         ids = np.concatenate([own[:, None], self.ids.array[own]], 1).astype(np.int64)
-        tokens = np.empty((len(own), len(self.hops), *ids.shape[1:], self.features),
-                          self.hops[0].dtype)  # fmt: skip
-        for h, file in enumerate(self.hops):
-            tokens[:, h] = file.array[ids]
-            self._mapped += _AROUND * ids.size
-            if self._mapped > _RELEASE:
-                for each in (self.ids, *self.hops):
-                    each.release()
-                self._mapped = 0
+        shape = len(own), len(self.hops), self.samples, self.features
+        tokens = np.empty(shape, self.hops[0].dtype)
+        step = max(1, _RELEASE // _AROUND // self.samples)
+        for first in range(0, len(ids), step):
+            rows = slice(first, first + step)
+            for h, file in enumerate(self.hops):
+                tokens[rows, h] = file.array[ids[rows]]
+                self._mapped += _AROUND * ids[rows].size
+                if self._mapped > _RELEASE:
+                    for each in (self.ids, *self.hops):
+                        each.release()
+                    self._mapped = 0
         return TokenBatch(torch.from_numpy(tokens).flatten(1, 2), nodes)
 
     def loader(

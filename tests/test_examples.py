@@ -168,6 +168,8 @@ def test_todyformer_is_compared_with_its_means_and_with_counts(
         for kind in ("random", "historical", "inductive"):
             for name in ("popularity", "EdgeBank, history", "Todyformer, means", "Todyformer"):
                 assert re.search(rf"{split}, {kind} negatives, {name}: AP [01]\.\d{{4}}, AUC", said)
+
+
 @WARNINGS
 def test_large_gt_trains_beside_layers_of_torch_geometric(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

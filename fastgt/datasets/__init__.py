@@ -4,8 +4,8 @@ from fastgt.datasets.block_models import cluster, pattern
 from fastgt.datasets.event_set import EventBatch, Events, EventSet
 from fastgt.datasets.flights import flights
 from fastgt.datasets.graph_set import Batch, Encoded, GraphSet
-from fastgt.datasets.line_drawings import drawn_lines
 from fastgt.datasets.hop_features import hop_features
+from fastgt.datasets.line_drawings import drawn_lines
 from fastgt.datasets.named import DATASETS, load
 from fastgt.datasets.node_set import NodeSet
 from fastgt.datasets.sampled_tokens import sample_tokens
@@ -20,16 +20,11 @@ __all__ = [
     "Events",
     "GraphSet",
     "NodeSet",
-    "cluster",
-    "drawn_lines",
-    "flights",
-    "load",
-    "pattern",
-    "GraphSet",
-    "NodeSet",
     "TokenBatch",
     "TokenSet",
     "cluster",
+    "drawn_lines",
+    "flights",
     "hop_features",
     "load",
     "pattern",

@@ -1,5 +1,4 @@
-"""What the loop trains on: batches of many graphs, pairs of graphs, or one graph's nodes."""
-"""What the loop trains on: many graphs, one graph, or batches of nodes of one."""
+"""What the loop trains on: many graphs, pairs of them, one graph, or batches of its nodes."""
 
 from __future__ import annotations
 
@@ -8,9 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fastgt.datasets import Batch, GraphSet, NodeSet
-from fastgt.models import log_likelihoods, matches
 from fastgt.datasets import Batch, GraphSet, NodeSet, TokenSet
+from fastgt.models import log_likelihoods, matches
 from fastgt.training import optimization
 from fastgt.training.ranks import Ranks
 from fastgt.training.recipe import Recipe

@@ -24,8 +24,7 @@ from fastgt.training.memory import check_fits
 from fastgt.training.published_recipes import MODELS, Prune
 from fastgt.training.ranks import Ranks, joined
 from fastgt.training.recipe import Recipe
-from fastgt.training.tasks import GraphTask, NodeTask, PairTask
-from fastgt.training.tasks import GraphTask, NodeTask, TokenTask
+from fastgt.training.tasks import GraphTask, NodeTask, PairTask, TokenTask
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ MAKE = {
     "GraphGPS stable": lambda: models.GraphGPS(
         models.GraphGPSConfig(walk_steps=0, walk_dim=0, stable_pe=5, local="gatedgcn", **SIZES)
     ),
+    "LargeGT": lambda: models.LargeGT(
+        models.LargeGTConfig(30, 20, 50, dim=48, samples=5, position_dim=20, centroids=30)
+    ),
     "Polynormer": lambda: models.Polynormer(models.PolynormerConfig(30, 20, **SIZES)),
     "Polynormer of large graphs": lambda: models.Polynormer(
         models.PolynormerConfig(

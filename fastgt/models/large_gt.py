@@ -179,27 +179,18 @@ class TokenAttention(nn.Module):
         super().__init__()
         self.heads = heads
         width = heads * dim
-        self.embed = nn.Linear(dim, dim)
+        self.embed = DrawnLinear(dim, dim)
         self.norm1 = nn.LayerNorm(dim)
-        self.q, self.k, self.v = (nn.Linear(dim, width) for _ in range(3))
-        self.out = nn.Linear(width, width)
-        self.residual = nn.Linear(dim, width)
+        self.q, self.k, self.v = (DrawnLinear(dim, width) for _ in range(3))
+        self.out = DrawnLinear(width, width)
+        self.residual = DrawnLinear(dim, width)
         self.dropout = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(width)
-        self.score = nn.Linear(width, 1, bias=False)
-        self._draw()
+        self.score = DrawnLinear(width, 1, bias=False)
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
         reset_sublayers(self)
-        self._draw()
-
-    def _draw(self) -> None:
-        for layer in self.children():
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[B, T, dim]``, the node's own token first -> ``[B, heads * dim]``."""
@@ -215,6 +206,16 @@ class TokenAttention(nn.Module):
         own, others = y[:, 0], y[:, 1:]
         weight = self.score(others).softmax(1)  # [B, T - 1, 1]
         return own + (weight * others).sum(1)
+
+
+class DrawnLinear(nn.Linear):
+    """A linear layer whose weights begin with a variance of 0.02^2, and biases with 0."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        nn.init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class CodebookAttention(nn.Module):

@@ -105,6 +105,8 @@ SIZES = {
         "heads": 2,
         "layers": 2,
     },
+    models.LargeGTConfig: {"node_features": 5, "out_dim": 2, "num_nodes": 9, "dim": 8, "heads": 2}
+    | {"samples": 3, "position_dim": 4, "centroids": 6},
     models.TodyformerConfig: {"num_nodes": 5, "node_features": 0, "edge_features": 0, "dim": 8}
     | {"heads": 2, "blocks": 1, "patches": 2, "time_dim": 3},
     models.SymPointAttention: {"dim": 8, "position_dim": 3, "planes": 4},

@@ -1,26 +1,20 @@
 """What transcriptions of the seeds have in common: dense, masked, without the library."""
 
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import seeds
 import torch
 from torch import Tensor, nn
 
-SEEDS = Path(__file__).parent.parent / "examples" / "seeds"
+SEEDS = seeds.SEEDS
 
 
 def load(stem: str) -> ModuleType:
     """A file of examples/seeds, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"seed_{stem}", SEEDS / f"{stem}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return seeds.load(SEEDS / f"{stem}.py")
 
 
 class Weights:

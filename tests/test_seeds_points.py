@@ -1,12 +1,10 @@
 """Attention of points, skeletons and pairs in examples/seeds, against dense transcriptions."""
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from seed_cases import SEEDS, load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +13,6 @@ from fastgt import Graph
 from fastgt.models import connected_neighbors
 from fastgt.patterns import knn
 
-SEEDS = Path(__file__).parent.parent / "examples" / "seeds"
 FP64 = torch.float64
 NAMES = [
     "any2point",
@@ -28,15 +25,6 @@ NAMES = [
     "skateformer",
     "sympoint",
 ]
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"seeds_{name}", SEEDS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def randn(*shape: int) -> Tensor:

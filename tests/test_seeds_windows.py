@@ -5,8 +5,8 @@ import runpy
 from collections.abc import Callable, Sequence
 
 import pytest
-import seeds
 import torch
+from seed_cases import SEEDS, load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,10 +22,6 @@ EDGES = {
     "swinbert": 784**2 + 50 * 784 + 50 * 51 // 2,
 }
 NAMES = [*EDGES, "dsvt", "flatformer"]
-
-
-def module(name: str):
-    return seeds.load(seeds.SEEDS / f"{name}.py")
 
 
 def made(block: nn.Module, *inputs: Tensor) -> tuple[nn.Module, list[Tensor]]:
@@ -91,7 +87,7 @@ def window_of(shape: tuple[int, int], size: tuple[int, int]) -> Tensor:
 def test_swin_is_that_of_its_equations(shift):
     shape, window, heads, images = (8, 12), 4, 2, 2
     n, width = shape[0] * shape[1], shape[1]
-    block, (x,) = made(module("swin").SwinAttention(8, heads, window, width), draw(images * n, 8))
+    block, (x,) = made(load("swin").SwinAttention(8, heads, window, width), draw(images * n, 8))
     graph = windows(shape, window, shift=shift, graphs=images)
     # the grid is rolled, cut into windows and rolled back; regions are those of the released mask
     region = torch.zeros(shape, dtype=torch.int64)
@@ -114,7 +110,7 @@ def test_swin_is_that_of_its_equations(shift):
 
 def test_cswin_is_that_of_its_equations():
     shape, stripe, heads, dim = (4, 6), 2, 4, 8
-    seed = module("cswin")
+    seed = load("cswin")
     block, (x,) = made(seed.CSWinAttention(dim, heads, shape, stripe), draw(24, dim))
     q, k, v = (heads_of(block.qkv, x, heads, i, 3) for i in range(3))
     parts = []
@@ -136,7 +132,7 @@ def test_cswin_is_that_of_its_equations():
 
 def test_maformer_is_that_of_its_equations():
     shape, heads, images = (4, 6), 2, 2
-    seed = module("maformer")
+    seed = load("maformer")
     block, (x,) = made(seed.MAFormerAttention(8, heads, 24, 3), draw(48, 8))
     outs = []
     for image in x.split(24):
@@ -152,7 +148,7 @@ def test_maformer_is_that_of_its_equations():
 @pytest.mark.parametrize("shift", [(0, 0), (2, 1)])
 def test_vitpose_is_that_of_its_equations(shift):
     shape, size, heads = (8, 6), (4, 3), 2
-    seed = module("vitpose")
+    seed = load("vitpose")
     block, (x,) = made(seed.ViTPoseAttention(8, heads), draw(48, 8))
     graph, window = seed.pattern(shape, size, shift)
     larger = shape[0] + size[0], shape[1] + size[1]  # the first windows begin before the grid
@@ -188,7 +184,7 @@ def in_windows(at: Tensor, window: int, axis: int) -> list[list[int]]:
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("size", [2, 3, 8, 30])
 def test_dsvt_is_that_of_its_equations(size, axis):
-    seed, heads, n = module("dsvt"), 2, 60
+    seed, heads, n = load("dsvt"), 2, 60
     block, (x, e) = made(seed.DSVTAttention(8, heads), draw(n, 8), draw(n, 8, seed=1))
     at, out = voxels(n, 10), torch.zeros(n, 8, dtype=torch.float64)
     q, k = (heads_of(block.query_key, x + e, heads, i, 2) for i in range(2))
@@ -217,7 +213,7 @@ def test_dsvt_is_that_of_its_equations(size, axis):
 @pytest.mark.parametrize("group", [7, 12, 30, 31, 40])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_flatformer_is_that_of_its_equations(group, axis):
-    seed, heads, n = module("flatformer"), 2, 30
+    seed, heads, n = load("flatformer"), 2, 30
     block, (x, e) = made(seed.FlatFormerAttention(8, heads, group), draw(n, 8), draw(n, 8, seed=1))
     at, out = voxels(n, 9), torch.zeros(n, 8, dtype=torch.float64)
     order = [i for inside in in_windows(at, 3, axis) for i in inside]
@@ -236,7 +232,7 @@ def test_flatformer_is_that_of_its_equations(group, axis):
 def test_biformer_is_that_of_its_equations(k_best):
     shape, heads, dim = (4, 6), 2, 8
     block, (x,) = made(
-        module("biformer").BiFormerAttention(dim, heads, shape, 2, k_best), draw(24, dim)
+        load("biformer").BiFormerAttention(dim, heads, shape, 2, k_best), draw(24, dim)
     )
     q, k, v = (heads_of(block.qkv, x, heads, i, 3) for i in range(3))
     label = window_of(shape, (2, 3))
@@ -254,7 +250,7 @@ def test_biformer_is_that_of_its_equations(k_best):
 @pytest.mark.parametrize("threshold", [0.0, 0.01])
 def test_sparsifiner_is_that_of_its_equations(threshold):
     n, heads, dim, kept = 11, 3, 12, 4
-    seed = module("sparsifiner")
+    seed = load("sparsifiner")
     block, (x,) = made(seed.SparsifinerAttention(dim, heads, n, kept, 5, threshold), draw(n, dim))
     q, k, v = (heads_of(block.qkv, x, heads, i, 3) for i in range(3))
     outs, guesses = [], []
@@ -281,9 +277,7 @@ def test_sparsifiner_is_that_of_its_equations(threshold):
 
 
 def test_the_choice_of_sparsifiner_has_no_gradient():
-    block, (x,) = made(
-        module("sparsifiner").SparsifinerAttention(12, 3, 11, 4, 5, 0.0), draw(11, 12)
-    )
+    block, (x,) = made(load("sparsifiner").SparsifinerAttention(12, 3, 11, 4, 5, 0.0), draw(11, 12))
     block(x)[0].sum().backward()
     without = {name for name, parameter in block.named_parameters() if parameter.grad is None}
     assert without == {
@@ -297,7 +291,7 @@ def test_the_choice_of_sparsifiner_has_no_gradient():
 def test_swinbert_is_that_of_its_equations(hard):
     words, video, heads = 5, 9, 2
     n = words + video
-    seed = module("swinbert")
+    seed = load("swinbert")
     block, (x,) = made(seed.SwinBERTAttention(8, heads, video), draw(n, 8))
     with torch.no_grad():  # where a float64 of e^-10^4 is not 0
         block.mask.copy_(8 + 2 * draw(video, video, seed=5))
@@ -329,7 +323,7 @@ def test_swinbert_is_that_of_its_equations(hard):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_paper_s_size(name):
-    graph, heads, width = module(name).paper_size()
+    graph, heads, width = load(name).paper_size()
     assert heads * width <= 1024
     if name in EDGES:
         assert graph.num_edges == EDGES[name]
@@ -337,7 +331,7 @@ def test_the_paper_s_size(name):
 
 
 def test_sets_of_dsvt_and_groups_of_flatformer_at_the_paper_s_size():
-    sets, groups = (module(name).paper_size()[0] for name in ("dsvt", "flatformer"))
+    sets, groups = (load(name).paper_size()[0] for name in ("dsvt", "flatformer"))
     assert sets.num_rows == groups.num_rows > 20_000
     assert int(sets.row_degree.max()) <= 36
     assert set(groups.row_degree.tolist()) == {69}
@@ -346,7 +340,7 @@ def test_sets_of_dsvt_and_groups_of_flatformer_at_the_paper_s_size():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_says_one_line(name, capsys):
-    runpy.run_path(str(seeds.SEEDS / f"{name}.py"), run_name="__main__")
+    runpy.run_path(str(SEEDS / f"{name}.py"), run_name="__main__")
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert "->" in said

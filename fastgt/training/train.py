@@ -259,11 +259,13 @@ def _tokens(recipe: Recipe, data: GraphSet | NodeSet, folder: Path) -> TokenSet:
 def _opening(training: Training, parameters: int) -> str:
     task, p, recipe = training.task, training.progress, training.recipe
     sizes = " / ".join(f"{task.sizes[name]:,}" for name in ("train", "val", "test"))
-    of = f"{sizes} {'pairs of graphs' if isinstance(task, PairTask) else 'graphs'}"
-    if isinstance(task, NodeTask):
+    of = f"{sizes} graphs"
+    if isinstance(task, PairTask):
+        of = f"{sizes} pairs of graphs"
+    elif isinstance(task, TokenTask):
+        of = f"{sizes} nodes of one graph"
+    elif isinstance(task, NodeTask):
         of = "one graph"
-    of = "one graph" if isinstance(task, NodeTask) else f"{sizes} graphs"
-    of = f"{sizes} nodes of one graph" if isinstance(task, TokenTask) else of
     processes = f", {training.ranks.size} processes" if training.ranks.size > 1 else ""
     lines = [
         f"{recipe.model} on {task.title}: {of}; {parameters:,} parameters; {training.batches} "

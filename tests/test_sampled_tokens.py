@@ -133,6 +133,18 @@ def test_what_is_drawn_does_not_depend_on_processes_and_blocks(graph, workers, t
     assert not np.array_equal(shared.array, other.array)
 
 
+@pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason="there is no forkserver"
+)
+@pytest.mark.usefixtures("small_blocks")
+def test_workers_that_a_server_forks(graph, tmp_path, monkeypatch):
+    """As they are by default on Linux from Python 3.14 on."""
+    context = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda: context)
+    found = sample_tokens(graph, 10, tmp_path / "ids", workers=2)
+    assert np.array_equal(found.array, draw(rows_of(graph, 0), 0, 230, 9).numpy())
+
+
 def sample_slowly(graph, path, workers):
     torch.set_num_threads(1)
     write = BlockFile.write

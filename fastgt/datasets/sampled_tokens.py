@@ -186,9 +186,7 @@ def _share_out(file: BlockFile, of: _Rows, missing: list[int], workers: int, sho
     """Blocks in turn to each of the workers: hubs may lie side by side."""
     context = multiprocessing.get_context()
     processes = [
-        context.Process(
-            target=_work, args=(file, of, missing[i::workers], os.getpid()), daemon=True
-        )
+        context.Process(target=_work, args=(file, of, missing[i::workers]), daemon=True)
         for i in range(workers)
     ]
     try:
@@ -213,10 +211,12 @@ def _share_out(file: BlockFile, of: _Rows, missing: list[int], workers: int, sho
                 process.join()
 
 
-def _work(file: BlockFile, of: _Rows, blocks: list[int], parent: int) -> None:
+def _work(file: BlockFile, of: _Rows, blocks: list[int]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()  # the system's is another where a server forks
+    assert parent is not None
     for block in blocks:
-        if os.getppid() != parent:
+        if not parent.is_alive():
             return  # killed, it could end nobody
         file.write(block, of.drawn(file, block))

@@ -171,12 +171,14 @@ def written(folder, nodes):
     about = {"graph": "0" * 16}
     place = np.arange(nodes)
     ids = BlockFile.prepared(
-        folder / "ids", about | {"seed": 0, "samples": 4}, (nodes, 3), np.int32
+        folder / "ids",
+        about | {"what": "sampled nodes", "seed": 0, "samples": 4},
+        (nodes, 3),
+        np.int32,
     )
+    about |= {"what": "features", "features": "f"}
     hops = [
-        BlockFile.prepared(
-            folder / f"hop{h}", about | {"features": "f", "hop": h}, (nodes, 64), np.float32
-        )
+        BlockFile.prepared(folder / f"hop{h}", about | {"hop": h}, (nodes, 64), np.float32)
         for h in range(3)
     ]
     for block in range(ids.blocks):
@@ -231,6 +233,21 @@ def test_sets_that_do_not_fit_are_refused_by_name(graph, x, tokens, tmp_path):
     with pytest.raises(ValueError, match=r"hop2 is damaged .rows 0 to 89"):
         TokenSet(folder)
     assert len(TokenSet(folder, check=False)) == NODES
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        ("ids", "hop0", "ids was made with what=features, not sampled nodes"),
+        ("hop0", "ids", "hop0 was made with what=sampled nodes, not features"),
+        ("hop1", "hop2", "hop1 was made with hop=2, not 1"),
+    ],
+)
+def test_a_file_in_the_place_of_another_is_refused(tokens, name, other, message, tmp_path):
+    folder = tmp_path / "tokens"
+    (folder / name).write_bytes((folder / other).read_bytes())
+    with pytest.raises(ValueError, match=message):
+        TokenSet(folder)
 
 
 def test_what_is_refused(graph, x, tokens, tmp_path):

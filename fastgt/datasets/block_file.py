@@ -101,12 +101,7 @@ class BlockFile:
                 file.write(header)
                 file.truncate(start + shape[0] * row)  # sparse: what is not written takes no room
         found = cls(path)
-        for name in sorted({*about, *found.about}):
-            if about.get(name) != found.about.get(name):
-                raise ValueError(
-                    f"{path} was made with {name}={found.about.get(name)}, not {about.get(name)}: "
-                    "name another folder, or delete it"
-                )
+        found.check_about(dict.fromkeys(found.about) | about)
         theirs = list(found.shape), found.dtype.str, found.rows
         if theirs != (told["shape"], told["dtype"], told["rows"]):
             raise ValueError(f"{path} holds {theirs}, not {tuple(told.values())[1:]}")
@@ -150,6 +145,15 @@ class BlockFile:
                 if self._sum(block, content) != told:
                     first, last = self.span(block)
                     raise self._damaged(f"rows {first} to {last - 1} are not those of its sum")
+
+    def check_about(self, about: dict[str, Any]) -> None:
+        """Refuse a file that was made of something else than ``about`` names."""
+        for name, wanted in about.items():
+            if self.about.get(name) != wanted:
+                raise ValueError(
+                    f"{self.path} was made with {name}={self.about.get(name)}, not {wanted}: name "
+                    "another folder, or delete it"
+                )
 
     def check_complete(self) -> None:
         """Refuse a file of which blocks are missing."""

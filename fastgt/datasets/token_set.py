@@ -69,6 +69,9 @@ class TokenSet:
         folder = Path(folder)
         self.ids = BlockFile(folder / "ids")
         self.hops = [BlockFile(folder / f"hop{h}") for h in range(HOPS + 1)]
+        self.ids.check_about({"what": "sampled nodes"})
+        for h, file in enumerate(self.hops):
+            file.check_about({"what": "features", "hop": h})
         first = self.hops[0]
         for file in self.hops[1:]:
             if (file.about["features"], file.shape) != (first.about["features"], first.shape):

@@ -42,6 +42,13 @@ def test_nodes_of_one_community_are_close():
     assert distance[near].max() < 0.1 * distance[parts[:, None] != parts].min()
 
 
+@pytest.mark.parametrize("nodes", [2, 3, 10, 300])
+def test_nodes_that_are_all_alike_have_no_position(nodes):
+    """Sums of the same numbers in another order differ by rounding, which is no direction."""
+    graph = Graph.from_dense(~torch.eye(nodes, dtype=torch.bool))
+    assert not random_projection_pe(graph, 5, steps=4).any()
+
+
 @pytest.mark.parametrize("nodes", [0, 1, 4])
 def test_graphs_without_edges(nodes):
     graph = Graph.from_edge_index(torch.zeros(2, 0, dtype=torch.long), nodes)

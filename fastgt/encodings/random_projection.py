@@ -9,6 +9,8 @@ from fastgt.graph import Graph
 from fastgt.ops.aggregate import aggregate
 from fastgt.ops.checks import check_square, integer
 
+_ROUNDING = 1e-5  # of sums, times what is summed
+
 
 def random_projection_pe(graph: Graph, dim: int, *, steps: int = 3, seed: int = 0) -> Tensor:
     """Rows of the first powers of the adjacency, projected to ``dim`` random directions.
@@ -17,8 +19,9 @@ def random_projection_pe(graph: Graph, dim: int, *, steps: int = 3, seed: int = 
         pe  = norm(sum_s norm(U_s)),    s = 1, ..., steps
 
     r_i sums row i of A + I and c_j its column j; norm takes the mean of every column to 0 and its
-    variance to 1. Nodes whose walks of few steps end at the same nodes are close. It takes O(steps
-    E dim) and no training, where node2vec, which LargeGT's authors use, takes hours.
+    variance to 1, and a column that is constant, but for rounding, to 0. Nodes whose walks of few
+    steps end at the same nodes are close. It takes O(steps E dim) and no training, where node2vec,
+    which LargeGT's authors use, takes hours.
 
     Args:
         graph: Square.
@@ -53,13 +56,15 @@ def random_projection_pe(graph: Graph, dim: int, *, steps: int = 3, seed: int = 
     )
     total = torch.zeros_like(u)
     for _ in range(steps):
+        scale = u.square().mean(0).sqrt()
         u = u * columns
         u = rows * (aggregate(u, graph) + u) if dim else u
-        total += _norm(u)
-    return _norm(total)
+        total += _norm(u, scale)
+    return _norm(total, torch.ones_like(total[:1]))
 
 
-def _norm(x: Tensor) -> Tensor:
-    """A column that is constant becomes 0."""
+def _norm(x: Tensor, scale: Tensor) -> Tensor:
+    """Columns that differ by no more than what rounding numbers of that scale does become 0."""
     centred = x - x.mean(0)
-    return centred / centred.square().mean(0).sqrt().clamp(min=1e-12)
+    deviation = centred.square().mean(0).sqrt()
+    return torch.where(deviation > _ROUNDING * scale, centred / deviation, 0)

@@ -49,6 +49,13 @@ def test_nodes_that_are_all_alike_have_no_position(nodes):
     assert not random_projection_pe(graph, 5, steps=4).any()
 
 
+def test_autocast_changes_nothing():
+    graph = both_ways()
+    wanted = random_projection_pe(graph, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(random_projection_pe(graph, 5), wanted)
+
+
 @pytest.mark.parametrize("nodes", [0, 1, 4])
 def test_graphs_without_edges(nodes):
     graph = Graph.from_edge_index(torch.zeros(2, 0, dtype=torch.long), nodes)

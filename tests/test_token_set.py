@@ -57,6 +57,14 @@ def test_features_are_those_of_a_dense_matrix(graph, x, dtype, tolerance, tmp_pa
         assert np.allclose(file.array, wanted, rtol=tolerance, atol=tolerance)
 
 
+def test_autocast_changes_no_features(graph, x, tmp_path):
+    alone = hop_features(graph, x, tmp_path / "alone")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = hop_features(graph, x, tmp_path / "cast")
+    for a, b in zip(alone, cast, strict=True):
+        assert np.array_equal(a.array, b.array)
+
+
 def test_of_edges_both_ways_it_is_the_authors_matrix(x, tmp_path):
     """D1 and D2 of their data_utils.py, of rows and columns the other way round."""
     edges = random_graph(2, NODES, 200).edge_index

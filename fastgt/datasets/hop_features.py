@@ -120,7 +120,8 @@ def _step(
     x = torch.from_numpy(before[read.numpy()]).to(dtype)
     x *= columns[read, None].to(dtype)
     graph = Graph.from_csr(row_ptr, place[len(own) :], len(read))
-    found = aggregate(x, graph) + x[place[: len(own)]]
+    with torch.autocast("cpu", enabled=False):  # its sums would be rounded, and stay in the file
+        found = aggregate(x, graph) + x[place[: len(own)]]
     found *= rows[own, None].to(dtype)
     return found.numpy().astype(before.dtype)
 

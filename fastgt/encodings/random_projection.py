@@ -58,7 +58,8 @@ def random_projection_pe(graph: Graph, dim: int, *, steps: int = 3, seed: int = 
     for _ in range(steps):
         scale = u.square().mean(0).sqrt()
         u = u * columns
-        u = rows * (aggregate(u, graph) + u) if dim else u
+        with torch.autocast(graph.device.type, enabled=False):
+            u = rows * (aggregate(u, graph) + u) if dim else u
         total += _norm(u, scale)
     return _norm(total, torch.ones_like(total[:1]))
 

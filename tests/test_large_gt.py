@@ -488,6 +488,17 @@ def test_under_autocast_the_codebook_stays_exact():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_centroids_of_more_nodes_than_float16_counts():
+    torch.manual_seed(0)
+    model = LargeGT(SMALL).double()
+    tokens, given = inputs(SMALL)
+    model(tokens, **given)
+    model.eval().codes.count *= 70_000
+    wanted = model(tokens, **given)
+    half = {name: x.half() if name == "position" else x for name, x in given.items()}
+    near(model.half()(tokens.half(), **half).double(), wanted, 0.02)
+
+
 TOKENS, POSITION, IDS = batch()
 
 

@@ -262,7 +262,9 @@ class CodebookAttention(nn.Module):
             layer(part).unflatten(1, (self.heads, -1))  # [B or M, H, D]
             for layer, part in ((self.q, x), (self.k, codes), (self.v, codes[:, : self.values]))
         )
-        bias = self.count.to(q.dtype).log()[:, None].expand(-1, self.heads)  # [M, H]
+        # in half precision, counts would be infinite
+        count = self.count.to(torch.promote_types(q.dtype, torch.float32))
+        bias = count.log().to(q.dtype)[:, None].expand(-1, self.heads)  # [M, H]
         places = torch.tensor([[0, len(q)], [0, len(k)]], device=q.device)
         out = global_attention(
             q,

@@ -538,6 +538,17 @@ def test_one_node_is_refused_in_training():
     assert model.eval()(one[0], **one[1]).shape == (1, CLASSES)
 
 
+def test_no_node_changes_nothing():
+    model = LargeGT(SMALL).double()
+    tokens, given = inputs(SMALL)
+    model(tokens, **given)
+    state = copy.deepcopy(model.state_dict())
+    none = {name: x[:0] for name, x in given.items()}
+    assert model(tokens[:0], **none).shape == (0, CLASSES)
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, state[name]) or "num_batches" in name
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

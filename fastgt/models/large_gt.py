@@ -275,7 +275,7 @@ class CodebookAttention(nn.Module):
             bias=bias,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        if self.training:
+        if self.training and len(nodes):
             self._assign(nodes, self.codebook.update(x))
         return out.flatten(1)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from fastgt.ops.checks import integer, number
+from fastgt.ops.global_attention import MAX_WIDTH
 
 Parts = Literal["full", "local", "global"]
-WIDEST = 512  # head of global_attention
 
 
 @dataclass
@@ -73,10 +73,10 @@ class LargeGTConfig:
             )
         if self.parts == "local":
             return
-        if self.dim > WIDEST:
+        if self.dim > MAX_WIDTH:
             raise ValueError(
-                f"dim must be {WIDEST} at most with parts={self.parts!r}, got {self.dim}: a head "
-                "is as wide"
+                f"dim must be {MAX_WIDTH} at most with parts={self.parts!r}, got {self.dim}: a "
+                "head is as wide"
             )
         if self.centroids > self.num_nodes:
             raise ValueError(

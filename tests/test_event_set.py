@@ -159,9 +159,13 @@ def test_pairs_are_counted_among_the_events_before():
         events = list(zip(data.source.tolist(), data.target.tolist(), strict=True))[begin:end]
         wanted = [events.count(pair) for pair in pairs_of(every)]
         assert data.times_seen(every, end, begin).tolist() == wanted
+        assert data.times_seen(every.to(torch.uint8), end, begin).tolist() == wanted
     beyond = torch.tensor([[NODES - 1], [NODES - 1]])
     few = EventSet(data.source[:1] * 0, data.target[:1] * 0, data.time[:1], NODES, {})
     assert few.times_seen(beyond, 1).tolist() == [0]
+    # the number of a pair is beyond int32
+    far = replace(few, source=few.source + 90_000, num_nodes=100_000)
+    assert far.times_seen(torch.tensor([[90_000], [0]], dtype=torch.int32), 1).tolist() == [1]
 
 
 def changed_later(data, batch):
@@ -260,9 +264,24 @@ def test_what_does_not_fit_is_refused_by_name():
             lambda: data.times_seen(torch.tensor([1, 2]), 5),
             r"pairs must be \[2, B\], .*, got \[2\]",
         ),
+        (
+            lambda: data.times_seen(torch.tensor([[1], [2]]), 241),
+            "events must be within 0 to 240, got 0 to 241",
+        ),
+        (
+            lambda: data.times_seen(torch.tensor([[1], [2]]), 5, -1),
+            "events must be within 0 to 240, got -1 to 5",
+        ),
+        (
+            lambda: data.times_seen(torch.tensor([[1], [2]]), 5, 6),
+            "events must be within 0 to 240, got 6 to 5",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    for pairs, found in (([[1], [2]], "list"), (torch.ones(2, 1), "torch.float32")):
+        with pytest.raises(TypeError, match=f"pairs must be a tensor of integers, got {found}"):
+            data.times_seen(pairs, 5)
 
 
 def test_a_source_that_reaches_every_target_at_once_has_no_negative():

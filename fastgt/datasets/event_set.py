@@ -79,7 +79,7 @@ class EventSet:
         title: What results on it are called.
 
     Raises:
-        TypeError: ``source``, ``target``, ``time`` or ``edge`` has another dtype.
+        TypeError: ``source``, ``target``, ``time`` or ``edge`` is no tensor, or has another dtype.
         ValueError: Events go back in time, a node is beyond the graph, or the arrays do not fit
             each other; says which.
 
@@ -111,6 +111,10 @@ class EventSet:
     def __post_init__(self) -> None:
         if integer("num_nodes", self.num_nodes, 1) > _MOST_NODES:
             raise ValueError(f"num_nodes must be {_MOST_NODES} at most, got {self.num_nodes}")
+        for name in ("source", "target", "time", "edge"):
+            x = getattr(self, name)
+            if not isinstance(x, Tensor) and (name != "edge" or x is not None):
+                raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         for name in ("source", "target"):
             x = getattr(self, name)
             if x.dtype != torch.int64:
@@ -119,6 +123,8 @@ class EventSet:
             raise TypeError(
                 f"time must hold integers or floating point numbers, got {self.time.dtype}"
             )
+        if self.time.ndim != 1:
+            raise ValueError(f"time must be [E], got {list(self.time.shape)}")
         count = len(self.time)
         for name in ("source", "target", "time"):
             if getattr(self, name).shape != (count,):

@@ -230,15 +230,19 @@ def test_what_happens_at_the_predicted_time_or_later_changes_no_logit():
 def test_events_that_are_not_before_now_are_refused():
     model = made()
     for now in (30, 30.0, 12):
-        with pytest.raises(ValueError, match=f"time must be below now={now:g}, got 30"):
+        with pytest.raises(ValueError, match=f"time must be below now={now}, got 30"):
             model(PAIRS, *EVENTS, now=now)
 
 
 def test_only_ages_count():
-    """Seconds since 1970 have no room in float32."""
-    model, shift = made(), 1_700_000_000
+    """Seconds since 1970 have no room in float32, nanoseconds none in float64."""
+    model = made()
     wanted = model(PAIRS, *EVENTS, now=NOW)
-    assert torch.equal(model(PAIRS, SOURCE, TARGET, TIME + shift, now=NOW + shift), wanted)
+    for shift in (1_700_000_000, 1_700_000_000 * 10**9):
+        assert torch.equal(model(PAIRS, SOURCE, TARGET, TIME + shift, now=NOW + shift), wanted)
+    assert torch.equal(model(PAIRS, SOURCE, TARGET, TIME.to(torch.uint8), now=NOW), wanted)
+    far = model(PAIRS, *EVENTS, now=300)
+    assert torch.equal(model(PAIRS, SOURCE, TARGET, TIME.to(torch.uint8), now=300), far)
     assert torch.equal(model(PAIRS, SOURCE, TARGET, TIME.double(), now=float(NOW)), wanted)
     assert not torch.allclose(model(PAIRS, *EVENTS, now=NOW + 1), wanted, atol=1e-5)
 
@@ -360,6 +364,7 @@ def test_what_does_not_fit_is_refused_by_name():
         ({"time": TIME.to("meta")}, ValueError, "time is on meta but the model is on cpu"),
         ({"target": TARGET.to("meta")}, ValueError, "target is on meta but the model is on cpu"),
         ({"now": "31"}, TypeError, "now must be a number, got str"),
+        ({"now": float("inf")}, ValueError, "now must be finite, got inf"),
         (
             {"source": SOURCE + 1},
             ValueError,
@@ -381,7 +386,9 @@ def test_what_does_not_fit_is_refused_by_name():
     ):
         with pytest.raises(error, match=message):
             model(**given | changes)
-    plain = made()
+    plain, none = made(), torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match="now must be finite, got nan"):
+        plain(PAIRS, none, none, none, now=float("nan"))
     for name, x in (("edge", edge), ("node", node)):
         with pytest.raises(ValueError, match=f"{name} must be None: {name}_features is 0"):
             plain(PAIRS, *EVENTS, now=NOW, **{name: x})

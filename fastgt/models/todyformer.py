@@ -31,6 +31,7 @@ last event; the mean over a node's tokens; the product in the predictor.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import get_args
 
@@ -174,7 +175,8 @@ class Todyformer(nn.Module):
                 before ``now``; its name and both numbers are given. Values are checked on a CPU.
         """
         c, weight = self.config, self.own.weight
-        now = number("now", now)
+        if not math.isfinite(number("now", now)):
+            raise ValueError(f"now must be finite, got {now}")
         if not isinstance(time, Tensor):
             raise TypeError(f"time must be a tensor, got {type(time).__name__}")
         if time.dtype == torch.bool or time.is_complex():
@@ -192,10 +194,12 @@ class Todyformer(nn.Module):
         if readable(time):
             check_times("time", time)
             if count and not time[-1].item() < now:
-                raise ValueError(f"time must be below now={now:g}, got {time[-1].item()}")
+                raise ValueError(f"time must be below now={now}, got {time[-1].item()}")
         x = self._embedded(node)
         patches = patchify(source, target, c.num_nodes, c.patches)
-        age = (now - time.double())[:, None]  # large times have no room in float32
+        whole = isinstance(now, int) and not time.is_floating_point()
+        # large times have no room in float32, larger ones none in float64
+        age = (now - (time.long() if whole else time.double())).double()[:, None]
         z = self._events(edge, self.age(age))
         last = -(-(patches.patch + 1) * count // c.patches) - 1  # event of the patch
         position = self.patch_age(age[last])  # [T, time_dim]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgt import Graph
+from fastgt import Graph, files
 from fastgt.datasets import TokenSet, block_file, hop_features, sample_tokens, token_set
 from fastgt.datasets.block_file import BlockFile
 from fastgt.datasets.token_set import shuffled
@@ -117,6 +117,18 @@ def test_a_batch_is_what_loops_collect(graph, x, tokens):
         assert np.allclose(row, wanted, atol=1e-6)
     assert (len(tokens), tokens.samples, tokens.features) == (NODES, SAMPLES, FEATURES)
     assert tokens.batch(nodes[:0]).tokens.shape == (0, 3 * SAMPLES, FEATURES)
+
+
+def test_what_is_there_is_read_while_another_has_the_folder(graph, x, tokens, tmp_path):
+    """Trainings that share their tokens begin at once, and from a folder that is read alone."""
+    folder = tmp_path / "tokens"
+    with files.lock(folder), files.lock(folder / "ids"):
+        again = TokenSet.make(graph, x, folder, samples=SAMPLES, seed=3)
+        nodes = torch.arange(9)
+        assert torch.equal(again.batch(nodes).tokens, tokens.batch(nodes).tokens)
+        (folder / "hop2").unlink()
+        with pytest.raises(RuntimeError, match="tokens is in use by"):
+            TokenSet.make(graph, x, folder, samples=SAMPLES, seed=3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -108,6 +108,15 @@ class BlockFile:
         found.check()
         return found
 
+    @staticmethod
+    def complete(path: Path) -> bool:
+        """Whether the file is there with all its blocks.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        return path.exists() and not BlockFile(path).missing()
+
     def missing(self) -> list[int]:
         """The blocks that are not written."""
         with self.path.open("rb") as file:

@@ -78,12 +78,19 @@ def hop_features(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"what": "features", "graph": graph_digest(graph), "features": _digest(values)}
+    paths = [folder / f"hop{h}" for h in range(hops + 1)]
+
+    def prepared() -> list[BlockFile]:
+        return [
+            BlockFile.prepared(path, about | {"hop": h}, values.shape, values.dtype)
+            for h, path in enumerate(paths)
+        ]
+
+    if all(BlockFile.complete(path) for path in paths):
+        return prepared()
     with ExitStack() as stack:
         stack.enter_context(files.lock(folder))
-        made = [
-            BlockFile.prepared(folder / f"hop{h}", about | {"hop": h}, values.shape, values.dtype)
-            for h in range(hops + 1)
-        ]
+        made = prepared()
         shown = None
         if progress:
             from tqdm import tqdm

@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import signal
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ def sample_tokens(
     """Draw ``samples - 1`` nodes for every node, and keep them in a file: ``[N, samples - 1]``.
 
     Interrupted, it goes on with what was not written when it is called again. Called once more, it
-    checks what is there.
+    checks what is there, which other processes may do at the same time.
 
     Args:
         graph: Square.
@@ -93,9 +94,12 @@ def sample_tokens(
     path.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.int32 if n <= 2**31 else np.int64
     about = {"what": "sampled nodes", "graph": graph_digest(graph), "seed": seed}
+    made = partial(BlockFile.prepared, path, about | {"samples": samples}, (n, samples - 1), dtype)
+    if BlockFile.complete(path):
+        return made()
     with ExitStack() as stack:
         stack.enter_context(files.lock(path))
-        file = BlockFile.prepared(path, about | {"samples": samples}, (n, samples - 1), dtype)
+        file = made()
         missing, shown = file.missing(), None
         if progress:
             from tqdm import tqdm

@@ -87,7 +87,8 @@ class Recipe:
             below ``min_lr``); ``"cosine"`` (to 0 at the last epoch, after ``warmup`` epochs of
             linear rise); ``"linear"`` (likewise, falling by as much every epoch).
         clip: Norm that gradients are cut to; None for no limit.
-        batch_size: Graphs, or pairs of them; a data set of one graph ignores it.
+        batch_size: Graphs, pairs of them, or nodes whose tokens were sampled; a model that is
+            called with one graph as a whole ignores it.
         epochs: At most.
         stop_after: Epochs without a better metric that end the run; None for no such end.
         local_epochs: So many first ones in the local stage of a model that has two, as Polynormer.

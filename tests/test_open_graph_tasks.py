@@ -184,6 +184,7 @@ def test_what_cannot_be_ranked_is_refused():
         ({"ks": ()}, ValueError, r"ks must be from 1 to 5, the columns, got \[\]"),
         ({"ks": (0,)}, ValueError, "k must be positive, got 0"),
         ({"cols": x[:, 1:]}, ValueError, r"must be \[_, dim\], got \[5, 3\] and \[5, 2\]"),
+        ({"cols": x.half()}, TypeError, r"cols must be torch\.float32 as rows, got torch\.float16"),
         ({"rows": x.long()}, TypeError, r"rows must be float16.* got torch\.int64"),
     ):
         given = {"rows": x, "cols": x, "known": graph, "hidden": graph, "ks": (2,)}

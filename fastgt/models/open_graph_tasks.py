@@ -232,6 +232,8 @@ def rank_links(
     ks = [integer("k", x, 1) for x in ks]
     check_float("rows", rows)
     check_float("cols", cols)
+    if cols.dtype != rows.dtype:
+        raise TypeError(f"cols must be {rows.dtype} as rows, got {cols.dtype}")
     if rows.ndim != 2 or cols.ndim != 2 or rows.shape[1] != cols.shape[1]:
         raise ValueError(f"rows and cols must be [_, dim], got {[*rows.shape]} and {[*cols.shape]}")
     shape = len(rows), len(cols)

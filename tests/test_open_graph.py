@@ -415,6 +415,19 @@ def test_settings_that_do_not_fit_are_refused(changes, message):
         OpenGraphConfig(**SMALL | changes)
 
 
+def test_anchors_of_other_graphs_are_refused():
+    layer, offsets = OpenGraphLayer(DIM, HEADS), torch.tensor([0, 4, 9])
+    node, ptr = draw_anchors(offsets, 9, 2)  # two of each
+    for given, message in (
+        ((node + 6, ptr), "anchors must be from 0 to 8, got"),
+        ((node.flip(0), ptr), r"anchor 0 is node [4-8], and its graph has nodes 0 to 3"),
+        ((node, ptr[:2]), "ptr of anchors ends at 2 but there are 4 nodes"),
+        ((node[:2], ptr[:2]), "anchors must be of 2 graphs, got those of 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(torch.zeros(9, DIM), offsets, Anchors(*given))
+
+
 def test_compiled_whole_with_anchors(compiled_kernels):
     torch._dynamo.reset()
     model = model_of().eval()

@@ -34,7 +34,7 @@ from fastgt.encodings.singular_vectors import adjacency_weights
 from fastgt.graph import Graph
 from fastgt.models.graph_gps_encoders import check_matrix
 from fastgt.models.graph_transformer import check_dtype
-from fastgt.models.open_graph_tasks import check_nodes, edges_between
+from fastgt.models.open_graph_tasks import check_anchors, check_nodes, edges_between
 from fastgt.nn.sublayers import reset_sublayers
 from fastgt.ops.aggregate import aggregate
 from fastgt.ops.checks import check_float, check_offsets, check_square, integer, number
@@ -361,7 +361,11 @@ class OpenGraphLayer(nn.Module):
             offsets = torch.tensor([0, len(x)], device=x.device)
         else:
             check_offsets(offsets, len(x), x.device)
-        node, ptr = draw_anchors(offsets, len(x), self.anchors) if anchors is None else anchors
+        if anchors is None:
+            anchors = draw_anchors(offsets, len(x), self.anchors)
+        else:
+            check_anchors(*anchors, offsets, len(x))
+        node, ptr = anchors
         chosen = x.index_select(0, node)  # [S, dim]
         chosen = chosen + self.attention(chosen, x, ptr, offsets)
         h = self.norm1(x + self.attention(x, chosen, offsets, ptr))

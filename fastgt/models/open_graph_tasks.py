@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from fastgt.graph import Graph
-from fastgt.ops.checks import check_float, check_graph, check_square, integer, readable
+from fastgt.ops.checks import (
+    check_float,
+    check_graph,
+    check_offsets,
+    check_square,
+    integer,
+    readable,
+)
 
 _ROWS = 256  # of [rows, N_cols] at once
 _TRIES = 8  # to draw no neighbour
@@ -278,6 +285,25 @@ def check_nodes(name: str, x: object, nodes: int, device: torch.device) -> None:
     if len(x) and readable(x) and not 0 <= int(x.min()) <= int(x.max()) < nodes:
         raise ValueError(
             f"{name} must be from 0 to {nodes - 1}, got {int(x.min())} to {int(x.max())}"
+        )
+
+
+def check_anchors(node: Tensor, ptr: Tensor, offsets: Tensor, nodes: int) -> None:
+    """Anchors are nodes of their graphs; values only where they are at hand."""
+    check_nodes("anchors", node, nodes, offsets.device)
+    check_offsets(ptr, len(node), offsets.device, "ptr of anchors")
+    if len(ptr) != len(offsets):
+        raise ValueError(
+            f"anchors must be of {len(offsets) - 1} graphs, got those of {len(ptr) - 1}"
+        )
+    if not readable(node) or not readable(ptr):
+        return
+    first, end = (x.repeat_interleave(ptr.diff()) for x in (offsets[:-1], offsets[1:]))
+    if len(beyond := ((node < first) | (node >= end)).nonzero()):
+        i = int(beyond[0])
+        raise ValueError(
+            f"anchor {i} is node {int(node[i])}, and its graph has nodes {int(first[i])} to "
+            f"{int(end[i]) - 1}"
         )
 
 

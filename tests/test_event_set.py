@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_refused_by_name():
         ),
         (
             lambda: data.times_seen(torch.tensor([[1], [9]]), 5),
-            "pairs must be from 0 to 8, got 1 to 9",
+            "pairs must be from 0 to 8, got 9 at 1",
         ),
         (
             lambda: data.times_seen(torch.tensor([1, 2]), 5),
@@ -283,8 +283,11 @@ def test_what_does_not_fit_is_refused_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    for pairs, found in (([[1], [2]], "list"), (torch.ones(2, 1), "torch.float32")):
-        with pytest.raises(TypeError, match=f"pairs must be a tensor of integers, got {found}"):
+    for pairs, message in (
+        ([[1], [2]], "pairs must be a tensor of integers, got list"),
+        (torch.ones(2, 1), "pairs must hold integers .*, got torch.float32"),
+    ):
+        with pytest.raises(TypeError, match=message):
             data.times_seen(pairs, 5)
 
 

@@ -131,9 +131,9 @@ def test_a_row_without_negatives_is_refused():
     graph = graph_of([(1, 0), (2, 0), (0, 1)], 3)
     with pytest.raises(ValueError, match="node 0 has edges from all others: it has no negative"):
         draw_negatives(graph, torch.tensor([1, 0], device=DEVICE))
-    with pytest.raises(ValueError, match="row must be from 0 to 2, got 0 to 3"):
+    with pytest.raises(ValueError, match="row must be from 0 to 2, got 3 at "):
         draw_negatives(graph, torch.tensor([0, 3], device=DEVICE))
-    with pytest.raises(TypeError, match=r"row must be int32 or int64, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"row must hold integers .*, got torch\.float32"):
         draw_negatives(graph, torch.tensor([0.0], device=DEVICE))
 
 

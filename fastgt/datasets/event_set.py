@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgt.datasets.graph_set import digest
-from fastgt.ops.checks import FLOATS, check_times, integer
+from fastgt.ops.checks import FLOATS, check_times, integer, node_ids
 
 Negatives = Literal["random", "historical", "inductive"]
 
@@ -248,23 +248,13 @@ class EventSet:
             TypeError, ValueError: Pairs hold no integers or have another shape, or a node or an
                 event is beyond the set.
         """
-        if (
-            not isinstance(pairs, Tensor)
-            or pairs.is_floating_point()
-            or pairs.is_complex()
-            or pairs.dtype == torch.bool
-        ):
-            found = getattr(pairs, "dtype", type(pairs).__name__)
-            raise TypeError(f"pairs must be a tensor of integers, got {found}")
+        # as int64: the number of a pair has no room in int32
+        pairs = node_ids("pairs", pairs, self.num_nodes, self.time.device)
         if not 0 <= begin <= end <= len(self):
             raise ValueError(f"events must be within 0 to {len(self)}, got {begin} to {end}")
         if pairs.ndim != 2 or len(pairs) != 2:
             raise ValueError(f"pairs must be [2, B], source above target, got {list(pairs.shape)}")
-        if bool(((pairs < 0) | (pairs >= self.num_nodes)).any()):
-            found = f"{int(pairs.min())} to {int(pairs.max())}"
-            raise ValueError(f"pairs must be from 0 to {self.num_nodes - 1}, got {found}")
         known, place = self._places
-        pairs = pairs.long()  # the number of a pair has no room in int32
         key = pairs[0] * self.num_nodes + pairs[1]
         rank = torch.searchsorted(known, key)
         there = rank < len(known)

@@ -17,7 +17,7 @@ from fastgt.datasets.block_file import BlockFile
 from fastgt.datasets.hop_features import HOPS, hop_features
 from fastgt.datasets.sampled_tokens import sample_tokens
 from fastgt.graph import Graph
-from fastgt.ops.checks import integer
+from fastgt.ops.checks import integer, node_ids
 from fastgt.philox import words
 
 _ROUNDS = 6  # of a shuffle
@@ -184,17 +184,13 @@ class TokenSet:
         )
 
 
-def checked_nodes(nodes: object, count: int) -> Tensor:
+def checked_nodes(nodes: Tensor, count: int) -> Tensor:
     """``[B]`` int64 on the CPU, each below ``count``."""
-    if not isinstance(nodes, Tensor) or nodes.is_floating_point() or nodes.dtype == torch.bool:
-        found = getattr(nodes, "dtype", type(nodes).__name__)
-        raise TypeError(f"nodes must be a tensor of integers, got {found}")
-    if nodes.ndim != 1:
-        raise ValueError(f"nodes must be [B], got {list(nodes.shape)}")
-    if nodes.numel() and not 0 <= int(nodes.min()) <= int(nodes.max()) < count:
-        found = f"{int(nodes.min())} to {int(nodes.max())}"
-        raise ValueError(f"nodes has nodes from {found}, there are {count}")
-    return nodes.cpu().long()
+    here = nodes.cpu() if isinstance(nodes, Tensor) else nodes
+    found = node_ids("nodes", here, count, torch.device("cpu"))
+    if found.ndim != 1:
+        raise ValueError(f"nodes must be [B], got {list(found.shape)}")
+    return found
 
 
 class _Batches(Dataset):

@@ -41,7 +41,7 @@ from fastgt.models.graph_transformer import check_dtype
 from fastgt.models.large_gt_codebook import Codebook
 from fastgt.models.large_gt_config import LargeGTConfig
 from fastgt.nn.sublayers import check_rows, reset_sublayers
-from fastgt.ops.checks import check_float, readable
+from fastgt.ops.checks import check_float, node_ids
 from fastgt.ops.global_attention import global_attention
 
 
@@ -147,17 +147,10 @@ class LargeGT(nn.Module):
         if tuple(position.shape) != (b, c.position_dim):
             wanted = f"[B, position_dim] = [{b}, {c.position_dim}]"
             raise ValueError(f"position must be {wanted}, got {list(position.shape)}")
-        if not isinstance(nodes, Tensor) or nodes.dtype not in (torch.int32, torch.int64):
-            found = getattr(nodes, "dtype", type(nodes).__name__)
-            raise TypeError(f"nodes must be int32 or int64, got {found}")
+        nodes = node_ids("nodes", nodes, c.num_nodes, tokens.device)
         if tuple(nodes.shape) != (b,):
             raise ValueError(f"nodes must be [B] = [{b}], got {list(nodes.shape)}")
-        if readable(nodes) and b and not 0 <= int(nodes.min()) <= int(nodes.max()) < c.num_nodes:
-            found = f"{int(nodes.min())} to {int(nodes.max())}"
-            raise ValueError(
-                f"nodes must be from 0 to num_nodes - 1 = {c.num_nodes - 1}, got {found}"
-            )
-        return position, nodes.long()
+        return position, nodes
 
 
 class TokenAttention(nn.Module):

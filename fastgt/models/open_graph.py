@@ -219,8 +219,10 @@ class OpenGraph(nn.Module):
         if graph.num_graphs != 1:
             raise ValueError(f"graph must be a single one, got a batch of {graph.num_graphs}")
         n = graph.num_nodes
-        for name, x in (("row", row), ("positive", positive), ("negative", negative)):
+        row, positive, negative = (
             check_nodes(name, x, n, node.device)
+            for name, x in (("row", row), ("positive", positive), ("negative", negative))
+        )
         if len(row) != len(positive):
             raise ValueError(f"positive must be [{len(row)}] as row, got [{len(positive)}]")
         for name, x in (("row", row), ("negative", negative)):
@@ -361,11 +363,9 @@ class OpenGraphLayer(nn.Module):
             offsets = torch.tensor([0, len(x)], device=x.device)
         else:
             check_offsets(offsets, len(x), x.device)
-        if anchors is None:
-            anchors = draw_anchors(offsets, len(x), self.anchors)
-        else:
-            check_anchors(*anchors, offsets, len(x))
-        node, ptr = anchors
+        node, ptr = draw_anchors(offsets, len(x), self.anchors) if anchors is None else anchors
+        if anchors is not None:
+            node = check_anchors(node, ptr, offsets, len(x))
         chosen = x.index_select(0, node)  # [S, dim]
         chosen = chosen + self.attention(chosen, x, ptr, offsets)
         h = self.norm1(x + self.attention(x, chosen, offsets, ptr))

@@ -15,6 +15,7 @@ from fastgt.ops.checks import (
     check_offsets,
     check_square,
     integer,
+    node_ids,
     readable,
 )
 
@@ -162,14 +163,14 @@ def draw_negatives(graph: Graph, row: Tensor) -> Tensor:
         [2, 0]
     """
     n = check_square(graph)
-    check_nodes("row", row, n, graph.device)
+    row = check_nodes("row", row, n, graph.device)
     source, target = graph.edge_index
     pair = target * n + source
     negative = torch.empty(len(row), dtype=torch.int64, device=row.device)
     pending = torch.arange(len(row), device=row.device)
     for _ in range(_TRIES):
         drawn = torch.randint(n, (len(pending),), device=row.device)
-        mine = row[pending].long()
+        mine = row[pending]
         bad = torch.isin(mine * n + drawn, pair) | (mine == drawn)
         negative[pending[~bad]] = drawn[~bad]
         pending = pending[bad]
@@ -177,7 +178,7 @@ def draw_negatives(graph: Graph, row: Tensor) -> Tensor:
             return negative
     # what has edges from nearly all nodes
     for some in pending.split(_ROWS):
-        mine = row[some].long()
+        mine = row[some]
         free = ~_mask(graph, mine)
         free[torch.arange(len(mine), device=mine.device), mine] = False
         if len(full := (~free.any(1)).nonzero()):
@@ -272,39 +273,31 @@ def rank_links(
     return [Ranking(*pair) for pair in (total / len(wanted)).tolist()]
 
 
-def check_nodes(name: str, x: object, nodes: int, device: torch.device) -> None:
-    """``[_]`` integers from 0 to ``nodes - 1``; values only where they are at hand."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of integers, got {type(x).__name__}")
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
+def check_nodes(name: str, x: Tensor, nodes: int, device: torch.device) -> Tensor:
+    """``[_]`` integers from 0 to ``nodes - 1``, as int64."""
+    x = node_ids(name, x, nodes, device)
     if x.ndim != 1:
         raise ValueError(f"{name} must have one dimension, got {list(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name} is on {x.device} but node is on {device}")
-    if len(x) and readable(x) and not 0 <= int(x.min()) <= int(x.max()) < nodes:
-        raise ValueError(
-            f"{name} must be from 0 to {nodes - 1}, got {int(x.min())} to {int(x.max())}"
-        )
+    return x
 
 
-def check_anchors(node: Tensor, ptr: Tensor, offsets: Tensor, nodes: int) -> None:
-    """Anchors are nodes of their graphs; values only where they are at hand."""
-    check_nodes("anchors", node, nodes, offsets.device)
+def check_anchors(node: Tensor, ptr: Tensor, offsets: Tensor, nodes: int) -> Tensor:
+    """Anchors as int64, nodes of their graphs where their values are at hand."""
+    node = check_nodes("anchors", node, nodes, offsets.device)
     check_offsets(ptr, len(node), offsets.device, "ptr of anchors")
     if len(ptr) != len(offsets):
         raise ValueError(
             f"anchors must be of {len(offsets) - 1} graphs, got those of {len(ptr) - 1}"
         )
-    if not readable(node) or not readable(ptr):
-        return
-    first, end = (x.repeat_interleave(ptr.diff()) for x in (offsets[:-1], offsets[1:]))
-    if len(beyond := ((node < first) | (node >= end)).nonzero()):
-        i = int(beyond[0])
-        raise ValueError(
-            f"anchor {i} is node {int(node[i])}, and its graph has nodes {int(first[i])} to "
-            f"{int(end[i]) - 1}"
-        )
+    if readable(node) and readable(ptr):
+        first, end = (x.repeat_interleave(ptr.diff()) for x in (offsets[:-1], offsets[1:]))
+        if len(beyond := ((node < first) | (node >= end)).nonzero()):
+            i = int(beyond[0])
+            raise ValueError(
+                f"anchor {i} is node {int(node[i])}, and its graph has nodes {int(first[i])} to "
+                f"{int(end[i]) - 1}"
+            )
+    return node
 
 
 def _mask(graph: Graph, rows: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from fastgt.models.graph_gps_encoders import check_matrix
 from fastgt.models.graph_transformer import check_dtype
 from fastgt.models.todyformer_block import Mixing, TodyformerBlock, patchify
 from fastgt.nn.sublayers import reset_sublayers
-from fastgt.ops.checks import check_times, integer, number, readable
+from fastgt.ops.checks import check_times, integer, node_ids, number, readable
 from fastgt.ops.segment_pool import segment_mean
 
 
@@ -144,7 +144,7 @@ class Todyformer(nn.Module):
         if isinstance(pairs, Tensor) and (pairs.ndim != 2 or len(pairs) != 2):
             found = list(pairs.shape)
             raise ValueError(f"pairs must be [2, B], source above target, got {found}")
-        pairs = _nodes("pairs", pairs, self.config.num_nodes, h.device)
+        pairs = node_ids("pairs", pairs, self.config.num_nodes, h.device)
         first, second = (h.index_select(0, nodes) for nodes in pairs)  # [B, dim]
         return self.link(torch.cat([first, second, first * second], 1))[:, 0]
 
@@ -186,8 +186,8 @@ class Todyformer(nn.Module):
         if time.device != weight.device:
             raise ValueError(f"time is on {time.device} but the model is on {weight.device}")
         count = len(time)
-        source = _nodes("source", source, c.num_nodes, weight.device)
-        target = _nodes("target", target, c.num_nodes, weight.device)
+        source = node_ids("source", source, c.num_nodes, weight.device)
+        target = node_ids("target", target, c.num_nodes, weight.device)
         for name, x in (("source", source), ("target", target)):
             if x.shape != (count,):
                 raise ValueError(f"{name} must be [E] = [{count}] as time is, got {list(x.shape)}")
@@ -258,26 +258,3 @@ class TimeEncoding(nn.Module):
         wide = torch.promote_types(self.frequency.dtype, torch.float32)
         angle = age.to(wide) * self.frequency.to(wide) + self.phase.to(wide)
         return torch.cos(angle).to(self.frequency.dtype)
-
-
-def _nodes(name: str, x: object, num_nodes: int, device: torch.device) -> Tensor:
-    """Nodes as int64, from 0 to ``num_nodes - 1`` where their values are at hand."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of integers, got {type(x).__name__}")
-    if x.dtype not in _INTEGERS:
-        raise TypeError(f"{name} must hold integers (uint8 or int8 to int64), got {x.dtype}")
-    if x.device != device:
-        raise ValueError(f"{name} is on {x.device} but the model is on {device}")
-    x = x.long()
-    if readable(x):
-        flat = x.flatten()
-        beyond = ((flat < 0) | (flat >= num_nodes)).nonzero()
-        if len(beyond):
-            found = f"{int(flat[beyond[0]])} at {int(beyond[0])}"
-            raise ValueError(
-                f"{name} must be from 0 to num_nodes - 1 = {num_nodes - 1}, got {found}"
-            )
-    return x
-
-
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

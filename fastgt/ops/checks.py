@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 from fastgt.graph import Graph
-from fastgt.graph_build import check_boundaries
+from fastgt.graph_build import check_boundaries, check_index
 from fastgt.tiles import MAX_WIDTH
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -184,6 +184,20 @@ def readable(x: Tensor) -> bool:
         return False
     proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
     return proxy is None and not is_fake(x)
+
+
+def node_ids(name: str, x: Tensor, nodes: int, device: torch.device) -> Tensor:
+    """Numbers of nodes as int64, from 0 to ``nodes - 1`` where their values are at hand."""
+    check_index(x, name)
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device}, got {x.device}")
+    x = x.long()
+    if readable(x):
+        flat = x.flatten()
+        if len(beyond := ((flat < 0) | (flat >= nodes)).nonzero()):
+            found = f"{int(flat[beyond[0]])} at {int(beyond[0])}"
+            raise ValueError(f"{name} must be from 0 to {nodes - 1}, got {found}")
+    return x
 
 
 def check_times(name: str, time: Tensor) -> None:

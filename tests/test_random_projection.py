@@ -56,6 +56,17 @@ def test_autocast_changes_nothing():
         assert torch.equal(random_projection_pe(graph, 5), wanted)
 
 
+def test_the_default_dtype_makes_no_difference():
+    graph = both_ways()
+    wanted, before = random_projection_pe(graph, 5), torch.get_default_dtype()
+    torch.set_default_dtype(FP64)
+    try:
+        found = random_projection_pe(graph, 5)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("nodes", [0, 1, 4])
 def test_graphs_without_edges(nodes):
     graph = Graph.from_edge_index(torch.zeros(2, 0, dtype=torch.long), nodes)

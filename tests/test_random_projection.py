@@ -67,6 +67,13 @@ def test_the_default_dtype_makes_no_difference():
     assert torch.equal(found, wanted)
 
 
+def test_the_default_device_makes_no_difference():
+    graph = both_ways()
+    wanted = random_projection_pe(graph, 5)
+    with torch.device("meta"):
+        assert torch.equal(random_projection_pe(graph, 5), wanted)
+
+
 @pytest.mark.parametrize("nodes", [0, 1, 4])
 def test_graphs_without_edges(nodes):
     graph = Graph.from_edge_index(torch.zeros(2, 0, dtype=torch.long), nodes)

@@ -8,6 +8,7 @@ from literal_layers import rough_batch
 from fastgt import Graph
 from fastgt.encodings import svd_tokens
 from fastgt.encodings.singular_vectors import adjacency_weights
+from fastgt.testing import random_graph
 
 FP64 = torch.float64
 SIZES = [(5, 12), (0, 0), (7, 20), (1, 1)]
@@ -176,3 +177,10 @@ def test_weights_of_edges_are_the_entries():
     n = graph.num_edges
     with pytest.raises(ValueError, match=rf"present must be \[E\] = \[{n}\], got \[{n - 1}\]"):
         adjacency_weights(graph, present=some[1:])
+
+
+def test_the_default_device_makes_no_difference():
+    graph = random_graph(0, 20, 60)  # on a CPU
+    wanted = svd_tokens(graph, 5)
+    with torch.device("meta"):
+        assert torch.equal(svd_tokens(graph, 5), wanted)

@@ -50,7 +50,8 @@ def random_projection_pe(graph: Graph, dim: int, *, steps: int = 3, seed: int = 
     n = check_square(graph)
     dim, steps = integer("dim", dim, 0), integer("steps", steps, 1)
     generator = torch.Generator().manual_seed(integer("seed", seed))
-    u = torch.randn(n, dim, generator=generator, dtype=torch.float32).to(graph.device)
+    drawn = torch.randn(n, dim, generator=generator, dtype=torch.float32, device="cpu")
+    u = drawn.to(graph.device)
     rows, columns = (
         (degree + 1).float().rsqrt()[:, None] for degree in (graph.row_degree, graph.col_degree)
     )

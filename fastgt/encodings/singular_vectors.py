@@ -144,7 +144,7 @@ def _factors(
         return torch.linalg.qr(aggregate(x, graph, edge_weight=weight)).Q
 
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(graph.num_cols, rank, generator=generator, dtype=dtype)
+    start = torch.randn(graph.num_cols, rank, generator=generator, dtype=dtype, device="cpu")
     basis = times(start.to(graph.device))
     for _ in range(iterations):
         basis = times(torch.linalg.qr(aggregate(basis, back, edge_weight=weight)).Q)

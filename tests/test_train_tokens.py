@@ -109,3 +109,4 @@ def test_a_graph_of_other_nodes_is_refused(data, recipe, tmp_path):
     other = replace(recipe, config=replace(CONFIG, num_nodes=91))
     with pytest.raises(ValueError, match="num_nodes must be 90, the nodes of tolokers, got 91"):
         run(other, Plan(tmp_path, data=data), device=torch.device("cpu"))
+    assert not list(tmp_path.glob("encodings/tokens-*"))  # before what takes long

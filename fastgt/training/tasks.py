@@ -166,9 +166,6 @@ class TokenTask(_Task):
         tokens: TokenSet,
     ):
         super().__init__(title, recipe, model, False, Ranks())
-        n, known = data.graph.num_nodes, recipe.config.num_nodes
-        if n != known:
-            raise ValueError(f"num_nodes must be {n}, the nodes of {recipe.data}, got {known}")
         self._tokens, self._y, self._encodings = tokens, data.y, data.encodings
         self._nodes = {name: mask.nonzero()[:, 0] for name, mask in data.splits[split].items()}
         self.sizes = {name: len(nodes) for name, nodes in self._nodes.items()}

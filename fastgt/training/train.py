@@ -251,7 +251,9 @@ def start(
 def _tokens(recipe: Recipe, data: GraphSet | NodeSet, folder: Path) -> TokenSet:
     """Sampled where they are not there; the same for all seeds of a training."""
     assert isinstance(data, NodeSet)
-    samples = recipe.config.samples
+    n, known, samples = data.graph.num_nodes, recipe.config.num_nodes, recipe.config.samples
+    if n != known:
+        raise ValueError(f"num_nodes must be {n}, the nodes of {recipe.data}, got {known}")
     place = folder / f"tokens-{data.digest()}-{samples}"
     return TokenSet.make(data.graph, data.node, place, samples=samples, progress=True)
 

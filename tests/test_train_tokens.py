@@ -60,7 +60,7 @@ def command(data, output, *options):
 
 @pytest.mark.parametrize("parts", ["full", "local", "global"])
 def test_trains_and_tells_the_metric_of_the_best_weights(data, parts, recipe, tmp_path, capsys):
-    options = ["--splits", "1", "--set", f"parts={parts}"]
+    options = ["--splits", "1", "--epochs", "12", "--set", f"parts={parts}"]
     assert cli.main(command(data, tmp_path, *options)) == 0
     assert "30 / 30 / 30 nodes of one graph" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "result.json").read_text())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.nn.sublayers import check_rows, reset_sublayers
-from fastgt.ops.checks import autocasts
+from fastgt.ops.checks import autocasts, readable
 
 EPS = 1e-5  # of the smoothing, and of the batch norm
 
@@ -92,7 +92,8 @@ class Codebook(nn.Module):
 
     def _begin(self, z: Tensor) -> None:
         """Rows become the centroids that there are not yet."""
-        if len(z) < len(self.size):
+        full = readable(self.begun) and int(self.begun) == len(self.size)
+        if len(z) < len(self.size) and not full:
             warnings.warn(
                 f"the codebook has {len(self.size)} centroids and the batch {len(z)} nodes: no "
                 "step moves more centroids than it has nodes, and the first steps fill it",

@@ -20,6 +20,7 @@ from fastgt.models import (
     log_sinkhorn,
     matches,
 )
+from fastgt.models.correspondence import instance_norm
 from fastgt.testing import random_batch
 
 FP64 = torch.float64
@@ -394,6 +395,30 @@ def test_half_precision():
     for x in (found, whole):
         assert x.dtype == torch.float32
         assert (x - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_instance_norms_of_large_and_of_equal_numbers_are_those_of_float32(dtype):
+    """Squares that float16 does not hold, and a variance of 0, whose gradient has eps ** -1.5."""
+    torch.manual_seed(0)
+    sizes, offsets = [40, 1, 7], torch.tensor([0, 40, 41, 48], device=DEVICE)
+    x = 300 * torch.randn(48, 4, device=DEVICE)
+    x[41:] = 1.0
+    x = x.to(dtype).requires_grad_()
+    weight = torch.randn(48, 4, device=DEVICE).to(dtype)
+    wanted = []
+    for part in x.double().split(sizes):
+        centred = part - part.mean(0)
+        wanted.append(centred / (centred.square().mean(0) + 1e-5).sqrt())
+    wanted = torch.cat(wanted)
+    found = instance_norm(x, offsets)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, wanted.to(dtype))
+    grads = [
+        torch.autograd.grad((y * weight).sum(), x, retain_graph=True)[0] for y in (found, wanted)
+    ]
+    assert grads[0].isfinite().all()
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from fastgt.models.graph_gps_encoders import check_matrix
 from fastgt.models.graph_transformer import check_config, check_dtype, check_pe
 from fastgt.models.sinkhorn import log_sinkhorn
 from fastgt.nn.sublayers import reset_sublayers
-from fastgt.ops.checks import integer, number
+from fastgt.ops.checks import accumulator, integer, number
 from fastgt.ops.global_attention import global_attention
 from fastgt.ops.segment_pool import of_nodes, segment_mean
 
@@ -245,12 +245,14 @@ class Perceptron(nn.Module):
 def instance_norm(x: Tensor, offsets: Tensor, eps: float = 1e-5) -> Tensor:
     """``(x - mean) / sqrt(variance + eps)``, of every graph and channel over the graph's nodes.
 
-    x ``[N, dim]``, offsets ``[G + 1]`` -> ``[N, dim]``; 0 for a graph of one node.
+    x ``[N, dim]``, offsets ``[G + 1]`` -> ``[N, dim]`` in x's dtype, computed in float32 (float64
+    for float64); 0 for a graph of one node.
     """
-    n = x.shape[0]
-    centred = x - of_nodes(segment_mean(x, offsets), offsets, n, None)
+    n, wide = x.shape[0], x.to(accumulator(x))  # squares of float16 end at 256
+    centred = wide - of_nodes(segment_mean(wide, offsets), offsets, n, None)
     variance = segment_mean(centred.square(), offsets)
-    return centred * of_nodes((variance + eps).rsqrt(), offsets, n, None)
+    normed = centred * of_nodes((variance + eps).rsqrt(), offsets, n, None)
+    return normed.to(x.dtype)
 
 
 def _partners(graph: Graph) -> tuple[Tensor, Tensor]:

@@ -345,6 +345,7 @@ BAD = [
     (lambda: band(4, -1, 0), ValueError, "before must not be negative, got -1"),
     (lambda: causal(-1), ValueError, "n must not be negative, got -1"),
     (lambda: causal(4, window=0), ValueError, "window must be positive, got 0"),
+    (lambda: causal(2**62, graphs=4), ValueError, f"n gives {2**62} nodes in each of 4 graphs"),
     (lambda: causal(torch.tensor([0, 3, 2])), ValueError, "n decreases from 3 to 2 at 2"),
     (lambda: causal(torch.tensor([0, 3]), graphs=2), ValueError, "graphs must be 1 where n has"),
     (lambda: causal(torch.tensor(5)), ValueError, "n must be [G + 1], got []"),

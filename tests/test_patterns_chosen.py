@@ -486,6 +486,17 @@ BAD = [
         ValueError,
         "block has boundaries of 2 blocks but scores has 3 of columns",
     ),
+    (
+        lambda: top_blocks(SCORES, 1, 2**62),
+        ValueError,
+        f"block gives {2**63} nodes in each of 1 graphs: all must fit in 64 bits",
+    ),
+    (
+        lambda: top_blocks(SCORES.expand(2, 2, 3), 1, (torch.tensor([0, 1, 2**62]), 1)),
+        ValueError,
+        f"block gives {2**62} nodes in each of 2 graphs: all must fit in 64 bits",
+    ),
+    (lambda: random(2**62, 0, graphs=4), ValueError, f"n gives {2**62} nodes in each of 4"),
     (lambda: knn(POINTS, 5), ValueError, "k=5 is larger than the 4 points of graph 0"),
     (lambda: knn(POINTS.long(), 1), TypeError, "points must be float16, bfloat16, float32 or"),
     (lambda: knn(POINTS[0], 1), ValueError, "points must be [N, dimensions], got [2]"),

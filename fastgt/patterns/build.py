@@ -70,10 +70,20 @@ def boundaries(n: int | Tensor, graphs: int) -> Tensor:
     """``[G + 1]`` int64: of that many graphs of n nodes, or those that n gives."""
     graphs = integer("graphs", graphs, 1)
     if not isinstance(n, Tensor):
-        return torch.arange(graphs + 1) * integer("n", n, 0)
+        n = integer("n", n, 0)
+        check_total("n", n, graphs)
+        return torch.arange(graphs + 1) * n
     if graphs != 1:
         raise ValueError(f"graphs must be 1 where n has boundaries of graphs, got {graphs}")
     return check_ptr("n", n)
+
+
+def check_total(name: str, nodes: int, graphs: int) -> None:
+    """The nodes of all graphs are counted in 64 bits; what PyTorch makes of an overflow crashes."""
+    if nodes * graphs >= 2**63:
+        raise ValueError(
+            f"{name} gives {nodes} nodes in each of {graphs} graphs: all must fit in 64 bits"
+        )
 
 
 def check_ptr(name: str, offsets: object) -> Tensor:

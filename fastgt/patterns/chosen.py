@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgt.graph import Graph
 from fastgt.ops.checks import check_float, integer
-from fastgt.patterns.build import check_ptr, from_blocks, from_rows
+from fastgt.patterns.build import check_ptr, check_total, from_blocks, from_rows
 
 Block = int | Tensor
 
@@ -85,8 +85,8 @@ def top_blocks(scores: Tensor, k: int, block: Block | tuple[Block, Block]) -> Gr
     k = integer("k", k, 0)
     chosen = _best(scores, k, "blocks of columns").view(graphs, rows, k)
     of_rows, of_cols = block if isinstance(block, tuple) else (block, block)
-    row_ptr = _blocks(of_rows, rows, "rows", scores.device)
-    col_ptr = _blocks(of_cols, cols, "columns", scores.device)
+    row_ptr = _blocks(of_rows, rows, graphs, "rows", scores.device)
+    col_ptr = _blocks(of_cols, cols, graphs, "columns", scores.device)
     number = torch.arange(graphs + 1, device=scores.device)
     col = (chosen + number[:-1, None, None] * cols).flatten()
     row = torch.arange(graphs * rows, device=scores.device).repeat_interleave(k)
@@ -123,10 +123,12 @@ def _best(scores: Tensor, k: int, of: str) -> Tensor:
     return best
 
 
-def _blocks(block: Block, count: int, of: str, device: torch.device) -> Tensor:
+def _blocks(block: Block, count: int, graphs: int, of: str, device: torch.device) -> Tensor:
     """``[count + 1]`` int64 boundaries."""
     if not isinstance(block, Tensor):
-        return torch.arange(count + 1, device=device) * integer("block", block, 1)
+        block = integer("block", block, 1)
+        check_total("block", block * count, graphs)
+        return torch.arange(count + 1, device=device) * block
     ptr = check_ptr("block", block)
     if len(ptr) != count + 1:
         raise ValueError(
@@ -134,6 +136,7 @@ def _blocks(block: Block, count: int, of: str, device: torch.device) -> Tensor:
         )
     if ptr.device != device:
         raise ValueError(f"block is on {ptr.device} but scores is on {device}")
+    check_total("block", int(ptr[-1]), graphs)
     return ptr
 
 

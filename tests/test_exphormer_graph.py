@@ -165,6 +165,16 @@ def test_a_pattern_is_the_edges_the_expander_and_the_stars():
     assert at == len(found)
 
 
+@pytest.mark.parametrize("multiset", [False, True])
+def test_the_default_device_changes_nothing(multiset):
+    """Expanders are drawn on the CPU also where ``torch.set_default_device`` named another."""
+    graph = edgeless(5, 0, 30)
+    wanted = expander(graph, 3, seed=4, multiset=multiset)
+    with torch.device("meta"):
+        found = expander(graph, 3, seed=4, multiset=multiset)
+    assert torch.equal(found, wanted)
+
+
 def test_what_is_no_graph_or_no_seed_is_refused():
     graph = edgeless(12)
     with pytest.raises(TypeError, match=r"graph must be a fastgt\.Graph, got Tensor"):

@@ -36,8 +36,14 @@ def expander_table(
     """
     degree, tries = integer("degree", degree, 1), integer("tries", tries, 1)
     ptr = graph_ptr.long().cpu()
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        out = _drawn(ptr, degree, cycles, _seeds(seed, len(ptr) - 1), tries)
+        return out if multiset else _simple(out, ptr)
+
+
+def _drawn(ptr: Tensor, degree: int, cycles: bool, seeds: Tensor, tries: int) -> Tensor:
+    """Permutations of large graphs, and all pairs of small ones: ``[N, max(degree, 5)]``."""
     sizes, n = ptr.diff(), int(ptr[-1])
-    seeds = _seeds(seed, len(sizes))
     out = torch.full((n, max(degree, _HALF)), -1)
     small = sizes <= max(_COMPLETE, degree)
     best = torch.full((len(sizes),), -math.inf, dtype=torch.float64)
@@ -56,8 +62,7 @@ def expander_table(
         out[places[kept], :degree] = (sigma - first).T[kept]
         best[pending] = torch.where(better, value, best[pending])
         pending = pending[best[pending] < bound]
-    out = _complete(out, ptr, small.nonzero().flatten())
-    return out if multiset else _simple(out, ptr)
+    return _complete(out, ptr, small.nonzero().flatten())
 
 
 def _seeds(seed: int | Tensor, graphs: int) -> Tensor:

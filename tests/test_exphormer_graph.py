@@ -183,6 +183,9 @@ def test_what_is_no_graph_or_no_seed_is_refused():
         expander(graph, 0)
     with pytest.raises(ValueError, match=r"seed must be \[G\] = \[1\] int64, got \[2\]"):
         expander(graph, 3, seed=torch.zeros(2, dtype=torch.long))
+    for seed in (2**63, -(2**63) - 1):
+        with pytest.raises(ValueError, match=f"seed must fit in 64 bits, got {seed}"):
+            expander(graph, 3, seed=seed)
     between = Graph.from_edge_index(torch.tensor([[0], [1]]), (4, 5))
     with pytest.raises(ValueError, match="graph must be square, got 4 rows and 5 columns"):
         expander(between, 3)

@@ -69,7 +69,7 @@ def integer(name: str, x: object, least: int | None = None) -> int:
     if least is not None and found < least:
         wanted = "be positive" if least else "not be negative"
         raise ValueError(f"{name} must {wanted}, got {found}")
-    if found >= 2**63:
+    if not -(2**63) <= found < 2**63:
         raise ValueError(f"{name} must fit in 64 bits, got {found}")
     return found
 

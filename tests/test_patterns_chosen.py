@@ -364,6 +364,24 @@ def test_big_bird(sizes, block, window, ends, drawn, seed):
     assert_same(found, draw())
 
 
+@pytest.mark.parametrize(
+    ("block", "options"),
+    [
+        (2, {"window": 2**40 + 1}),
+        (2, {"globals": 2**40}),
+        (2, {"window": 1, "globals": 0, "random": 2**40}),
+        (2**63 - 1, {}),
+    ],
+)
+def test_more_blocks_than_there_are_is_all_of_them(block, options):
+    """In the memory of the edges."""
+    offsets = torch.tensor([0, 40, 40, 47])
+    with Largest() as made:
+        found = big_bird(offsets, block, **options)
+    assert_same(found, Graph.complete(offsets))
+    assert made.elements <= 2 * (found.num_edges + found.num_rows)
+
+
 def test_equal_graphs_of_a_batch_have_one_pattern_of_big_bird():
     alone, both = (
         big_bird(40, 2, generator=torch.Generator().manual_seed(1), graphs=n) for n in (1, 2)

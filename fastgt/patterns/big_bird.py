@@ -80,7 +80,10 @@ def blocks_pattern(
 
     Every place of a block and every number of blocks has blocks drawn by ``seed``.
     """
-    counts = (offsets.diff() + block - 1) // block  # [G]
+    counts = -(-offsets.diff() // block)  # [G]
+    # more than there are blocks says no more, and takes no more memory
+    most = int(counts.max()) if len(counts) else 0
+    side, ends, random = (min(x, most) for x in (side, ends, random))
     before = counts.cumsum(0) - counts
     total = int(counts.sum())
     owner = torch.arange(len(counts), device=offsets.device)

@@ -209,6 +209,13 @@ def test_equally_far_points_are_taken_by_number(monkeypatch):
     assert found.tolist() == [[0, 1, 2]] * 7
 
 
+def test_points_as_far_apart_as_any_may_be():
+    points = torch.tensor([[-1e150, 1e150], [1e150, -1e150], [-1e150, 9e149]], dtype=torch.float64)
+    assert knn(points, 2).col.view(3, 2).tolist() == [[0, 2], [1, 2], [0, 2]]
+    assert radius(points, 2e149).col.tolist() == [0, 2, 1, 0, 2]
+    assert balls(points, 2, partial=True).col.tolist() == [0, 2, 1, 0, 2]
+
+
 def test_many_points_may_share_a_place():
     """In time that is not that of all pairs."""
     points = torch.zeros(200_000, 2)
@@ -519,6 +526,16 @@ BAD = [
     (lambda: knn(POINTS.long(), 1), TypeError, "points must be float16, bfloat16, float32 or"),
     (lambda: knn(POINTS[0], 1), ValueError, "points must be [N, dimensions], got [2]"),
     (lambda: knn(POINTS + torch.inf, 1), ValueError, "points must be finite, got inf at [0, 0]"),
+    (
+        lambda: knn(POINTS.double() - 1e200, 1),
+        ValueError,
+        "points must be from -1e+150 to 1e+150, got -1e+200 at [0, 0]",
+    ),
+    (
+        lambda: radius(POINTS, 1.0, queries=torch.full((1, 2), 1.1e150, dtype=torch.float64)),
+        ValueError,
+        "queries must be from -1e+150 to 1e+150, got 1.1e+150 at [0, 0]",
+    ),
     (
         lambda: knn(POINTS, 1, queries=torch.zeros(2, 3)),
         ValueError,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from scipy.spatial import cKDTree
 
 _ROOM = 2**20  # candidates at once
+_FARTHEST = 1e150  # of a coordinate from 0: squares of distances must not overflow
 
 
 def knn(
@@ -40,7 +41,7 @@ def knn(
     Computed on the CPU, by scipy's k-d tree: O(N log N) where few places are equally far.
 
     Args:
-        points: ``[N, dimensions]``.
+        points: ``[N, dimensions]``, no coordinate farther than 1e150 from 0.
         k: From 0 to the number of points of each graph.
         queries: ``[M, dimensions]``: the rows. The columns are the points.
         offsets: ``[G + 1]`` boundaries of a batch, in points.
@@ -226,7 +227,7 @@ def _space(
 
 
 def _checked(name: str, points: Tensor) -> np.ndarray:
-    """``[N, dimensions]`` finite numbers, in float64."""
+    """``[N, dimensions]`` numbers whose distances are finite, in float64."""
     check_float(name, points)
     if points.ndim != 2 or points.shape[1] == 0:
         raise ValueError(f"{name} must be [N, dimensions], got {list(points.shape)}")
@@ -235,6 +236,13 @@ def _checked(name: str, points: Tensor) -> np.ndarray:
     if len(wrong):
         i, a = wrong[0].tolist()
         raise ValueError(f"{name} must be finite, got {found[i, a]} at [{i}, {a}]")
+    wrong = np.argwhere(np.abs(found) > _FARTHEST)
+    if len(wrong):
+        i, a = wrong[0].tolist()
+        raise ValueError(
+            f"{name} must be from -{_FARTHEST:g} to {_FARTHEST:g}, got {found[i, a]:g} at "
+            f"[{i}, {a}]"
+        )
     return found
 
 

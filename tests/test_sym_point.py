@@ -128,6 +128,18 @@ def test_neighbors_are_the_nearest_and_the_connected(k: int) -> None:
     assert len(pairs) > len(near) or k == 16  # some are connected and not near
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_middles_are_not_rounded_to_the_dtype_of_the_ends(dtype: torch.dtype) -> None:
+    """Middles between two numbers of the dtype, and the sum of two ends beyond its largest."""
+    digit = torch.finfo(dtype).eps
+    x = torch.tensor([[1, 1 + digit], [1, 1 + 2 * digit], [1, 1], [1 + digit, 1 + 2 * digit]])
+    largest = torch.full((2, 2), torch.finfo(dtype).max)
+    ends = torch.cat([x, largest])[..., None].to(dtype).requires_grad_()
+    found = connected_neighbors(ends, 2, distance=0.0)
+    wanted = connected_neighbors(ends.detach().double(), 2, distance=0.0)
+    assert found.edge_index.tolist() == wanted.edge_index.tolist()
+
+
 def test_at_most_so_many_connections_are_drawn() -> None:
     ends, offsets = drawing(2, (30, 20))
     every = connected_neighbors(ends, 0, distance=0.02, offsets=offsets)
@@ -199,6 +211,8 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         connected_neighbors(ends.tolist(), 2)
     with pytest.raises(ValueError, match=r"ends must be \[N, 2, position_dim\], got \[17, 2\]"):
         connected_neighbors(ends[:, 0], 2)
+    with pytest.raises(ValueError, match=r"ends must be .* got \[17, 2, 0\]"):
+        connected_neighbors(ends[..., :0], 2)
     with pytest.raises(TypeError, match="ends must be float"):
         connected_neighbors(ends.long(), 2)
     with pytest.raises(ValueError, match="offsets"):

@@ -129,9 +129,10 @@ def connected_neighbors(
 ) -> Graph:
     """The k nearest primitives of each, and those that it is joined with, as one neighbourhood.
 
-    A primitive stands in the middle between its two ends, and is nearest to itself. It is joined
-    with another where an end of the one is at most ``distance`` from an end of the other. What is
-    near and joined counts once. Edges are sorted by row, then by column.
+    A primitive stands in the middle between its two ends. It is nearest to itself, unless another
+    in the same place has a lower number. It is joined with another where an end of the one is at
+    most ``distance`` from an end of the other. What is near and joined counts once. Distances are
+    taken in float64. Edges are sorted by row, then by column.
 
     Args:
         ends: ``[N, 2, position_dim]``, both ends of each; of a circle, its centre twice.
@@ -156,7 +157,7 @@ def connected_neighbors(
         [[0, 1, 0, 1, 2], [0, 0, 1, 1, 2]]
     """
     check_float("ends", ends)
-    if ends.ndim != 3 or ends.shape[1] != 2:
+    if ends.ndim != 3 or ends.shape[1] != 2 or ends.shape[2] == 0:
         raise ValueError(f"ends must be [N, 2, position_dim], got {list(ends.shape)}")
     if not bool(ends.isfinite().all()):
         n, side, _ = (~ends.isfinite()).nonzero()[0].tolist()
@@ -164,6 +165,7 @@ def connected_neighbors(
     distance, n = number("distance", distance), len(ends)
     if not 0 <= distance < math.inf:
         raise ValueError(f"distance must be finite and not negative, got {distance}")
+    ends = ends.detach().double()  # in which distances are taken, and middles do not overflow
     near = knn(ends.mean(1), k, offsets=offsets, partial=partial)
     of_ends = None if offsets is None else 2 * offsets
     col, row = (radius(ends.flatten(0, 1), distance, offsets=of_ends).edge_index // 2).unbind()

@@ -459,14 +459,20 @@ def test_wrong_inputs_are_named(changes, error, message):
     ("y", "error", "message"),
     [
         ([0, -1, 0], TypeError, "y must be a tensor of integers, got list"),
-        (torch.zeros(3), TypeError, "y must be a tensor of integers, got torch.float32"),
+        (torch.zeros(3), TypeError, r"y must hold integers, got torch.float32"),
+        (
+            torch.zeros(3, dtype=torch.complex64),
+            TypeError,
+            "y must hold integers, got torch.comp",
+        ),
+        (torch.zeros(3, dtype=int, device="meta"), ValueError, "y is on meta but graph is on "),
         (torch.zeros(2, dtype=int), ValueError, r"y must be \[N\] = \[3\], got \[2\]"),
         (torch.tensor([0, 1, 0]), ValueError, "y must be from -1 to 0, .* has 1 nodes, got 1 at 1"),
         (torch.tensor([0, -2, 0]), ValueError, "y must be from -1 to 0, .* got -2 at 1"),
     ],
 )
 def test_wrong_matches_are_named(y, error, message):
-    y = y.to(DEVICE) if isinstance(y, torch.Tensor) else y
+    y = y.to(DEVICE) if isinstance(y, torch.Tensor) and not y.is_meta else y
     with pytest.raises(error, match=message):
         log_likelihoods(torch.zeros(6, device=DEVICE), y, edgeless(2, 1))
 
@@ -478,6 +484,8 @@ def test_wrong_assignments_and_thresholds_are_named():
             call(torch.zeros(2, 3, device=DEVICE))
         with pytest.raises(TypeError, match="log_assignment must be a tensor, got NoneType"):
             call(None)
+        with pytest.raises(ValueError, match="log_assignment is on meta but graph is on "):
+            call(torch.zeros(6, device="meta"))
     for threshold in (-0.1, 1.5):
         with pytest.raises(ValueError, match=f"threshold must be from 0 to 1, got {threshold}"):
             matches(torch.zeros(6, device=DEVICE), graph, threshold)

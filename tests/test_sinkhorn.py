@@ -187,6 +187,11 @@ def test_no_pairs_are_no_entries():
         ({"scores": torch.zeros(5)}, ValueError, r"scores must be \[.*\] = \[6\], got \[5\]"),
         ({"dustbin": 1.0}, TypeError, "dustbin must be a tensor, got float"),
         ({"dustbin": torch.ones(1)}, ValueError, r"dustbin must be one number, \[\], got \[1\]"),
+        (
+            {"dustbin": torch.ones((), device="meta")},
+            ValueError,
+            "dustbin is on meta but scores is",
+        ),
         ({"offsets": [0, 2]}, TypeError, "offsets must be a tensor of integers, got list"),
         ({"offsets": torch.tensor([0.0, 2.0])}, TypeError, "offsets must be int32 or int64, got"),
         ({"offsets": torch.tensor([1, 2])}, ValueError, "offsets must"),

@@ -108,9 +108,12 @@ def log_likelihoods(log_assignment: Tensor, y: Tensor, graph: Graph) -> Tensor:
     """
     _check_assignment(log_assignment, graph)
     sizes = graph.graph_ptr.diff().long()
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.dtype == torch.bool:
-        found = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"y must be a tensor of integers, got {found}")
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y must be a tensor of integers, got {type(y).__name__}")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"y must hold integers, got {y.dtype}")
+    if y.device != graph.device:
+        raise ValueError(f"y is on {y.device} but graph is on {graph.device}")
     if y.shape != (graph.num_rows,):
         raise ValueError(f"y must be [N] = [{graph.num_rows}], got {list(y.shape)}")
     owner = torch.arange(len(sizes), device=y.device).repeat_interleave(
@@ -156,6 +159,10 @@ def pair_offsets(graph: Graph) -> PairOffsets:
 def _check_assignment(log_assignment: Tensor, graph: Graph) -> None:
     first, second = (x.diff() + 1 for x in pair_offsets(graph))
     check_float("log_assignment", log_assignment)
+    if log_assignment.device != graph.device:
+        raise ValueError(
+            f"log_assignment is on {log_assignment.device} but graph is on {graph.device}"
+        )
     wanted = int((first * second).sum())
     if log_assignment.shape != (wanted,):
         raise ValueError(

@@ -150,6 +150,8 @@ def _check(scores: Tensor, dustbin: Tensor, offsets: Tensor, key_offsets: Tensor
         raise ValueError(f"scores must be [sum_p n_p m_p], got {list(scores.shape)}")
     if dustbin.ndim:
         raise ValueError(f"dustbin must be one number, [], got {list(dustbin.shape)}")
+    if dustbin.device != scores.device:
+        raise ValueError(f"dustbin is on {dustbin.device} but scores is on {scores.device}")
     for name, x in (("offsets", offsets), ("key_offsets", key_offsets)):
         last = int(x[-1]) if isinstance(x, Tensor) and x.ndim == 1 and len(x) and readable(x) else 0
         check_offsets(x, last, scores.device, name)

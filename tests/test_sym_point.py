@@ -219,6 +219,8 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         connected_neighbors(ends, 2, offsets=offsets + 1)
     with pytest.raises(ValueError, match="k=2 is larger than the 1 points of graph 1"):
         connected_neighbors(ends, 2, offsets=offsets)
+    with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None, got int"):
+        connected_neighbors(ends, 1, most=1, generator=3)
     for wrong in (-1.0, torch.inf, torch.nan):
         with pytest.raises(ValueError, match=rf"distance must be finite .* got {wrong}"):
             connected_neighbors(ends, 1, distance=wrong)

@@ -26,7 +26,7 @@ from fastgt.models.graph_gps_encoders import check_matrix
 from fastgt.models.graph_transformer import check_dtype
 from fastgt.nn.sublayers import check_rows, reset_sublayers
 from fastgt.ops.channelwise_attention import channelwise_attention
-from fastgt.ops.checks import check_float, check_square, integer, number
+from fastgt.ops.checks import check_float, check_generator, check_square, integer, number
 from fastgt.ops.implementation import Impl, check_impl
 from fastgt.patterns import knn, radius
 
@@ -157,6 +157,7 @@ def connected_neighbors(
         [[0, 1, 0, 1, 2], [0, 0, 1, 1, 2]]
     """
     check_float("ends", ends)
+    check_generator(generator)
     if ends.ndim != 3 or ends.shape[1] != 2 or ends.shape[2] == 0:
         raise ValueError(f"ends must be [N, 2, position_dim], got {list(ends.shape)}")
     if not bool(ends.isfinite().all()):

@@ -148,6 +148,14 @@ def check_float(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a strided tensor, got {found}")
 
 
+def check_generator(generator: object) -> None:
+    """A generator, or None for PyTorch's own."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}"
+        )
+
+
 def check_widths(q: Tensor, v: Tensor, instead: str, widest: int = MAX_WIDTH) -> None:
     """``instead``: what takes wider heads, or may stand in their place."""
     for name, d in (("q", q.shape[2]), ("v", v.shape[2])):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgt.graph import Graph
-from fastgt.ops.checks import integer
+from fastgt.ops.checks import check_generator, integer
 from fastgt.patterns.build import boundaries, from_blocks
 
 
@@ -63,10 +63,7 @@ def big_bird(
     offsets, window = boundaries(n, graphs), integer("window", window, 1)
     if window % 2 == 0:
         raise ValueError(f"window must be odd, got {window}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator or None, got {type(generator).__name__}"
-        )
+    check_generator(generator)
     block, ends = integer("block", block, 1), integer("globals", globals, 0)
     random = integer("random", random, 0)
     seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgt.graph import Graph
-from fastgt.ops.checks import integer
+from fastgt.ops.checks import check_generator, integer
 from fastgt.patterns.build import boundaries, from_rows, owners
 from fastgt.patterns.permutations import expander_table
 
@@ -42,10 +42,7 @@ def random(
         300
     """
     degree, offsets = integer("degree", degree, 0), boundaries(n, graphs)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator or None, got {type(generator).__name__}"
-        )
+    check_generator(generator)
     sizes = offsets.diff()
     small = ((sizes > 0) & (sizes < degree)).nonzero()
     if len(small):

@@ -389,6 +389,19 @@ def test_more_blocks_than_there_are_is_all_of_them(block, options):
     assert made.elements <= 2 * (found.num_edges + found.num_rows)
 
 
+def test_nothing_is_drawn_of_pytorchs_generator_that_is_not_asked_for():
+    graph, generator = Graph.complete(torch.tensor([0, 20])), torch.Generator()
+    before = torch.get_rng_state()
+    big_bird(40, 2, random=0)
+    big_bird(40, 2, generator=generator)
+    random(40, 2, generator=generator)
+    expander(40, 2)
+    expander_table(graph, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    big_bird(40, 2)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_equal_graphs_of_a_batch_have_one_pattern_of_big_bird():
     alone, both = (
         big_bird(40, 2, generator=torch.Generator().manual_seed(1), graphs=n) for n in (1, 2)

@@ -66,7 +66,8 @@ def big_bird(
     check_generator(generator)
     block, ends = integer("block", block, 1), integer("globals", globals, 0)
     random = integer("random", random, 0)
-    seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+    # without blocks to draw the generator is left as it is
+    seed = int(torch.randint(2**62, (), generator=generator, device="cpu")) if random else 0
     return blocks_pattern(offsets, block, window // 2, ends, random, seed)
 
 

@@ -164,6 +164,8 @@ def test_a_seed_gives_the_same_set():
         ({"pairs": 15}, ValueError, "pairs must be a multiple of 10, got 15"),
         ({"pairs": 0}, ValueError, "pairs must be positive, got 0"),
         ({"pairs": 10.0}, TypeError, "pairs must be an int, got float 10.0"),
+        ({"seed": -1}, ValueError, "seed must not be negative, got -1"),
+        ({"seed": None}, TypeError, "seed must be an int, got NoneType"),
         ({"noise": -0.1}, ValueError, "noise must be finite and not negative, got -0.1"),
         ({"noise": "2%"}, TypeError, "noise must be a number, got str"),
     ],

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgt import segment_max, segment_mean, segment_sum, virtual_node
+from fastgt.ops.segment_pool import of_nodes
 
 POOLS = {"sum": segment_sum, "mean": segment_mean, "max": segment_max}
 IMPLS = ["reference", *FAST]
@@ -151,3 +152,21 @@ def test_autocast_casts_no_sum_down(pool):
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         found = pool(x, offsets)
     assert torch.equal(found, pool(x, offsets))
+
+
+def test_the_meta_device_gives_shapes():
+    """There is no autocast to leave out."""
+    x, state = torch.zeros(5, 3, device="meta"), torch.zeros(2, 3, device="meta")
+    offsets = torch.zeros(3, dtype=torch.long, device="meta")
+    for pool in (segment_sum, segment_mean, segment_max):
+        assert pool(x, offsets).shape == (2, 3)
+    assert of_nodes(state, offsets, 5, None).shape == (5, 3)
+    assert [y.shape for y in virtual_node(x, state, offsets)] == [(5, 3), (2, 3)]
+
+
+def test_what_a_graph_has_is_given_to_its_nodes_in_its_dtype():
+    state = torch.randn(3, 2, device=DEVICE)
+    offsets = torch.tensor([0, 2, 2, 5], device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = of_nodes(state, offsets, 5, None)
+    assert torch.equal(found, state[[0, 0, 2, 2, 2]])

@@ -140,9 +140,7 @@ def of_nodes(state: Tensor, offsets: Tensor, nodes: int, impl: Impl | None) -> T
 
     Other than that of an index, its gradient is summed in float32 (float64), in a fixed order.
     """
-    batch = _batch(offsets, nodes).transpose()
-    with torch.autocast(state.device.type, enabled=False):
-        return aggregate(state, batch, reduce="sum", impl=impl)
+    return _aggregate(state, _batch(offsets, nodes).transpose(), None, "sum", impl)
 
 
 def _pool(x: Tensor, offsets: Tensor, reduce: Reduce, impl: Impl | None) -> Tensor:
@@ -159,12 +157,12 @@ def _pool(x: Tensor, offsets: Tensor, reduce: Reduce, impl: Impl | None) -> Tens
 def _aggregate(
     state: Tensor | None,
     batch: Graph,
-    x: Tensor,
+    x: Tensor | None,
     reduce: Reduce,
     impl: Impl | None,
 ) -> Tensor:
-    """``aggregate`` in the dtype of x."""
-    device = x.device.type
+    """``aggregate`` in the dtype of what is given."""
+    device = batch.device.type
     plain = torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
     with plain:
         return aggregate(state, batch, edge_value=x, reduce=reduce, impl=impl)

@@ -352,6 +352,7 @@ BAD = [
     (lambda: causal(torch.zeros(2, 2).long()), ValueError, "n must be [G + 1], got [2, 2]"),
     (lambda: causal([0, 5]), TypeError, "n must be an int, got list"),
     (lambda: causal(torch.tensor([0.0, 3.0])), TypeError, "n must be int32 or int64, got torch.fl"),
+    (lambda: causal(torch.tensor([0, math.nan])), TypeError, "n must be int32 or int64, got torch"),
     (lambda: groups([1, 2]), TypeError, "label must be a tensor of integers, got list"),
     (lambda: groups(torch.zeros(2, 2).long()), ValueError, r"label must be \[N\], got \[2, 2\]"),
     (

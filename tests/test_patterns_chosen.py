@@ -519,6 +519,7 @@ BAD = [
     (lambda: top_k(SCORES + torch.nan, 1), ValueError, "scores must not be NaN, got one at [0, 0]"),
     (lambda: top_blocks(SCORES, 4, 2), ValueError, "k=4 is larger than the 3 blocks of columns"),
     (lambda: top_blocks(SCORES, 1, 0), ValueError, "block must be positive, got 0"),
+    (lambda: top_blocks(SCORES, 1, (2, 2, 2)), ValueError, "block must be one, or a pair (rows, c"),
     (
         lambda: top_blocks(SCORES, 1, torch.tensor([0, 2, 4])),
         ValueError,

@@ -91,7 +91,8 @@ def check_ptr(name: str, offsets: object) -> Tensor:
     total, device = 0, torch.device("cpu")
     if isinstance(offsets, Tensor):
         device = offsets.device
-        total = int(offsets[-1]) if offsets.ndim == 1 and len(offsets) else 0
+        whole = offsets.dtype in (torch.int32, torch.int64)
+        total = int(offsets[-1]) if whole and offsets.ndim == 1 and len(offsets) else 0
     check_offsets(offsets, total, device, name)
     assert isinstance(offsets, Tensor)
     return offsets.long()

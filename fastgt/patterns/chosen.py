@@ -84,7 +84,10 @@ def top_blocks(scores: Tensor, k: int, block: Block | tuple[Block, Block]) -> Gr
     graphs, rows, cols = _sizes(scores)
     k = integer("k", k, 0)
     chosen = _best(scores, k, "blocks of columns").view(graphs, rows, k)
-    of_rows, of_cols = block if isinstance(block, tuple) else (block, block)
+    both = block if isinstance(block, tuple) else (block, block)
+    if len(both) != 2:
+        raise ValueError(f"block must be one, or a pair (rows, columns), got {len(both)}")
+    of_rows, of_cols = both
     row_ptr = _blocks(of_rows, rows, graphs, "rows", scores.device)
     col_ptr = _blocks(of_cols, cols, graphs, "columns", scores.device)
     number = torch.arange(graphs + 1, device=scores.device)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from fastgt.nn.sublayers import check_rows, reset_sublayers
 from fastgt.ops.checks import autocasts, readable
+from fastgt.ops.checks import without_autocast
 
 EPS = 1e-5  # of the smoothing, and of the batch norm
 
@@ -77,8 +77,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def update(self, x: Tensor) -> Tensor:
         """x ``[B, dim]`` -> the centroid of each row, ``[B]`` int64; in training they move too."""
-        device = x.device.type
-        with torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
+        with without_autocast(x.device.type):
             check_rows(self.norm, x, "norm of Codebook", "node")
             z = self.norm(x.to(self.centroids.dtype))
             if self.training:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgt.contract import AuxRequest
-from fastgt.ops.checks import autocasts, check_float, check_offsets, integer, readable
+from fastgt.ops.checks import check_float, check_offsets, integer, readable, without_autocast
 from fastgt.ops.global_attention import global_attention
 from fastgt.ops.segment_pool import of_nodes
 
@@ -72,8 +71,7 @@ def log_sinkhorn(
     """
     iterations = integer("iterations", iterations, 1)
     _check(scores, dustbin, offsets, key_offsets)
-    device = scores.device.type
-    with torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
+    with without_autocast(scores.device.type):
         wide = scores if scores.dtype == torch.float64 else scores.float()
         return _Pairs(offsets, key_offsets).solved(wide, dustbin.to(wide.dtype), iterations)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ _AUTOCAST_DEVICES = frozenset(
 def autocasts(device: str) -> bool:
     # meta and other devices without autocast are refused by is_autocast_enabled
     return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """What is computed inside has the dtypes of what it is computed from."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> Tensor:

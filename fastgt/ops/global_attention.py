@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from contextlib import nullcontext
 from typing import Any, overload
 
 import torch
@@ -37,6 +36,7 @@ from fastgt.ops.checks import (
     number,
     readable,
     refuse_forward_mode,
+    without_autocast,
 )
 from fastgt.ops.head_mask import check_head_gate, gated, head_mask
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
@@ -216,9 +216,8 @@ def _attend(
     impl: Impl, inputs: Inputs, terms: PairTerms, ragged: RaggedPairs, dropout: Dropout
 ) -> GlobalResults:
     if impl == "reference":
-        device = inputs.q.device.type
         # its sums are float32's, whatever the inputs were cast to
-        with torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
+        with without_autocast(inputs.q.device.type):
             return GlobalResults(*reference.masked_global_attention(inputs, terms, ragged, dropout))
     tensors = *inputs, terms.bias
     refuse_forward_mode(*tensors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +23,7 @@ from fastgt.ops.checks import (
     needs_gradient,
     number,
     refuse_forward_mode,
+    without_autocast,
 )
 from fastgt.ops.head_mask import check_head_gate, gated, head_mask
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
@@ -131,9 +131,8 @@ def linear_attention(
         check_head_gate(head_gate, q.shape[1], q.device, graphs)
     impl = resolve_impl(impl, q)
     if impl == "reference":
-        device = q.device.type
         # its sums are float32's, whatever the inputs were cast to
-        with torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
+        with without_autocast(q.device.type):
             return reference.linear_attention(
                 q,
                 k,

@@ -6,7 +6,6 @@ in order: everything else is ``aggregate``'s.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from fastgt.graph import Graph
 from fastgt.ops.aggregate import Reduce, aggregate, aggregate_in_order
-from fastgt.ops.checks import autocasts, check_float, check_offsets
+from fastgt.ops.checks import autocasts, check_float, check_offsets, without_autocast
 from fastgt.ops.implementation import Impl, resolve_impl
 from fastgt.prepared import ColumnWalk, Prepared
 
@@ -162,9 +161,7 @@ def _aggregate(
     impl: Impl | None,
 ) -> Tensor:
     """``aggregate`` in the dtype of what is given."""
-    device = batch.device.type
-    plain = torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
-    with plain:
+    with without_autocast(batch.device.type):
         return aggregate(state, batch, edge_value=x, reduce=reduce, impl=impl)
 
 

@@ -333,6 +333,11 @@ BAD = [
     (lambda: windows((4, 4), 2, graphs=0), ValueError, "graphs must be positive, got 0"),
     (lambda: windows((4, 6), 4), ValueError, "window of 4 does not divide the 6 nodes"),
     (lambda: dilated((8, 8), 2, 3), ValueError, "window times dilation of 6 does not divide the 8"),
+    (
+        lambda: dilated((8,), 2**62, 4, partial=True),
+        ValueError,
+        f"window times dilation must fit in 64 bits, got {2**64}",
+    ),
     (lambda: dilated((8, 8), 2, 0), ValueError, "dilation must be positive, got 0"),
     (lambda: stripes((8, 8), 3, 0), ValueError, "width of 3 does not divide the 8 nodes"),
     (lambda: stripes((8, 8), 2, 2), ValueError, "axis must be from -2 to 1, got 2"),

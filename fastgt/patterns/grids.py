@@ -114,7 +114,8 @@ def dilated(
     shape = _shape(shape)
     window = _sizes("window", window, shape, 1)
     dilation = _sizes("dilation", dilation, shape, 1)
-    block = tuple(w * d for w, d in zip(window, dilation, strict=True))
+    blocks = zip(window, dilation, strict=True)
+    block = tuple(integer("window times dilation", w * d) for w, d in blocks)
     if not partial:
         _check_divides("window times dilation", block, shape)
     labels = []

@@ -183,6 +183,10 @@ def test_what_is_no_graph_or_no_seed_is_refused():
         expander(graph, 0)
     with pytest.raises(ValueError, match=r"seed must be \[G\] = \[1\] int64, got \[2\]"):
         expander(graph, 3, seed=torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="virtual_nodes must not be negative, got -1"):
+        exphormer_pattern(graph, None, -1)
+    with pytest.raises(TypeError, match="virtual_nodes must be an int, got float"):
+        exphormer_pattern(graph, None, 1.5)
     for seed in (2**63, -(2**63) - 1):
         with pytest.raises(ValueError, match=f"seed must fit in 64 bits, got {seed}"):
             expander(graph, 3, seed=seed)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgt.graph import Graph
-from fastgt.ops.checks import check_square, readable
+from fastgt.ops.checks import check_square, integer, readable
 from fastgt.patterns.permutations import expander_table
 
 
@@ -90,6 +90,9 @@ def exphormer_pattern(graph: Graph, expander: Tensor | None, virtual_nodes: int)
         expander: ``[N, W]`` integers, as :func:`expander` gives; None for none.
         virtual_nodes: Of each graph, 0 or more.
 
+    Raises:
+        TypeError, ValueError: An argument does not fit; it is named.
+
     Example:
         >>> import torch
         >>> from fastgt import Graph
@@ -100,6 +103,7 @@ def exphormer_pattern(graph: Graph, expander: Tensor | None, virtual_nodes: int)
         ((2, 6, 3, 3), 4)
     """
     n, g, device = check_square(graph), graph.num_graphs, graph.device
+    virtual_nodes = integer("virtual_nodes", virtual_nodes, 0)
     parts = [graph.edge_index]
     if expander is not None:
         parts.append(_both_ways(expander, graph))

@@ -50,6 +50,11 @@ def graph_transformer_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tenso
     return {_renamed(name): x for name, x in state.items()}
 
 
+def by_heads(x: Tensor, heads: int, dim: int) -> Tensor:
+    """Channels of that dimension from ``[D, H]`` to ``[H, D]``."""
+    return x.unflatten(dim, (-1, heads)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
 def _renamed(name: str) -> str:
     for theirs, ours in _GRAPH_TRANSFORMER.items():
         found = re.match(theirs, name)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fastgt.models.authors_checkpoints import by_heads
 from fastgt.models.correspondence import CorrespondenceTransformerConfig
 
 # what the authors call a part -> what it is here; a layer of an MLP is every third of theirs
@@ -61,16 +62,11 @@ def correspondence_state_dict(
         if ours.endswith(".weight"):
             x = x.squeeze(2)  # of a convolution over one node
         if re.fullmatch(r"layers\.\d+\.[qkv]\.\w+", ours):
-            x = _by_heads(x, config.heads, 0)
+            x = by_heads(x, config.heads, 0)
         elif re.fullmatch(r"layers\.\d+\.merge\.weight", ours):
-            x = _by_heads(x, config.heads, 1)
+            x = by_heads(x, config.heads, 1)
         found[ours] = x
     return found
-
-
-def _by_heads(x: Tensor, heads: int, dim: int) -> Tensor:
-    """Channels of that dimension from ``[D, H]`` to ``[H, D]``."""
-    return x.unflatten(dim, (-1, heads)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def _renamed(name: str) -> str:

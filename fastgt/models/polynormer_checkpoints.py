@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fastgt.models.authors_checkpoints import by_heads
 from fastgt.models.polynormer_config import PolynormerConfig
 
 # what the authors or torch-geometric call a part -> what it is here
@@ -72,23 +73,18 @@ def polynormer_state_dict(
         if name in ("betas", "global_attn.betas"):
             part = "layers" if name == "betas" else "global_layers"
             for i, row in enumerate(x):
-                value = row if part == "layers" else _by_heads(row, config.heads, 0)
+                value = row if part == "layers" else by_heads(row, config.heads, 0)
                 found[f"{part}.{i}.beta.value"] = value
             continue
         ours = _renamed(name)
         if ours.startswith("global_layers."):
-            x = _by_heads(x, config.heads, 0)
+            x = by_heads(x, config.heads, 0)
         elif re.match(r"global_out\.\d+\.0\.weight", ours):
-            x = _by_heads(x, config.heads, 1)
+            x = by_heads(x, config.heads, 1)
         elif ours.endswith((".source", ".target")):
             x = x.squeeze(0)
         found[ours] = x
     return found
-
-
-def _by_heads(x: Tensor, heads: int, dim: int) -> Tensor:
-    """Channels of that dimension from ``[D, H]`` to ``[H, D]``."""
-    return x.unflatten(dim, (-1, heads)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def _renamed(name: str) -> str:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgt.nn.sublayers import check_rows, reset_sublayers
-from fastgt.ops.checks import autocasts, readable
-from fastgt.ops.checks import without_autocast
+from fastgt.ops.checks import readable, without_autocast
 
 EPS = 1e-5  # of the smoothing, and of the batch norm
 

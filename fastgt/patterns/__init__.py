@@ -1,9 +1,11 @@
 """Patterns of attention as graphs: windows, stripes, sequences, nearest points, chosen pairs.
 
-Every function returns a :class:`fastgt.Graph`, built once and shared by all layers. It takes time
-and memory linear in the edges: no function makes a mask of all pairs, but those that are given a
-score for each pair. Each row's edges stand in the order of their columns, and edges are numbered
-row after row, where nothing else is said. No edge is there twice.
+Every function returns a :class:`fastgt.Graph`, built once and shared by all layers. Memory is
+linear in the edges. So is time, apart from sorting and from what a function says of itself. Only
+:func:`top_k` and :func:`top_blocks`, which are given a score for each pair, make a mask of all
+pairs. Where a function says nothing else, edges are numbered row after row, and within a row by
+column. No edge occurs twice. A pattern is symmetric if node j attends to node i whenever node i
+attends to node j.
 """
 
 from fastgt.patterns.big_bird import big_bird

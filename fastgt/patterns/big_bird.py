@@ -28,10 +28,11 @@ def big_bird(
 
         {(i, j): b(i) or b(j) is global, or |b(i) - b(j)| <= (window - 1) / 2, or b(j) in R_b(i)}
 
-    ``R_b`` are ``random`` distinct blocks of those left, or all where fewer are left. Of B whole
-    blocks let g be global, and let block b be near c_b of those that are not, itself among them.
-    Then these are ``block^2 (g B + sum_b (g + c_b + min(random, B - g - c_b)))`` edges, where the
-    sum is over blocks that are not global: ``n block (2 g + window + random)`` at most for n nodes.
+    ``R_b`` are ``random`` distinct blocks of those left, or all of them if fewer are left. Let all
+    B blocks be whole, g of them global, and let c_b be how many of the others are around block b,
+    itself among them. Then there are ``block^2 (g B + sum_b (g + c_b + min(random, B - g - c_b)))``
+    edges, where the sum is over blocks that are not global: at most
+    ``n block (2 g + window + random)`` for n nodes.
     The pattern is symmetric where ``random`` is 0.
 
     Which blocks are drawn depends on the generator, on the place of a block and on B alone: equal
@@ -45,7 +46,7 @@ def big_bird(
         globals: Global blocks at each end of a graph, 0 or more.
         random: Blocks that are drawn for a block, 0 or more.
         generator: On the CPU. The same state gives the same pattern. None takes PyTorch's own.
-        graphs: So many graphs of n nodes, as a batch.
+        graphs: How many graphs of n nodes the batch has.
 
     Raises:
         TypeError, ValueError: An argument does not fit; it is named.

@@ -14,7 +14,7 @@ from fastgt.patterns.permutations import expander_table
 def random(
     n: int | Tensor, degree: int, *, generator: torch.Generator | None = None, graphs: int = 1
 ) -> Graph:
-    """Every node attends to some nodes of its graph, drawn anew for each: every set alike likely.
+    """Every node attends to random nodes of its graph; all sets of them are equally likely.
 
     The edges are ``{(i, j): j in S_i}``, with ``S_i`` a set of ``degree`` nodes, of which i may be
     one. With N nodes these are ``N degree`` edges. The pattern is symmetric only by chance. Graphs
@@ -26,7 +26,7 @@ def random(
         n: Nodes of a graph, or ``[G + 1]`` boundaries of a batch.
         degree: From 0 to the nodes of each graph.
         generator: On the CPU. The same state gives the same pattern. None takes PyTorch's own.
-        graphs: So many graphs of n nodes, as a batch.
+        graphs: How many graphs of n nodes the batch has.
 
     Raises:
         TypeError, ValueError: An argument does not fit; it is named, with both numbers.
@@ -75,7 +75,7 @@ def expander(
     The edges are ``{(i, s_p(i)), (s_p(i), i): p < degree}`` without self loops and duplicates. The
     permutations ``s_p`` of each graph are drawn until the spectral gap is near the largest
     (:func:`fastgt.models.expander`). With N nodes these are ``2 N degree`` edges, less those that
-    were left out. A graph of n nodes has all ``n (n - 1)`` pairs where n is no more than 10 or
+    are left out. A graph of n nodes has all ``n (n - 1)`` pairs where n is no more than 10 or
     ``degree``. The pattern is symmetric.
 
     Drawn on the CPU, in O(degree N) memory.
@@ -83,11 +83,11 @@ def expander(
     Args:
         n: Nodes of a graph, or ``[G + 1]`` boundaries of a batch.
         degree: Permutations, 1 or more.
-        cycles: Draw Hamiltonian cycles, in the place of any permutations.
+        cycles: Draw Hamiltonian cycles only, and no other permutations.
         seed: One for each graph, ``[G]`` int64: what is drawn depends on that and on the graph's
             size alone. An int stands for ``seed + g``.
         tries: Draws of a graph at most; the best is kept.
-        graphs: So many graphs of n nodes, as a batch.
+        graphs: How many graphs of n nodes the batch has.
 
     Raises:
         TypeError, ValueError: An argument does not fit; it is named.

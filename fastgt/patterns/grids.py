@@ -39,9 +39,9 @@ def windows(
         shape: Nodes along each axis: a grid of any dimension.
         window: Nodes of a window along each axis, or along all of them.
         shift: Where the first window begins, from 0 to ``window - 1``, in the same form.
-        partial: Let the last window along an axis be smaller. That is what padding computes whose
-            nodes are masked. If not, ``window`` has to divide ``shape``.
-        graphs: So many grids, as a batch.
+        partial: Let the last window along an axis be smaller, which gives the same as padding with
+            masked nodes. If not, ``window`` has to divide ``shape``.
+        graphs: How many equal grids the batch has.
 
     Raises:
         TypeError, ValueError: An argument does not fit; it is named, with both numbers.
@@ -86,7 +86,7 @@ def dilated(
         {(i, j): x_a // (window_a dilation_a) = y_a // (window_a dilation_a)
                  and x_a mod dilation_a = y_a mod dilation_a for all a}
 
-    These are ``N prod_a window_a`` edges if the blocks fill the grid. The pattern is symmetric.
+    There are ``N prod_a window_a`` edges if the blocks fill the grid. The pattern is symmetric.
     With one block it is MaxViT's grid attention, and CrossFormer's of long distances.
     :func:`neighborhood` with a dilation is another pattern: there each node has a window of its own
     around it, and here the nodes of a window share it.
@@ -97,7 +97,7 @@ def dilated(
         dilation: From one node of a window to the next, in the same form.
         partial: Let windows of the last block along an axis be smaller. If not,
             ``window dilation`` has to divide ``shape``.
-        graphs: So many grids, as a batch.
+        graphs: How many equal grids the batch has.
 
     Raises:
         TypeError, ValueError: An argument does not fit; it is named, with both numbers.
@@ -141,7 +141,7 @@ def stripes(
         width: Nodes of a stripe along ``axis``.
         axis: Which is cut, from 0, or from the last as -1.
         partial: Let the last stripe be thinner. If not, ``width`` has to divide n.
-        graphs: So many grids, as a batch.
+        graphs: How many equal grids the batch has.
 
     Raises:
         TypeError, ValueError: An argument does not fit; it is named, with both numbers.
@@ -170,7 +170,7 @@ def axial(shape: Sequence[int], axis: int, *, graphs: int = 1) -> Graph:
     Args:
         shape: Nodes along each axis.
         axis: Along which nodes attend, from 0, or from the last as -1.
-        graphs: So many grids, as a batch.
+        graphs: How many equal grids the batch has.
 
     Raises:
         TypeError, ValueError: An argument does not fit; it is named, with both numbers.
@@ -192,7 +192,7 @@ def axial(shape: Sequence[int], axis: int, *, graphs: int = 1) -> Graph:
 def neighborhood(
     shape: Sequence[int], window: Sizes, *, dilation: Sizes = 1, graphs: int = 1
 ) -> Graph:
-    """A window around each node, moved inwards at the borders: all have as many neighbours.
+    """A window around each node, moved inwards at the borders: all have the same size.
 
     Along each axis, with ``d`` the dilation and ``w`` the window, node x attends to nodes of the
     same remainder ``r = x mod d``. There are ``L = ceil((n - r) / d)`` of them, and x is number
@@ -209,7 +209,7 @@ def neighborhood(
             a node than after it.
         dilation: From a neighbour to the next, in the same form. ``window dilation`` must not be
             larger than ``shape``.
-        graphs: So many grids, as a batch.
+        graphs: How many equal grids the batch has.
 
     Raises:
         TypeError, ValueError: An argument does not fit; it is named, with both numbers.

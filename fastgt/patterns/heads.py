@@ -23,7 +23,7 @@ def fold_heads(graphs: Sequence[Graph]) -> Graph:
     Edge tensors are those of the patterns one after another, each with the heads of its group.
 
     Args:
-        graphs: One for each head, or for each group of consecutive heads: all of as many nodes.
+        graphs: One for each head, or for each group of consecutive heads; all have N nodes.
 
     Raises:
         TypeError, ValueError: An argument does not fit; it is named, with both numbers.
@@ -62,7 +62,7 @@ def fold(x: Tensor, patterns: int | None = None) -> Tensor:
 
     Args:
         x: ``[N, H, D]``.
-        patterns: P, which divides H; None for one a head.
+        patterns: P, which divides H; None for a pattern of each head.
 
     Raises:
         TypeError, ValueError: An argument does not fit; it is named, with both numbers.
@@ -83,7 +83,7 @@ def unfold(x: Tensor, patterns: int) -> Tensor:
 
     Args:
         x: ``[P N, H / P, D]``.
-        patterns: P; that of heads where each has a pattern of its own.
+        patterns: P; the number of heads where each head has a pattern of its own.
 
     Raises:
         TypeError, ValueError: An argument does not fit; it is named, with both numbers.

@@ -31,7 +31,7 @@ def knn(
     query_offsets: Tensor | None = None,
     partial: bool = False,
 ) -> Graph:
-    """Every query attends to its k nearest points; every point does where there are no queries.
+    """Every query attends to its k nearest points; without queries, every point does.
 
     The edges are ``{(i, j): fewer than k points of the graph are before j for i}``. A point is
     before j where its distance to i is less, or the same and its number lower. Distances are
@@ -43,7 +43,7 @@ def knn(
     Args:
         points: ``[N, dimensions]``, no coordinate farther than 1e150 from 0.
         k: From 0 to the number of points of each graph.
-        queries: ``[M, dimensions]``: the rows. The columns are the points.
+        queries: ``[M, dimensions]``, the rows of the graph; its columns are the points.
         offsets: ``[G + 1]`` boundaries of a batch, in points.
         query_offsets: Those in queries.
         partial: Let a graph have fewer than k points; its queries attend to all of them.
@@ -87,7 +87,7 @@ def radius(
     offsets: Tensor | None = None,
     query_offsets: Tensor | None = None,
 ) -> Graph:
-    """Every query attends to all points that are not farther than r; every point does without any.
+    """Every query attends to all points within r of it; without queries, every point does.
 
     The edges are ``{(i, j): |x_i - y_j|^2 <= r^2}`` within each graph, in float64. With ``most``,
     only the nearest are kept, in the order of :func:`knn`: ``sum_i min(c_i, most)`` edges, with c_i

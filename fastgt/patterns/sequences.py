@@ -21,7 +21,7 @@ def band(n: int | Tensor, before: int, after: int, *, graphs: int = 1) -> Graph:
     Args:
         n: Nodes of a graph, or ``[G + 1]`` boundaries of a batch.
         before, after: How many nodes on each side, 0 or more.
-        graphs: So many graphs of n nodes, as a batch.
+        graphs: How many graphs of n nodes the batch has.
 
     Raises:
         TypeError, ValueError: An argument does not fit; it is named.
@@ -54,7 +54,7 @@ def causal(n: int | Tensor, *, window: int | None = None, graphs: int = 1) -> Gr
     Args:
         n: Nodes of a graph, or ``[G + 1]`` boundaries of a batch.
         window: How many nodes one attends to at most, itself among them; None for all.
-        graphs: So many graphs of n nodes, as a batch.
+        graphs: How many graphs of n nodes the batch has.
 
     Raises:
         TypeError, ValueError: An argument does not fit; it is named.

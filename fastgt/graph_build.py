@@ -355,7 +355,7 @@ def check_device(x: Tensor, name: str, device: torch.device, of: str = "edge_ind
 def check_boundaries(ptr: Tensor, name: str, total: int, of: str) -> None:
     first, last, down = int(ptr[0]), int(ptr[-1]), ptr[1:] < ptr[:-1]  # a difference may wrap
     if first != 0:
-        raise ValueError(f"{name} must start at 0, got {first}")
+        raise ValueError(f"{name} must start at 0, got {first}: it takes boundaries, not sizes")
     if bool(down.any()):
         i = int(down.nonzero()[0])
         raise ValueError(f"{name} decreases from {int(ptr[i])} to {int(ptr[i + 1])} at {i + 1}")

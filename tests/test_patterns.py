@@ -352,6 +352,11 @@ BAD = [
     (lambda: causal(4, window=0), ValueError, "window must be positive, got 0"),
     (lambda: causal(2**62, graphs=4), ValueError, f"n gives {2**62} nodes in each of 4 graphs"),
     (lambda: causal(torch.tensor([0, 3, 2])), ValueError, "n decreases from 3 to 2 at 2"),
+    (
+        lambda: causal(torch.tensor([5, 7])),
+        ValueError,
+        "n must start at 0, got 5: it takes boundaries, not sizes",
+    ),
     (lambda: causal(torch.tensor([0, 3]), graphs=2), ValueError, "graphs must be 1 where n has"),
     (lambda: causal(torch.tensor(5)), ValueError, "n must be [G + 1], got []"),
     (lambda: causal(torch.zeros(2, 2).long()), ValueError, "n must be [G + 1], got [2, 2]"),

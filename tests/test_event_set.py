@@ -227,6 +227,11 @@ def test_what_does_not_fit_is_refused_by_name():
         ),
         ({"source": beyond}, ValueError, "source must be from 0 to 8, got 9 at event 7"),
         ({"target": below}, ValueError, "target must be from 0 to 8, got -1 at event 5"),
+        ({"source": data.source.numpy()}, TypeError, "source must be a tensor, got ndarray"),
+        ({"time": data.time.tolist()}, TypeError, "time must be a tensor, got list"),
+        ({"edge": data.edge.numpy()}, TypeError, "edge must be a tensor, got ndarray"),
+        ({"splits": None}, TypeError, "splits must be a dict, got NoneType"),
+        ({"splits": {"train": 9}}, TypeError, r"splits\['train'\] must be a pair .*, got 9"),
         ({"source": data.source.int()}, TypeError, "source must be int64, got torch.int32"),
         ({"source": data.source.numpy()}, TypeError, "source must be a tensor, got ndarray"),
         ({"time": data.time.tolist()}, TypeError, "time must be a tensor, got list"),
@@ -289,6 +294,8 @@ def test_what_does_not_fit_is_refused_by_name():
     ):
         with pytest.raises(TypeError, match=message):
             data.times_seen(pairs, 5)
+    with pytest.raises(TypeError, match="pairs must be a tensor, got list"):
+        data.times_seen([[1], [2]], 5)
 
 
 def test_a_source_that_reaches_every_target_at_once_has_no_negative():

@@ -73,13 +73,15 @@ class EventSet:
         source, target: ``[E]`` int64 nodes, from 0 to ``num_nodes - 1``.
         time: ``[E]`` integers or floating point, never falling.
         num_nodes: How many nodes there are.
-        splits: Of ``"train"``, ``"val"`` and ``"test"`` the numbers of the first event and of the
-            first that is no longer in it.
+        splits: ``(first, end)`` of ``"train"``, ``"val"`` and ``"test"``: a split has the events
+            ``first`` to ``end - 1``.
         edge: ``[E, F]`` features; None where events carry nothing.
         title: What results on it are called.
 
     Raises:
         TypeError: ``source``, ``target``, ``time`` or ``edge`` is no tensor, or has another dtype.
+        TypeError: ``source``, ``target``, ``time`` or ``edge`` is no tensor or has another dtype,
+            or ``splits`` has another form.
         ValueError: Events go back in time, a node is beyond the graph, or the arrays do not fit
             each other; says which.
 
@@ -114,6 +116,7 @@ class EventSet:
         for name in ("source", "target", "time", "edge"):
             x = getattr(self, name)
             if not isinstance(x, Tensor) and (name != "edge" or x is not None):
+            if not (isinstance(x, Tensor) or (name == "edge" and x is None)):
                 raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         for name in ("source", "target"):
             x = getattr(self, name)
@@ -145,7 +148,12 @@ class EventSet:
                     f"{event}"
                 )
         check_times("time", self.time)
-        for name, (first, last) in self.splits.items():
+        if not isinstance(self.splits, dict):
+            raise TypeError(f"splits must be a dict, got {type(self.splits).__name__}")
+        for name, ends in self.splits.items():
+            if not isinstance(ends, (tuple, list)) or len(ends) != 2:
+                raise TypeError(f"splits[{name!r}] must be a pair (first, end), got {ends!r}")
+            first, last = (integer(f"splits[{name!r}]", end) for end in ends)
             if not 0 <= first <= last <= count:
                 raise ValueError(
                     f"splits[{name!r}] must be within 0 to {count}, got {first} to {last}"
@@ -188,13 +196,13 @@ class EventSet:
         )
 
     def negatives(self, batch: EventBatch, kind: Negatives, *, seed: int = 0) -> Tensor:
-        """As many pairs as the batch has, without an event from its first to its last minute.
+        """As many pairs as the batch has, none with an event between its first and its last time.
 
         ``"random"`` keeps the source of each event and draws a target among all targets of the
         set. ``"historical"`` draws, each once, pairs that had an event before the batch.
-        ``"inductive"`` draws such pairs as had none before the split began. Where there are fewer
-        than events, random ones stand for the last events. A seed gives the same pairs for a batch
-        always, whatever was drawn before.
+        ``"inductive"`` draws those of them that had none before the split began. If there are fewer
+        such pairs than events, random ones stand in the last places. A seed always gives the same
+        pairs for a batch, whatever was drawn before.
 
         Args:
             batch: Of this set.
@@ -234,8 +242,8 @@ class EventSet:
     def times_seen(self, pairs: Tensor, end: int, begin: int = 0) -> Tensor:
         """How many of the events ``begin`` to ``end - 1`` each pair had.
 
-        The popularity of a pair; where it is not 0, EdgeBank predicts an event (Poursafaei et al.,
-        arXiv 2207.10128, section 5).
+        This is the popularity of a pair. EdgeBank predicts an event where it is not 0 (Poursafaei
+        et al., arXiv 2207.10128, section 5).
 
         Args:
             pairs: ``[2, B]``, source above target.
@@ -252,6 +260,11 @@ class EventSet:
         pairs = node_ids("pairs", pairs, self.num_nodes, self.time.device)
         if not 0 <= begin <= end <= len(self):
             raise ValueError(f"events must be within 0 to {len(self)}, got {begin} to {end}")
+            TypeError: ``pairs`` is no tensor.
+            ValueError: It has another shape, or a node is beyond the graph.
+        """
+        if not isinstance(pairs, Tensor):
+            raise TypeError(f"pairs must be a tensor, got {type(pairs).__name__}")
         if pairs.ndim != 2 or len(pairs) != 2:
             raise ValueError(f"pairs must be [2, B], source above target, got {list(pairs.shape)}")
         known, place = self._places

@@ -319,7 +319,7 @@ def write_flights(folder, **changes):
 
 def test_flights_of_a_file(tmp_path):
     write_flights(tmp_path)
-    data = flights(tmp_path)
+    data = flights(str(tmp_path))
     with np.load(tmp_path / "flights.npz") as file:
         assert data.source.tolist() == file["src"].tolist()
         assert data.target.tolist() == file["dst"].tolist()

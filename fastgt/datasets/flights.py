@@ -15,7 +15,7 @@ _KEYS = {"src": "iu", "dst": "iu", "t_minutes": "iu", "distance": "iu", "airport
 MILES = 1000.0  # distances are in thousands
 
 
-def flights(folder: Path | None = None) -> EventSet:
+def flights(folder: str | Path | None = None) -> EventSet:
     """600,000 flights between 229 airports of the United States, of ``flights.npz``.
 
     A flight is an event at the minute of its departure, with its distance in thousands of miles.
@@ -24,15 +24,14 @@ def flights(folder: Path | None = None) -> EventSet:
     flights leave.
 
     Args:
-        folder: That of the file, or the file. None: where
-            :func:`fastgt.real_graphs.open_data` finds it.
+        folder: The folder of the file, or the file. None: the folder that ``FASTGT_DATA`` names.
 
     Raises:
-        FileNotFoundError: It is absent.
+        FileNotFoundError: The file is absent.
         ValueError: It is damaged, goes back in time or names an airport that is not there; says
             how.
     """
-    name, arrays = archive.read(folder, "flights", _KEYS)
+    name, arrays = archive.read(None if folder is None else Path(folder), "flights", _KEYS)
     with archive.checking(name):
         return _events(arrays)
 

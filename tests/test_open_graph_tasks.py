@@ -135,6 +135,8 @@ def test_a_row_without_negatives_is_refused():
         draw_negatives(graph, torch.tensor([0, 3], device=DEVICE))
     with pytest.raises(TypeError, match=r"row must hold integers .*, got torch\.float32"):
         draw_negatives(graph, torch.tensor([0.0], device=DEVICE))
+    with pytest.raises(ValueError, match=r"row is on meta but the graph is on "):
+        draw_negatives(graph, torch.tensor([0], device="meta"))
 
 
 def ranked(rows, cols, known, hidden, k):

@@ -47,8 +47,8 @@ class OpenGraphConfig:
 
     Attributes:
         dim: Width of tokens and layers; a multiple of ``heads``.
-        heads: Of the attention; of 512 channels at most.
-        layers: So many times.
+        heads: Of the attention; each has 512 channels at most.
+        layers: How many there are, one after another.
         anchors: Random nodes of each graph that the attention goes through; all nodes of a graph
             that has fewer.
         hops: Powers of the adjacency that the topology encoder sums; 0 for norm(E) alone.
@@ -119,7 +119,7 @@ class Anchors(NamedTuple):
 
 
 class OpenGraph(nn.Module):
-    """Embeddings of all nodes of a graph, from tokens that only its edges make.
+    """Embeddings of all nodes of a graph, from tokens that are made of its edges alone.
 
     Anchors are drawn anew for every layer of every call, in evaluation too, as the authors do.
     With the same ``anchors`` a model in evaluation gives the same embeddings.
@@ -211,9 +211,10 @@ class OpenGraph(nn.Module):
             node: Tokens ``[N, dim]``; of the whole graph, as published.
             graph: A single square one.
             row, positive: ``[B]`` integers, the ends of B edges.
-            negative: ``[K]`` integers, nodes that no row should be near. Published: B of them, of
-                :func:`fastgt.models.draw_negatives` for each row, which all others have too.
-            anchors: As of a call, within the batch.
+            negative: ``[K]`` integers, nodes that no row should be near. As published, there are B:
+                :func:`fastgt.models.draw_negatives` gives one for each row, and all rows share
+                them.
+            anchors: As for a call; their numbers are those of the batch's 2 B + K nodes.
         """
         self._check(node, graph)
         if graph.num_graphs != 1:
@@ -223,6 +224,8 @@ class OpenGraph(nn.Module):
             check_nodes(name, x, n, node.device)
             for name, x in (("row", row), ("positive", positive), ("negative", negative))
         )
+        for name, x in (("row", row), ("positive", positive), ("negative", negative)):
+            check_nodes(name, x, n, graph.device)
         if len(row) != len(positive):
             raise ValueError(f"positive must be [{len(row)}] as row, got [{len(positive)}]")
         for name, x in (("row", row), ("negative", negative)):
@@ -244,7 +247,7 @@ class OpenGraph(nn.Module):
 def topology_encoding(
     node: Tensor, graph: Graph, hops: int = 3, *, present: Tensor | None = None
 ) -> Tensor:
-    """Tokens, smoothed along edges: what stands before the layers of OpenGraph.
+    """Tokens, smoothed along edges: the step before the layers of OpenGraph.
 
         x = sum_{l=1..hops} A'^l norm(E)
 
@@ -418,7 +421,7 @@ class SharedAttention(nn.Module):
 def draw_anchors(offsets: Tensor, nodes: int, count: int) -> Anchors:
     """``count`` random nodes of every graph, or all of a graph that has fewer.
 
-    Every set of so many is as likely as any other. Drawn from PyTorch's generator.
+    All sets of that size are equally likely. Drawn from PyTorch's generator.
 
     Args:
         offsets: ``[G + 1]`` boundaries of the graphs.

@@ -24,15 +24,14 @@ _TRIES = 8  # to draw no neighbour
 
 
 def with_class_nodes(graph: Graph, y: Tensor, labelled: Tensor, classes: int) -> Graph:
-    """The graph with a node for each class, which the labelled nodes of it are joined to.
+    """The graph with one more node for each class, to which its labelled nodes are joined.
 
     Node ``N + c`` stands for class c. Edges are those of the graph, then those from labelled nodes
     to their classes, then these the other way round.
 
     Args:
         graph: A single square one.
-        y: ``[N]`` integers, classes of the nodes; those of other nodes than the labelled ones are
-            not looked at.
+        y: ``[N]`` integers, classes of the nodes; only those of labelled nodes are read.
         labelled: ``[N]`` bool.
         classes: How many there are. Each must have a labelled node.
 
@@ -81,7 +80,7 @@ def with_class_nodes(graph: Graph, y: Tensor, labelled: Tensor, classes: int) ->
 def class_scores(x: Tensor, classes: int) -> Tensor:
     """Dot products of nodes with class nodes: x ``[N + classes, dim]`` -> ``[N, classes]``.
 
-    The largest one of a node is of the class that it is taken to have.
+    A node is taken to have the class of its largest one.
 
     Example:
         >>> import torch
@@ -99,8 +98,8 @@ def class_scores(x: Tensor, classes: int) -> Tensor:
 def both_sides(graph: Graph) -> Graph:
     """A bipartite graph as a square one: rows, then columns, are its nodes.
 
-    Edges are those of the graph, then the same the other way round. Its nodes stand as the tokens
-    that :func:`fastgt.encodings.svd_tokens` makes of the bipartite graph.
+    Edges are those of the graph, then the same the other way round. Its nodes have the order of the
+    tokens that :func:`fastgt.encodings.svd_tokens` makes of the bipartite graph.
 
     Example:
         >>> import torch
@@ -140,9 +139,9 @@ def edges_between(graph: Graph, first: Tensor, second: Tensor) -> Tensor:
 
 
 def draw_negatives(graph: Graph, row: Tensor) -> Tensor:
-    """For every row a random node that it has no edge from, nor is.
+    """For every row a random node, other than itself, from which it has no edge.
 
-    Each such node is as likely as any other. Drawn from PyTorch's generator.
+    All such nodes are equally likely. Drawn from PyTorch's generator.
 
     Args:
         graph: Square, with edges both ways.
@@ -176,7 +175,7 @@ def draw_negatives(graph: Graph, row: Tensor) -> Tensor:
         pending = pending[bad]
         if not len(pending):
             return negative
-    # what has edges from nearly all nodes
+    # rows with edges from nearly all nodes
     for some in pending.split(_ROWS):
         mine = row[some]
         free = ~_mask(graph, mine)
@@ -206,8 +205,8 @@ def rank_links(
         ndcg_i   = sum_{j in hidden(i), rank_ij < k} 1 / log2(rank_ij + 2)
                    / sum_{r < min(k, |hidden(i)|)} 1 / log2(r + 2)
 
-    Columns of known edges are no candidates. Other columns are, a node itself too where rows and
-    columns are the same nodes, as in the released code. Rows without hidden edges do not count.
+    Columns of known edges are no candidates. All other columns are: where rows and columns are the
+    same nodes, a node itself too, as in the released code. Rows without hidden edges do not count.
     Computed for 256 rows at once, in O(256 N_cols) memory.
 
     Args:
@@ -286,6 +285,9 @@ def check_anchors(node: Tensor, ptr: Tensor, offsets: Tensor, nodes: int) -> Ten
     node = check_nodes("anchors", node, nodes, offsets.device)
     check_offsets(ptr, len(node), offsets.device, "ptr of anchors")
     if len(ptr) != len(offsets):
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device} but the graph is on {device}")
+    if len(x) and readable(x) and not 0 <= int(x.min()) <= int(x.max()) < nodes:
         raise ValueError(
             f"anchors must be of {len(offsets) - 1} graphs, got those of {len(ptr) - 1}"
         )

@@ -232,7 +232,7 @@ def test_sets_that_do_not_fit_are_refused_by_name(graph, x, tokens, tmp_path):
     folder = tmp_path / "tokens"
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "ids").write_bytes((folder / "ids").read_bytes())
-    with pytest.raises(FileNotFoundError, match="hop0"):
+    with pytest.raises(FileNotFoundError, match=r"hop0 is absent: TokenSet\.make writes it"):
         TokenSet(tmp_path / "half")
     other = random_graph(5, NODES, 10)
     sample_tokens(other, SAMPLES, tmp_path / "other" / "ids")
@@ -275,6 +275,9 @@ def test_what_is_refused(graph, x, tokens, tmp_path):
         (torch.tensor([0, NODES]), ValueError, "nodes must be from 0 to 89, got 90 at 1"),
         (torch.tensor([-1]), ValueError, "nodes must be from 0 to 89, got -1 at 0"),
         (torch.ones(2), TypeError, "nodes must hold integers .*, got torch.float32"),
+        (torch.tensor([0, NODES]), ValueError, "nodes must be from 0 to 89, got 0 to 90"),
+        (torch.tensor([-1]), ValueError, "nodes must be from 0 to 89, got -1 to -1"),
+        (torch.ones(2), TypeError, "nodes must be a tensor of integers, got torch.float32"),
         (torch.ones(2, dtype=torch.bool), TypeError, "got torch.bool"),
         ([1], TypeError, "nodes must be a tensor of integers, got list"),
         (torch.tensor([[1]]), ValueError, r"nodes must be \[B\], got \[1, 1\]"),

@@ -39,11 +39,11 @@ class TokenBatch(NamedTuple):
 
 
 class TokenSet:
-    """Sampled nodes and features of a graph, in a folder of files.
+    """The input of :class:`fastgt.models.LargeGT`: sampled nodes and their features, in a folder.
 
     Args:
-        folder: That :meth:`make` wrote.
-        check: Whether all files are read and compared to their sums, which takes seconds for each
+        folder: The folder that :meth:`make` wrote.
+        check: Read all files and compare them with their checksums. That takes seconds for each
             gigabyte.
 
     Raises:
@@ -67,6 +67,9 @@ class TokenSet:
 
     def __init__(self, folder: str | os.PathLike[str], *, check: bool = True):
         folder = Path(folder)
+        for name in ("ids", *(f"hop{h}" for h in range(HOPS + 1))):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name} is absent: TokenSet.make writes it")
         self.ids = BlockFile(folder / "ids")
         self.hops = [BlockFile(folder / f"hop{h}") for h in range(HOPS + 1)]
         self.ids.check_about({"what": "sampled nodes"})
@@ -98,7 +101,21 @@ class TokenSet:
         workers: int = 0,
         progress: bool = False,
     ) -> TokenSet:
-        """Write what is missing in the folder: see :func:`sample_tokens`, :func:`hop_features`."""
+        """Draw nodes and compute features, and write what is missing in the folder.
+
+        Called again, it goes on where it was interrupted, and reads what is there.
+
+        Args:
+            graph: Square. Row i attends to the neighbours of node i.
+            x: ``[N, F]`` features: float16, float32 or float64.
+            folder: Of the files; it is made.
+            samples: K, the node itself among them: 2 at least.
+            seed, workers, progress: As for :func:`sample_tokens`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As of :func:`sample_tokens` and
+                :func:`hop_features`.
+        """
         sample_tokens(
             graph, samples, Path(folder) / "ids", seed=seed, workers=workers, progress=progress
         )
@@ -156,7 +173,7 @@ class TokenSet:
         drop_last: bool = False,
         pin_memory: bool = False,
     ) -> DataLoader[TokenBatch]:
-        """Batches of nodes, two of each worker ahead of the one that is used.
+        """Batches of nodes. Each worker reads two batches ahead of the one that is used.
 
         Memory does not grow with the nodes: the order is computed batch by batch, and pages of
         files are given back.
@@ -165,7 +182,7 @@ class TokenSet:
             nodes: ``[n]`` nodes; None for all, in their order.
             batch_size: Nodes.
             shuffle: Another order at every pass.
-            workers: Processes that read; 0 for this one, which then reads ahead of nothing.
+            workers: Processes that read; with 0 this one reads, and nothing is read ahead.
             generator: Of the order; None for PyTorch's own.
             drop_last: Leave out a last batch that is smaller.
             pin_memory: Copy batches to where a GPU reads them faster.
@@ -191,6 +208,15 @@ def checked_nodes(nodes: Tensor, count: int) -> Tensor:
     if found.ndim != 1:
         raise ValueError(f"nodes must be [B], got {list(found.shape)}")
     return found
+    if not isinstance(nodes, Tensor) or nodes.is_floating_point() or nodes.dtype == torch.bool:
+        found = getattr(nodes, "dtype", type(nodes).__name__)
+        raise TypeError(f"nodes must be a tensor of integers, got {found}")
+    if nodes.ndim != 1:
+        raise ValueError(f"nodes must be [B], got {list(nodes.shape)}")
+    if nodes.numel() and not 0 <= int(nodes.min()) <= int(nodes.max()) < count:
+        found = f"{int(nodes.min())} to {int(nodes.max())}"
+        raise ValueError(f"nodes must be from 0 to {count - 1}, got {found}")
+    return nodes.cpu().long()
 
 
 class _Batches(Dataset):

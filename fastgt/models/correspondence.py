@@ -4,7 +4,7 @@ Line drawings are graphs of vertices with positions. Two of them, s and t, are a
 both, with positions p_i and topological encodings e_i (magnitudes of Laplacian eigenvectors)::
 
     x_i  = MLP(p_i) + MLP(e_i)                       and a descriptor, where one is given
-    x_i += MLP(concat(x_i, Attention(x_i, x of i's own graph)))       \\ so many times
+    x_i += MLP(concat(x_i, Attention(x_i, x of i's own graph)))       \\ once a layer
     x_i += MLP(concat(x_i, Attention(x_i, x of the other graph)))     /
     f_i  = W x_i
     S_ij = f_i . f_j / sqrt(dim)                     i in s, j in t
@@ -50,7 +50,7 @@ class CorrespondenceTransformerConfig:
         node_features: Numbers of a node: its coordinates.
         dim: Width of a node's features; a multiple of ``heads``.
         heads: Of every attention.
-        layers: Attention to the own graph and to the other, so many times.
+        layers: Each is attention to the own graph, then attention to the other.
         pe_dim: Topological encodings of a node; 0 for a model without them.
         node_widths: Inner widths of the MLP of coordinates.
         pe_widths: Inner widths of the MLP of topological encodings.
@@ -103,9 +103,9 @@ class CorrespondenceTransformer(nn.Module):
     """Logarithms of soft assignments between the nodes of the two graphs of every pair.
 
     Graphs 2p and 2p + 1 of a batch are pair p. A pair of graphs of n and m nodes has a matrix of
-    n + 1 rows and m + 1 columns, of which the last ones are the dustbins: of nodes that have no
-    partner. :func:`fastgt.models.matches` reads the partners of it, and
-    :func:`fastgt.models.log_likelihoods` is what it is trained by.
+    n + 1 rows and m + 1 columns. The last row and the last column are the dustbins, for nodes that
+    have no partner. :func:`fastgt.models.matches` reads the partners from it, and training
+    maximises :func:`fastgt.models.log_likelihoods`.
 
     Weights are drawn as torch's layers draw theirs, the last bias of an MLP is 0 and the dustbins'
     score is 1 in the beginning. A bias in front of an instance norm gets a gradient of 0.
@@ -156,9 +156,9 @@ class CorrespondenceTransformer(nn.Module):
         Args:
             node: Coordinates ``[N, node_features]``.
             graph: The batch, of an even number of graphs. Its edges are in ``pe`` alone.
-            pe: ``[N, pe_dim]``, of :func:`fastgt.encodings.laplacian_pe`; of a number its magnitude
-                is taken, so that signs mean nothing.
-            descriptor: ``[N, dim]``, what else is known of a node.
+            pe: ``[N, pe_dim]``, of :func:`fastgt.encodings.laplacian_pe`. The model takes their
+                magnitudes, so that signs mean nothing.
+            descriptor: ``[N, dim]``, other features of a node.
         """
         offsets = pair_offsets(graph)
         n, c = graph.num_rows, self.config

@@ -46,7 +46,7 @@ from fastgt.ops.global_attention import global_attention
 
 
 class LargeGT(nn.Module):
-    """Numbers for nodes of one large graph, a batch of nodes at a time.
+    """Predictions for the nodes of one large graph, for a batch of nodes at a time.
 
     No parameter is without a gradient. Under ``DistributedDataParallel`` the codebook is that of
     the first process, as are all buffers there.
@@ -110,11 +110,13 @@ class LargeGT(nn.Module):
         """Tokens of B nodes -> ``[B, out_dim]``.
 
         Args:
-            tokens: ``[B, 3 samples, node_features]``. The first of a node are its own features; the
-                order of the others makes no difference.
+            tokens: ``[B, 3 samples, node_features]``, of :class:`fastgt.datasets.TokenSet`. The
+                first one of a node are its own features; the order of the others makes no
+                difference.
             position: ``[B, position_dim]``, of :func:`fastgt.encodings.random_projection_pe` or
                 node2vec for example; None with ``parts="local"``.
-            nodes: ``[B]`` integers, the nodes, none of them twice; None with ``parts="local"``.
+            nodes: ``[B]`` integers, the numbers of these nodes, none of them twice; None with
+                ``parts="local"``.
         """
         c = self.config
         check_float("tokens", tokens)
@@ -161,7 +163,7 @@ class TokenAttention(nn.Module):
 
     Args:
         dim: Width of a token, and of a head.
-        heads: So many; the output is ``heads * dim`` wide.
+        heads: How many; the output is ``heads * dim`` wide.
         dropout: Of the attention's output, and of its sum with the residual.
 
     Source:

@@ -18,11 +18,11 @@ class LargeGTConfig:
     Attributes:
         node_features: Width of the nodes' features.
         out_dim: Classes, or numbers to predict.
-        num_nodes: Of the graph: for each the model keeps the number of its centroid. With
-            ``parts="local"`` nothing is kept.
-        dim: Width, and that of every head: 512 at most but for ``parts="local"``.
+        num_nodes: Nodes of the graph. The model keeps the number of the centroid of each; with
+            ``parts="local"`` it keeps nothing.
+        dim: Width of the model, and of every head: 512 at most, unless ``parts`` is ``"local"``.
         heads: Of both attentions, each ``dim`` wide.
-        samples: K: nodes that stand for the neighbourhood of one, itself among them.
+        samples: K: how many nodes stand for the neighbourhood of one, itself among them.
         parts: ``"full"``, or the ``"local"`` or ``"global"`` module alone.
         position_dim: Width of the positions of nodes, and of the half of a centroid that stands for
             features.

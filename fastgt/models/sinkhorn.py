@@ -23,9 +23,9 @@ def log_sinkhorn(
 ) -> Tensor:
     """Soft assignments of two sets of nodes, in which a node may have no partner.
 
-    For a pair of sets of n and m nodes, ``Z`` is the matrix of their scores with a row n and a
-    column m more, the dustbins, whose entries are all ``dustbin``. From ``v = 0`` on, so many
-    times::
+    For a pair of sets of n and m nodes, ``Z`` is the matrix of their scores with one more row and
+    one more column, the dustbins, whose entries are all ``dustbin``. It begins with ``v = 0``, and
+    ``iterations`` times::
 
         u_i = log a_i - log sum_j exp(Z_ij + v_j)      a = (1, ..., 1, m) / (n + m)
         v_j = log b_j - log sum_i exp(Z_ij + u_i)      b = (1, ..., 1, n) / (n + m)
@@ -39,18 +39,18 @@ def log_sinkhorn(
     is ``v_j`` and whose bias is ``Z_ij``: for a gradient an iteration keeps u and v, and no matrix.
 
     Args:
-        scores: ``[sum_p n_p m_p]``, pair after pair, each row after row: floating point. One of
-            -inf forbids a match.
+        scores: ``[sum_p n_p m_p]`` floating point: the matrices of all pairs, one after another,
+            each row after row. A score of -inf forbids a match.
         dustbin: ``[]``, like scores; it gets a gradient.
         offsets: ``[P + 1]`` int32 or int64, boundaries of the first sets. No set is empty. Values
             are checked on a CPU only.
         key_offsets: ``[P + 1]``, those of the second sets.
-        iterations: At least 1.
+        iterations: How many, at least 1.
 
     Returns:
-        ``[sum_p (n_p + 1) (m_p + 1)]``, as scores stand, with the dustbins: float64 for float64,
-        else float32, also within ``torch.autocast``. Memory beside it is O(sum_p n_p m_p +
-        iterations sum_p (n_p + m_p)).
+        ``[sum_p (n_p + 1) (m_p + 1)]``, in the order of scores; in every matrix the dustbins are
+        the last row and column. It is float64 for float64, else float32, also within
+        ``torch.autocast``. Memory beside it is O(sum_p n_p m_p + iterations sum_p (n_p + m_p)).
 
     Raises:
         TypeError, ValueError: An argument does not fit; its name and both numbers are given.

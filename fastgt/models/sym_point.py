@@ -34,7 +34,8 @@ from fastgt.patterns import knn, radius
 class SymPointAttention(nn.Module):
     """Vector attention of graphic primitives over those that are near and those that are joined.
 
-    With planes s of channels c, and a batch norm before each ReLU::
+    The channels of a node are ``planes`` equal parts s, of channels c each. A weight of c counts in
+    all parts. With a batch norm before each ReLU::
 
         d_ij     = Linear(relu(norm(Linear(p_j - p_i))))
         w_ij     = Linear(relu(norm(Linear(relu(norm(k_j - q_i + d_ij))))))
@@ -47,7 +48,7 @@ class SymPointAttention(nn.Module):
         dim: Width of the input and the output.
         position_dim: Coordinates of a primitive: 2 in the paper. The released code has 3, of which
             the last is always 0.
-        planes: Divides ``dim``.
+        planes: How many parts of the channels share their weights; divides ``dim``.
         impl: As for :func:`fastgt.channelwise_attention`.
 
     Source:
@@ -133,13 +134,16 @@ def connected_neighbors(
     in the same place has a lower number. It is joined with another where an end of the one is at
     most ``distance`` from an end of the other. What is near and joined counts once. Distances are
     taken in float64. Edges are sorted by row, then by column.
+    A primitive stands in the middle between its two ends, and is nearest to itself. It is joined
+    with another where an end of the one is at most ``distance`` from an end of the other. One
+    that is both near and joined counts once. Edges are sorted by row, then by column.
 
     Args:
         ends: ``[N, 2, position_dim]``, both ends of each; of a circle, its centre twice.
-        k: Nearest ones, from 0 to the primitives of each drawing.
+        k: How many nearest ones, from 0 to the number of primitives of each drawing.
         distance: In the unit of the ends.
-        most: How many connections a primitive keeps at most, near or not. Which ones is drawn.
-        generator: What draws them; on the CPU. Default: PyTorch's.
+        most: How many connections a primitive keeps at most, near or not: random ones.
+        generator: What draws these; on the CPU. Default: PyTorch's.
         offsets: ``[G + 1]`` boundaries of the drawings of a batch.
         partial: Let a drawing have fewer than k primitives; each attends to all of them.
 
@@ -180,7 +184,7 @@ def connected_neighbors(
 
 
 def _at_most(pairs: Tensor, most: int, n: int, generator: torch.Generator | None) -> Tensor:
-    """So many drawn pairs of each row, of pairs ``row n + column`` that are sorted."""
+    """At most so many random pairs of each row, of pairs ``row n + column`` that are sorted."""
     drawn = torch.rand(len(pairs), generator=generator, dtype=torch.float64, device="cpu")
     order = drawn.to(pairs.device).argsort()
     order = order[(pairs[order] // n).argsort(stable=True)]

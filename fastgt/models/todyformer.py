@@ -52,14 +52,14 @@ class TodyformerConfig:
 
     Attributes:
         num_nodes: How many nodes there are.
-        node_features: Width of their features; 0 for a learnt vector of each node.
+        node_features: Width of their features; with 0 each node has a learnt vector.
         edge_features: Width of the events' features; 0 for events without.
         dim: Width of tokens; a multiple of ``heads``.
         heads: Of both attentions.
         blocks: Each is message passing within the patches, then attention between them.
-        patches: How many; events count the same in each.
-        time_dim: Frequencies of an encoding of time.
-        mixing: ``"attention"``; or ``"mean"`` in the place of both softmaxes, all weights alike.
+        patches: How many; all have the same number of events, or one more.
+        time_dim: How many frequencies an encoding of time has.
+        mixing: ``"attention"``; or ``"mean"``, with equal weights in the place of both softmaxes.
         dropout: Before every residual.
     """
 
@@ -89,7 +89,7 @@ class TodyformerConfig:
 
 
 class Todyformer(nn.Module):
-    """Logits of future events between pairs of nodes, from the events before.
+    """Logits of future events between pairs of nodes, from the events before them.
 
     Source:
         Biparva et al., Todyformer: Towards Holistic Dynamic Graph Transformers with
@@ -139,7 +139,7 @@ class Todyformer(nn.Module):
         now: float,
         node: Tensor | None = None,
     ) -> Tensor:
-        """Pairs ``[2, B]``, source above target -> logits ``[B]``; the rest as of `encode`."""
+        """Pairs ``[2, B]``, source above target -> logits ``[B]``; the rest as for `encode`."""
         h = self.encode(source, target, time, edge, now=now, node=node)
         if isinstance(pairs, Tensor) and (pairs.ndim != 2 or len(pairs) != 2):
             found = list(pairs.shape)

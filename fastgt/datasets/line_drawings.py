@@ -20,16 +20,17 @@ TURN, SHIFT = math.radians(10), 0.1  # the most that the second graph is turned 
 
 
 def drawn_lines(pairs: int = 8_000, seed: int = 0, noise: float = 0.02) -> GraphSet:
-    """Two line graphs of one drawing each: which node of the one is which node of the other.
+    """Pairs of graphs of one line drawing: which node of the first is which node of the second.
 
-    A drawing has random points in a square of extent 1, no two nearer than 0.08, and as lines 6 of
-    10 edges of their Delaunay triangulation. A pair has two graphs of it, which are graphs 2p and
-    2p + 1 of the set. A tenth of the points is in the first graph only, a tenth in the second only;
-    lines between the points of a graph are its edges, each both ways. The second graph is turned by
-    up to 10 degrees and moved by up to a tenth of the extent in both directions; then a random
-    number with the standard deviation ``noise`` is added to every coordinate. The nodes of both
-    graphs stand in random order: no order says what matches. Of the matches, mutual nearest
-    neighbours are 47 %, and 99 % once the second graph is turned and moved back.
+    A drawing is made at random: points in a square of extent 1, no two nearer than 0.08, and as
+    lines 6 of 10 edges of their Delaunay triangulation. A pair has two graphs of one drawing, which
+    are graphs 2p and 2p + 1 of the set. A tenth of the points is in the first graph only, a tenth
+    in the second only; lines between the points of a graph are its edges, each both ways. The
+    second graph is turned by up to 10 degrees and moved by up to a tenth of the extent in both
+    directions; then a random number with the standard deviation ``noise`` is added to every
+    coordinate. The nodes of both graphs are in random order, so that it does not tell what matches.
+    To take mutual nearest neighbours for matches finds 47 % of them, and 99 % once the second graph
+    is turned and moved back.
 
     A node has its coordinates, ``[N, 2]``, from the middle of the square. ``y`` of a node is the
     number of its match within the other graph, or -1.
@@ -37,11 +38,14 @@ def drawn_lines(pairs: int = 8_000, seed: int = 0, noise: float = 0.02) -> Graph
     Args:
         pairs: To train on; a tenth of that each to validate and to test. A multiple of 10.
         seed: From 0. The same one gives the same set.
+        pairs: How many to train on, a multiple of 10. There are a tenth of that each to validate
+            and to test.
+        seed: The same one gives the same set.
         noise: Not negative.
 
     Raises:
-        TypeError, ValueError: An argument does not fit.
-        ImportError: scipy is not there.
+        TypeError, ValueError: An argument does not fit; it is named.
+        ImportError: scipy is absent.
 
     Example:
         >>> from fastgt.datasets import drawn_lines

@@ -3,8 +3,8 @@
     python examples/sampled.py --batch 1024 --channels 64
 
 `graph.sample` draws 15 neighbours of each seed, then 10 of each node that is there so far. It gives
-a bipartite Graph for each layer. Every epoch prints which share of its time went into that. The
-data is a part of fastgt.
+a bipartite Graph for each layer. Every epoch prints the share of its time that this took. The data
+is a part of fastgt. Two lines make the layers fastgt's: their import, and their call with a block.
 """
 
 import argparse

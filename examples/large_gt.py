@@ -4,9 +4,9 @@
 
 Nodes at one and two steps are sampled once, into a folder that a later call reads. LargeGT trains
 on batches of nodes, whose tokens another process reads ahead. torch-geometric's layers train on the
-whole graph, --gnn-epochs times; fastgt runs them faster where it can. Every model is tested with
-the weights of its best epoch in validation. Debian's packages are a part of fastgt; other data sets
-are those of `fastgt train`.
+whole graph, for --gnn-epochs; fastgt computes those of GAT. Every model is tested with the weights
+of its best epoch in validation. Debian's packages are a part of fastgt; other data sets are those
+of `fastgt.datasets.load` with one graph whose nodes have classes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, dropout
 from torch_geometric.nn import GATConv, SAGEConv
 
 import fastgt
-from fastgt.datasets import TokenSet, load
+from fastgt.datasets import NodeSet, TokenSet, load
 from fastgt.encodings import random_projection_pe
 from fastgt.models import LargeGT, LargeGTConfig
 
@@ -130,6 +130,8 @@ def whole_outputs(model, part):
 
 
 data = load(args.data)
+if not isinstance(data, NodeSet) or data.classes < 2:
+    parser.error(f"--data must be one graph whose nodes have classes, got {args.data}")
 parts = {name: mask.nonzero()[:, 0] for name, mask in data.splits[args.split].items()}
 x, edge_index = data.node, data.graph.edge_index.long()
 if args.words:
@@ -155,7 +157,8 @@ tests = {}
 for name, conv, heads in (("GAT", GATConv, 4), ("GraphSAGE", SAGEConv, 1)):
     torch.manual_seed(args.seed)
     gnn = GNN(conv, x.shape[1], data.classes, heads)
-    fastgt.accelerate(gnn)
+    if conv is GATConv:
+        fastgt.accelerate(gnn)
     tests[name] = trained(name, gnn, args.gnn_epochs, 5e-3, whole_step, whole_outputs)
 torch.manual_seed(args.seed)
 model = LargeGT(config)

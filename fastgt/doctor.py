@@ -17,8 +17,8 @@ def run() -> int:
     """-> exit status: 1 where this CPU has no kernels, or wrong ones."""
     packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy"))
     print(f"fastgt {__version__}, Python {platform.python_version()}, {packages}")
-    if torch.cuda.is_available():
-        print(f"GPU: {torch.cuda.get_device_name()}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none for this PyTorch"
+    print(f"GPU: {gpu}")
     loaded = library.load()
     if isinstance(loaded, str):
         print(f"CPU: no kernels, the slow reference runs: {loaded}")
@@ -27,7 +27,7 @@ def run() -> int:
     print(
         f"CPU: kernels of the variant {library.variant()}, with vectors of {loaded.vector_bytes} "
         f"bytes, on {torch.get_num_threads()} threads ({loaded.path})\n"
-        f"CPU: a small softmax is {'as it is defined' if right else 'WRONG'}"
+        f"CPU: a small softmax by these kernels is {'right' if right else 'WRONG'}"
     )
     return 0 if right else 1
 

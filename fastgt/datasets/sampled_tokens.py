@@ -7,7 +7,7 @@ are drawn from that multiset, without replacement where it has as many; where it
 all taken, and repeated; where it has none, nodes of the whole graph are drawn.
 
 The number of a path says which it is, by the sums of degrees along a row: so A A is never computed,
-and a hub costs no more than another node. What is drawn for a node hangs on the seed and the node
+and a hub costs no more than another node. What is drawn for a node depends on the seed and the node
 alone, whatever the blocks and the processes.
 
 In the released code a node at two steps counts once, for entries of a sparse product are distinct.

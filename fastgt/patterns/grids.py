@@ -38,7 +38,7 @@ def windows(
     Args:
         shape: Nodes along each axis: a grid of any dimension.
         window: Nodes of a window along each axis, or along all of them.
-        shift: Where the first window begins, from 0 to ``window - 1``, in the same form.
+        shift: Where the first whole window begins, from 0 to ``window - 1``, in the same form.
         partial: Let the last window along an axis be smaller, which gives the same as padding with
             masked nodes. If not, ``window`` has to divide ``shape``.
         graphs: How many equal grids the batch has.
@@ -80,7 +80,7 @@ def dilated(
 ) -> Graph:
     """Windows with gaps side by side; inside a window all attend to all.
 
-    Blocks of ``window dilation`` nodes along each axis lie side by side. Nodes of a block whose
+    Blocks of window times dilation nodes along each axis lie side by side. Nodes of a block whose
     coordinates are equal modulo ``dilation`` attend to each other::
 
         {(i, j): x_a // (window_a dilation_a) = y_a // (window_a dilation_a)
@@ -95,8 +95,8 @@ def dilated(
         shape: Nodes along each axis.
         window: Nodes of a window along each axis, or along all of them.
         dilation: From one node of a window to the next, in the same form.
-        partial: Let windows of the last block along an axis be smaller. If not,
-            ``window dilation`` has to divide ``shape``.
+        partial: Let windows of the last block along an axis be smaller. If not, window times
+            dilation has to divide ``shape``.
         graphs: How many equal grids the batch has.
 
     Raises:
@@ -207,8 +207,8 @@ def neighborhood(
         shape: Nodes along each axis.
         window: Neighbours along each axis, or along all of them; an even number has one more before
             a node than after it.
-        dilation: From a neighbour to the next, in the same form. ``window dilation`` must not be
-            larger than ``shape``.
+        dilation: From a neighbour to the next, in the same form. Window times dilation must not
+            be larger than ``shape``.
         graphs: How many equal grids the batch has.
 
     Raises:

@@ -180,7 +180,11 @@ def test_what_cannot_be_ranked_is_refused():
     none, other = graph_of([], 5), graph_of([(0, 1)], 4)
     for changes, error, message in (
         ({"hidden": none}, ValueError, "hidden has no edges: there is nothing to find"),
-        ({"known": other}, ValueError, "known must have 5 rows and 5, got 4 rows and 4 columns"),
+        (
+            {"known": other},
+            ValueError,
+            "known must have 5 rows and 5 columns, got 4 rows and 4 columns",
+        ),
         ({"known": graph.edge_index}, TypeError, r"graph must be a fastgt\.Graph, got Tensor"),
         ({"ks": (2, 6)}, ValueError, r"ks must be from 1 to 5, the columns, got \[2, 6\]"),
         ({"ks": ()}, ValueError, r"ks must be from 1 to 5, the columns, got \[\]"),

@@ -32,8 +32,8 @@ def svd_tokens(
     What is unique: columns of U and V have a common sign, which is arbitrary, and those of one
     singular value may be rotated together. E E^T does not depend on either, as long as singular
     value ``dim`` is above the next one. For a symmetric A it is 4 times the part of A' with
-    positive eigenvalues: where an eigenvalue is negative, U and V cancel. Of signs and rotations
-    the seed decides, and the numbers of the nodes do. OpenGraph draws new tokens again and again.
+    positive eigenvalues: where an eigenvalue is negative, U and V cancel. The seed and the
+    numbering of the nodes decide signs and rotations. OpenGraph draws new tokens again and again.
 
     A graph of fewer than ``dim`` rows or columns has as many singular values as it can; the other
     channels are 0. A graph without edges has tokens of 0.

@@ -24,8 +24,8 @@ def log_sinkhorn(
     """Soft assignments of two sets of nodes, in which a node may have no partner.
 
     For a pair of sets of n and m nodes, ``Z`` is the matrix of their scores with one more row and
-    one more column, the dustbins, whose entries are all ``dustbin``. It begins with ``v = 0``, and
-    ``iterations`` times::
+    one more column, the dustbins, whose entries are all ``dustbin``. Beginning with
+    ``v = 0``, u and v are computed ``iterations`` times::
 
         u_i = log a_i - log sum_j exp(Z_ij + v_j)      a = (1, ..., 1, m) / (n + m)
         v_j = log b_j - log sum_i exp(Z_ij + u_i)      b = (1, ..., 1, n) / (n + m)

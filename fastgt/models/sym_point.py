@@ -34,8 +34,8 @@ from fastgt.patterns import knn, radius
 class SymPointAttention(nn.Module):
     """Vector attention of graphic primitives over those that are near and those that are joined.
 
-    The channels of a node are ``planes`` equal parts s, of channels c each. A weight of c counts in
-    all parts. With a batch norm before each ReLU::
+    The channels of a node are ``planes`` equal parts s, of channels c each, and all parts share the
+    weights of channel c. With a batch norm before each ReLU::
 
         d_ij     = Linear(relu(norm(Linear(p_j - p_i))))
         w_ij     = Linear(relu(norm(Linear(relu(norm(k_j - q_i + d_ij))))))

@@ -61,7 +61,7 @@ class EventBatch(NamedTuple):
         return torch.stack([self.events.source, self.events.target])
 
     def to(self, device: torch.device | str) -> EventBatch:
-        """The batch on that device; its set, and negatives that it draws, stay on a CPU."""
+        """The batch on that device. Its set, and negatives that the set draws, stay on a CPU."""
         return self._replace(events=self.events.to(device), history=self.history.to(device))
 
 

@@ -248,8 +248,8 @@ def rank_links(
         check_graph(graph)
         if (graph.num_rows, graph.num_cols) != shape:
             found = f"{graph.num_rows} rows and {graph.num_cols} columns"
-            wanted = f"{shape[0]} rows and {shape[1]} columns"
-            raise ValueError(f"{name} must have {wanted}, got {found}")
+            sizes = f"{shape[0]} rows and {shape[1]} columns"
+            raise ValueError(f"{name} must have {sizes}, got {found}")
     if not ks or max(ks) > len(cols):
         raise ValueError(f"ks must be from 1 to {len(cols)}, the columns, got {ks}")
     wanted = (hidden.row_degree > 0).nonzero()[:, 0]

@@ -294,8 +294,6 @@ def test_what_does_not_fit_is_refused_by_name():
     ):
         with pytest.raises(TypeError, match=message):
             data.times_seen(pairs, 5)
-    with pytest.raises(TypeError, match="pairs must be a tensor, got list"):
-        data.times_seen([[1], [2]], 5)
 
 
 def test_a_source_that_reaches_every_target_at_once_has_no_negative():

@@ -79,7 +79,6 @@ class EventSet:
         title: What results on it are called.
 
     Raises:
-        TypeError: ``source``, ``target``, ``time`` or ``edge`` is no tensor, or has another dtype.
         TypeError: ``source``, ``target``, ``time`` or ``edge`` is no tensor or has another dtype,
             or ``splits`` has another form.
         ValueError: Events go back in time, a node is beyond the graph, or the arrays do not fit
@@ -115,7 +114,6 @@ class EventSet:
             raise ValueError(f"num_nodes must be {_MOST_NODES} at most, got {self.num_nodes}")
         for name in ("source", "target", "time", "edge"):
             x = getattr(self, name)
-            if not isinstance(x, Tensor) and (name != "edge" or x is not None):
             if not (isinstance(x, Tensor) or (name == "edge" and x is None)):
                 raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         for name in ("source", "target"):
@@ -258,15 +256,10 @@ class EventSet:
         """
         # as int64: the number of a pair has no room in int32
         pairs = node_ids("pairs", pairs, self.num_nodes, self.time.device)
-        if not 0 <= begin <= end <= len(self):
-            raise ValueError(f"events must be within 0 to {len(self)}, got {begin} to {end}")
-            TypeError: ``pairs`` is no tensor.
-            ValueError: It has another shape, or a node is beyond the graph.
-        """
-        if not isinstance(pairs, Tensor):
-            raise TypeError(f"pairs must be a tensor, got {type(pairs).__name__}")
         if pairs.ndim != 2 or len(pairs) != 2:
             raise ValueError(f"pairs must be [2, B], source above target, got {list(pairs.shape)}")
+        if not 0 <= begin <= end <= len(self):
+            raise ValueError(f"events must be within 0 to {len(self)}, got {begin} to {end}")
         known, place = self._places
         key = pairs[0] * self.num_nodes + pairs[1]
         rank = torch.searchsorted(known, key)

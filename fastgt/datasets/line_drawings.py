@@ -36,11 +36,9 @@ def drawn_lines(pairs: int = 8_000, seed: int = 0, noise: float = 0.02) -> Graph
     number of its match within the other graph, or -1.
 
     Args:
-        pairs: To train on; a tenth of that each to validate and to test. A multiple of 10.
-        seed: From 0. The same one gives the same set.
         pairs: How many to train on, a multiple of 10. There are a tenth of that each to validate
             and to test.
-        seed: The same one gives the same set.
+        seed: From 0. The same one gives the same set.
         noise: Not negative.
 
     Raises:

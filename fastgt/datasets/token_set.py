@@ -208,15 +208,6 @@ def checked_nodes(nodes: Tensor, count: int) -> Tensor:
     if found.ndim != 1:
         raise ValueError(f"nodes must be [B], got {list(found.shape)}")
     return found
-    if not isinstance(nodes, Tensor) or nodes.is_floating_point() or nodes.dtype == torch.bool:
-        found = getattr(nodes, "dtype", type(nodes).__name__)
-        raise TypeError(f"nodes must be a tensor of integers, got {found}")
-    if nodes.ndim != 1:
-        raise ValueError(f"nodes must be [B], got {list(nodes.shape)}")
-    if nodes.numel() and not 0 <= int(nodes.min()) <= int(nodes.max()) < count:
-        found = f"{int(nodes.min())} to {int(nodes.max())}"
-        raise ValueError(f"nodes must be from 0 to {count - 1}, got {found}")
-    return nodes.cpu().long()
 
 
 class _Batches(Dataset):

@@ -224,8 +224,6 @@ class OpenGraph(nn.Module):
             check_nodes(name, x, n, node.device)
             for name, x in (("row", row), ("positive", positive), ("negative", negative))
         )
-        for name, x in (("row", row), ("positive", positive), ("negative", negative)):
-            check_nodes(name, x, n, graph.device)
         if len(row) != len(positive):
             raise ValueError(f"positive must be [{len(row)}] as row, got [{len(positive)}]")
         for name, x in (("row", row), ("negative", negative)):

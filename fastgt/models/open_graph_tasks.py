@@ -286,9 +286,6 @@ def check_anchors(node: Tensor, ptr: Tensor, offsets: Tensor, nodes: int) -> Ten
     node = check_nodes("anchors", node, nodes, offsets.device)
     check_offsets(ptr, len(node), offsets.device, "ptr of anchors")
     if len(ptr) != len(offsets):
-    if x.device != device:
-        raise ValueError(f"{name} is on {x.device} but the graph is on {device}")
-    if len(x) and readable(x) and not 0 <= int(x.min()) <= int(x.max()) < nodes:
         raise ValueError(
             f"anchors must be of {len(offsets) - 1} graphs, got those of {len(ptr) - 1}"
         )

@@ -132,11 +132,8 @@ def connected_neighbors(
 
     A primitive stands in the middle between its two ends. It is nearest to itself, unless another
     in the same place has a lower number. It is joined with another where an end of the one is at
-    most ``distance`` from an end of the other. What is near and joined counts once. Distances are
-    taken in float64. Edges are sorted by row, then by column.
-    A primitive stands in the middle between its two ends, and is nearest to itself. It is joined
-    with another where an end of the one is at most ``distance`` from an end of the other. One
-    that is both near and joined counts once. Edges are sorted by row, then by column.
+    most ``distance`` from an end of the other. One that is both near and joined counts once.
+    Distances are taken in float64. Edges are sorted by row, then by column.
 
     Args:
         ends: ``[N, 2, position_dim]``, both ends of each; of a circle, its centre twice.

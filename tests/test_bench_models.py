@@ -162,7 +162,8 @@ def test_rows_of_epochs_are_complete(model):
             assert row["match"] is False
             continue
         assert row["match"], row
-        assert row["epoch_s"] > row["inference_s"] > 0
+        assert row["epoch_s"] > 0
+        assert row["inference_s"] > 0
         assert row["epoch_peak_bytes"] > 2 * row["parameters"]  # gradients are there, of most
         assert row["epoch_spread"] >= 0
         assert row["inference_spread"] >= 0

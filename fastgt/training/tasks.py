@@ -70,7 +70,8 @@ class GraphTask(_Task):
     ):
         super().__init__(title, recipe, model, takes_edges, ranks)
         self.data = data
-        self.sizes = {name: len(x) for name, x in data.splits.items()}
+        self._examples = {name: self._grouped(name, x) for name, x in data.splits.items()}
+        self.sizes = {name: len(x) for name, x in self._examples.items()}
 
     def loss(self, chosen: Tensor) -> Tensor:
         batch = self._batch("train", chosen)
@@ -80,35 +81,24 @@ class GraphTask(_Task):
         batch = self._batch(split, chosen)
         return self._output(batch), batch.y
 
+    def _grouped(self, name: str, graphs: Tensor) -> Tensor:
+        """The graphs of each example of that split, ``[examples, graphs]``."""
+        return graphs[:, None]
+
     def _batch(self, split: str, chosen: Tensor) -> Batch:
-        return self.data.batch(self.data.splits[split][chosen]).to(self.device)
+        return self.data.batch(self._examples[split][chosen].flatten()).to(self.device)
 
 
 class PairTask(GraphTask):
     """Which node of one graph is which of another: an example is two graphs of the set."""
 
-    def __init__(
-        self,
-        title: str,
-        recipe: Recipe,
-        data: GraphSet,
-        model: nn.Module,
-        *,
-        takes_edges: bool,
-        ranks: Ranks,
-    ):
-        super().__init__(title, recipe, data, model, takes_edges=takes_edges, ranks=ranks)
-        self._pairs: dict[str, Tensor] = {}
-        for name, graphs in data.splits.items():
-            if len(graphs) % 2:
-                raise ValueError(f"{name} has {len(graphs)} graphs, and a pair has two")
-            self._pairs[name] = pairs = graphs.view(-1, 2)
-            if (pairs[:, 0] % 2).any() or (pairs[:, 1] != pairs[:, 0] + 1).any():
-                raise ValueError(f"{name} must have graphs 2p and 2p + 1 after each other")
-        self.sizes = {name: len(x) for name, x in self._pairs.items()}
-
-    def _batch(self, split: str, chosen: Tensor) -> Batch:
-        return self.data.batch(self._pairs[split][chosen].flatten()).to(self.device)
+    def _grouped(self, name: str, graphs: Tensor) -> Tensor:
+        if len(graphs) % 2:
+            raise ValueError(f"{name} has {len(graphs)} graphs, and a pair has two")
+        pairs = graphs.view(-1, 2)
+        if (pairs[:, 0] % 2).any() or (pairs[:, 1] != pairs[:, 0] + 1).any():
+            raise ValueError(f"{name} must have graphs 2p and 2p + 1 after each other")
+        return pairs
 
     def _output(self, batch: Batch) -> Tensor:
         """``[N, 2]``: what loss and metric take of a node."""

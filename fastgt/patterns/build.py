@@ -104,10 +104,3 @@ def parts(offsets: Tensor | None, nodes: int, device: torch.device, name: str) -
         return torch.tensor([0, nodes], device=device)
     check_offsets(offsets, nodes, device, name)
     return offsets.long()
-
-
-def owners(offsets: Tensor) -> Tensor:
-    """The number of each node's graph, ``[N]`` int64."""
-    sizes = offsets.diff()
-    number = torch.arange(len(sizes), device=offsets.device)
-    return number.repeat_interleave(sizes, output_size=int(offsets[-1]))

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastgt.graph import Graph
+from fastgt.graph_build import owners
 from fastgt.ops.checks import check_generator, integer
-from fastgt.patterns.build import boundaries, from_rows, owners
+from fastgt.patterns.build import boundaries, from_rows
 from fastgt.patterns.permutations import expander_table
 
 
@@ -48,7 +49,7 @@ def random(
     if len(small):
         g = int(small[0])
         raise ValueError(f"degree={degree} is larger than the {int(sizes[g])} nodes of graph {g}")
-    owner = owners(offsets.cpu())
+    owner = owners(offsets.cpu(), int(offsets[-1]))
     size, first = sizes.cpu()[owner], offsets.cpu()[owner]
     chance = torch.rand(len(owner), degree, generator=generator, dtype=torch.float64, device="cpu")
     chosen = torch.empty(len(owner), degree, dtype=torch.int64, device="cpu")
@@ -105,7 +106,7 @@ def expander(
     table = expander_table(offsets, degree, cycles, seed, multiset=False, tries=tries)
     ptr = offsets.cpu()
     node = torch.arange(len(table), device="cpu")[:, None].expand_as(table)
-    first = ptr[owners(ptr)][:, None].expand_as(table)
+    first = ptr[owners(ptr, len(table))][:, None].expand_as(table)
     there = table >= 0
     one, other = node[there], (table + first)[there]
     row, col = torch.cat([one, other]), torch.cat([other, one])

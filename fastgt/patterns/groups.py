@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fastgt.graph import Graph
-from fastgt.graph_build import check_index
+from fastgt.graph_build import check_index, owners
 from fastgt.ops.checks import integer
-from fastgt.patterns.build import from_rows, owners, parts, ranges
+from fastgt.patterns.build import from_rows, parts, ranges
 
 
 def groups(label: Tensor, *, offsets: Tensor | None = None) -> Graph:
@@ -36,7 +36,7 @@ def groups(label: Tensor, *, offsets: Tensor | None = None) -> Graph:
     n = len(label)
     ptr = parts(offsets, n, label.device, "offsets")
     order = label.argsort(stable=True)
-    owner = owners(ptr)[order]
+    owner = owners(ptr, n)[order]
     if offsets is not None:
         again = owner.argsort(stable=True)
         order, owner = order[again], owner[again]
@@ -101,7 +101,7 @@ def sets(
     ptr = parts(offsets, n, order.device, "offsets")
     if not partial:
         check_divides(size, ptr)
-    order, owner = order.long(), owners(ptr)
+    order, owner = order.long(), owners(ptr, n)
     _check_permutation(order, owner)
     label = (torch.arange(n, device=order.device) - ptr[owner]) // size
     # the nodes of a set ascend: sorted by node, then stably by set

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastgt.graph import Graph
+from fastgt.graph_build import owners
 from fastgt.ops.checks import integer
-from fastgt.patterns.build import boundaries, from_rows, owners, ranges
+from fastgt.patterns.build import boundaries, from_rows, ranges
 
 
 def band(n: int | Tensor, before: int, after: int, *, graphs: int = 1) -> Graph:
@@ -36,7 +37,7 @@ def band(n: int | Tensor, before: int, after: int, *, graphs: int = 1) -> Graph:
     """
     before, after = integer("before", before, 0), integer("after", after, 0)
     offsets = boundaries(n, graphs)
-    owner = owners(offsets)
+    owner = owners(offsets, int(offsets[-1]))
     begin, end = offsets[:-1][owner], offsets[1:][owner]
     node = owner.new_ones(len(owner)).cumsum(0) - 1
     first = (node - min(before, len(node))).maximum(begin)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from fastgt.graph import Graph
+from fastgt.graph_build import owners
 from fastgt.ops.checks import check_square, integer
-from fastgt.patterns.build import owners, ranges
+from fastgt.patterns.build import ranges
 
 
 def global_tokens(graph: Graph, tokens: int) -> Graph:
@@ -45,7 +46,7 @@ def global_tokens(graph: Graph, tokens: int) -> Graph:
         raise ValueError("graph must not be reordered: reorder the graph with the tokens")
     tokens = integer("tokens", tokens, 0)
     ptr = graph.graph_ptr.long()
-    sizes, owner = ptr.diff(), owners(ptr)
+    sizes, owner = ptr.diff(), owners(ptr, int(ptr[-1]))
     number = torch.arange(graph.num_graphs + 1, device=ptr.device)
     ends = ptr + number * tokens
     node = torch.arange(len(owner), device=ptr.device) + owner * tokens

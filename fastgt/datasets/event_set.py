@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgt.datasets.graph_set import digest
-from fastgt.ops.checks import FLOATS, check_times, integer, node_ids
+from fastgt.ops.checks import FLOATS, check_times, integer, node_pairs
 
 Negatives = Literal["random", "historical", "inductive"]
 
@@ -255,9 +255,7 @@ class EventSet:
                 event is beyond the set.
         """
         # as int64: the number of a pair has no room in int32
-        pairs = node_ids("pairs", pairs, self.num_nodes, self.time.device)
-        if pairs.ndim != 2 or len(pairs) != 2:
-            raise ValueError(f"pairs must be [2, B], source above target, got {list(pairs.shape)}")
+        pairs = node_pairs("pairs", pairs, self.num_nodes, self.time.device)
         if not 0 <= begin <= end <= len(self):
             raise ValueError(f"events must be within 0 to {len(self)}, got {begin} to {end}")
         known, place = self._places

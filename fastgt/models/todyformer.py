@@ -42,7 +42,7 @@ from fastgt.models.graph_gps_encoders import check_matrix
 from fastgt.models.graph_transformer import check_dtype
 from fastgt.models.todyformer_block import Mixing, TodyformerBlock, patchify
 from fastgt.nn.sublayers import reset_sublayers
-from fastgt.ops.checks import check_times, integer, node_ids, number, readable
+from fastgt.ops.checks import check_times, integer, node_ids, node_pairs, number, readable
 from fastgt.ops.segment_pool import segment_mean
 
 
@@ -141,10 +141,7 @@ class Todyformer(nn.Module):
     ) -> Tensor:
         """Pairs ``[2, B]``, source above target -> logits ``[B]``; the rest as for `encode`."""
         h = self.encode(source, target, time, edge, now=now, node=node)
-        if isinstance(pairs, Tensor) and (pairs.ndim != 2 or len(pairs) != 2):
-            found = list(pairs.shape)
-            raise ValueError(f"pairs must be [2, B], source above target, got {found}")
-        pairs = node_ids("pairs", pairs, self.config.num_nodes, h.device)
+        pairs = node_pairs("pairs", pairs, self.config.num_nodes, h.device)
         first, second = (h.index_select(0, nodes) for nodes in pairs)  # [B, dim]
         return self.link(torch.cat([first, second, first * second], 1))[:, 0]
 

@@ -214,6 +214,14 @@ def node_ids(name: str, x: Tensor, nodes: int, device: torch.device) -> Tensor:
     return x
 
 
+def node_pairs(name: str, x: Tensor, nodes: int, device: torch.device) -> Tensor:
+    """``[2, B]`` numbers of nodes as int64, checked as :func:`node_ids` does."""
+    x = node_ids(name, x, nodes, device)
+    if x.ndim != 2 or len(x) != 2:
+        raise ValueError(f"{name} must be [2, B], source above target, got {list(x.shape)}")
+    return x
+
+
 def check_times(name: str, time: Tensor) -> None:
     """Refuse times of events, on a CPU, that fall or are no numbers."""
     if time.is_floating_point() and not bool(time.isfinite().all()):

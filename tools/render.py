@@ -25,6 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from render_cells import Rows, machine, ms, time
+from render_gallery import gallery
+
 from fastgt import files
 from fastgt.bench import table, targets
 from fastgt.bench.table import SPREAD, usual
@@ -33,7 +36,6 @@ from fastgt.testing import SCALING
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 PLOTTED = ("attention", "transformer_conv", "performer", "masked_heads")
-Rows = list[dict[str, Any]]
 
 
 def run() -> None:
@@ -96,7 +98,7 @@ def _providers(rows: Rows) -> str:
             problem = row["problem"]
             lines += [
                 *([""] if lines else []),
-                f"`{problem}`: {table.size(row)}; {_machine(rows)}",
+                f"`{problem}`: {table.size(row)}; {machine(rows)}",
                 "",
                 "| provider | agrees | forward | backward | both | peak extra memory | roofline |",
                 "|---|---|---|---|---|---|---|",
@@ -105,22 +107,13 @@ def _providers(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def _machine(rows: Rows) -> str:
-    """All of them that the rows name."""
-    names = ("device", "torch", "date", "commit")
-    device, torch, date, commit = (
-        ", ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in names
-    )
-    return f"{device}; torch {torch}; {date}; commit {commit}."
-
-
 def _line(row: dict[str, Any]) -> str:
     if not row["match"]:
         agrees = "no" if row["match"] is False else "not run"
         return f"| {row['provider']} | {agrees} | {_why(row)} | | | | |"
     cells = [row["provider"], "yes"]
     for part in ("forward", "backward", "both"):
-        cells.append(_time(row, part, 1))
+        cells.append(time(row, part, 1))
     peaks = [row.get(f"{part}_peak_bytes") for part in ("forward", "both")]
     cells.append(" / ".join("" if x is None else f"{x / 1e6:.0f}" for x in peaks) + " MB")
     share = row.get("both_roofline", row.get("forward_roofline"))
@@ -128,22 +121,9 @@ def _line(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _time(row: dict[str, Any], part: str, digits: int) -> str:
-    """Marked where the times spread."""
-    if f"{part}_s" not in row:
-        return ""
-    mark = "~" if row.get(f"{part}_spread", 0.0) > SPREAD else ""
-    factor = f" ({row[f'{part}_x']:.{digits}f}x)" if f"{part}_x" in row else ""
-    return f"{mark}{_ms(row[f'{part}_s'])}{factor}"
-
-
 def _why(row: dict[str, Any]) -> str:
     """Without coordinates, which are in the result file."""
     return row["error"].splitlines()[0].partition(" (eager")[0]
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.{1 if seconds < 0.1 else 0}f} ms"
 
 
 def _overview(rows: Rows, chosen: str) -> str:
@@ -155,7 +135,7 @@ def _overview(rows: Rows, chosen: str) -> str:
     rows = [row for row in rows if row["problem"] not in grown]  # they are drawn
     first = rows[0]
     lines = [
-        f"H={first['heads']}, D={first['width']}, {first['dtype']}; {_machine(rows)}",
+        f"H={first['heads']}, D={first['width']}, {first['dtype']}; {machine(rows)}",
         "",
         f"| graph | nodes | edges | forward | both | {' | '.join(peers)} | memory, {peers[0]} |",
         f"|---|---|---|---|---|{'---|' * (len(peers) + 1)}",
@@ -164,7 +144,7 @@ def _overview(rows: Rows, chosen: str) -> str:
         found = {row["provider"]: row for row in rows if row["problem"] == problem}
         mine = found["fastgt"]
         cells = [f"`{problem}`", f"{mine['rows']:,}", f"{mine['edges']:,}"]
-        cells += [_ms(mine[part]) if part in mine else "-" for part in ("forward_s", "both_s")]
+        cells += [ms(mine[part]) if part in mine else "-" for part in ("forward_s", "both_s")]
         cells += [_factors(found.get(name, {})) for name in peers]
         peak = found.get(peers[0], {}).get("both_peak_bytes")
         known = peak is not None and "both_peak_bytes" in mine
@@ -196,7 +176,7 @@ def _operators(rows: Rows) -> str:
         ]
     )
     lines = [
-        _machine(rows),
+        machine(rows),
         "",
         "| operator | problem | forward | both | peers: forward / both "
         "| peak memory of the first that ran |",
@@ -210,7 +190,7 @@ def _operators(rows: Rows) -> str:
         peaks = [row["both_peak_bytes"] for row in peers if "both_peak_bytes" in row]
         known = peaks and "both_peak_bytes" in mine
         memory = f"{peaks[0] / mine['both_peak_bytes']:.1f}x" if known else ""
-        times = [_ms(mine[part]) if part in mine else "-" for part in ("forward_s", "both_s")]
+        times = [ms(mine[part]) if part in mine else "-" for part in ("forward_s", "both_s")]
         cells = [operator, f"`{problem}`", *times, "; ".join(told), memory]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -277,7 +257,7 @@ def _launch(rows: Rows) -> str:
     """What a call costs the host."""
     first = rows[0]
     lines = [
-        f"Kernels for {first['target']}, triton {first['triton']}; {_machine(rows)}",
+        f"Kernels for {first['target']}, triton {first['triton']}; {machine(rows)}",
         "",
         "| call | microseconds of the host | target | |",
         "|---|---|---|---|",
@@ -294,7 +274,7 @@ def _launch(rows: Rows) -> str:
 def _masked_heads(rows: Rows) -> str:
     """Times with some of the heads, and their shares of the time with all of them."""
     lines = [
-        f"{table.size(rows[0])}; {_machine(rows)}",
+        f"{table.size(rows[0])}; {machine(rows)}",
         "",
         "| active heads | agrees | forward | both | peak extra memory |",
         "|---|---|---|---|---|",
@@ -305,7 +285,7 @@ def _masked_heads(rows: Rows) -> str:
             continue
         cells = [row["provider"], "yes"]
         for part in ("forward", "both"):
-            cells.append(_time(row, part, 2))
+            cells.append(time(row, part, 2))
         forward, both = (row[f"{part}_peak_bytes"] / 1e6 for part in ("forward", "both"))
         lines.append(f"| {' | '.join([*cells, f'{forward:.0f} / {both:.0f} MB'])} |")
     return "\n".join(lines)
@@ -338,7 +318,7 @@ def _models(rows: Rows) -> str:
     """Seconds of a training epoch and of an inference of models."""
     rows = [row for row in rows if "batches" in row]
     lines = [
-        _machine(rows),
+        machine(rows),
         "",
         "| model | data | provider | agrees | training epoch | inference |",
         "|---|---|---|---|---|---|",
@@ -346,7 +326,7 @@ def _models(rows: Rows) -> str:
     for row in rows:
         cells = [row["operator"], f"`{row['problem']}`", row["provider"]]
         if row["match"]:
-            cells += ["yes", *(_time(row, part, 1) for part in _PASSES)]
+            cells += ["yes", *(time(row, part, 1) for part in _PASSES)]
         else:
             cells += ["no", _why(row), ""]
         lines.append(f"| {' | '.join(cells)} |")
@@ -375,7 +355,7 @@ def _trainings() -> str:
         return "No training has been run to its end."
     rows = json.loads(path.read_text())
     lines = [
-        _machine(rows),
+        machine(rows),
         "",
         "| model | data | metric | test | published | runs | epochs | epoch | memory | parameters "
         "| `fastgt train` with |",
@@ -409,57 +389,10 @@ def _trainings() -> str:
 
 
 def _seeds() -> str:
-    """A line for each example: its pattern, and what it takes beside dense attention."""
     path = RESULTS / "seeds.json"
     if not path.exists():
         return "No seed has been measured."
-    rows = json.loads(path.read_text())
-    lines = [
-        _machine(rows),
-        "",
-        "| seed | pattern | operator | nodes | edges | of all pairs | heads x width | fastgt "
-        "| sorted | dense | blocks | fastest |",
-        f"|{'---|' * 12}",
-    ]
-    for row in rows:
-        nodes = f"{row['rows']:,}"
-        if row["columns"] != row["rows"]:
-            nodes += f" to {row['columns']:,}"
-        cells = [
-            f"[{row['seed']}](../examples/seeds/{row['seed']}.py)",
-            row["pattern"],
-            f"`{row['operator']}`",
-            nodes,
-            f"{row['edges']:,}",
-            f"{row['share']:.2%}" if row["share"] < 0.1 else f"{row['share']:.0%}",
-            f"{row['heads']} x {row['width']}",
-            *(_seed_provider(row.get(name)) for name in _SEED_PROVIDERS),
-            _fastest(row),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _seed_provider(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    if "refused" in found:
-        return found["refused"]
-    times = " / ".join(_time(found, part, 1) for part in ("forward", "both"))
-    return f"{times}, {found['both_peak_bytes'] / 1e6:.1f} MB"
-
-
-def _fastest(row: dict[str, Any]) -> str:
-    """Whose forward and backward is, and how many times longer fastgt's or the next one's is."""
-    times = {
-        name: row[name]["both_s"]
-        for name in _SEED_PROVIDERS
-        if name in row and "both_s" in row[name]
-    }
-    first = min(times, key=times.__getitem__)
-    others = [time for name, time in times.items() if name != first]
-    other = times.get("fastgt") if first != "fastgt" else min(others, default=None)
-    return first if other is None else f"{first}, {other / times[first]:.1f}x"
+    return gallery(json.loads(path.read_text()))
 
 
 def _with_deviation(value: float, deviation: float | None) -> str:
@@ -467,7 +400,6 @@ def _with_deviation(value: float, deviation: float | None) -> str:
 
 
 _PASSES = ("epoch", "inference")
-_SEED_PROVIDERS = ("fastgt", "sorted", "dense", "blocks")
 KINDS: dict[str, Callable[..., str]] = {
     "table": _table,
     "overview": _overview,

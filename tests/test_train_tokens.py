@@ -3,10 +3,9 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from train_cases import assert_same_run
+from train_cases import assert_same_run, ring
 
 from fastgt import cli
 from fastgt.datasets import TokenSet, load
@@ -25,22 +24,7 @@ pytestmark = pytest.mark.usefixtures("recipe")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two classes on a ring; features are the class, and noise."""
-    draw = np.random.default_rng(0)
-    y = draw.integers(0, 2, NODES)
-    ring = np.arange(NODES)
-    part = draw.permuted(np.tile(ring % 3, (2, 1)), axis=1)
-    path = tmp_path_factory.mktemp("data") / "tolokers.npz"
-    np.savez(
-        path,
-        node_features=(y[:, None] + draw.normal(size=(NODES, 10))).astype(np.float32),
-        node_labels=y,
-        edges=np.stack([ring, (ring + 1) % NODES], 1),
-        train_masks=part == 0,
-        val_masks=part == 1,
-        test_masks=part == 2,
-    )
-    return path
+    return ring(tmp_path_factory.mktemp("data") / "tolokers.npz", NODES, 10, 2)
 
 
 @pytest.fixture

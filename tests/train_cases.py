@@ -1,4 +1,4 @@
-"""Small molecules, and the runs of ``fastgt train`` on them, for the files test_train_*.py."""
+"""Small data sets, and runs of ``fastgt train`` on molecules, for the files test_train_*.py."""
 
 import numpy as np
 import torch
@@ -8,6 +8,24 @@ from fastgt.training import checkpoint
 SMALL = ["layers=2", "dim=16", "heads=2", "batch_size=32"]
 TRAIN, HELD_OUT = 200, 40
 BATCHES = 7  # of an epoch
+
+
+def ring(path, nodes, features, splits):
+    """Two classes on a ring; features are the class, and noise. -> the file."""
+    draw = np.random.default_rng(0)
+    y = draw.integers(0, 2, nodes)
+    place = np.arange(nodes)
+    part = draw.permuted(np.tile(place % 3, (splits, 1)), axis=1)
+    np.savez(
+        path,
+        node_features=(y[:, None] + draw.normal(size=(nodes, features))).astype(np.float32),
+        node_labels=y,
+        edges=np.stack([place, (place + 1) % nodes], 1),
+        train_masks=part == 0,
+        val_masks=part == 1,
+        test_masks=part == 2,
+    )
+    return path
 
 
 def arrays():

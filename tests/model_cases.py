@@ -37,7 +37,7 @@ from fastgt.models import (
     SceneGraphEncoder,
     SGFormer,
     SGFormerConfig,
-    expander,
+    expander_table,
 )
 from fastgt.models.graph_gps_bigbird import bigbird_pattern
 from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
@@ -92,7 +92,7 @@ def lengths(graph: Graph, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def expanded(graph: Graph, given: dict[str, Any]) -> dict[str, Any]:
-    return given | {"expander": expander(graph, 3)}
+    return given | {"expander": expander_table(graph, 3)}
 
 
 def pattern(graph: Graph, given: dict[str, Any]) -> dict[str, Any]:

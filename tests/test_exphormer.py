@@ -23,7 +23,7 @@ from literal_layers import (
 from model_cases import check_learnt_by_heart
 
 from fastgt import Graph
-from fastgt.models import Exphormer, ExphormerConfig, expander
+from fastgt.models import Exphormer, ExphormerConfig, expander_table
 from fastgt.models.exphormer import ExphormerAttention, ExphormerLayer, InLayer
 from fastgt.models.exphormer_graph import exphormer_pattern
 from fastgt.testing import random_batch
@@ -96,7 +96,7 @@ def test_a_layer_is_its_equations(kind, virtual_nodes, train):
         "distance": (edges, 1),
     }
     tensors = {name: torch.randn(s, dtype=FP64, device=DEVICE) for name, s in tensors.items()}
-    pattern = exphormer_pattern(graph, expander(graph, 3, multiset=True), virtual_nodes)
+    pattern = exphormer_pattern(graph, expander_table(graph, 3, multiset=True), virtual_nodes)
 
     def ours(m, x, e, virtual, attended, shared, distance):
         far = distance if stable else None
@@ -163,7 +163,7 @@ def inputs(model, graph, dtype=torch.float32):
     if c.edge_features:
         given["edge"] = draw(edges, c.edge_features)
     if c.expander_degree:
-        given["expander"] = expander(graph, c.expander_degree)
+        given["expander"] = expander_table(graph, c.expander_degree)
     if c.lap_pe + c.stable_pe:
         given["lap_vectors"] = draw(n, c.lap_pe + c.stable_pe)
     if c.lap_pe:
@@ -438,7 +438,7 @@ def test_dropout_stands_where_the_paper_has_it():
     model = small(layers=1, local="none", stable_pe=0, dropout=0.999999)
     layer = model.layers[0]
     x, e, virtual, shared = (torch.randn(n, 12, device=DEVICE) for n in (20, 0, 1, 3))
-    pattern = exphormer_pattern(graph, expander(graph, 3), 1)
+    pattern = exphormer_pattern(graph, expander_table(graph, 3), 1)
     found, _, state = layer(x, e, virtual, graph, pattern, e, shared)
     # nothing but the residuals and norms is left, and virtual nodes are not dropped
     torch.testing.assert_close(found, layer.beside.norm(layer.norm(x)))

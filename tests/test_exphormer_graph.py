@@ -8,7 +8,7 @@ import torch
 from literal_layers import edgeless, rough_batch
 
 from fastgt import Graph
-from fastgt.models import expander
+from fastgt.models import expander_table
 from fastgt.models.exphormer_graph import exphormer_pattern
 
 FP64 = torch.float64
@@ -42,7 +42,7 @@ def second_eigenvalue(pairs, first, last):
 def test_expanders_are_regular_and_expand(degree, cycles):
     graph = edgeless(40, 0, 11, 117, 64)
     offsets = graph.graph_ptr.tolist()
-    table = expander(graph, degree, cycles=cycles, multiset=True)
+    table = expander_table(graph, degree, cycles=cycles, multiset=True)
     assert table.shape == (232, max(degree, 5))
     pairs = edges_of(table, offsets)
     count = torch.zeros(232, dtype=torch.long)
@@ -68,7 +68,8 @@ def test_what_does_not_expand_is_drawn_again():
     offsets = graph.graph_ptr.tolist()
     bound = 4 - 2 * math.sqrt(3) - 0.1
     once, several = (
-        edges_of(expander(graph, 2, tries=tries, multiset=True), offsets) for tries in (1, 100)
+        edges_of(expander_table(graph, 2, tries=tries, multiset=True), offsets)
+        for tries in (1, 100)
     )
     for first, last in pairwise(offsets):
         before, after = (second_eigenvalue(x, first, last) for x in (once, several))
@@ -83,7 +84,9 @@ def test_the_best_draw_is_kept_where_none_is_good_enough():
     graph, before = edgeless(*[14] * 60), [0.0] * 60
     bounds = list(pairwise(graph.graph_ptr.tolist()))
     for tries in range(1, 5):
-        pairs = edges_of(expander(graph, 2, tries=tries, multiset=True), graph.graph_ptr.tolist())
+        pairs = edges_of(
+            expander_table(graph, 2, tries=tries, multiset=True), graph.graph_ptr.tolist()
+        )
         after = [second_eigenvalue(pairs, *ends) for ends in bounds]
         assert all(y > x - 1e-4 for x, y in zip(before, after, strict=True))
         before = after
@@ -92,7 +95,7 @@ def test_the_best_draw_is_kept_where_none_is_good_enough():
 def test_self_loops_and_duplicates_are_left_out_unless_asked_for():
     graph = edgeless(12, 15, 30)
     offsets = graph.graph_ptr.tolist()
-    whole, simple = (expander(graph, 5, multiset=multiset) for multiset in (True, False))
+    whole, simple = (expander_table(graph, 5, multiset=multiset) for multiset in (True, False))
     before, after = edges_of(whole, offsets), edges_of(simple, offsets)
     assert len(set(after)) == len(after)
     assert all(i != j for i, j in after)
@@ -107,7 +110,7 @@ def test_small_graphs_get_all_pairs():
     offsets = graph.graph_ptr.tolist()
     for multiset in (False, True):
         # 13 nodes are more than 10, but no more than 13
-        pairs = edges_of(expander(graph, 13, multiset=multiset), offsets)
+        pairs = edges_of(expander_table(graph, 13, multiset=multiset), offsets)
         assert len(pairs) == len(set(pairs))
         wanted = {
             (i, j)
@@ -122,20 +125,20 @@ def test_small_graphs_get_all_pairs():
 def test_a_seed_draws_the_same_whatever_else_is_in_the_batch():
     seeds = torch.tensor([5, -3, 2**40, 5])
     graph = edgeless(20, 33, 50, 20)
-    whole = expander(graph, 3, seed=seeds)
-    assert torch.equal(whole, expander(graph, 3, seed=seeds))
+    whole = expander_table(graph, 3, seed=seeds)
+    assert torch.equal(whole, expander_table(graph, 3, seed=seeds))
     for g, (first, last) in enumerate(pairwise(graph.graph_ptr.tolist())):
-        alone = expander(edgeless(last - first), 3, seed=seeds[g : g + 1])
+        alone = expander_table(edgeless(last - first), 3, seed=seeds[g : g + 1])
         assert torch.equal(alone, whole[first:last])
     assert torch.equal(whole[:20], whole[-20:])
     assert torch.equal(
-        expander(graph, 3, seed=7), expander(graph, 3, seed=torch.tensor([7, 8, 9, 10]))
+        expander_table(graph, 3, seed=7), expander_table(graph, 3, seed=torch.tensor([7, 8, 9, 10]))
     )
-    assert not torch.equal(expander(graph, 3, seed=7), expander(graph, 3, seed=8))
+    assert not torch.equal(expander_table(graph, 3, seed=7), expander_table(graph, 3, seed=8))
 
 
 def test_permutations_are_uniform():
-    table = expander(edgeless(*[11] * 3000), 1, multiset=True, tries=1)
+    table = expander_table(edgeless(*[11] * 3000), 1, multiset=True, tries=1)
     count = torch.zeros(11, 11)
     count.index_put_((torch.arange(11).repeat(3000), table[:, 0]), torch.ones(1), accumulate=True)
     # chi squared of 100 degrees of freedom
@@ -145,7 +148,7 @@ def test_permutations_are_uniform():
 def test_a_pattern_is_the_edges_the_expander_and_the_stars():
     graph = rough_batch(SIZES)
     offsets, n = graph.graph_ptr.tolist(), graph.num_rows
-    table = expander(graph, 3, multiset=True)
+    table = expander_table(graph, 3, multiset=True)
     pattern = exphormer_pattern(graph, table, 2)
     assert pattern.graph.num_nodes == n + 2 * 4
     found = [tuple(p) for p in pattern.graph.edge_index.T.tolist()]
@@ -169,27 +172,27 @@ def test_a_pattern_is_the_edges_the_expander_and_the_stars():
 def test_the_default_device_changes_nothing(multiset):
     """Expanders are drawn on the CPU also where ``torch.set_default_device`` named another."""
     graph = edgeless(5, 0, 30)
-    wanted = expander(graph, 3, seed=4, multiset=multiset)
+    wanted = expander_table(graph, 3, seed=4, multiset=multiset)
     with torch.device("meta"):
-        found = expander(graph, 3, seed=4, multiset=multiset)
+        found = expander_table(graph, 3, seed=4, multiset=multiset)
     assert torch.equal(found, wanted)
 
 
 def test_what_is_no_graph_or_no_seed_is_refused():
     graph = edgeless(12)
     with pytest.raises(TypeError, match=r"graph must be a fastgt\.Graph, got Tensor"):
-        expander(torch.zeros(2, 3, dtype=torch.long), 3)
+        expander_table(torch.zeros(2, 3, dtype=torch.long), 3)
     with pytest.raises(ValueError, match="degree must be positive, got 0"):
-        expander(graph, 0)
+        expander_table(graph, 0)
     with pytest.raises(ValueError, match=r"seed must be \[G\] = \[1\] int64, got \[2\]"):
-        expander(graph, 3, seed=torch.zeros(2, dtype=torch.long))
+        expander_table(graph, 3, seed=torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="virtual_nodes must not be negative, got -1"):
         exphormer_pattern(graph, None, -1)
     with pytest.raises(TypeError, match="virtual_nodes must be an int, got float"):
         exphormer_pattern(graph, None, 1.5)
     for seed in (2**63, -(2**63) - 1):
         with pytest.raises(ValueError, match=f"seed must fit in 64 bits, got {seed}"):
-            expander(graph, 3, seed=seed)
+            expander_table(graph, 3, seed=seed)
     between = Graph.from_edge_index(torch.tensor([[0], [1]]), (4, 5))
     with pytest.raises(ValueError, match="graph must be square, got 4 rows and 5 columns"):
-        expander(between, 3)
+        expander_table(between, 3)

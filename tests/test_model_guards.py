@@ -14,7 +14,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgt import Graph
-from fastgt.models.exphormer_graph import expander, exphormer_pattern
+from fastgt.models.exphormer_graph import expander_table, exphormer_pattern
 from fastgt.models.mpnn_vn import add_virtual_nodes
 from fastgt.models.san import complement
 from fastgt.testing import random_batch
@@ -50,7 +50,7 @@ def graphs():
         complement,
         lambda graph: add_virtual_nodes(torch.zeros(graph.num_rows), None, graph),
         lambda graph: exphormer_pattern(graph, None, 1),
-        lambda graph: expander(graph, 3),
+        lambda graph: expander_table(graph, 3),
     ],
     ids=["complement", "virtual nodes", "pattern", "expander"],
 )

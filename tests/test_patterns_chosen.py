@@ -21,7 +21,7 @@ from pattern_cases import (
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from fastgt import Graph, neighborhood_attention
-from fastgt.models import expander as expander_table
+from fastgt.models import expander_table
 from fastgt.patterns import (
     balls,
     band,

@@ -72,7 +72,7 @@ SIZES = {
     models.GTSPConfig: {"node_features": 5, "out_dim": 2, "dim": 8, "heads": 2, "layers": 2}
     | {"walk_steps": 3, "path_distance": 4, "degrees": 4},
     models.Sparsification: {"steps": 10, "every": 4, "scored": 2},
-    models.expander: {"degree": 2, "seed": 1, "tries": 3},
+    models.expander_table: {"degree": 2, "seed": 1, "tries": 3},
     models.OpenGraphConfig: {"dim": 8, "heads": 2, "layers": 2, "anchors": 3, "hops": 2},
     open_graph.OpenGraphLayer: {"dim": 8, "heads": 2, "anchors": 3},
     models.with_class_nodes: {"classes": 2},
@@ -122,7 +122,7 @@ MAKE = {
     models.Sparsification: lambda **counts: models.Sparsification(
         models.GTSP(models.GTSPConfig(prune={"heads": 0.5}, **SIZES[models.GTSPConfig])), **counts
     ),
-    models.expander: lambda **counts: models.expander(RING, **counts),
+    models.expander_table: lambda **counts: models.expander_table(RING, **counts),
     models.connected_neighbors: lambda **counts: models.connected_neighbors(ENDS, **counts),
     models.log_sinkhorn: lambda **counts: models.log_sinkhorn(
         torch.arange(4.0), torch.tensor(1.0), *torch.tensor([[0, 2], [0, 2]]), **counts

@@ -17,7 +17,7 @@ from fastgt.encodings import (
     random_walk_pe,
     shortest_paths,
 )
-from fastgt.models import expander
+from fastgt.models import expander_table
 from fastgt.training import optimization
 from fastgt.training.inputs import prepared
 from fastgt.training.published_recipes import MODELS, RECIPES
@@ -119,7 +119,7 @@ def test_encodings_of_models_that_have_their_own(made, data, tmp_path):
     batch = some.batch(chosen)
     assert batch.encodings.keys() == {"expander", "lap_vectors"}
     whole = some.batch(torch.arange(len(some)))
-    assert torch.equal(whole.encodings["expander"], expander(whole.graph, 2))
+    assert torch.equal(whole.encodings["expander"], expander_table(whole.graph, 2))
     slim = made("path_edges=3", model="graphormer").batch(chosen)
     lengths, types = shortest_paths(slim.graph, slim.edge, 39)
     assert torch.equal(slim.encodings["pair_distance"], lengths)

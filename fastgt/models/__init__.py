@@ -9,7 +9,7 @@ from fastgt.models.correspondence_checkpoints import correspondence_state_dict
 from fastgt.models.correspondence_matching import log_likelihoods, matches
 from fastgt.models.exphormer import Exphormer
 from fastgt.models.exphormer_config import ExphormerConfig
-from fastgt.models.exphormer_graph import expander
+from fastgt.models.exphormer_graph import expander_table
 from fastgt.models.graph_classifier import GraphClassifier, GraphClassifierConfig
 from fastgt.models.graph_gps import GraphGPS
 from fastgt.models.graph_gps_checkpoints import gps_conv_state_dict, graph_gps_state_dict
@@ -85,7 +85,7 @@ __all__ = [
     "connected_neighbors",
     "correspondence_state_dict",
     "draw_negatives",
-    "expander",
+    "expander_table",
     "gps_conv_state_dict",
     "graph_gps_state_dict",
     "graph_transformer_state_dict",

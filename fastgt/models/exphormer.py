@@ -95,9 +95,9 @@ class ExphormerLayer(nn.Module):
         >>> import torch
         >>> from fastgt import Graph
         >>> from fastgt.models.exphormer import ExphormerLayer
-        >>> from fastgt.models.exphormer_graph import expander, exphormer_pattern
+        >>> from fastgt.models.exphormer_graph import expander_table, exphormer_pattern
         >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 0]]))
-        >>> pattern = exphormer_pattern(graph, expander(graph, 3), 2)
+        >>> pattern = exphormer_pattern(graph, expander_table(graph, 3), 2)
         >>> x, e, virtual, shared = (torch.randn(n, 64) for n in (3, 3, 2, 5))
         >>> layer = ExphormerLayer(64, heads=4)
         >>> [y.shape for y in layer(x, e, virtual, graph, pattern, e, shared)]
@@ -187,10 +187,10 @@ class InLayer(nn.Module):
 class Exphormer(nn.Module):
     """Numbers for every graph of a batch, or for every node.
 
-    An :func:`~fastgt.models.exphormer_graph.expander` is drawn once for a graph, and goes in with
-    every batch; with one layer, the vectors of edges to virtual nodes reach no output and get no
-    gradient. Nor do the norm of edges of the last GatedGCN, which is not there with
-    ``last_edges=False``.
+    An expander is drawn once for a graph (:func:`~fastgt.models.exphormer_graph.expander_table`),
+    and goes in with every batch. With one layer, the vectors of edges to virtual nodes reach no
+    output and get no gradient. Nor does the norm of edges of the last GatedGCN, which is not there
+    with ``last_edges=False``.
 
     Source:
         Shirzad et al., Exphormer: Sparse Transformers for Graphs, arXiv 2303.06147.
@@ -198,10 +198,10 @@ class Exphormer(nn.Module):
     Example:
         >>> import torch
         >>> from fastgt import Graph
-        >>> from fastgt.models import Exphormer, ExphormerConfig, expander
+        >>> from fastgt.models import Exphormer, ExphormerConfig, expander_table
         >>> model = Exphormer(ExphormerConfig.published("arxiv"))
         >>> graph = Graph.from_edge_index(torch.randint(30, (2, 90)), 30)
-        >>> model(torch.randn(30, 128), None, graph, expander=expander(graph, 3)).shape
+        >>> model(torch.randn(30, 128), None, graph, expander=expander_table(graph, 3)).shape
         torch.Size([30, 40])
     """
 
@@ -256,8 +256,8 @@ class Exphormer(nn.Module):
 
         Args:
             node, edge, graph, lap_vectors, lap_values: As of :class:`GraphGPS`.
-            expander: ``[N, W]`` of :func:`~fastgt.models.exphormer_graph.expander`; None where
-                ``expander_degree`` is 0.
+            expander: ``[N, W]``, as :func:`~fastgt.models.exphormer_graph.expander_table` gives;
+                None where ``expander_degree`` is 0.
         """
         check_graph(graph)
         c = self.config

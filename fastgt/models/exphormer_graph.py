@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastgt.graph import Graph
 from fastgt.ops.checks import check_square, integer, readable
-from fastgt.patterns.permutations import expander_table
+from fastgt.patterns.permutations import draw_table
 
 
-def expander(
+def expander_table(
     graph: Graph,
     degree: int,
     *,
@@ -25,7 +25,7 @@ def expander(
     multiset: bool = False,
     tries: int = 100,
 ) -> Tensor:
-    """An expander on the nodes of every graph of a batch, computed once before training.
+    """The edges of an expander on every graph of a batch, computed once before training.
 
     Every node i has edges to ``out[i]`` and back. Nodes are numbered within their graph, and -1
     stands for no edge: so the rows of a graph may be stored, and batched, like any features of
@@ -55,14 +55,14 @@ def expander(
     Example:
         >>> import torch
         >>> from fastgt import Graph
-        >>> from fastgt.models.exphormer_graph import expander
+        >>> from fastgt.models.exphormer_graph import expander_table
         >>> graph = Graph.complete(torch.tensor([0, 20, 23]))
-        >>> found = expander(graph, 3)
+        >>> found = expander_table(graph, 3)
         >>> found.shape, found[20:].tolist()
         (torch.Size([23, 5]), [[1, -1, -1, -1, -1], [2, -1, -1, -1, -1], [0, -1, -1, -1, -1]])
     """
     check_square(graph)
-    table = expander_table(graph.graph_ptr, degree, cycles, seed, multiset, tries)
+    table = draw_table(graph.graph_ptr, degree, cycles, seed, multiset, tries)
     return table.to(graph.device)
 
 
@@ -87,7 +87,7 @@ def exphormer_pattern(graph: Graph, expander: Tensor | None, virtual_nodes: int)
 
     Args:
         graph: Square.
-        expander: ``[N, W]`` integers, as :func:`expander` gives; None for none.
+        expander: ``[N, W]`` integers, as :func:`expander_table` gives; None for none.
         virtual_nodes: Of each graph, 0 or more.
 
     Raises:
@@ -96,9 +96,9 @@ def exphormer_pattern(graph: Graph, expander: Tensor | None, virtual_nodes: int)
     Example:
         >>> import torch
         >>> from fastgt import Graph
-        >>> from fastgt.models.exphormer_graph import expander, exphormer_pattern
+        >>> from fastgt.models.exphormer_graph import expander_table, exphormer_pattern
         >>> graph = Graph.from_edge_index(torch.tensor([[0, 1], [1, 0]]), 3)
-        >>> pattern = exphormer_pattern(graph, expander(graph, 3), 1)
+        >>> pattern = exphormer_pattern(graph, expander_table(graph, 3), 1)
         >>> pattern.sizes, pattern.graph.num_nodes
         ((2, 6, 3, 3), 4)
     """

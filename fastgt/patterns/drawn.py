@@ -9,7 +9,7 @@ from fastgt.graph import Graph
 from fastgt.graph_build import owners
 from fastgt.ops.checks import check_generator, integer
 from fastgt.patterns.build import boundaries, from_rows
-from fastgt.patterns.permutations import expander_table
+from fastgt.patterns.permutations import draw_table
 
 
 def random(
@@ -75,8 +75,8 @@ def expander(
 
     The edges are ``{(i, s_p(i)), (s_p(i), i): p < degree}`` without self loops and duplicates. The
     permutations ``s_p`` of each graph are drawn until the spectral gap is near the largest
-    (:func:`fastgt.models.expander`). With N nodes these are ``2 N degree`` edges, less those that
-    are left out. A graph of n nodes has all ``n (n - 1)`` pairs where n is no more than 10 or
+    (:func:`fastgt.models.expander_table`). With N nodes these are ``2 N degree`` edges, less those
+    that are left out. A graph of n nodes has all ``n (n - 1)`` pairs where n is no more than 10 or
     ``degree``. The pattern is symmetric.
 
     Drawn on the CPU, in O(degree N) memory.
@@ -103,7 +103,7 @@ def expander(
         (True, 6)
     """
     offsets = boundaries(n, graphs)
-    table = expander_table(offsets, degree, cycles, seed, multiset=False, tries=tries)
+    table = draw_table(offsets, degree, cycles, seed, multiset=False, tries=tries)
     ptr = offsets.cpu()
     node = torch.arange(len(table), device="cpu")[:, None].expand_as(table)
     first = ptr[owners(ptr, len(table))][:, None].expand_as(table)

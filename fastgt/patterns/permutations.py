@@ -26,13 +26,13 @@ _STEPS = 100  # of Lanczos
 _CUTS = 64  # of an interval at once, four times over
 
 
-def expander_table(
+def draw_table(
     graph_ptr: Tensor, degree: int, cycles: bool, seed: int | Tensor, multiset: bool, tries: int
 ) -> Tensor:
     """The nodes that each node has an edge to, ``[N, max(degree, 5)]`` int64 on the CPU.
 
     Numbered within graphs, -1 for none; the way back is an edge too. Arguments are those of
-    :func:`fastgt.models.expander`.
+    :func:`fastgt.models.expander_table`.
     """
     degree, tries = integer("degree", degree, 1), integer("tries", tries, 1)
     ptr = graph_ptr.long().cpu()

@@ -20,7 +20,7 @@ from fastgt.encodings import (
     shortest_paths,
 )
 from fastgt.graph import Graph
-from fastgt.models import expander
+from fastgt.models import expander_table
 from fastgt.models.graph_transformer import check_types
 from fastgt.training.published_recipes import MODELS
 from fastgt.training.recipe import Recipe
@@ -105,7 +105,7 @@ def _electrostatic(
 
 def _expander(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[str, Encoded]:
     """The same for all seeds of a training."""
-    return {"expander": Encoded(cache(expander, graph, r.config.expander_degree), "node")}
+    return {"expander": Encoded(cache(expander_table, graph, r.config.expander_degree), "node")}
 
 
 def _paths(cache: Cache, graph: Graph, edge: Tensor | None, r: Recipe) -> dict[str, Encoded]:

@@ -57,6 +57,7 @@ LAYERS = {
         "plans",
         "prepared",
     },
+    "distributed": {"cpu", "files", "graph", "graph_build", "ops"},
     "encodings": {"files", "graph", "ops", "plans"},
     "datasets": {"cpu", "encodings", "files", "graph", "ops", "philox", "real_graphs"},
     "philox": set(),

@@ -1,0 +1,1 @@
+"""Graphs that lie on several machines, on ``torch.distributed``."""

@@ -19,7 +19,7 @@ os.environ.setdefault("FASTGT_DATA", str(Path(__file__).resolve().parents[2] / "
 sys.path.append(os.path.dirname(__file__))
 sys.path.append(os.path.join(os.path.dirname(__file__), "..", "tools"))
 pytest.register_assert_rewrite(
-    "attention_cases", "gps_cases", "graph_cases", "laws", "pattern_cases"
+    "attention_cases", "distributed_cases", "gps_cases", "graph_cases", "laws", "pattern_cases"
 )
 
 hypothesis.settings.register_profile(
@@ -122,3 +122,13 @@ def poison():
 
     with poisoned_memory():
         yield
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Processes of torch.distributed, for all tests of this one."""
+    from rank_workers import Ranks
+
+    found = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield found
+    found.close()

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 # layer -> the layers it may import; "triton" and "torch" only where listed or unrestricted
 LAYERS = {
     "contract": set(),
+    "shard": set(),
     "signature": set(),
     "files": set(),
     "options": set(),
@@ -57,7 +58,7 @@ LAYERS = {
         "plans",
         "prepared",
     },
-    "distributed": {"cpu", "files", "graph", "graph_build", "ops"},
+    "distributed": {"contract", "cpu", "files", "graph", "graph_build", "ops", "shard"},
     "encodings": {"files", "graph", "ops", "plans"},
     "datasets": {"cpu", "encodings", "files", "graph", "ops", "philox", "real_graphs"},
     "philox": set(),
@@ -65,6 +66,7 @@ LAYERS = {
     "cpu": {"contract", "philox", "__init__"},  # the version
     "kernels": {"contract"},
     "ops": {
+        "shard",
         "contract",
         "signature",
         "graph",

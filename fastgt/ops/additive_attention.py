@@ -45,6 +45,7 @@ from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
+from fastgt.shard import Roles, Shard
 from fastgt.signature import Signature
 
 
@@ -53,7 +54,7 @@ def additive_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    graph: Graph,
+    graph: Graph | Shard,
     weight: Tensor,
     *,
     edge_key: Tensor | None = ...,
@@ -75,7 +76,7 @@ def additive_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    graph: Graph,
+    graph: Graph | Shard,
     weight: Tensor,
     *,
     edge_key: Tensor | None = ...,
@@ -96,7 +97,7 @@ def additive_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    graph: Graph,
+    graph: Graph | Shard,
     weight: Tensor,
     *,
     edge_key: Tensor | None = None,
@@ -172,6 +173,8 @@ def additive_attention(
         >>> additive_attention(target, source, source, graph, torch.randn(4, 16)).shape
         torch.Size([3, 4, 16])
     """
+    if isinstance(graph, Shard):
+        return graph.run(additive_attention, _ROLES, locals())
     request = check_request("additive_attention", return_aux, "lse", "weights")
     inputs = AdditiveInputs(q, k, v, weight)
     terms = AdditiveTerms(edge_key, edge_attr, edge_key_weight, edge_bias)
@@ -201,6 +204,9 @@ def additive_attention(
         o = gated(o, head_gate, graph.graph_ptr, dense_gate_grad, impl)
         aux = masked_aux(aux, active, graph) if dense_gate_grad else aux
     return o if return_aux is None else (o, aux)
+
+
+_ROLES = Roles(("q",), ("k", "v"), ("edge_key", "edge_attr", "edge_bias"))
 
 
 def _check(inputs: AdditiveInputs, terms: AdditiveTerms, graph: Graph) -> None:

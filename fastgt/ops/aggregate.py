@@ -25,6 +25,7 @@ from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import column_walk, row_walk
+from fastgt.shard import Roles, Shard
 from fastgt.signature import Signature
 
 Reduce = Literal["sum", "mean", "max"]
@@ -34,7 +35,7 @@ _REDUCTIONS, _ACTIVATIONS = get_args(Reduce), get_args(Activation)
 
 def aggregate(
     x: Tensor | None,
-    graph: Graph,
+    graph: Graph | Shard,
     *,
     reduce: Reduce = "sum",
     edge_value: Tensor | None = None,
@@ -98,6 +99,8 @@ def aggregate(
         >>> aggregate(torch.tensor([[1.0], [2.0], [3.0]]), graph).tolist()
         [[5.0], [3.0], [0.0]]
     """
+    if isinstance(graph, Shard):
+        return graph.run(aggregate, _ROLES, locals())
     x, edge_value, edge_weight, edge_attr, edge_value_weight = autocast_all(
         x, edge_value, edge_weight, edge_attr, edge_value_weight
     )
@@ -152,6 +155,9 @@ def aggregate(
     else:
         out, _ = _forward(impl, *messages, rows, *reduction)
     return out if like.ndim == 2 else out.view(graph.num_rows, *like.shape[1:])
+
+
+_ROLES = Roles((), ("x",), ("edge_value", "edge_weight", "edge_attr"))
 
 
 def aggregate_in_order(

@@ -52,6 +52,7 @@ from fastgt.ops.implementation import Impl, resolve_impl
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, column_walk, row_walk
 from fastgt.plans import Plan, tallest
+from fastgt.shard import Roles, Shard
 from fastgt.signature import Signature
 
 
@@ -60,7 +61,7 @@ def neighborhood_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    graph: Graph,
+    graph: Graph | Shard,
     *,
     scale: float | None = None,
     edge_bias: Tensor | None = None,
@@ -86,7 +87,7 @@ def neighborhood_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    graph: Graph,
+    graph: Graph | Shard,
     *,
     scale: float | None = None,
     edge_bias: Tensor | None = None,
@@ -111,7 +112,7 @@ def neighborhood_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    graph: Graph,
+    graph: Graph | Shard,
     *,
     scale: float | None = None,
     edge_bias: Tensor | None = None,
@@ -218,6 +219,8 @@ def neighborhood_attention(
         >>> aux.edge_scores.shape
         torch.Size([3, 4, 16])
     """
+    if isinstance(graph, Shard):
+        return graph.run(neighborhood_attention, _ROLES, locals())
     request = check_request("neighborhood_attention", return_aux, *AuxRequest._fields)
     dropout_p = number("dropout_p", dropout_p)
     edges = EdgeTensors(
@@ -269,6 +272,9 @@ def neighborhood_attention(
         o = gated(o, head_gate, graph.graph_ptr, dense_gate_grad, impl)
         aux = masked_aux(aux, active, graph) if dense_gate_grad else aux
     return o if return_aux is None else (o, aux)
+
+
+_ROLES = Roles(("q",), ("k", "v"), EdgeTensors._fields[:5])
 
 
 _NO_MASK, _NO_DROPOUT = HeadMask(), Dropout()

@@ -40,6 +40,7 @@ from fastgt.ops.head_mask import check_head_gate, gated, masked_aux, node_mask
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
+from fastgt.shard import Roles, Shard
 from fastgt.signature import Signature
 
 
@@ -47,7 +48,7 @@ from fastgt.signature import Signature
 def channelwise_attention(
     logits: Tensor,
     v: Tensor | None,
-    graph: Graph,
+    graph: Graph | Shard,
     *,
     edge_value: Tensor | None = ...,
     logit_clamp: float | tuple[float, float] | None = ...,
@@ -63,7 +64,7 @@ def channelwise_attention(
 def channelwise_attention(
     logits: Tensor,
     v: Tensor | None,
-    graph: Graph,
+    graph: Graph | Shard,
     *,
     edge_value: Tensor | None = ...,
     logit_clamp: float | tuple[float, float] | None = ...,
@@ -78,7 +79,7 @@ def channelwise_attention(
 def channelwise_attention(
     logits: Tensor,
     v: Tensor | None,
-    graph: Graph,
+    graph: Graph | Shard,
     *,
     edge_value: Tensor | None = None,
     logit_clamp: float | tuple[float, float] | None = None,
@@ -142,6 +143,8 @@ def channelwise_attention(
         >>> channelwise_attention(logits, v, graph).shape
         torch.Size([3, 16])
     """
+    if isinstance(graph, Shard):
+        return graph.run(channelwise_attention, _ROLES, locals())
     if isinstance(logits, Tensor) and autocasts(logits.device.type):
         dtype = torch.get_autocast_dtype(logits.device.type)
         logits = autocast(logits, dtype)
@@ -181,6 +184,9 @@ def channelwise_attention(
         o = gated(o, head_gate, graph.graph_ptr, dense_gate_grad, impl)
         aux = masked_aux(aux, mask, graph) if dense_gate_grad else aux
     return o if return_aux is None else (o, aux)
+
+
+_ROLES = Roles((), ("v",), ("logits", "edge_value"))
 
 
 def _attend(

@@ -31,13 +31,14 @@ from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import column_walk, row_walk
+from fastgt.shard import Roles, Shard
 from fastgt.signature import Signature
 
 
 @overload
 def gated_aggregate(
     x: Tensor,
-    graph: Graph,
+    graph: Graph | Shard,
     gate: Tensor | None = None,
     *,
     gate_row: Tensor | None = None,
@@ -54,7 +55,7 @@ def gated_aggregate(
 @overload
 def gated_aggregate(
     x: Tensor,
-    graph: Graph,
+    graph: Graph | Shard,
     gate: Tensor | None = None,
     *,
     gate_row: Tensor | None = None,
@@ -70,7 +71,7 @@ def gated_aggregate(
 
 def gated_aggregate(
     x: Tensor,
-    graph: Graph,
+    graph: Graph | Shard,
     gate: Tensor | None = None,
     *,
     gate_row: Tensor | None = None,
@@ -141,6 +142,8 @@ def gated_aggregate(
         >>> out.shape, aux.edge_scores.shape
         (torch.Size([3, 16]), torch.Size([3, 16]))
     """
+    if isinstance(graph, Shard):
+        return graph.run(gated_aggregate, _ROLES, locals())
     request = check_request("gated_aggregate", return_aux, "edge_scores")
     tensors = autocast_all(x, gate, gate_row, gate_col, edge_weight, edge_value)
     x_, gate, gate_row, gate_col, edge_weight, edge_value = tensors
@@ -180,6 +183,9 @@ def gated_aggregate(
     if return_aux is None:
         return out
     return out, Aux(edge_scores=e.view(graph.num_edges, *x_.shape[1:]) if edge_scores else None)
+
+
+_ROLES = Roles(("gate_row",), ("x", "gate_col"), ("gate", "edge_weight", "edge_value"))
 
 
 class _GatedAggregate(torch.autograd.Function):

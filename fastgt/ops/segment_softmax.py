@@ -15,10 +15,11 @@ from fastgt.ops.checks import accumulator, autocast, autocasts, refuse_forward_m
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
 from fastgt.ops.walks import row_walk
+from fastgt.shard import Roles, Shard
 from fastgt.signature import Signature
 
 
-def segment_softmax(x: Tensor, graph: Graph, *, impl: Impl | None = None) -> Tensor:
+def segment_softmax(x: Tensor, graph: Graph | Shard, *, impl: Impl | None = None) -> Tensor:
     """Softmax of an edge tensor over the edges of each row, channel by channel.
 
     For row i and its edges ij::
@@ -53,6 +54,8 @@ def segment_softmax(x: Tensor, graph: Graph, *, impl: Impl | None = None) -> Ten
         >>> segment_softmax(torch.zeros(3), graph).tolist()
         [0.5, 0.5, 1.0]
     """
+    if isinstance(graph, Shard):
+        return graph.run(segment_softmax, _ROLES, locals())
     if isinstance(x, Tensor) and autocasts(x.device.type):
         x = autocast(x, torch.float32)
     check_channels(graph, x=(x, "edges"))
@@ -64,6 +67,9 @@ def segment_softmax(x: Tensor, graph: Graph, *, impl: Impl | None = None) -> Ten
     if torch.is_grad_enabled() and x.requires_grad:
         return _SegmentSoftmax.apply(logits, graph, impl, rows).view(x.shape)
     return _forward(impl, logits, rows).view(x.shape)
+
+
+_ROLES = Roles((), (), ("x",), of_edges=True)
 
 
 class _SegmentSoftmax(torch.autograd.Function):

@@ -1,0 +1,312 @@
+"""A graph that lies on several ranks: each has some rows, their edges and the columns they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastgt import contract
+from fastgt.contract import Aux
+from fastgt.distributed.agreement import agree, described
+from fastgt.distributed.exchange import Exchange
+from fastgt.distributed.group import Group
+from fastgt.distributed.part import Part, cut, graphs_of
+from fastgt.graph import Graph
+from fastgt.graph_build import from_pairs, with_boundaries
+from fastgt.ops.checks import dropout_key
+from fastgt.shard import Roles, Shard
+
+Kind = Literal["row", "column", "edge"]
+
+
+class DistributedGraph(Shard):
+    """One rank's share of a graph. Operators take it where they take a :class:`fastgt.Graph`.
+
+    Node tensors are those of the rank's own rows, ``[n, ...]``, and of its own columns,
+    ``[m, ...]``. Edge tensors are those of its rows' edges, ``[e, ...]``. Operators fetch the
+    columns of other ranks that these edges read, and send their gradients back. P ranks give what
+    one process gives for the whole graph, up to rounding, and the same bits every time. Gradients
+    of parameters are the rank's share: :func:`fastgt.distributed.sync_gradients` sums them.
+
+    Every rank of the group calls the same operators in the same order, a rank without rows too.
+
+    Args:
+        part: The rank's share, by :func:`fastgt.distributed.load_partition` or
+            :meth:`from_graph`.
+        group: The ranks, a process group of ``torch.distributed``; None for the default one, or
+            for this process alone.
+        overlap: Compute rows that read own columns alone while the other ranks' are on their way.
+            Second derivatives need ``overlap=False``.
+        check: Let ranks compare their arguments in every call, so that all of them raise where one
+            does. Without, a call has one small collective less, and ranks that disagree wait for
+            each other until the timeout.
+
+    Attributes:
+        part: Which rows, columns, halo and edges these are in the whole graph.
+        num_rows, num_cols, num_edges: n, m and e.
+        num_graphs: Graphs of the whole batch.
+
+    Raises:
+        TypeError: ``part`` or ``group`` is of another type.
+        ValueError: The group has another size than the partition, or this process has another
+            rank in it; or the ranks' parts are not of one partition.
+
+    Example:
+        >>> import torch
+        >>> from fastgt import Graph, neighborhood_attention
+        >>> from fastgt.distributed import DistributedGraph
+        >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 0]]))
+        >>> shard = DistributedGraph.from_graph(graph, torch.zeros(3, dtype=torch.int64))
+        >>> x = shard.own(torch.randn(3, 4, 16))
+        >>> neighborhood_attention(x, x, x, shard).shape
+        torch.Size([3, 4, 16])
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        group: dist.ProcessGroup | Group | None = None,
+        *,
+        overlap: bool = True,
+        check: bool = True,
+    ):
+        if not isinstance(part, Part):
+            raise TypeError(f"part must be a Part, got {type(part).__name__}")
+        self.part, self.overlap, self.check = part, overlap, check
+        self.group = group if isinstance(group, Group) else Group(group)
+        self.num_rows, self.num_cols = len(part.rows), len(part.cols)
+        self.num_edges, self.num_graphs = len(part.edge), len(part.whole.graph_ptr) - 1
+        self._agree("DistributedGraph", _identity(part), self._misfit())
+        self.exchange = Exchange(part, self.group)
+
+    @classmethod
+    def from_graph(
+        cls,
+        graph: Graph,
+        part: Tensor | tuple[Tensor, Tensor],
+        group: dist.ProcessGroup | Group | None = None,
+        *,
+        overlap: bool = True,
+        check: bool = True,
+    ) -> DistributedGraph:
+        """This rank's share of a graph that every rank has.
+
+        Args:
+            graph: The whole graph.
+            part: ``[N]``, the rank that owns each node; of a bipartite graph a pair, of rows and of
+                columns.
+            group, overlap, check: As of the class.
+        """
+        ranks = group if isinstance(group, Group) else Group(group)
+        row_part, col_part = part if isinstance(part, tuple) else (part, part)
+        share = cut(graph, row_part, col_part, ranks.rank, ranks.size)
+        return cls(share, ranks, overlap=overlap, check=check)
+
+    @property
+    def device(self) -> torch.device:
+        return self.part.rows.device
+
+    @property
+    def num_nodes(self) -> int:
+        """The rank's own nodes, of a square graph."""
+        if not self.part.whole.square:
+            raise ValueError(
+                f"num_nodes needs a square graph, got {self.num_rows} rows and {self.num_cols} "
+                "columns"
+            )
+        return self.num_rows
+
+    def own(self, x: Tensor, kind: Kind = "row") -> Tensor:
+        """The rank's share of a tensor of the whole graph: of its rows, columns or edges."""
+        part, whole = self.part, self.part.whole
+        index, size = {
+            "row": (part.rows, whole.rows),
+            "column": (part.cols, whole.cols),
+            "edge": (part.edge, whole.edges),
+        }[kind]
+        if len(x) != size:
+            raise ValueError(f"x has {len(x)} rows but the whole graph has {size} {kind}s")
+        return x.index_select(0, index.to(x.device))
+
+    def columns(self, x: Tensor) -> Tensor:
+        """``[m, ...]`` of own columns -> ``[m + h, ...]``: the columns of :attr:`local`."""
+        return self._assembled(x, self.exchange.fetched([x])[0])
+
+    @cached_property
+    def local(self) -> Graph:
+        """All edges of the rank: from n rows to m own columns and h of the halo."""
+        return self._graph(slice(None), halo=True)
+
+    @cached_property
+    def _interior(self) -> Graph:
+        return self._graph(slice(self.part.interior), halo=False)
+
+    @cached_property
+    def _boundary(self) -> Graph:
+        return self._graph(slice(self.part.interior, None), halo=True)
+
+    @cached_property
+    def _is_boundary(self) -> Tensor:
+        """``[n]``: rows that read other ranks' columns."""
+        found = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
+        found[self.part.row[self.part.interior :]] = True
+        return found
+
+    @cached_property
+    def _ends(self) -> tuple[Tensor, Tensor, Tensor]:
+        return graphs_of(self.part)
+
+    @cached_property
+    def _column_order(self) -> Tensor | None:
+        """``[m + h]``, own columns and then the halo's, sorted by graph; None for one graph."""
+        if self.num_graphs == 1:
+            return None
+        _, cols, halo = self._ends
+        graphs = torch.arange(self.num_graphs, device=self.device)
+        of = torch.cat([graphs.repeat_interleave(cols.diff()), halo])
+        return of.sort(stable=True).indices
+
+    def _graph(self, edges: slice, *, halo: bool) -> Graph:
+        part, (rows, cols, of_halo) = self.part, self._ends
+        col, width = part.col[edges], self.num_cols
+        if halo:
+            width += len(part.halo)
+            if self._column_order is not None:
+                place = torch.empty_like(self._column_order)
+                place[self._column_order] = torch.arange(width, device=self.device)
+                col = place.index_select(0, col)
+            counts = of_halo.bincount(minlength=self.num_graphs)
+            cols = cols + torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        graph = from_pairs(part.row[edges], col, self.num_rows, width)
+        return Graph(*with_boundaries(graph, rows, cols))
+
+    def _assembled(self, own: Tensor, halo: Tensor) -> Tensor:
+        both = torch.cat([own, halo])
+        return both if self._column_order is None else both.index_select(0, self._column_order)
+
+    def run(self, op: Callable[..., Any], roles: Roles, arguments: Mapping[str, Any]) -> Any:
+        """An operator on the rank's rows; called by the operator itself."""
+        call = {name: x for name, x in arguments.items() if name != "graph"}
+        if call.get("dropout_p"):
+            call["dropout_seed"] = dropout_key(call["dropout_seed"], self.device)
+        self._agree(op.__name__, _told(roles, call), self._wrong_size(roles, call))
+        given = {name: call[name] for name in roles.columns if call[name] is not None}
+        tensors = list({id(x): x for x in given.values()}.values())
+        if not tensors or not self.exchange.active:
+            return op(**self._arguments(roles, call, slice(None)), graph=self.local)
+        if not self.overlap:
+            columns = self._columns(given, tensors, self.exchange.fetched(tensors))
+            return op(**self._arguments(roles, call, slice(None)) | columns, graph=self.local)
+        journey, inside = self.exchange.depart(tensors), self.part.interior
+        if inside in (0, self.num_edges):
+            columns = self._columns(given, tensors, journey.arrive())
+            return op(**self._arguments(roles, call, slice(None)) | columns, graph=self.local)
+        inner = self._arguments(roles, call, slice(inside))
+        first = op(**inner, graph=self._interior)
+        columns = self._columns(given, tensors, journey.arrive())
+        outer = self._arguments(roles, call, slice(inside, None)) | columns
+        return self._merged(roles, first, op(**outer, graph=self._boundary))
+
+    def _arguments(self, roles: Roles, call: Mapping[str, Any], edges: slice) -> dict[str, Any]:
+        """The call for some of the rank's edges."""
+        found: dict[str, Any] = dict(call)
+        done: dict[int, Tensor] = {}
+        for name in roles.edges:
+            if (x := call[name]) is not None and edges != slice(None):
+                # one tensor in two arguments stays one
+                done.setdefault(id(x), x[edges])
+                found[name] = done[id(x)]
+        if call.get("dropout_p"):
+            found["dropout_seed"] = contract.DropoutSeed(
+                call["dropout_seed"], self.part.edge[edges]
+            )
+        return found
+
+    def _columns(
+        self, given: Mapping[str, Tensor], tensors: list[Tensor], halos: tuple[Tensor, ...]
+    ) -> dict[str, Tensor]:
+        """Own columns and the halo's, by argument."""
+        pairs = zip(tensors, halos, strict=True)
+        full = {id(own): self._assembled(own, halo) for own, halo in pairs}
+        return {name: full[id(x)] for name, x in given.items()}
+
+    def _merged(self, roles: Roles, first: Any, second: Any) -> Any:
+        """The result of interior rows and that of boundary rows as one."""
+        if isinstance(first, Tensor):
+            return self._of_edges(first, second) if roles.of_edges else self._of_rows(first, second)
+        (out, aux), (late_out, late_aux) = first, second
+        lse = None if aux.lse is None else self._of_rows(aux.lse, late_aux.lse)
+        edges = (
+            None if x is None else self._of_edges(x, y)
+            for x, y in zip(aux[1:], late_aux[1:], strict=True)
+        )
+        return self._of_rows(out, late_out), Aux(lse, *edges)
+
+    def _of_rows(self, first: Tensor, second: Tensor) -> Tensor:
+        late = self._is_boundary.view(-1, *[1] * (first.ndim - 1))
+        return torch.where(late, second, first)
+
+    def _of_edges(self, first: Tensor, second: Tensor) -> Tensor:
+        return torch.cat([first, second])
+
+    def _agree(self, what: str, arguments: Mapping[str, str], problem: Exception | None) -> None:
+        if self.check:
+            agree(self.group, self.device, what, arguments, problem)
+        elif problem is not None:
+            raise problem
+
+    def _misfit(self) -> Exception | None:
+        part, group = self.part, self.group
+        if group.size != part.parts:
+            return ValueError(
+                f"the group has {group.size} ranks but the partition has {part.parts} parts"
+            )
+        if group.rank != part.rank:
+            return ValueError(f"part {part.rank} was given to rank {group.rank} of the group")
+        return None
+
+    def _wrong_size(self, roles: Roles, call: Mapping[str, Any]) -> Exception | None:
+        whole = self.part.whole
+        kinds = (
+            ("row", roles.rows, self.num_rows, whole.rows),
+            ("column", roles.columns, self.num_cols, whole.cols),
+            ("edge", roles.edges, self.num_edges, whole.edges),
+        )
+        for kind, names, size, total in kinds:
+            for name in names:
+                if (x := call[name]) is None:
+                    continue
+                if not isinstance(x, Tensor):
+                    return TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+                if x.device != self.device:
+                    return ValueError(f"graph is on {self.device} but {name} is on {x.device}")
+                if x.ndim and len(x) == size:
+                    continue
+                hint = ""
+                if x.ndim and len(x) == total:
+                    hint = f": of a tensor of the whole graph, own({name}, {kind!r}) is the share"
+                found = list(x.shape)
+                return ValueError(
+                    f"{name} is {found} but rank {self.part.rank} has {size} {kind}s{hint}"
+                )
+        return None
+
+
+def _told(roles: Roles, call: Mapping[str, Any]) -> dict[str, str]:
+    """What must be the same on all ranks."""
+    shared = {*roles.rows, *roles.columns, *roles.edges}
+    return {name: described(x, rows=name in shared) for name, x in call.items()}
+
+
+def _identity(part: Part) -> dict[str, str]:
+    """What parts of one partition have in common."""
+    whole = part.whole
+    sizes = {"parts": part.parts, "rows": whole.rows, "cols": whole.cols, "edges": whole.edges}
+    told = {name: repr(x) for name, x in sizes.items()}
+    graphs = described(whole.graph_ptr, rows=False), described(whole.col_graph_ptr, rows=False)
+    return told | {"square": repr(whole.square), "graph_ptr": graphs[0], "col_graph_ptr": graphs[1]}

@@ -1,0 +1,24 @@
+"""Operators on a DistributedGraph give what one process gives, outputs and all gradients."""
+
+import pytest
+from distributed_cases import (
+    OPERATORS,
+    assert_equal_to_one_process,
+    cut_graphs,
+    on_a_rank,
+    on_one_process,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@given(cut_graphs(), st.integers(0, 2**31), st.booleans())
+@settings(max_examples=25)
+def test_ranks_give_what_one_process_gives(ranks, name, case, seed, overlap):
+    graph, row_part, col_part, parts = case
+    part = row_part if col_part is row_part else (row_part, col_part)
+    results, grads, weights = on_one_process(name, graph, seed, {})
+    answers = ranks.run(parts, on_a_rank, name, graph, part, seed, {}, weights, overlap)
+    assert_equal_to_one_process(answers, results, 0)
+    assert_equal_to_one_process(answers, grads, 1)

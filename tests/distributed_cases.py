@@ -10,8 +10,15 @@ from fastgt import (
     aggregate,
     channelwise_attention,
     gated_aggregate,
+    global_attention,
+    linear_attention,
     neighborhood_attention,
+    segment_max,
+    segment_mean,
     segment_softmax,
+    segment_sum,
+    sgformer_attention,
+    virtual_node,
 )
 from fastgt.distributed import DistributedGraph
 
@@ -81,6 +88,47 @@ OPERATORS = {
     ),
     "segment softmax": (segment_softmax, {"x": ("edge", D)}),
 }
+QKV = {"q": ("row", H, D), "k": ("row", H, D), "v": ("row", H, D + 1)}
+# those that go over the graphs of a batch: what they take, and options of theirs
+OVER_GRAPHS = {
+    "linear attention": (linear_attention, QKV, {}),
+    "linear attention of sums": (
+        linear_attention,
+        QKV,
+        {"feature_map": "identity", "normalize": False},
+    ),
+    "linear attention of random features": (
+        linear_attention,
+        QKV,
+        {"feature_map": "softmax", "projection": torch.linspace(-1, 1, 5 * D).view(5, D).double()},
+    ),
+    "linear attention with masked heads": (
+        linear_attention,
+        QKV,
+        {"head_gate": torch.tensor([0.0, 0.5], dtype=torch.float64)},
+    ),
+    "sgformer attention": (sgformer_attention, QKV, {}),
+    "sgformer attention of unit nodes": (sgformer_attention, QKV, {"norms": "node"}),
+    "global attention": (global_attention, QKV, {"return_aux": AuxRequest(lse=True)}),
+    "global attention of biased keys": (
+        global_attention,
+        QKV | {"bias": ("row", H)},
+        {"return_aux": AuxRequest(lse=True), "scale": 0.7},
+    ),
+    "global attention with masked heads": (
+        global_attention,
+        QKV,
+        {
+            "head_gate": torch.tensor([0.5, 0.0], dtype=torch.float64),
+            "return_aux": AuxRequest(lse=True),
+        },
+    ),
+    "sum": (segment_sum, {"x": ("row", D)}, {}),
+    "mean": (segment_mean, {"x": ("row", D)}, {}),
+    "max": (segment_max, {"x": ("row", D)}, {}),
+    "virtual node": (virtual_node, {"x": ("row", D), "state": ("graph", D)}, {}),
+}
+OPERATORS |= {name: case[:2] for name, case in OVER_GRAPHS.items()}
 AUX = {
     neighborhood_attention: AuxRequest(lse=True, weights=True, edge_scores=True),
     additive_attention: AuxRequest(lse=True, weights=True),
@@ -89,15 +137,19 @@ AUX = {
 }
 
 
+SHARED = "all", "graph"
+RESULTS, GRADIENTS = 1, 2
+
+
 @st.composite
-def cut_graphs(draw):
+def cut_graphs(draw, *, square=None):
     """A graph, square or not, one or a batch, hubs among them, and the owner of each node."""
     seed = draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
     parts = draw(st.integers(1, 4))
     rows = draw(st.integers(1, 12))
     edges = draw(st.integers(0, 40))
-    square = draw(st.booleans())
+    square = draw(st.booleans()) if square is None else square
     cols = rows if square else draw(st.integers(1, 9))
 
     def below(n, size):
@@ -121,7 +173,12 @@ def cut_graphs(draw):
 def tensors_of(name, graph, seed):
     """The operator's tensors for the whole graph: name -> (kind, tensor)."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = {"row": graph.num_rows, "column": graph.num_cols, "edge": graph.num_edges}
+    sizes = {
+        "row": graph.num_rows,
+        "column": graph.num_cols,
+        "edge": graph.num_edges,
+        "graph": graph.num_graphs,
+    }
     found = {}
     for key, (kind, *shape) in OPERATORS[name][1].items():
         lead = [sizes[kind]] if kind in sizes else []
@@ -141,6 +198,13 @@ def weights_of(results, seed):
 def results_of(name, graph, tensors, options):
     """The operator's results by name -> (kind, tensor)."""
     op = OPERATORS[name][0]
+    if name in OVER_GRAPHS:
+        out = op(**tensors, offsets=graph.graph_ptr, **OVER_GRAPHS[name][2], **options)
+        if op is virtual_node:
+            return {"y": ("row", out[0]), "pooled": ("graph", out[1])}
+        if op is global_attention:
+            return {"out": ("row", out[0]), "lse": ("row", out[1].lse)}
+        return {"out": ("graph" if "x" in tensors else "row", out)}
     aux = {"return_aux": AUX[op]} if op in AUX else {}
     out = op(**tensors, graph=graph, **aux, **options)
     if op is segment_softmax:
@@ -182,11 +246,15 @@ def on_a_rank(group, name, graph, part, seed, options, weights, overlap):
     shard = DistributedGraph.from_graph(graph, part, group, overlap=overlap)
     tensors = tensors_of(name, graph, seed)
     leaves = {
-        key: (x.clone() if kind == "all" else shard.own(x, kind)).requires_grad_()
+        key: (x.clone() if kind in SHARED else shard.own(x, kind)).requires_grad_()
         for key, (kind, x) in tensors.items()
     }
     results = results_of(name, shard, leaves, options)
-    shares = {key: shard.own(x, kind) for key, (kind, x) in weights.items()}
+    # every rank has what graphs have, and a P-th of its loss
+    shares = {
+        key: x / shard.group.size if kind in SHARED else shard.own(x, kind)
+        for key, (kind, x) in weights.items()
+    }
     loss = loss_of(results, shares)
     grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     numbers = {"row": shard.part.rows, "column": shard.part.cols, "edge": shard.part.edge}
@@ -195,16 +263,22 @@ def on_a_rank(group, name, graph, part, seed, options, weights, overlap):
 
 
 def together(answers, wanted, which):
-    """The ranks' shares put together as ``wanted``, name -> (kind, tensor), has them."""
+    """The ranks' shares put together as ``wanted``, name -> (kind, tensor), has them.
+
+    Gradients of what all ranks have are the sum of theirs; results of graphs are the same on all.
+    """
     found = {}
     for key, (kind, like) in wanted.items():
-        whole = torch.zeros_like(like) if kind == "all" else torch.full_like(like, torch.nan)
-        for numbers, *shares in answers:
-            if kind == "all":
-                whole += shares[which][key]
-            else:
-                whole[numbers[kind]] = shares[which][key]
-        found[key] = whole
+        shares = [answer[which][key] for answer in answers]
+        if kind in SHARED and which == GRADIENTS:
+            found[key] = torch.stack(shares).sum(0)
+        elif kind in SHARED:
+            assert all(torch.equal(share, shares[0]) for share in shares)
+            found[key] = shares[0]
+        else:
+            found[key] = torch.full_like(like, torch.nan)
+            for answer, share in zip(answers, shares, strict=True):
+                found[key][answer[0][kind]] = share
     return found
 
 

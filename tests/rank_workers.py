@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 SIZE = 4
-PATIENCE = 120  # seconds a test waits for a rank
+PATIENCE = 60  # seconds a test waits for a rank
 
 
 class Ranks:

@@ -2,7 +2,10 @@
 
 import pytest
 from distributed_cases import (
+    GRADIENTS,
     OPERATORS,
+    OVER_GRAPHS,
+    RESULTS,
     assert_equal_to_one_process,
     cut_graphs,
     on_a_rank,
@@ -12,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name not in OVER_GRAPHS])
 @given(cut_graphs(), st.integers(0, 2**31), st.booleans())
 @settings(max_examples=25)
 def test_ranks_give_what_one_process_gives(ranks, name, case, seed, overlap):
@@ -20,5 +23,16 @@ def test_ranks_give_what_one_process_gives(ranks, name, case, seed, overlap):
     part = row_part if col_part is row_part else (row_part, col_part)
     results, grads, weights = on_one_process(name, graph, seed, {})
     answers = ranks.run(parts, on_a_rank, name, graph, part, seed, {}, weights, overlap)
-    assert_equal_to_one_process(answers, results, 0)
-    assert_equal_to_one_process(answers, grads, 1)
+    assert_equal_to_one_process(answers, results, RESULTS)
+    assert_equal_to_one_process(answers, grads, GRADIENTS)
+
+
+@pytest.mark.parametrize("name", OVER_GRAPHS)
+@given(cut_graphs(square=True), st.integers(0, 2**31))
+@settings(max_examples=25)
+def test_ranks_give_what_one_process_gives_over_graphs(ranks, name, case, seed):
+    graph, part, _, parts = case
+    results, grads, weights = on_one_process(name, graph, seed, {})
+    answers = ranks.run(parts, on_a_rank, name, graph, part, seed, {}, weights, True)
+    assert_equal_to_one_process(answers, results, RESULTS)
+    assert_equal_to_one_process(answers, grads, GRADIENTS)

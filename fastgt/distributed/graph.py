@@ -15,6 +15,7 @@ from fastgt.contract import Aux
 from fastgt.distributed.agreement import agree, described
 from fastgt.distributed.exchange import Exchange
 from fastgt.distributed.group import Group
+from fastgt.distributed.offsets import RankOffsets
 from fastgt.distributed.part import Part, cut, graphs_of
 from fastgt.graph import Graph
 from fastgt.graph_build import from_pairs, with_boundaries
@@ -121,6 +122,11 @@ class DistributedGraph(Shard):
             )
         return self.num_rows
 
+    @cached_property
+    def graph_ptr(self) -> RankOffsets:
+        """The boundaries of the batch's graphs, for operators over the nodes of a graph."""
+        return RankOffsets(self, self._ends[0])
+
     def own(self, x: Tensor, kind: Kind = "row") -> Tensor:
         """The rank's share of a tensor of the whole graph: of its rows, columns or edges."""
         part, whole = self.part, self.part.whole
@@ -194,7 +200,7 @@ class DistributedGraph(Shard):
         call = {name: x for name, x in arguments.items() if name != "graph"}
         if call.get("dropout_p"):
             call["dropout_seed"] = dropout_key(call["dropout_seed"], self.device)
-        self._agree(op.__name__, _told(roles, call), self._wrong_size(roles, call))
+        self.check_call(op, roles, call)
         given = {name: call[name] for name in roles.columns if call[name] is not None}
         tensors = list({id(x): x for x in given.values()}.values())
         if not tensors or not self.exchange.active:
@@ -211,6 +217,10 @@ class DistributedGraph(Shard):
         columns = self._columns(given, tensors, journey.arrive())
         outer = self._arguments(roles, call, slice(inside, None)) | columns
         return self._merged(roles, first, op(**outer, graph=self._boundary))
+
+    def check_call(self, op: Callable[..., Any], roles: Roles, call: Mapping[str, Any]) -> None:
+        """Raise on all ranks where one has tensors of a wrong size, or where ranks disagree."""
+        self._agree(op.__name__, _told(roles, call), self._wrong_size(roles, call))
 
     def _arguments(self, roles: Roles, call: Mapping[str, Any], edges: slice) -> dict[str, Any]:
         """The call for some of the rank's edges."""

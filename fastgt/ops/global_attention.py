@@ -42,6 +42,7 @@ from fastgt.ops.head_mask import check_head_gate, gated, head_mask
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
 from fastgt.ops.second_order import differentiable_gradients
+from fastgt.shard import Roles, Shard
 from fastgt.signature import Signature, results_schema
 
 MAX_WIDTH = 512
@@ -52,7 +53,7 @@ def global_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    offsets: Tensor | None = None,
+    offsets: Tensor | Shard | None = None,
     *,
     key_offsets: Tensor | None = None,
     scale: float | None = None,
@@ -71,7 +72,7 @@ def global_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    offsets: Tensor | None = None,
+    offsets: Tensor | Shard | None = None,
     *,
     key_offsets: Tensor | None = None,
     scale: float | None = None,
@@ -89,7 +90,7 @@ def global_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    offsets: Tensor | None = None,
+    offsets: Tensor | Shard | None = None,
     *,
     key_offsets: Tensor | None = None,
     scale: float | None = None,
@@ -176,6 +177,8 @@ def global_attention(
         >>> global_attention(q, k, v, offsets, bias=bias).shape
         torch.Size([10, 4, 16])
     """
+    if isinstance(offsets, Shard):
+        return offsets.run(global_attention, _ROLES, locals())
     request = check_request("global_attention", return_aux, "lse")
     dropout_p = number("dropout_p", dropout_p)
     if isinstance(q, Tensor) and autocasts(q.device.type):
@@ -210,6 +213,9 @@ def global_attention(
         if dense and request.lse and mask is not None:
             lse = lse.masked_fill(~_of_nodes(mask, offsets, q), -math.inf)
     return o if return_aux is None else (o, Aux(lse if request.lse else None))
+
+
+_ROLES = Roles(rows=("q", "k", "v", "bias"))
 
 
 def _attend(

@@ -29,6 +29,7 @@ from fastgt.ops.head_mask import check_head_gate, gated, head_mask
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.segment_pool import segment_sum
+from fastgt.shard import Roles, Shard
 from fastgt.signature import Signature
 
 FeatureMap = Literal["identity", "relu", "elu", "sigmoid", "softmax", "relu_random"]
@@ -41,7 +42,7 @@ def linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    offsets: Tensor | None = None,
+    offsets: Tensor | Shard | None = None,
     *,
     feature_map: FeatureMap = "elu",
     projection: Tensor | None = None,
@@ -120,11 +121,13 @@ def linear_attention(
         >>> linear_attention(q, k, v, offsets).shape
         torch.Size([10, 4, 16])
     """
+    if isinstance(offsets, Shard):
+        return offsets.run(linear_attention, _ROLES, locals())
     if isinstance(q, Tensor) and autocasts(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (autocast(x, dtype) for x in (q, k, v))
     eps = number("eps", eps)
-    _check(q, k, v, offsets, feature_map, projection)
+    check_linear(q, k, v, offsets, feature_map, projection)
     check_numbers(q, None, eps, 0.0, "eps")
     if head_gate is not None:
         graphs = 1 if offsets is None else offsets.shape[0] - 1
@@ -156,7 +159,7 @@ def sgformer_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    offsets: Tensor | None = None,
+    offsets: Tensor | Shard | None = None,
     *,
     norms: Norms = "graph",
     impl: Impl | None = None,
@@ -192,13 +195,14 @@ def sgformer_attention(
         >>> sgformer_attention(q, k, v, torch.tensor([0, 3, 10])).shape
         torch.Size([10, 1, 64])
     """
+    if isinstance(offsets, Shard):
+        return offsets.run(sgformer_attention, _ROLES, locals())
     given = all(isinstance(x, Tensor) for x in (q, k, v))
     if given and autocasts(q.device.type):
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
         q, k, v = (x.to(dtype) for x in (q, k, v))
-    _check(q, k, v, offsets, "identity", None)
-    if norms not in get_args(Norms):
-        raise ValueError(f"norms must be one of {list(get_args(Norms))}, got {norms!r}")
+    check_linear(q, k, v, offsets, "identity", None)
+    check_norms(norms)
     if offsets is None:
         offsets = torch.arange(2, device=q.device) * q.shape[0]
     sizes = offsets.diff()
@@ -224,6 +228,15 @@ def sgformer_attention(
     return ((linear + n * v) / share).to(q.dtype)
 
 
+def check_norms(norms: object) -> None:
+    """What q and k may be divided by."""
+    if norms not in get_args(Norms):
+        raise ValueError(f"norms must be one of {list(get_args(Norms))}, got {norms!r}")
+
+
+_ROLES = Roles(rows=("q", "k", "v"))
+
+
 def _attend(
     impl: Impl, inputs: Inputs, features: Features, ragged: Ragged, quotient: Quotient
 ) -> Tensor:
@@ -243,7 +256,7 @@ def _attend(
     return attend(impl, *flat)[0]
 
 
-def _check(
+def check_linear(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -251,6 +264,7 @@ def _check(
     feature_map: str,
     projection: Tensor | None,
 ) -> None:
+    """q, k, v, the boundaries and the feature map fit each other."""
     check_nodes(q, k, v)
     nodes, heads, width = q.shape
     for name, x in (("k", k), ("v", v)):

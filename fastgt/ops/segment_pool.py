@@ -17,9 +17,10 @@ from fastgt.ops.aggregate import Reduce, aggregate, aggregate_in_order
 from fastgt.ops.checks import autocasts, check_float, check_offsets, without_autocast
 from fastgt.ops.implementation import Impl, resolve_impl
 from fastgt.prepared import ColumnWalk, Prepared
+from fastgt.shard import Roles, Shard
 
 
-def segment_sum(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tensor:
+def segment_sum(x: Tensor, offsets: Tensor | Shard, *, impl: Impl | None = None) -> Tensor:
     """The sum over the nodes of each graph of a ragged batch.
 
     For graph g, channel by channel, ``out_g = sum_i x_i`` over nodes ``offsets[g]`` to
@@ -48,10 +49,12 @@ def segment_sum(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tens
         >>> segment_sum(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 2, 3])).tolist()
         [3.0, 0.0, 3.0]
     """
+    if isinstance(offsets, Shard):
+        return offsets.run(segment_sum, _ROLES, locals())
     return _pool(x, offsets, "sum", impl)
 
 
-def segment_mean(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tensor:
+def segment_mean(x: Tensor, offsets: Tensor | Shard, *, impl: Impl | None = None) -> Tensor:
     """The mean over the nodes of each graph of a ragged batch: 0 for a graph without nodes.
 
     See :func:`segment_sum`; source ``torch_geometric.nn.global_mean_pool``.
@@ -62,10 +65,12 @@ def segment_mean(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Ten
         >>> segment_mean(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 2, 3])).tolist()
         [1.5, 0.0, 3.0]
     """
+    if isinstance(offsets, Shard):
+        return offsets.run(segment_mean, _ROLES, locals())
     return _pool(x, offsets, "mean", impl)
 
 
-def segment_max(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tensor:
+def segment_max(x: Tensor, offsets: Tensor | Shard, *, impl: Impl | None = None) -> Tensor:
     """The maximum over the nodes of each graph of a ragged batch: 0 for a graph without nodes.
 
     Its gradient goes to the first of the largest. See :func:`segment_sum`; source
@@ -77,11 +82,13 @@ def segment_max(x: Tensor, offsets: Tensor, *, impl: Impl | None = None) -> Tens
         >>> segment_max(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 2, 3])).tolist()
         [2.0, 0.0, 3.0]
     """
+    if isinstance(offsets, Shard):
+        return offsets.run(segment_max, _ROLES, locals())
     return _pool(x, offsets, "max", impl)
 
 
 def virtual_node(
-    x: Tensor, state: Tensor, offsets: Tensor, *, impl: Impl | None = None
+    x: Tensor, state: Tensor, offsets: Tensor | Shard, *, impl: Impl | None = None
 ) -> tuple[Tensor, Tensor]:
     """What a virtual node of each graph gives to its nodes, and what it receives from them.
 
@@ -114,6 +121,8 @@ def virtual_node(
         >>> [t.tolist() for t in virtual_node(x, state, torch.tensor([0, 2, 3]))]
         [[11.0, 12.0, 23.0], [33.0, 43.0]]
     """
+    if isinstance(offsets, Shard):
+        return offsets.run(virtual_node, _ROLES, locals())
     _check(x, offsets)
     check_float("state", state)
     if autocasts(x.device.type):
@@ -132,6 +141,9 @@ def virtual_node(
     batch = _batch(offsets, x.shape[0])
     y = _aggregate(state, batch.transpose(), x, "sum", impl)
     return y, state + _aggregate(None, batch, y, "sum", impl)
+
+
+_ROLES = Roles(rows=("x",))
 
 
 def of_nodes(state: Tensor, offsets: Tensor, nodes: int, impl: Impl | None) -> Tensor:

@@ -85,9 +85,14 @@ def _unit(x: Tensor, over: tuple[int, ...]) -> Tensor:
 
 
 def features(
-    x: Tensor, name: str, projection: Tensor | None, stabilise_over: tuple[int, ...]
+    x: Tensor,
+    name: str,
+    projection: Tensor | None,
+    stabilise_over: tuple[int, ...],
+    top: Tensor | None = None,
 ) -> Tensor:
-    """phi(x), [n, H, D] -> [n, H, M]."""
+    """phi(x), [n, H, D] -> [n, H, M]. The constant that keeps exp() in range is ``top``, else the
+    largest product over these dimensions."""
     if name == "identity":
         return x
     if name == "relu":
@@ -98,11 +103,12 @@ def features(
     if name == "sigmoid":
         return x.sigmoid()
     assert projection is not None
+    m, d = projection.shape
     product = x @ projection.to(x.dtype).mT
     if name == "relu_random":
         return product.relu() + 1e-3
-    m, d = projection.shape
     product = product * d**-0.25
     half = x.square().sum(-1, keepdim=True) * (d**-0.5 / 2)
-    top = product.detach().amax(stabilise_over, keepdim=True)
+    if top is None:
+        top = product.detach().amax(stabilise_over, keepdim=True)
     return ((product - half - top).exp() + 1e-4) * m**-0.5

@@ -1,0 +1,60 @@
+"""The boundaries of a batch's graphs where the nodes of a graph lie on several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastgt.shard import Roles, Shard
+
+if TYPE_CHECKING:
+    from fastgt.distributed.graph import DistributedGraph
+
+
+class RankOffsets(Shard):
+    """``graph_ptr`` of a :class:`fastgt.distributed.DistributedGraph`.
+
+    Operators over the graphs of a batch take it for ``offsets``: ``linear_attention``,
+    ``sgformer_attention``, ``global_attention``, ``segment_sum``, ``segment_mean``,
+    ``segment_max`` and ``virtual_node``. They then run over the nodes of all ranks. What they give
+    for graphs, ``[G, ...]``, every rank has.
+
+    Attributes:
+        shard: The distributed graph.
+        local: ``[G + 1]`` int64 boundaries in the rank's own rows.
+        sizes: ``[G]`` int64, the nodes of each graph on all ranks.
+    """
+
+    def __init__(self, shard: DistributedGraph, local: Tensor):
+        self.shard, self.local, self.group = shard, local, shard.group
+        self.sizes = shard.part.whole.graph_ptr.diff()
+
+    @cached_property
+    def of_ranks(self) -> Tensor:
+        """``[P, G + 1]``, ``local`` of every rank."""
+        return self.group.gathered(self.local)
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """What graphs have, ``[G or 1, ...]``, for each of the rank's rows ``[n, ...]``."""
+        x = x.expand(len(self.sizes), *x.shape[1:])
+        return x.repeat_interleave(self.local.diff(), 0, output_size=self.shard.num_rows)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.local.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.local.device
+
+    def run(self, op: Callable[..., Any], roles: Roles, arguments: Mapping[str, Any]) -> Any:
+        """An operator over the graphs of a batch; called by the operator itself."""
+        from fastgt.distributed.over_graphs import OPERATORS
+
+        call = {name: x for name, x in arguments.items() if name != "offsets"}
+        self.shard.check_call(op, roles, call)
+        return OPERATORS[op.__name__](self, **call)

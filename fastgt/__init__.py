@@ -1,6 +1,6 @@
 """fastgt: attention kernels that graph transformers run on."""
 
-from fastgt.contract import Aux, AuxRequest
+from fastgt.contract import Aux, AuxRequest, DropoutSeed
 from fastgt.drop_in import accelerate, restore
 from fastgt.graph import Graph
 from fastgt.ops.additive_attention import additive_attention
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Aux",
     "AuxRequest",
+    "DropoutSeed",
     "Graph",
     "accelerate",
     "additive_attention",

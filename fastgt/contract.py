@@ -68,8 +68,41 @@ class Walks(NamedTuple):
     column_walk: tuple[Tensor, ...]
 
 
+class DropoutSeed(NamedTuple):
+    """A seed of dropout for edges that are some of a larger graph's: edge e is dropped as edge
+    ``edge_numbers[e]`` of that graph is.
+
+    Attributes:
+        seed: As ``dropout_seed`` alone: an int, one int64, or None to draw one.
+        edge_numbers: ``[E]`` int64, none below 0: by which dropout knows the edges.
+
+    Example:
+        >>> import torch
+        >>> from fastgt import DropoutSeed, Graph, neighborhood_attention
+        >>> whole = Graph.from_edge_index(torch.tensor([[1, 0, 2, 1], [0, 1, 1, 2]]))
+        >>> q, k, v = torch.randn(3, 3, 4, 16)
+        >>> out = neighborhood_attention(q, k, v, whole, dropout_p=0.5, dropout_seed=7)
+        >>> part = Graph.from_edge_index(torch.tensor([[0, 2], [0, 0]]), (1, 3))  # of row 1
+        >>> seed = DropoutSeed(7, torch.tensor([1, 2]))
+        >>> row = neighborhood_attention(q[1:2], k, v, part, dropout_p=0.5, dropout_seed=seed)
+        >>> torch.equal(row, out[1:2])
+        True
+    """
+
+    seed: int | Tensor | None
+    edge_numbers: Tensor
+
+
 class Dropout(NamedTuple):
     """Each weight is dropped with probability ``p``, as ``seed``, its edge and its head say."""
+
+    seed: Tensor | None = None  # [1] int64; None where p is 0
+    numbers: Tensor | None = None  # [E] int64, by which an edge is known; None: its own
+    p: float = 0.0
+
+
+class PairDropout(NamedTuple):
+    """As :class:`Dropout`, for pairs, each of which is known by its own number."""
 
     seed: Tensor | None = None  # [1] int64; None where p is 0
     p: float = 0.0

@@ -1,6 +1,6 @@
 """Random numbers that counters give. Which weights dropout keeps is a function of seed, edge and
-head alone, so that it can be had again anywhere, in any order, and is the same for every
-implementation."""
+head alone, so that it can be had again anywhere, in any order, by any rank, and is the same for
+every implementation."""
 
 from __future__ import annotations
 
@@ -17,9 +17,17 @@ def threshold(p: float) -> int:
     return round(p * LEVELS)
 
 
-def kept(seed: Tensor, edges: int, heads: int, p: float, *, first: int = 0) -> Tensor:
-    """-> ``[E, H]`` bool: head h of the caller's edge e is kept with probability 1 - p. The edges
-    are those from number ``first`` on.
+def kept(
+    seed: Tensor,
+    edges: int,
+    heads: int,
+    p: float,
+    *,
+    first: int = 0,
+    numbers: Tensor | None = None,
+) -> Tensor:
+    """-> ``[E, H]`` bool: head h of edge e is kept with probability 1 - p. The edges are those of
+    ``numbers [E]`` int64, or those from number ``first`` on.
 
     Word ``h % 4`` of Philox-4x32-10 at the counter ``(e mod 2^32, e // 2^32, h // 4, 0)`` with the
     64 bits of ``seed`` as its key; its upper 24 bits are compared.
@@ -32,7 +40,10 @@ def kept(seed: Tensor, edges: int, heads: int, p: float, *, first: int = 0) -> T
     block = torch.arange(blocks, device=seed.device)
 
     def part(start: int, stop: int) -> Tensor:
-        edge = torch.arange(first + start, first + stop, device=seed.device)
+        if numbers is None:
+            edge = torch.arange(first + start, first + stop, device=seed.device)
+        else:
+            edge = numbers[start:stop]
         edge = edge[:, None].expand(-1, blocks)
         found = words(seed, edge & _LOW, edge >> 32, block.expand_as(edge))
         return torch.stack([(word >> 8) >= limit for word in found], 2).flatten(1)[:, :heads]

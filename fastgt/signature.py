@@ -26,13 +26,13 @@ class Signature:
     dispatcher hands over no last argument that equals its default.
 
     Example:
-        >>> from fastgt.contract import Dropout, Logit
+        >>> from fastgt.contract import Logit, PairDropout
         >>> from fastgt.signature import Signature
-        >>> signature = Signature(Logit, Dropout)
+        >>> signature = Signature(Logit, PairDropout)
         >>> signature.schema
         'float scale, float low, float high, float eps, Tensor? seed=None, float p=0.0'
         >>> signature.split((0.5, -5.0, 5.0, 0.0))
-        [Logit(scale=0.5, low=-5.0, high=5.0, eps=0.0), Dropout(seed=None, p=0.0)]
+        [Logit(scale=0.5, low=-5.0, high=5.0, eps=0.0), PairDropout(seed=None, p=0.0)]
     """
 
     def __init__(self, *types: type):

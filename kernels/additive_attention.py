@@ -66,7 +66,7 @@ def _additive_fwd_kernel(
     num_middle,
     num_segments,
     slope: tl.float64,
-    seed_ptr,  # of dropout
+    drop,  # Drop
     threshold,
     active,  # [N, H], which heads are not masked
     T: tl.constexpr,
@@ -92,7 +92,7 @@ def _additive_fwd_kernel(
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
         decay = tl.exp(lane_max - pivot)
         p = tl.exp(s - pivot)  # [R, E, H]
-        used = p * kept(seed_ptr, threshold, edge, head, sum_dtype(T.WIDE))
+        used = p * kept(drop, threshold, edge, live, head, sum_dtype(T.WIDE))
         acc = acc * decay[:, :, :, None] + used[:, :, :, None] * v
         lane_sum = lane_sum * decay + p
         lane_max = new_max
@@ -221,7 +221,7 @@ def additive_attention_fwd(row_walk, inputs, slope, terms, mask, dropout, make_w
         call.walk,
         *call.counts,
         slope,
-        edges.seed,
+        edges.drop,
         edges.threshold,
         call.active,
         **call.meta,

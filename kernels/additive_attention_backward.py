@@ -61,7 +61,7 @@ def _additive_bwd_dq_kernel(
     num_segments,
     slope: tl.float64,
     log_eps: tl.float64,
-    seed_ptr,  # of dropout
+    drop,  # Drop
     threshold,
     active,  # [N, H], which heads are not masked
     T: tl.constexpr,
@@ -92,7 +92,7 @@ def _additive_bwd_dq_kernel(
         s, g, _ = additive_logits(q + k, leaky, x, edge, live, head, T)
         p = tl.exp(s - lse[:, None, :])
         dp = tl.sum(do_row * v, 3)
-        pdp = p * dp * kept(seed_ptr, threshold, edge, head, sum_dtype(T.WIDE))
+        pdp = p * dp * kept(drop, threshold, edge, live, head, sum_dtype(T.WIDE))
         sum_p += p
         sum_pdp += pdp
         if NEED_Q:
@@ -134,7 +134,7 @@ def _additive_bwd_dkv_kernel(
     num_middle,
     num_segments,
     slope: tl.float64,
-    seed_ptr,  # of dropout
+    drop,  # Drop
     threshold,
     active,  # [M, H], which heads are not masked
     T: tl.constexpr,
@@ -147,7 +147,7 @@ def _additive_bwd_dkv_kernel(
         or out.dbias is not None
         or out.dkey is not None
         or terms.key is not None
-        or seed_ptr is not None
+        or drop.seed is not None
     )
     NEED_T: tl.constexpr = out.dk is not None or out.dkey is not None or out.dweight is not None
     col, mine, begin, end, stride = take(walk, num_rows, num_middle, num_segments, T)
@@ -174,7 +174,7 @@ def _additive_bwd_dkv_kernel(
         key, _, _ = add_edge(k, v, terms, edge, live, head, T)
         s, g, y = additive_logits(q + key, leaky, x, edge, live, head, T)
         p = tl.exp(s - lse)
-        keep = kept(seed_ptr, threshold, edge, head, sum_dtype(T.WIDE))
+        keep = kept(drop, threshold, edge, live, head, sum_dtype(T.WIDE))
         if out.dv is not None:
             dv += (w * p * keep)[:, :, :, None] * do_row
         if NEED_T or out.dbias is not None:
@@ -269,7 +269,7 @@ def _backward_of_rows(inputs, terms, call, dq, wgamma, row_walk):
         *plan.counts,
         slope,
         float("-inf"),
-        edges.seed,
+        edges.drop,
         edges.threshold,
         plan.active,
         **plan.meta,
@@ -306,7 +306,7 @@ def _backward_of_columns(inputs, terms, call, out, need_weight, wgamma, column_w
             plan.walk,
             *plan.counts,
             slope,
-            edges.seed,
+            edges.drop,
             edges.threshold,
             plan.active,
             **plan.meta,

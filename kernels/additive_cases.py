@@ -27,7 +27,7 @@ class AdditiveCase:
     width: int
     v_width: int
     dtype: torch.dtype
-    terms: str = ""  # on edges: words of "key bias drop"
+    terms: str = ""  # on edges: words of "key bias drop numbered"
     weights: bool = False
     buckets: bool = False
     masked: bool = False  # heads of each row
@@ -37,6 +37,7 @@ ADDITIVE_CASES = {
     "additive_h8_d1_v16_fp32": AdditiveCase(8, 1, 16, torch.float32, weights=True),
     "additive_h8_d1_v64_bf16": AdditiveCase(8, 1, 64, torch.bfloat16, "key"),
     "additive_h8_d8_fp32": AdditiveCase(8, 8, 8, torch.float32, "bias drop"),
+    "additive_numbered_h8_d16_bf16": AdditiveCase(8, 16, 16, torch.bfloat16, "bias numbered"),
     "additive_h8_d16_fp32": AdditiveCase(8, 16, 16, torch.float32, weights=True),
     "additive_h8_d16_bf16": AdditiveCase(8, 16, 16, torch.bfloat16),
     "additive_h4_d64_fp16": AdditiveCase(4, 64, 64, torch.float16),
@@ -68,11 +69,13 @@ def launch_additive(case: AdditiveCase) -> None:
         walk = *walk, rows, rows, parts, parts
     key = torch.zeros(m, *shape, dtype=case.dtype) if "key" in words else None
     bias = torch.zeros(m, case.heads, dtype=case.dtype) if "bias" in words else None
-    seed = torch.zeros(1, dtype=torch.int64) if "drop" in words else None
+    dropped = "drop" in words or "numbered" in words
+    seed = torch.zeros(1, dtype=torch.int64) if dropped else None
+    numbers = torch.arange(m) if "numbered" in words else None
     active = torch.ones(n, case.heads, dtype=torch.bool) if case.masked else None
     inputs = AdditiveInputs(q, k, v, torch.zeros(shape, dtype=case.dtype))
     terms, mask = AdditiveTerms(key, None, None, bias), HeadMask(active, active)
-    dropout = Dropout(seed, 0.1 if "drop" in words else 0.0)
+    dropout = Dropout(seed, numbers, 0.1 if dropped else 0.0)
     call = terms, mask, dropout
     o, lse, _ = additive_attention_fwd(walk, inputs, 0.2, *call, case.weights)
     upstream = AdditiveUpstream(o, lse if case.weights else None, lse)

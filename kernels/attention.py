@@ -59,6 +59,7 @@ from .configs import (
     warp_lanes,
 )
 from .edge_tile import (
+    Drop,
     Operands,
     Terms,
     Tile,
@@ -102,7 +103,7 @@ def _attention_fwd_kernel(
     low: tl.float64,
     high: tl.float64,
     log_eps: tl.float64,
-    seed_ptr,  # of dropout
+    drop,  # Drop
     threshold,
     active,  # [N, H], which heads are not masked
     T: tl.constexpr,
@@ -134,7 +135,7 @@ def _attention_fwd_kernel(
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
         decay = tl.exp(lane_max - pivot)
         p = tl.exp(s - pivot)  # [R, E, H]
-        used = p * kept(seed_ptr, threshold, edge, head, sum_dtype(T.WIDE))
+        used = p * kept(drop, threshold, edge, live, head, sum_dtype(T.WIDE))
         acc = acc * decay[:, :, :, None] + used[:, :, :, None] * v
         if WEIGH_ATTR:
             attr_acc = attr_acc * decay[:, :, :, None] + used[:, :, :, None] * attr
@@ -277,7 +278,7 @@ def _forward(x, results, row_walk, inputs, mask, edges, logit):
         low,
         high,
         log(eps),
-        edges.seed,
+        edges.drop,
         edges.threshold,
         call.active,
         **call.meta,
@@ -314,7 +315,7 @@ class Edges(NamedTuple):
     channels: int = 1  # of the attributes
     align: int = 1  # channels that all rows start at a multiple of
     key_is_value: bool = False
-    seed: torch.Tensor | None = None  # of dropout
+    drop: Drop = Drop()
     threshold: int = 0
 
 
@@ -331,6 +332,7 @@ def edge_terms(q, terms, dropout, switches, upstream):
     factor, gate = (gate, None) if by_head else (None, gate)
     tensors = factor, gate, key, value, attr, attr_q
     pointers = Terms(*(None if x is None else x.contiguous() for x in tensors))
+    numbers = None if dropout.numbers is None else dropout.numbers.contiguous()
     # the most channels, of 16 bytes at most, that divide every width
     rows = [x for x in (*pointers[1:], *upstream) if x is not None]
     return Edges(
@@ -338,7 +340,7 @@ def edge_terms(q, terms, dropout, switches, upstream):
         channels=1 if attr is None else attr.shape[1],
         align=math.gcd(16 // q.element_size(), *(x.shape[-1] for x in rows)),
         key_is_value=switches.key_is_value,
-        seed=dropout.seed,
+        drop=Drop(dropout.seed, numbers),
         threshold=round(dropout.p * 2**24),
     )
 

@@ -93,7 +93,7 @@ def _attention_bwd_dq_kernel(
     low: tl.float64,
     high: tl.float64,
     log_eps: tl.float64,
-    seed_ptr,  # of dropout
+    drop,  # Drop
     threshold,
     active,  # [N, H], which heads are not masked
     T: tl.constexpr,
@@ -135,7 +135,7 @@ def _attention_bwd_dq_kernel(
         dp = tl.sum(do * v, 3)
         if up.attr_do is not None:
             dp += tl.sum(attr_do * attr, 3)
-        pdp = p * dp * kept(seed_ptr, threshold, edge, head, sum_dtype(T.WIDE))
+        pdp = p * dp * kept(drop, threshold, edge, live, head, sum_dtype(T.WIDE))
         sum_p += p
         sum_pdp += pdp
         flow, flow_dp = tl.where(through, p, 0.0) * factor, tl.where(through, pdp, 0.0) * factor
@@ -203,7 +203,7 @@ def _attention_bwd_dkv_kernel(
     scale: tl.float64,
     low: tl.float64,
     high: tl.float64,
-    seed_ptr,  # of dropout
+    drop,  # Drop
     threshold,
     active,  # [M, H], which heads are not masked
     T: tl.constexpr,
@@ -262,7 +262,7 @@ def _attention_bwd_dkv_kernel(
                 q, attr_q, gated, attr, factor, x, terms, edge, here, head, clamp, T
             )
             p = tl.exp(s - lse)
-            keep = kept(seed_ptr, threshold, edge, head, sum_dtype(T.WIDE))
+            keep = kept(drop, threshold, edge, here, head, sum_dtype(T.WIDE))
             a = (w * p * keep)[:, :, :, None]
             dvalue = a * do
             if out.dv is not None:
@@ -386,7 +386,7 @@ def _backward_of_rows(x, up, lse, wgamma, grads, row_walk, inputs, mask, edges, 
         *call.counts,
         *logit[:3],
         log(logit.eps),
-        edges.seed,
+        edges.drop,
         edges.threshold,
         call.active,
         **call.meta,
@@ -431,7 +431,7 @@ def _backward_of_columns(x, up, lse, wgamma, out, column_walk, inputs, mask, edg
             *call.counts,
             first_block,
             *logit[:3],
-            edges.seed,
+            edges.drop,
             edges.threshold,
             call.active,
             ADD=first_block > 0,

@@ -60,7 +60,7 @@ class AttentionCase:
     buckets: bool = False
     height: int = 0  # of windows, 0: gather
     dense: bool = False
-    terms: str = ""  # on edges: words of "gate factor key value shared attr drop scores"
+    terms: str = ""  # on edges: words of "gate factor key value shared attr drop numbered scores"
     channels: int = 16  # of the attributes
     masked: bool = False  # heads of each row
 
@@ -91,6 +91,7 @@ ATTENTION_CASES = {
     ),
     "edges_gate_d10_bf16": AttentionCase(8, 10, torch.bfloat16, clamp=True, terms="gate scores"),
     "edges_attr_d16_bf16": AttentionCase(8, 16, torch.bfloat16, terms="attr drop"),
+    "edges_attr_numbered_d16_bf16": AttentionCase(8, 16, torch.bfloat16, terms="attr numbered"),
     "edges_attr_d16_fp32": AttentionCase(8, 16, torch.float32, terms="attr", bias=True),
     "edges_buckets_attr_d16_bf16": AttentionCase(
         8, 16, torch.bfloat16, buckets=True, terms="attr scores key value"
@@ -180,8 +181,10 @@ def _launch_attention(case: AttentionCase) -> None:
         walk = *walk, rows, rows, parts, parts
     words = case.terms.split()
     terms = _edge_terms(case, words, inputs, bias)
-    seed = torch.zeros(1, dtype=torch.int64) if "drop" in words else None
-    dropout = Dropout(seed, 0.1 if "drop" in words else 0.0)
+    dropped = "drop" in words or "numbered" in words
+    seed = torch.zeros(1, dtype=torch.int64) if dropped else None
+    numbers = torch.arange(m) if "numbered" in words else None
+    dropout = Dropout(seed, numbers, 0.1 if dropped else 0.0)
     attr_o, scores = terms.attr is not None, "scores" in words
     switches = Switches("shared" in words, case.weights, scores, attr_o)
     call = inputs, logit, terms, mask, dropout, switches

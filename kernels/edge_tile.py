@@ -33,6 +33,13 @@ class Terms(NamedTuple):
     attr_q: Any  # [N, H, C]
 
 
+class Drop(NamedTuple):
+    """What decides which weights dropout keeps; None where absent."""
+
+    seed: Any = None  # [1]; None: all are kept
+    numbers: Any = None  # [E], by which edges are known; None: their own
+
+
 class Clamp(NamedTuple):
     """How a product becomes a logit: clamp(scale product, low, high)."""
 
@@ -216,16 +223,19 @@ def logits(q, attr_q, k, attr, factor, x, terms, edge, live, head, clamp, T: tl.
 
 
 @triton.jit
-def kept(seed_ptr, threshold, edge, head, ACC: tl.constexpr):
+def kept(drop, threshold, edge, live, head, ACC: tl.constexpr):
     """What dropout multiplies the weights of ``edge`` [R, E] with: -> [R, E, H].
 
     A weight is kept where 24 random bits are not below ``threshold``: those of word ``head % 4`` of
-    Philox at (edge, head // 4), as in ``fastgt/philox.py``.
+    Philox at (number of the edge, head // 4), as in ``fastgt/philox.py``.
     """
     share = 1.0
-    if seed_ptr is not None:
-        number = edge.to(tl.int64)[:, :, None] + tl.zeros([1, 1, head.shape[0]], tl.int64)
-        share = kept_share(seed_ptr, threshold, number, head[None, None, :], ACC)
+    if drop.seed is not None:
+        number = edge.to(tl.int64)
+        if drop.numbers is not None:
+            number = tl.load(drop.numbers + number, mask=live, other=0)
+        number = number[:, :, None] + tl.zeros([1, 1, head.shape[0]], tl.int64)
+        share = kept_share(drop.seed, threshold, number, head[None, None, :], ACC)
     return share
 
 

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgt.contract import Dropout, Inputs, PairTerms, RaggedPairs
+from fastgt.contract import Inputs, PairDropout, PairTerms, RaggedPairs
 
 from .configs import (
     accumulator,
@@ -285,7 +285,7 @@ def finish_logits(s, bias, number, mine, key, within, head, T: tl.constexpr):
 
 
 def global_attention_fwd(
-    inputs: Inputs, terms: PairTerms, graphs: RaggedPairs, dropout: Dropout
+    inputs: Inputs, terms: PairTerms, graphs: RaggedPairs, dropout: PairDropout
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> o [N, H, DV], lse [N, H]."""
     q, _, v = inputs
@@ -341,7 +341,7 @@ def _sums(counts: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def drop(dropout: Dropout) -> tuple[torch.Tensor | None, int]:
+def drop(dropout: PairDropout) -> tuple[torch.Tensor | None, int]:
     """What kernels take of it: the seed, and what 24 bits have to reach for a weight to stay."""
     return dropout.seed, round(dropout.p * 2**24)
 

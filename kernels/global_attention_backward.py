@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgt.contract import Dropout, GlobalUpstream, Inputs, PairNeeds, PairTerms, RaggedPairs
+from fastgt.contract import GlobalUpstream, Inputs, PairDropout, PairNeeds, PairTerms, RaggedPairs
 
 from .edge_tile import Operands, kept_share
 from .global_attention import (
@@ -237,7 +237,7 @@ def global_attention_bwd(
     inputs: Inputs,
     terms: PairTerms,
     graphs: RaggedPairs,
-    dropout: Dropout,
+    dropout: PairDropout,
     needs: PairNeeds,
 ) -> tuple[torch.Tensor | None, ...]:
     """-> dq, dk, dv, dbias; None where not needed."""

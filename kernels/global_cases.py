@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from fastgt.contract import (
-    Dropout,
     GlobalUpstream,
     Inputs,
+    PairDropout,
     PairNeeds,
     PairTerms,
     RaggedPairs,
@@ -72,7 +72,7 @@ def launch_global(case: GlobalCase) -> None:
     seed = torch.zeros(1, dtype=torch.int64) if case.drop else None
     inputs, terms = Inputs(q, k, v), PairTerms(1.0, bias, case.bias == "key")
     graphs = RaggedPairs(torch.tensor([0, n]), None, mask)
-    call = inputs, terms, graphs, Dropout(seed, 0.1 if case.drop else 0.0)
+    call = inputs, terms, graphs, PairDropout(seed, 0.1 if case.drop else 0.0)
     o, lse = global_attention_fwd(*call)
     needs = PairNeeds(True, True, True, bias is not None)
     global_attention_bwd(GlobalUpstream(o, None if case.drop else lse, lse), *call, needs)

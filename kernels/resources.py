@@ -241,7 +241,7 @@ def _designed_bytes_gather(kernel: str, meta: dict, pointers: dict[str, int]) ->
     if columns or size("out.dq"):
         channels += size("up.dscores")
     total += query_heads * (meta["BLOCK_D"] * channels + meta["BLOCK_DV"] * size("terms.value"))
-    total += meta["BLOCK_C"] * size("terms.attr")
+    total += meta["BLOCK_C"] * size("terms.attr") + size("drop.numbers")
     if columns:
         # of the row at the other end: what attributes are multiplied with
         total += query_heads * meta["BLOCK_C"] * size("terms.attr_q", "up.attr_do")

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import oracle
 import torch
-from attention_cases import BF16, FAST, FP16, FP32, FP64, IMPLS, LAYOUTS, arrange
+from attention_cases import BF16, FAST, FP16, FP32, FP64, IMPLS, LAYOUTS, arrange, dropout_of
 from hypothesis import strategies as st
 from problems import DEVICE, GraphProblem, OpUnderTest, planned
 
-from fastgt import AuxRequest, Graph, additive_attention
+from fastgt import AuxRequest, DropoutSeed, Graph, additive_attention
 from fastgt.contract import Walks
 from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
 from fastgt.testing import random_edge_index, with_index_dtype
@@ -20,7 +20,7 @@ WAYS = [*FAST, "buckets"]
 ALL = ["reference", *WAYS]
 EDGE_TERMS = ("edge_key", "edge_attr", "edge_key_weight", "edge_bias")
 # words for what a case has on its edges, each of them or not
-WORDS = ("key", "attr", "bias", "drop")
+WORDS = ("key", "attr", "bias", "drop", "numbered")
 EVERYTHING = " ".join(WORDS)
 
 # what a tensor, a result or a gradient has an entry for
@@ -102,6 +102,10 @@ def case(
     options = {"negative_slope": slope}
     if "drop" in words:
         options |= {"dropout_p": 0.3, "dropout_seed": seed}
+        if "numbered" in words:
+            # as a rank knows some edges of a large graph
+            numbers = torch.randint(2**40, (e,), generator=generator).to(DEVICE)
+            options["dropout_seed"] = DropoutSeed(seed, numbers)
     tensors, named = (q, k, v, weight, do, dlse), {"made_by": made_by, "plan": plan}
     return Case(seed, edge_index, graph, *tensors, options, made, **named)
 
@@ -179,8 +183,7 @@ def loops(case):
     """The oracle's results."""
     tensors = {name: t.double().cpu().numpy() for name, t in case.tensors().items()}
     options = {"slope": case.options["negative_slope"]}
-    if "dropout_p" in case.options:
-        options |= {"dropout": case.options["dropout_p"], "seed": case.options["dropout_seed"]}
+    options |= dropout_of(case.options)
     found = oracle.additive_attention(case.edge_index.tolist(), **tensors, **options)
     return {name: torch.from_numpy(x).to(DEVICE) for name, x in found.items()}
 

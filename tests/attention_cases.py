@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from problems import DEVICE, PLANS, GraphProblem, OpUnderTest, planned
 
-from fastgt import AuxRequest, Graph, neighborhood_attention, reference
+from fastgt import AuxRequest, DropoutSeed, Graph, neighborhood_attention, reference
 from fastgt.contract import Dropout, EdgeTerms, HeadMask, Logit, Switches
 from fastgt.testing import random_edge_index, with_index_dtype
 
@@ -27,9 +27,9 @@ WAYS = ["buckets", "windows 64"]
 FAST_WAYS = [*FAST, *WAYS]
 GATHERING = [*FAST, "buckets"]
 ALL_TERMS = "gate key value attr-key attr-value drop scores"
-TERMS_BY_HEAD = "factor key value attr-key attr-value drop"
+TERMS_BY_HEAD = "factor key value attr-key attr-value numbered"
 # words for what a case has on its edges: one of each group, or none
-TERMS = ("gate factor", "key shared", "value", "attr-key", "attr-value", "drop", "scores")
+TERMS = ("gate factor", "key shared", "value", "attr-key", "attr-value", "drop numbered", "scores")
 LAYOUTS = ("contiguous", "transposed", "reversed", "sliced", "expanded")
 
 
@@ -141,8 +141,12 @@ def case(
         made["edge_value"] = made["edge_key"]
     if any(name.endswith("weight") for name in made):
         made["edge_attr"] = tensor(e, c)
-    if "drop" in words:
+    if "drop" in words or "numbered" in words:
         options |= {"dropout_p": 0.3, "dropout_seed": seed}
+    if "numbered" in words:
+        # as a rank knows some edges of a large graph
+        numbers = torch.randint(2**40, (e,), generator=generator).to(DEVICE)
+        options["dropout_seed"] = DropoutSeed(seed, numbers)
     dscores = tensor(e, h, d) if "scores" in words else None
     if clamped:
         wide = {name: x.double() for name, x in made.items()}
@@ -293,7 +297,7 @@ def results(case, impl):
 PLAIN = {
     "terms": EdgeTerms(),
     "mask": HeadMask(None, None),
-    "dropout": Dropout(None, 0.0),
+    "dropout": Dropout(),
     "logit": Logit(0.3, -math.inf, math.inf, 0.0),
     "switches": Switches(),
 }
@@ -346,14 +350,21 @@ def loops(case):
         eps=case.options["denominator_eps"],
         **{name: array(x) for name, x in case.terms.items()},
         dscores=array(case.dscores),
-        dropout=case.options.get("dropout_p", 0.0),
-        seed=case.options.get("dropout_seed", 0),
+        **dropout_of(case.options),
     )
     if case.dscores is None:
         del found["scores"]
     if case.terms.get("edge_value") is case.terms.get("edge_key") and "edge_key" in case.terms:
         found["dedge_key"] += found.pop("dedge_value")
     return {name: torch.from_numpy(np.asarray(x)).to(DEVICE) for name, x in found.items()}
+
+
+def dropout_of(options):
+    """What an oracle takes of a call's dropout."""
+    seed, numbers = options.get("dropout_seed", 0), None
+    if isinstance(seed, DropoutSeed):
+        seed, numbers = seed.seed, seed.edge_numbers.tolist()
+    return {"dropout": options.get("dropout_p", 0.0), "seed": seed, "numbers": numbers}
 
 
 ATTENTION = OpUnderTest(

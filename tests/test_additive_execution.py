@@ -9,7 +9,7 @@ from additive_cases import ADDITIVE, ALL, EVERYTHING, WAYS, attend, case, evalua
 from attention_cases import BF16, DEVICE, FAST, FP16, FP32, IMPLS, LAYOUTS, all_close, same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastgt import AuxRequest, Graph, additive_attention, reference
+from fastgt import AuxRequest, DropoutSeed, Graph, additive_attention, reference
 from fastgt.bench.memory import peak_extra_memory
 from fastgt.prepared import Prepared
 from fastgt.testing import with_buckets
@@ -125,7 +125,8 @@ def test_compiles_whole_and_once(impl):
     for seed, (n, e) in enumerate([(11, 20), (9, 31), (13, 15)]):
         x = case(seed, n, e, dtype=FP32, d=3, terms="key attr bias")
         y, leaves = x.leaves()
-        found, chance = [], torch.tensor(seed, device=DEVICE)
+        numbers = torch.arange(e, device=DEVICE).flip(0)
+        found, chance = [], DropoutSeed(torch.tensor(seed, device=DEVICE), numbers)
         for f in (compiled, additive_attention):
             o, aux = f(y.q, y.k, y.v, y.graph, y.weight, **y.terms, dropout_p=0.25,
                        dropout_seed=chance, impl=impl,
@@ -171,8 +172,10 @@ def test_opcheck(impl, edges, layout, terms):
         mask = active, active[:3]
     p = x.options.get("dropout_p", 0.0)
     seed = torch.tensor([3], device=DEVICE) if p else None
+    numbers = torch.arange(edges, device=DEVICE) if edges else None
     names = ("edge_key", "edge_attr", "edge_key_weight", "edge_bias")
-    inputs, rest = (x.q, x.k, x.v, x.weight), (*(x.terms.get(n) for n in names), *mask, seed, p)
+    terms = [x.terms.get(n) for n in names]
+    inputs, rest = (x.q, x.k, x.v, x.weight), (*terms, *mask, seed, numbers, p)
     forward = torch.ops.fastgt.additive_attention_fwd.default
     for make_weights in (False, True):
         torch.library.opcheck(forward, (impl, *inputs, rows, 0.2, *rest, make_weights))

@@ -27,7 +27,7 @@ from attention_cases import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastgt import AuxRequest, neighborhood_attention, philox
+from fastgt import AuxRequest, DropoutSeed, neighborhood_attention, philox
 from fastgt.bench.memory import peak_extra_memory
 from fastgt.contract import Dropout, EdgeTerms, HeadMask, Inputs, Logit, Saved, Switches, Upstream
 from fastgt.testing import random_graph
@@ -119,9 +119,10 @@ def test_compiles_whole_and_once(impl, terms):
         x, leaves = with_leaves(case(seed, n, e, heads=2, d=8, dv=8, dtype=FP32, terms=terms))
         request = AuxRequest(lse=True, edge_scores=x.dscores is not None)
         options = {"return_aux": request, "impl": impl}
-        if "drop" in terms:
+        if "numbered" in terms:
             key = torch.tensor([seed], device=DEVICE)
-            options |= {"dropout_p": 0.3, "dropout_seed": key}
+            numbers = torch.arange(e, device=DEVICE).flip(0)
+            options |= {"dropout_p": 0.3, "dropout_seed": DropoutSeed(key, numbers)}
         found = []
         for f in (compiled, neighborhood_attention):
             o, aux = f(x.q, x.k, x.v, x.graph, edge_bias=x.bias, **x.terms, **options)
@@ -224,13 +225,14 @@ def test_opcheck(path, shared):
     gate, key = x.terms["edge_gate"], x.terms["edge_key"]
     gate = gate[..., 0] if shared else gate
     value = None if shared else x.terms["edge_value"]
+    numbers = torch.arange(9, device=DEVICE) if shared else None
     # an edge's row and column have the same heads, as those of one graph do
     active = torch.tensor([[False, True]] * len(x.q), device=DEVICE) if shared else None
     call = {
         "inputs": Inputs(x.q, x.k, x.v),
         "terms": EdgeTerms(x.bias, gate, key, value, attr, attr_q if shared else None),
         "mask": HeadMask(active, active),
-        "dropout": Dropout(torch.tensor([3], device=DEVICE), 0.3),
+        "dropout": Dropout(torch.tensor([3], device=DEVICE), numbers, 0.3),
         "logit": Logit(0.5, -1.0, 1.0, 1e-6),
         "switches": Switches(
             key_is_value=shared, make_weights=True, make_scores=not shared, make_attr_o=True

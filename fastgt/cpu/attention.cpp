@@ -20,7 +20,7 @@ struct AttentionCall {
     double scale, low, high, eps;
     Array bias, gate, key, value, attr, attr_q;  // attr_q and its gradients are in A
     Array mask_rows, mask_cols;
-    Array seed;
+    Array seed, numbers;  // by which dropout knows the edges; null: their own
     int64_t threshold;  // a weight is kept where its 24 random bits are not below it
     double growth;      // of the kept weights
     int64_t gate_by_channel, key_is_value;
@@ -360,6 +360,7 @@ template <class T> class Attention {
     void draw() {
         if (!call.seed) return;
         const uint64_t seed = *(const uint64_t*)call.seed.data;
+        const int64_t* numbers = (const int64_t*)call.numbers.data;
         const int64_t step = 1 << 13, blocks = bytes_an_edge();
         each_task(call.threads, (rows.edges + step - 1) / step, [&](int64_t task, int64_t) {
             const int64_t end = std::min(rows.edges, (task + 1) * step);
@@ -367,7 +368,11 @@ template <class T> class Attention {
                 for (int64_t e = task * step; e < end; e += PHILOX) {
                     uint8_t bits[PHILOX];
                     const int count = int(std::min<int64_t>(PHILOX, end - e));
-                    philox(seed, e, uint32_t(block), uint32_t(call.threshold), bits);
+                    const int64_t last = end - 1;
+                    const auto number = [&](int i) {
+                        return numbers ? numbers[std::min(e + i, last)] : e + i;
+                    };
+                    draw_heads(seed, number, uint32_t(block), uint32_t(call.threshold), bits);
                     for (int i = 0; i < count; i++) kept_bits[(e + i) * blocks + block] = bits[i];
                 }
         });

@@ -138,6 +138,7 @@ def _call(
         *(None if x is None else rows_of(x) for x in terms),
         *(None if x is None else _by_node(x) for x in mask),
         dropout.seed,
+        None if dropout.numbers is None else dropout.numbers.contiguous(),
         limit,
         LEVELS / max(1, LEVELS - limit),
         gate is not None and gate.ndim == 3,

@@ -201,6 +201,12 @@ template <class T> struct Worker {
                 for (int64_t r = 0; r < some; r++) f(j, i + r, from + r * step + j * of.row);
         }
     }
+    // of PHILOX pairs, one after another
+    void draw_pairs(int64_t first, int64_t head, uint8_t* bits) const {
+        draw_heads(
+            *(const uint64_t*)call.seed.data, [&](int i) { return first + i; },
+            uint32_t(head / 4), uint32_t(call.threshold), bits);
+    }
     // Which weights of a part are kept: bit h of a pair's byte is that of head 4 heads_drawn + h. A
     // part of many pairs is drawn block by block, and again for every head.
     void draw_part(const Part& part, int64_t head) const {
@@ -209,8 +215,7 @@ template <class T> struct Worker {
         if (first == pairs_drawn && head / 4 == heads_drawn) return;
         pairs_drawn = first, heads_drawn = head / 4;
         for (int64_t e = 0; e < count; e += PHILOX)
-            philox(*(const uint64_t*)call.seed.data, first + e, uint32_t(head / 4),
-                   uint32_t(call.threshold), drawn + e);
+            draw_pairs(first + e, head, drawn + e);
     }
     // what dropout makes of the weights of a block: 0, or by how much they grow
     void draw(A* keep, const Part& part, int64_t at, int64_t count, int64_t head, int64_t key,
@@ -229,8 +234,7 @@ template <class T> struct Worker {
                     const int64_t number = pair(part, query) + key + j;
                     bits[r] = there ? drawn + number - first : some[r];
                     if (there || i + r >= count) continue;
-                    philox(*(const uint64_t*)call.seed.data, number, uint32_t(head / 4),
-                           uint32_t(call.threshold), some[r]);
+                    draw_pairs(number, head, some[r]);
                 }
                 const int64_t end = std::min<int64_t>(PHILOX, keys - j);
                 for (int64_t e = 0; e < end; e++) {

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastgt.contract import (
-    Dropout,
     GlobalResults,
     GlobalUpstream,
     Inputs,
+    PairDropout,
     PairNeeds,
     PairTerms,
     RaggedPairs,
@@ -26,7 +26,7 @@ _PIECES = 8  # parts of a graph that have sums of their own
 
 
 def global_attention_fwd(
-    inputs: Inputs, terms: PairTerms, graphs: RaggedPairs, dropout: Dropout
+    inputs: Inputs, terms: PairTerms, graphs: RaggedPairs, dropout: PairDropout
 ) -> GlobalResults:
     q, _, v = inputs
     o = q.new_empty(*q.shape[:2], v.shape[2])
@@ -40,7 +40,7 @@ def global_attention_bwd(
     inputs: Inputs,
     terms: PairTerms,
     graphs: RaggedPairs,
-    dropout: Dropout,
+    dropout: PairDropout,
     needs: PairNeeds,
 ) -> tuple[Tensor | None, ...]:
     """-> dq, dk, dv, dbias; None where not needed."""
@@ -58,7 +58,7 @@ def _run(
     inputs: Inputs,
     terms: PairTerms,
     graphs: RaggedPairs,
-    dropout: Dropout,
+    dropout: PairDropout,
     results: tuple[Any, ...],  # o, lse, do, dlse, dq, dk, dv, dbias
 ) -> None:
     q, _, v = inputs

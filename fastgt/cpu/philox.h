@@ -1,20 +1,25 @@
-// Which weights dropout keeps: a function of seed, edge and head, as in fastgt/philox.py.
+// Which numbers dropout keeps: a function of seed and counters, as in fastgt/philox.py.
 #pragma once
 
 #include <cstdint>
 
 namespace fastgt {
 
-constexpr int PHILOX = 64;  // edges whose numbers are drawn side by side
+constexpr int PHILOX = 64;  // counters whose words are drawn side by side
 
-// bits[i], its bit h: whether edge `first + i` keeps head 4 block + h. Philox-4x32-10.
-inline void philox(uint64_t seed, int64_t first, uint32_t block, uint32_t threshold,
-                   uint8_t bits[PHILOX]) {
-    uint32_t c0[PHILOX], c1[PHILOX], c2[PHILOX], c3[PHILOX];
-    for (int i = 0; i < PHILOX; i++) {
-        c0[i] = uint32_t(first + i), c1[i] = uint32_t(uint64_t(first + i) >> 32);
-        c2[i] = block, c3[i] = 0;
+// Counters of four words each, and after `philox` what became of them.
+struct Words {
+    uint32_t word[4][PHILOX];
+
+    void count(int i, uint64_t number, uint32_t block) {
+        word[0][i] = uint32_t(number), word[1][i] = uint32_t(number >> 32);
+        word[2][i] = block, word[3][i] = 0;
     }
+};
+
+// Philox-4x32-10
+inline void philox(uint64_t seed, Words& words) {
+    auto& [c0, c1, c2, c3] = words.word;
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
     for (int round = 0; round < 10; round++) {
         for (int i = 0; i < PHILOX; i++) {
@@ -25,6 +30,16 @@ inline void philox(uint64_t seed, int64_t first, uint32_t block, uint32_t thresh
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
+}
+
+// bits[i], its bit h: whether the edge `number(i)` keeps head 4 block + h.
+template <class F>
+void draw_heads(uint64_t seed, const F& number, uint32_t block, uint32_t threshold,
+                uint8_t bits[PHILOX]) {
+    Words words;
+    for (int i = 0; i < PHILOX; i++) words.count(i, uint64_t(number(i)), block);
+    philox(seed, words);
+    const auto& [c0, c1, c2, c3] = words.word;
     for (int i = 0; i < PHILOX; i++)
         bits[i] = uint8_t((c0[i] >> 8 >= threshold) | (c1[i] >> 8 >= threshold) << 1 |
                           (c2[i] >> 8 >= threshold) << 2 | (c3[i] >> 8 >= threshold) << 3);

@@ -19,6 +19,7 @@ from fastgt.contract import (
     Aux,
     AuxRequest,
     Dropout,
+    DropoutSeed,
     HeadMask,
     RowWalk,
     Walks,
@@ -34,7 +35,7 @@ from fastgt.ops.checks import (
     check_edge_attr,
     check_edge_tensor,
     check_numbers,
-    dropout_key,
+    edge_dropout,
     largest,
     needs_gradient,
     number,
@@ -63,7 +64,7 @@ def additive_attention(
     edge_bias: Tensor | None = ...,
     negative_slope: float = ...,
     dropout_p: float = ...,
-    dropout_seed: int | Tensor | None = ...,
+    dropout_seed: int | Tensor | DropoutSeed | None = ...,
     head_gate: Tensor | None = ...,
     dense_gate_grad: bool = ...,
     return_aux: None = ...,
@@ -85,7 +86,7 @@ def additive_attention(
     edge_bias: Tensor | None = ...,
     negative_slope: float = ...,
     dropout_p: float = ...,
-    dropout_seed: int | Tensor | None = ...,
+    dropout_seed: int | Tensor | DropoutSeed | None = ...,
     head_gate: Tensor | None = ...,
     dense_gate_grad: bool = ...,
     return_aux: AuxRequest,
@@ -106,7 +107,7 @@ def additive_attention(
     edge_bias: Tensor | None = None,
     negative_slope: float = 0.2,
     dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
+    dropout_seed: int | Tensor | DropoutSeed | None = None,
     head_gate: Tensor | None = None,
     dense_gate_grad: bool = False,
     return_aux: AuxRequest | None = None,
@@ -196,8 +197,7 @@ def additive_attention(
         mask = mask if dense_gate_grad else active
     dropout = Dropout()
     if dropout_p or dropout_seed is not None:
-        seed = dropout_key(dropout_seed, q.device)
-        dropout = Dropout(seed, dropout_p) if dropout_p else dropout
+        dropout = edge_dropout(dropout_p, dropout_seed, graph.num_edges, q.device)
     impl = resolve_impl(impl, q)
     o, aux = _attend(inputs, terms, mask, graph, slope, dropout, request, impl)
     if head_gate is not None:
@@ -256,7 +256,7 @@ def _attend(
         by_column = any(x.requires_grad for x in of_columns)
         walks = Walks(rows, column_walk(graph, plan) if by_column else ())
         call_ = _Call(graph, impl, walks, slope, dropout.p, request.weights)
-        o, lse, weights = _AdditiveAttention.apply(call_, *inputs, *terms, *mask, dropout.seed)
+        o, lse, weights = _AdditiveAttention.apply(call_, *inputs, *terms, *mask, *dropout[:2])
     else:
         flat = *inputs, rows, slope, *terms, *mask, *dropout, request.weights
         o, lse, weights = _fwd(impl, *flat)
@@ -294,7 +294,7 @@ class _AdditiveAttention(torch.autograd.Function):
         grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable
-            active, _, seed = rest[4:]
+            active, _, seed, numbers = rest[4:]
 
             def define(*tensors: Any) -> tuple[Tensor, Tensor]:
                 o, aux = reference.masked_additive_attention(
@@ -303,7 +303,7 @@ class _AdditiveAttention(torch.autograd.Function):
                     active,
                     call.graph,
                     call.slope,
-                    Dropout(seed, call.dropout_p),
+                    Dropout(seed, numbers, call.dropout_p),
                     AuxRequest(lse=True),
                 )
                 assert aux.lse is not None
@@ -316,7 +316,7 @@ class _AdditiveAttention(torch.autograd.Function):
             upstream = AdditiveUpstream(do, dlse, lse)
             flat = *upstream, *inputs, *call.walks, call.slope, *needs, *rest, call.dropout_p
             grads = _bwd(call.impl, *flat)
-        return None, *grads, None, None, None
+        return None, *grads, None, None, None, None
 
 
 def _launch_fwd(

@@ -15,6 +15,7 @@ from fastgt.contract import (
     Aux,
     AuxRequest,
     Dropout,
+    DropoutSeed,
     EdgeTensors,
     EdgeTerms,
     HeadMask,
@@ -33,7 +34,7 @@ from fastgt.ops.checks import (
     check_edge_tensor,
     check_numbers,
     clamp_bounds,
-    dropout_key,
+    edge_dropout,
     largest,
     needs_gradient,
     number,
@@ -74,7 +75,7 @@ def neighborhood_attention(
     logit_clamp: float | tuple[float, float] | None = None,
     denominator_eps: float = 0.0,
     dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
+    dropout_seed: int | Tensor | DropoutSeed | None = None,
     head_gate: Tensor | None = None,
     dense_gate_grad: bool = False,
     return_aux: None = None,
@@ -100,7 +101,7 @@ def neighborhood_attention(
     logit_clamp: float | tuple[float, float] | None = None,
     denominator_eps: float = 0.0,
     dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
+    dropout_seed: int | Tensor | DropoutSeed | None = None,
     head_gate: Tensor | None = None,
     dense_gate_grad: bool = False,
     return_aux: AuxRequest,
@@ -125,7 +126,7 @@ def neighborhood_attention(
     logit_clamp: float | tuple[float, float] | None = None,
     denominator_eps: float = 0.0,
     dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
+    dropout_seed: int | Tensor | DropoutSeed | None = None,
     head_gate: Tensor | None = None,
     dense_gate_grad: bool = False,
     return_aux: AuxRequest | None = None,
@@ -169,7 +170,8 @@ def neighborhood_attention(
         dropout_seed: An int, or one int64 on q's device, that the mask is a function of, with edge
             and head (Philox): the same for every ``impl``. None draws one from PyTorch's
             generator of q's device, so that ``torch.manual_seed`` and checkpointing repeat it; a
-            CPU and a GPU draw different ones, and so does code that Inductor compiled.
+            CPU and a GPU draw different ones, and so does code that Inductor compiled. A
+            :class:`fastgt.DropoutSeed` says besides by which numbers the mask knows the edges.
         head_gate: ``[H]``, or ``[G, H]`` for the rows of each graph, floating point or bool. Where
             it is 0 the head is masked: neither read nor computed, in the forward and in the
             backward; a key head, where all query heads that read it are. To a masked head a row
@@ -252,10 +254,9 @@ def neighborhood_attention(
         low, high = (math.inf * x if abs(x) > largest(q) else x for x in (low, high))
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     # a float that a compiled program finds in a module is an input to it, first asked for inside
-    dropout = Dropout(None, 0.0) if torch.compiler.is_compiling() else _NO_DROPOUT
+    dropout = Dropout(None, None, 0.0) if torch.compiler.is_compiling() else _NO_DROPOUT
     if dropout_p or dropout_seed is not None:
-        seed = dropout_key(dropout_seed, q.device)
-        dropout = Dropout(seed, dropout_p) if dropout_p else dropout
+        dropout = edge_dropout(dropout_p, dropout_seed, graph.num_edges, q.device)
     impl = resolve_impl(impl, q)
     o, aux = _attend(
         Inputs(q, k, v),
@@ -312,7 +313,7 @@ def _attend(
     rest: tuple[Tensor | None, ...] = () if terms.bias is None else (terms.bias,)
     settings: tuple[Any, ...] = ()
     if more_than_bias or mask.rows is not None or request.weights:
-        rest = *terms, *mask, dropout.seed
+        rest = *terms, *mask, dropout.seed, dropout.numbers
         switches = Switches(
             key_is_value, request.weights, request.edge_scores, value_weight is not None
         )
@@ -352,7 +353,8 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *rest: Tensor | None,  # nothing, the bias, or EdgeTerms, HeadMask and the seed of dropout
+        *rest: Tensor
+        | None,  # nothing, the bias, or EdgeTerms, HeadMask, dropout's seed and numbers
     ) -> tuple[Tensor | None, ...]:
         _, path, height, rows, _, logit, settings = call
         results = attention_fwd(path, height, rows, q, k, v, *logit, *rest, *settings)
@@ -393,8 +395,8 @@ class _Attention(torch.autograd.Function):
             saved = lse, o
             flat = *upstream, *saved, q, k, v, *logit, *rest, *settings
             grads = attention_bwd(path, height, rows, columns, needs, *flat)
-        # neither masks nor the seed have one
-        return (None, *grads, None, None, None)[: len(given) + 1]
+        # neither masks nor what dropout counts by have one
+        return (None, *grads, None, None, None, None)[: len(given) + 1]
 
 
 _REST = Signature(EdgeTerms, HeadMask, Dropout, Switches)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
+from fastgt.contract import Dropout, DropoutSeed
 from fastgt.graph import Graph
 from fastgt.graph_build import check_boundaries, check_index
 from fastgt.tiles import MAX_WIDTH
@@ -298,7 +299,43 @@ def check_numbers(
         raise ValueError(f"dropout_p must be from 0 to 1, got {dropout_p}")
 
 
-def dropout_key(seed: int | Tensor | None, device: torch.device) -> Tensor:
+def edge_dropout(
+    p: float, seed: int | Tensor | DropoutSeed | None, edges: int, device: torch.device
+) -> Dropout:
+    """What the dropout of so many edges hangs on."""
+    numbers = None
+    if isinstance(seed, DropoutSeed):
+        seed, numbers = seed
+        check_counters("edge_numbers", numbers, edges, "the graph", "edges", device)
+    key = dropout_key(seed, device)
+    return Dropout(key, numbers, p) if p else Dropout(None, None, p)
+
+
+def check_counters(
+    name: str, x: object, count: int, owner: str, what: str, device: torch.device
+) -> None:
+    """``count`` int64, none below 0: the numbers of ``what`` that ``owner`` has."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of int64, got {type(x).__name__}")
+    if x.dtype != torch.int64 or x.layout != torch.strided:
+        raise TypeError(f"{name} must be int64, got {x.dtype} ({x.layout})")
+    if x.ndim != 1:
+        raise ValueError(f"{name} must be [{count}], got {list(x.shape)}")
+    if x.shape[0] != count:
+        raise ValueError(f"{name} has {x.shape[0]} entries but {owner} has {count} {what}")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device} but {owner} is on {device}")
+    if readable(x) and count and int(x.min()) < 0:
+        at = int((x < 0).nonzero()[0])
+        raise ValueError(f"{name} must not be negative, got {int(x[at])} at {at}")
+
+
+def dropout_key(
+    seed: int | Tensor | None,
+    device: torch.device,
+    name: str = "dropout_seed",
+    owner: str = "q",
+) -> Tensor:
     """The 64 bits that dropout hangs on, ``[1]`` int64; drawn from PyTorch's generator for None."""
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
@@ -306,14 +343,14 @@ def dropout_key(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if isinstance(seed, int) or (not isinstance(seed, Tensor) and hasattr(seed, "__index__")):
         seed = seed if isinstance(seed, int) else operator.index(seed)
         if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"dropout_seed must fit in 64 bits, got {seed}")
+            raise ValueError(f"{name} must fit in 64 bits, got {seed}")
         return torch.full((1,), seed, dtype=torch.int64, device=device)
     if not isinstance(seed, Tensor):
-        raise TypeError(f"dropout_seed must be an int or a tensor, got {type(seed).__name__}")
+        raise TypeError(f"{name} must be an int or a tensor, got {type(seed).__name__}")
     if seed.dtype != torch.int64 or seed.numel() != 1:
-        raise ValueError(f"dropout_seed must be one int64, got {list(seed.shape)} of {seed.dtype}")
+        raise ValueError(f"{name} must be one int64, got {list(seed.shape)} of {seed.dtype}")
     if seed.device != device:
-        raise ValueError(f"dropout_seed is on {seed.device} but q is on {device}")
+        raise ValueError(f"{name} is on {seed.device} but {owner} is on {device}")
     return seed.reshape(1)
 
 

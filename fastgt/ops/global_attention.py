@@ -13,10 +13,10 @@ from fastgt import reference
 from fastgt.contract import (
     Aux,
     AuxRequest,
-    Dropout,
     GlobalResults,
     GlobalUpstream,
     Inputs,
+    PairDropout,
     PairNeeds,
     PairTerms,
     RaggedPairs,
@@ -196,10 +196,10 @@ def global_attention(
         check_head_gate(head_gate, q.shape[1], q.device, graphs)
         mask = head_mask(head_gate)
         dense = dense_gate_grad and head_gate.dtype != torch.bool
-    dropout = Dropout()
+    dropout = PairDropout()
     if dropout_p or dropout_seed is not None:
         seed = dropout_key(dropout_seed, q.device)
-        dropout = Dropout(seed, dropout_p) if dropout_p else dropout
+        dropout = PairDropout(seed, dropout_p) if dropout_p else dropout
     impl = resolve_impl(impl, q)
     terms = PairTerms(
         1 / math.sqrt(q.shape[2]) if scale is None else scale,
@@ -219,7 +219,7 @@ _ROLES = Roles(rows=("q", "k", "v", "bias"))
 
 
 def _attend(
-    impl: Impl, inputs: Inputs, terms: PairTerms, ragged: RaggedPairs, dropout: Dropout
+    impl: Impl, inputs: Inputs, terms: PairTerms, ragged: RaggedPairs, dropout: PairDropout
 ) -> GlobalResults:
     if impl == "reference":
         # its sums are float32's, whatever the inputs were cast to
@@ -317,7 +317,7 @@ class _GlobalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple:
         q, k, v, bias, *graphs, seed, lse = ctx.saved_tensors
-        terms, dropout = PairTerms(ctx.scale, bias, ctx.per_key), Dropout(seed, ctx.p)
+        terms, dropout = PairTerms(ctx.scale, bias, ctx.per_key), PairDropout(seed, ctx.p)
         given = ctx.needs_input_grad
         needs = PairNeeds(given[1], given[2], given[3], given[5])
         ragged = RaggedPairs(*graphs)
@@ -338,7 +338,7 @@ class _GlobalAttention(torch.autograd.Function):
 def _definition(
     terms: PairTerms,
     ragged: RaggedPairs,
-    dropout: Dropout,
+    dropout: PairDropout,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -349,7 +349,7 @@ def _definition(
 
 
 def _fake_fwd(
-    inputs: Inputs, terms: PairTerms, ragged: RaggedPairs, dropout: Dropout
+    inputs: Inputs, terms: PairTerms, ragged: RaggedPairs, dropout: PairDropout
 ) -> GlobalResults:
     q, _, v = inputs
     o = q.new_empty(*q.shape[:2], v.shape[2])
@@ -362,14 +362,14 @@ def _fake_bwd(
     terms: PairTerms,
     ragged: RaggedPairs,
     needs: PairNeeds,
-    dropout: Dropout,
+    dropout: PairDropout,
 ) -> tuple[Tensor | None, ...]:
     pairs = zip((*inputs, terms.bias), needs, strict=True)
     return tuple(x.new_empty(x.shape) if x is not None and need else None for x, need in pairs)
 
 
 def _launch_fwd(
-    impl: str, inputs: Inputs, terms: PairTerms, ragged: RaggedPairs, dropout: Dropout
+    impl: str, inputs: Inputs, terms: PairTerms, ragged: RaggedPairs, dropout: PairDropout
 ) -> GlobalResults:
     if impl == "cpp":
         from fastgt.cpu import global_attention as cpu
@@ -388,7 +388,7 @@ def _launch_bwd(
     terms: PairTerms,
     ragged: RaggedPairs,
     needs: PairNeeds,
-    dropout: Dropout,
+    dropout: PairDropout,
 ) -> tuple[Tensor | None, ...]:
     call = upstream, inputs, terms, ragged, dropout, needs
     if impl == "cpp":
@@ -400,8 +400,8 @@ def _launch_bwd(
     return global_attention_bwd(*call)
 
 
-FORWARD = Signature(Inputs, PairTerms, RaggedPairs, Dropout)
-BACKWARD = Signature(GlobalUpstream, Inputs, PairTerms, RaggedPairs, PairNeeds, Dropout)
+FORWARD = Signature(Inputs, PairTerms, RaggedPairs, PairDropout)
+BACKWARD = Signature(GlobalUpstream, Inputs, PairTerms, RaggedPairs, PairNeeds, PairDropout)
 _fwd = register(
     "global_attention_fwd",
     FORWARD,

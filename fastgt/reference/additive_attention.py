@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu
 
-from fastgt.contract import AdditiveInputs, AdditiveTerms, Aux, AuxRequest, Dropout
+from fastgt.contract import AdditiveInputs, AdditiveTerms, Aux, AuxRequest, Dropout, DropoutSeed
 from fastgt.graph import Graph
 from fastgt.philox import LEVELS, kept, threshold
 from fastgt.reference.heads import gated, masked, masked_aux, of_rows
@@ -38,14 +38,17 @@ def additive_attention(  # type: ignore[misc]  # overloads leave the options unn
     edge_bias: Tensor | None = None,
     negative_slope: float = 0.2,
     dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
+    dropout_seed: int | Tensor | DropoutSeed | None = None,
     head_gate: Tensor | None = None,
     dense_gate_grad: bool = False,
     return_aux: AuxRequest | None = None,
 ) -> Tensor | tuple[Tensor, Aux]:
     """See :func:`fastgt.additive_attention`, which has ``impl`` besides, checks its arguments and
     follows autocast."""
+    numbers = None
     seed = dropout_seed
+    if isinstance(seed, DropoutSeed):
+        seed, numbers = seed
     if dropout_p and seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=q.device)
     if isinstance(seed, int):
@@ -60,7 +63,7 @@ def additive_attention(  # type: ignore[misc]  # overloads leave the options unn
         None if dense else active,
         graph,
         negative_slope,
-        Dropout(seed, dropout_p),
+        Dropout(seed, numbers, dropout_p),
         AuxRequest() if return_aux is None else return_aux,
     )
     if head_gate is not None:
@@ -120,7 +123,7 @@ def masked_additive_attention(
     weights = (p / safe[row]).to(p.dtype)
     used = weights
     if dropout.p > 0 and dropout.seed is not None:
-        keep = kept(dropout.seed, graph.num_edges, heads, dropout.p)
+        keep = kept(dropout.seed, graph.num_edges, heads, dropout.p, numbers=dropout.numbers)
         used = weights * keep * (LEVELS / max(1, LEVELS - threshold(dropout.p)))
     out = row_sums(used[..., None] * values, row, rows).to(v.dtype)
     out = out.masked_fill(empty[..., None], 0.0)

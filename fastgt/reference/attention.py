@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastgt.contract import Aux, AuxRequest, Dropout, EdgeTensors, Inputs, Logit
+from fastgt.contract import Aux, AuxRequest, Dropout, DropoutSeed, EdgeTensors, Inputs, Logit
 from fastgt.graph import Graph
 from fastgt.philox import LEVELS, kept, threshold
 from fastgt.reference.clamps import bounds, clamped
@@ -43,7 +43,7 @@ def neighborhood_attention(  # type: ignore[misc]  # overloads leave the options
     logit_clamp: float | tuple[float, float] | None = None,
     denominator_eps: float = 0.0,
     dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
+    dropout_seed: int | Tensor | DropoutSeed | None = None,
     head_gate: Tensor | None = None,
     dense_gate_grad: bool = False,
     return_aux: AuxRequest | None = None,
@@ -52,7 +52,10 @@ def neighborhood_attention(  # type: ignore[misc]  # overloads leave the options
     and follows autocast."""
     low, high = bounds(logit_clamp)
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
+    numbers = None
     seed = dropout_seed
+    if isinstance(seed, DropoutSeed):
+        seed, numbers = seed
     if dropout_p and seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=q.device)
     if isinstance(seed, int):
@@ -70,7 +73,7 @@ def neighborhood_attention(  # type: ignore[misc]  # overloads leave the options
         None if dense else active,
         graph,
         Logit(scale, low, high, denominator_eps),
-        Dropout(seed, dropout_p),
+        Dropout(seed, numbers, dropout_p),
         AuxRequest() if return_aux is None else return_aux,
     )
     if head_gate is not None:
@@ -144,7 +147,7 @@ def masked_attention(
     weights = (p / divisor[query]).to(p.dtype)
     used = weights
     if dropout.p > 0 and dropout.seed is not None:
-        keep = kept(dropout.seed, graph.num_edges, heads, dropout.p)
+        keep = kept(dropout.seed, graph.num_edges, heads, dropout.p, numbers=dropout.numbers)
         used = weights * keep * (LEVELS / max(1, LEVELS - threshold(dropout.p)))
     out = row_sums(used[..., None] * values, query, rows).to(v.dtype)
     out = out.masked_fill(empty[..., None], 0.0)

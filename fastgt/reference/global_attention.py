@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastgt.contract import Aux, AuxRequest, Dropout, Inputs, PairTerms, RaggedPairs
+from fastgt.contract import Aux, AuxRequest, Inputs, PairDropout, PairTerms, RaggedPairs
 from fastgt.philox import LEVELS, kept, threshold
 
 
@@ -56,7 +56,7 @@ def global_attention(  # type: ignore[misc]  # overloads leave the options unnam
             bias is not None and bias.shape[0] == k.shape[0],
         ),
         RaggedPairs(offsets, key_offsets, None if dense else mask),
-        Dropout(seed, dropout_p),
+        PairDropout(seed, dropout_p),
     )
     if head_gate is not None and mask is not None:
         nodes = _graph_of_nodes(offsets, q)
@@ -75,7 +75,7 @@ def global_attention(  # type: ignore[misc]  # overloads leave the options unnam
 
 
 def masked_global_attention(
-    inputs: Inputs, terms: PairTerms, graphs: RaggedPairs, dropout: Dropout
+    inputs: Inputs, terms: PairTerms, graphs: RaggedPairs, dropout: PairDropout
 ) -> tuple[Tensor, Tensor]:
     """-> out and lse of the active heads, without gates."""
     q, k, v = inputs

@@ -32,6 +32,7 @@ from fastgt.ops import (
     gated_aggregate,
     global_attention,
     linear_attention,
+    row_dropout,  # noqa: F401  # its op
 )
 from fastgt.ops.attention_launch import BACKWARD, FORWARD
 
@@ -242,6 +243,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "head_expand": _head_expand,
     "head_contract": _head_contract,
     "head_outer": _head_outer,
+    "row_dropout": _no_products,
     "segment_softmax_fwd": _no_products,
     "segment_softmax_bwd": _no_products,
     "aggregate_fwd": _aggregate_fwd,

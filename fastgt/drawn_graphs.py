@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastgt import files
 from fastgt.graph import Graph
 from fastgt.patterns import band
 
@@ -96,6 +100,37 @@ def rmat(levels: int) -> Callable[[], Graph]:
         return Graph.from_edge_index(edge_index, 1 << levels)
 
     return load
+
+
+def write_rmat(path: str | os.PathLike[str], levels: int, edges: int, seed: int = 0) -> None:
+    """As :func:`rmat`, of any number of edges, to a ``.npy`` ``[2, E]``: sources above targets.
+
+    The edges are in no order, and duplicates and self loops stay. Takes memory for a million edges.
+    The probabilities are rounded to multiples of 2^-16.
+    """
+    if not 1 <= levels <= 62:
+        raise ValueError(f"levels must be from 1 to 62, got {levels}")
+    if edges < 0:
+        raise ValueError(f"edges must not be negative, got {edges}")
+    kind = np.dtype(np.int32 if levels < 32 else np.int64)
+    above = [round(65536 * x) for x in (0.57, 0.76, 0.95)]  # which of four quadrants
+    chunk = 1 << 20
+    with files.replacing(Path(path)) as file:
+        said = {"descr": kind.str, "fortran_order": False, "shape": (2, edges)}
+        np.lib.format.write_array_header_1_0(file, said)
+        begin = file.tell()
+        for first in range(0, edges, chunk):
+            count = min(chunk, edges - first)
+            generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, first]))
+            source, target = np.zeros((2, count), dtype=kind)
+            for _ in range(levels):
+                point = generator.integers(65536, size=count, dtype=np.uint16)
+                below = point >= above[1]
+                right = (point >= above[0]) ^ below ^ (point >= above[2])
+                source, target = 2 * source + below, 2 * target + right
+            for end, x in enumerate((source, target)):
+                file.seek(begin + (end * edges + first) * kind.itemsize)
+                file.write(x.astype(kind, copy=False).tobytes())
 
 
 def mesh() -> Graph:

@@ -82,7 +82,7 @@ def _degree(ptr: np.ndarray, col: np.ndarray) -> np.ndarray:
 def _rcm(ptr: np.ndarray, col: np.ndarray) -> np.ndarray:
     from scipy.sparse.csgraph import reverse_cuthill_mckee
 
-    pattern = _pattern(ptr, col)
+    pattern = neighbour_pattern(ptr, col)
     # scipy sorts a node's neighbours by insertion: quadratic for hubs, unless they are in order
     ascending = np.argsort(np.diff(pattern.indptr), kind="stable")
     pattern = pattern[ascending][:, ascending]
@@ -91,8 +91,8 @@ def _rcm(ptr: np.ndarray, col: np.ndarray) -> np.ndarray:
 
 
 def _metis(ptr: np.ndarray, col: np.ndarray) -> np.ndarray:
-    pymetis = _require("pymetis", "metis")
-    pattern = _pattern(ptr, col)
+    pymetis = require("pymetis", "the order 'metis'")
+    pattern = neighbour_pattern(ptr, col)
     parts = pattern.shape[0] // _PART
     if parts < 2:
         return np.arange(pattern.shape[0])
@@ -107,10 +107,10 @@ def _metis(ptr: np.ndarray, col: np.ndarray) -> np.ndarray:
 
 
 def _louvain(ptr: np.ndarray, col: np.ndarray) -> np.ndarray:
-    igraph = _require("igraph", "louvain")
+    igraph = require("igraph", "the order 'louvain'")
     from scipy.sparse import triu
 
-    pattern = _pattern(ptr, col)
+    pattern = neighbour_pattern(ptr, col)
     once = triu(pattern, format="coo")
     graph = igraph.Graph(pattern.shape[0], np.stack([once.row, once.col], 1).astype(np.int64))
     igraph.set_random_number_generator(random.Random(0))
@@ -130,7 +130,7 @@ _METHODS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-def _pattern(ptr: np.ndarray, col: np.ndarray) -> Any:
+def neighbour_pattern(ptr: np.ndarray, col: np.ndarray) -> Any:
     """Who is a neighbour of whom: symmetric, every edge once each way, no self loops."""
     from scipy.sparse import coo_array
 
@@ -144,10 +144,8 @@ def _pattern(ptr: np.ndarray, col: np.ndarray) -> Any:
     return pattern
 
 
-def _require(package: str, method: str) -> Any:
+def require(package: str, what: str) -> Any:
     try:
         return import_module(package)
     except ImportError as error:
-        raise ImportError(
-            f'the order {method!r} needs {package}: pip install "fastgt[reorder]"'
-        ) from error
+        raise ImportError(f'{what} needs {package}: pip install "fastgt[reorder]"') from error

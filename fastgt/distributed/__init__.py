@@ -1,6 +1,15 @@
 """Graphs that lie on several machines, on ``torch.distributed``."""
 
-from fastgt.distributed.graph import DistributedGraph
-from fastgt.distributed.group import Group
+from fastgt.distributed.edge_list import edge_list_graph
+from fastgt.distributed.partition import partition
+from fastgt.distributed.partition_files import read_part, read_tensors, write_partitions
+from fastgt.distributed.report import report
 
-__all__ = ["DistributedGraph", "Group"]
+__all__ = [
+    "edge_list_graph",
+    "partition",
+    "read_part",
+    "read_tensors",
+    "report",
+    "write_partitions",
+]

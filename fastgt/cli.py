@@ -88,6 +88,14 @@ def _parser() -> argparse.ArgumentParser:
         "them in turns. Time means something on a quiet machine only.",
     )
     _add_bench(bench)
+    partition = commands.add_parser(
+        "partition",
+        allow_abbrev=False,
+        help="share a graph out to the ranks of a distributed run",
+        description="Find which rank owns each node of a graph, print what each rank has to "
+        "exchange, and write each rank's share.",
+    )
+    _add_partition(partition)
     doctor = commands.add_parser(
         "doctor",
         help="what runs on this machine, and why",
@@ -122,6 +130,13 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
 
     command.arguments(bench)
     bench.set_defaults(run=command.run)
+
+
+def _add_partition(partition: argparse.ArgumentParser) -> None:
+    from fastgt.distributed import command
+
+    command.arguments(partition)
+    partition.set_defaults(run=command.run)
 
 
 def _add_reports(kinds: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import zipfile
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 
 from fastgt.graph import Graph
+
+_OF_NODES = "node_label", "node_labels", "bus", "y"  # arrays that have an entry for each node
 
 
 def open_data(name: str) -> np.lib.npyio.NpzFile:
@@ -54,6 +57,32 @@ def undirected(name: str, edges: str = "edge_index", nodes: str = "y") -> Callab
             return _symmetric(edge_index, len(data[nodes]))
 
     return load
+
+
+def undirected_of(path: Path) -> Graph:
+    """The edges of any such file: listed in one direction or both, each taken both ways.
+
+    Raises:
+        ValueError: It has no edges, or does not say how many nodes there are.
+        OSError: It cannot be read.
+    """
+    try:
+        data = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as a .npz: {error}") from error
+    with data:
+        edges = next((x for x in ("edge_index", "edges") if x in data), None)
+        nodes = next((x for x in ("num_nodes", *_OF_NODES) if x in data), None)
+        if edges is None or nodes is None:
+            raise ValueError(
+                f"{path} must have edge_index [2, E] or edges [E, 2], and num_nodes or one of "
+                f"{list(_OF_NODES)}; it has {list(data)}"
+            )
+        edge_index = data[edges] if edges == "edge_index" else data[edges].T
+        count = int(data[nodes]) if nodes == "num_nodes" else len(data[nodes])
+    # in range, before a pair becomes one number
+    graph = Graph.from_edge_index(torch.from_numpy(np.ascontiguousarray(edge_index)), count)
+    return _symmetric(graph.edge_index.numpy(), count)
 
 
 def squirrel() -> Graph:

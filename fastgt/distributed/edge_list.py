@@ -90,10 +90,11 @@ class _Edges(NamedTuple):
         """Sources and targets of some edges, int64."""
         size, n = self.dtype.itemsize, last - first
         if self.interleaved:
-            both = self._read(2 * first * size, 2 * n).reshape(n, 2).T
+            both = self._read(2 * first * size, 2 * n).reshape(n, 2)
+            ends = both[:, 0], both[:, 1]
         else:
-            both = [self._read((first + end) * size, n) for end in (0, self.count)]
-        source, target = (torch.from_numpy(x.astype(np.int64)) for x in both)
+            ends = self._read(first * size, n), self._read((self.count + first) * size, n)
+        source, target = (torch.from_numpy(x.astype(np.int64)) for x in ends)
         return source, target
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:

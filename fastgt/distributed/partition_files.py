@@ -36,8 +36,7 @@ class Meta(NamedTuple):
     """What a folder of parts holds.
 
     Attributes:
-        partition: A hash of the graph and of the rank of each node: parts of two partitions never
-            share it, nor do two tensors' worth of features change it.
+        partition: The SHA-256 of the graph and of the rank of each node. Tensors do not change it.
         parts: How many ranks it is for.
         rows, cols, edges: Of the whole graph.
         square: Whether columns are the same nodes as rows.
@@ -142,7 +141,8 @@ def read_meta(folder: str | os.PathLike[str], *, check: bool = True) -> Meta:
         raise ValueError(
             f"{path}: its version is {said.get('version')}, this fastgt reads {VERSION}"
         )
-    return Meta(*(said.get(name) for name in Meta._fields))
+    fields: dict[str, Any] = {name: said.get(name) for name in Meta._fields}
+    return Meta(**fields)
 
 
 def read_part(folder: str | os.PathLike[str], rank: int) -> Part:
@@ -325,7 +325,7 @@ def _hash_of(graph: Graph, row_part: Tensor, col_part: Tensor, parts: int) -> st
     if col_part is not row_part:
         arrays += [graph.col_graph_ptr, col_part]
     for x in arrays:
-        found.update(x.cpu().contiguous().numpy())
+        found.update(x.cpu().contiguous().numpy().data)
     return found.hexdigest()
 
 

@@ -176,8 +176,8 @@ def report(
             peers[p].add(rank)
             peers[rank].add(p)
     met = torch.tensor([len(x) for x in peers])
-    owned = [x.bincount(minlength=count).cpu() for x in (row_part, col_part)]
-    return Report(*owned, edges, halo, sent, cut, met, width, dtype, network)
+    rows_of, cols_of = (x.bincount(minlength=count).cpu() for x in (row_part, col_part))
+    return Report(rows_of, cols_of, edges, halo, sent, cut, met, width, dtype, network)
 
 
 def rows_by_rank(row_part: Tensor, parts: int) -> Iterator[Tensor]:

@@ -1,0 +1,64 @@
+"""``fastgt partition``: a graph of a file is shared out to ranks, and written for each of them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastgt import real_graphs
+from fastgt.distributed.edge_list import edge_list_graph
+from fastgt.distributed.partition import METHODS, partition
+from fastgt.distributed.partition_files import write_partitions
+from fastgt.distributed.report import NETWORKS, report
+from fastgt.graph import Graph
+from fastgt.options import up_to
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="what Graph.save wrote; an edge list .npy [2, E], sources above targets; or a .npz "
+        "with edge_index [2, E] or edges [E, 2], of which each edge is taken both ways",
+    )
+    parser.add_argument("--parts", type=up_to(2**31 - 1), required=True, help="how many ranks")
+    parser.add_argument("--method", choices=METHODS, default="metis", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where the parts are written; an edge list is sorted there. Default: nothing is kept",
+    )
+    parser.add_argument(
+        "--width", type=up_to(2**31 - 1), default=128, help="channels; default: %(default)s"
+    )
+    parser.add_argument(
+        "--network", choices=NETWORKS, default="infiniband-ndr", help="default: %(default)s"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    graph = _graph(args.file, args.output)
+    part = partition(graph, args.parts, args.method, seed=args.seed)
+    found = report(graph, part, parts=args.parts, width=args.width, network=args.network)
+    print(found, flush=True)
+    if args.output is not None:
+        write_partitions(args.output, graph, part, parts=args.parts)
+        print(f"wrote {args.parts} parts to {args.output}")
+    return 0
+
+
+def _graph(path: Path, output: Path | None) -> Graph:
+    if path.suffix == ".npz":
+        return real_graphs.undirected_of(path)
+    if path.suffix != ".npy":
+        return Graph.load(path)
+    if output is not None:
+        return edge_list_graph(path, output / "graph")
+    edges = np.load(path, mmap_mode="c", allow_pickle=False)
+    return Graph.from_edge_index(torch.from_numpy(np.asarray(edges)))

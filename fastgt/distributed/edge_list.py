@@ -62,12 +62,12 @@ def edge_list_graph(
     place.mkdir(parents=True, exist_ok=True)
     row_ptr, is_sorted = _counted(edges, num_nodes)
     nodes = len(row_ptr) - 1
-    dtype = index_dtype(nodes, nodes, edges.count)
+    dtype = index_dtype(nodes, nodes, edges.total)
     paths = [place / f"{name}.npy" for name in ("col", "edge")]
     with files.lock(place), ExitStack() as stack:
         col, edge = (stack.enter_context(files.replacing(x)) for x in paths)
         for file in (col, edge):
-            _write_header(file, edges.count, dtype)
+            _write_header(file, edges.total, dtype)
         if is_sorted:
             _copy(edges, col, edge, dtype)
         else:
@@ -83,7 +83,7 @@ class _Edges(NamedTuple):
     path: Path
     dtype: np.dtype
     offset: int
-    count: int
+    total: int
     interleaved: bool  # source, target, source, target, ... instead of all sources first
 
     def block(self, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -93,13 +93,13 @@ class _Edges(NamedTuple):
             both = self._read(2 * first * size, 2 * n).reshape(n, 2)
             ends = both[:, 0], both[:, 1]
         else:
-            ends = self._read(first * size, n), self._read((self.count + first) * size, n)
+            ends = self._read(first * size, n), self._read((self.total + first) * size, n)
         source, target = (torch.from_numpy(x.astype(np.int64)) for x in ends)
         return source, target
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for first in range(0, self.count, CHUNK):
-            yield first, *self.block(first, min(first + CHUNK, self.count))
+        for first in range(0, self.total, CHUNK):
+            yield first, *self.block(first, min(first + CHUNK, self.total))
 
     def _read(self, place: int, count: int) -> np.ndarray:
         found = np.fromfile(self.path, self.dtype, count, offset=self.offset + place)
@@ -138,21 +138,17 @@ def _counted(edges: _Edges, num_nodes: int | None) -> tuple[Tensor, bool]:
     degree = torch.zeros(nodes, dtype=torch.int64)
     is_sorted, before = True, -1
     for first, source, target in edges.blocks():
-        low, high = (int(x) for x in target.aminmax())
-        for name, x, least, most in (
-            ("source", source, *(int(end) for end in source.aminmax())),
-            ("target", target, low, high),
-        ):
-            if least < 0 or (num_nodes is not None and most >= nodes):
-                wrong = least if least < 0 else most
+        for name, x in (("source", source), ("target", target)):
+            low, high = (int(end) for end in x.aminmax())
+            if low < 0 or (num_nodes is not None and high >= nodes):
+                wrong = low if low < 0 else high
                 at = first + int((x == wrong).nonzero()[0])
-                of = "" if num_nodes is None else f", of which there are {nodes}"
                 raise ValueError(
                     f"{edges.path}: the {name} of edge {at} is {wrong}, which is none of the nodes"
-                    f"{of}"
+                    + ("" if num_nodes is None else f", of which there are {nodes}")
                 )
-            if most >= len(degree):
-                degree = torch.cat([degree, degree.new_zeros(most + 1 - len(degree))])
+            if high >= len(degree):
+                degree = torch.cat([degree, degree.new_zeros(high + 1 - len(degree))])
         degree[low : high + 1] += (target - low).bincount()
         is_sorted = is_sorted and before <= low and bool((target[1:] >= target[:-1]).all())
         before = high
@@ -222,7 +218,7 @@ def _write_header(file: BinaryIO, count: int, dtype: torch.dtype) -> None:
 
 
 def _append(file: BinaryIO, x: Tensor) -> None:
-    file.write(memoryview(x.contiguous().numpy()).cast("B") if len(x) else b"")
+    file.write(x.contiguous().numpy().data)
 
 
 def _taken(file: BinaryIO, first: int, count: int) -> Tensor:

@@ -16,7 +16,6 @@ from fastgt.reordering import neighbour_pattern, require
 
 Method = Literal["metis", "ldg", "contiguous", "hash"]
 SLACK = 1.05  # of LDG: edges at which a rank attracts no more, in shares of the mean
-VOLUME = 1  # METIS_OBJTYPE_VOL of metis.h: what ranks send, instead of how many edges are cut
 CHUNK = 1 << 22  # edges that LDG takes at once
 
 
@@ -29,10 +28,10 @@ def partition(
     some ranks own none. Computed on the CPU.
 
     ``"metis"``
-        METIS's k-way partition for the least volume: few columns that other ranks read. A row
-        weighs as much as it has edges, and a rank has up to 3 % more than the mean. Directions,
-        duplicates and self loops do not matter. Needs O(N + E) memory and
-        ``pip install "fastgt[reorder]"``.
+        Few edges between ranks, by METIS: recursive bisection for up to 8 ranks, and for more its
+        k-way partition, whose ranks have up to 3 % more edges than the mean. A row weighs as much
+        as it has edges. Directions, duplicates and self loops do not matter. Needs O(N + E) memory
+        and ``pip install "fastgt[reorder]"``.
     ``"ldg"``
         Linear deterministic greedy: rows come in order, and row v goes to the rank P with the
         largest ``|P & N(v)| * (1 - edges(P) / C)``. ``|P & N(v)|`` counts the edges of v to
@@ -210,10 +209,9 @@ def _metis(graph: Graph, parts: int, seed: int) -> tuple[Tensor, Tensor]:
     else:
         pattern = neighbour_pattern(ptr, col)
         adjacency = pymetis.CSRAdjacency(pattern.indptr, pattern.indices)
-        options = pymetis.Options(seed=seed % 2**31, objtype=VOLUME)
-        _, part = pymetis.part_graph(
-            parts, adjacency, vweights=weight, options=options, recursive=False
-        )
+        # its other objective, the volume that ranks send, loads the busiest rank more on moby
+        options = pymetis.Options(seed=seed % 2**31)
+        _, part = pymetis.part_graph(parts, adjacency, vweights=weight, options=options)
         found = np.asarray(part)
     both = torch.from_numpy(found.astype(np.int64))
     return both[:rows], both if square else both[rows:]

@@ -344,9 +344,11 @@ def _signed(said: dict[str, Any]) -> bytes:
 def _json(path: Path, check: bool) -> dict[str, Any]:
     try:
         said = json.loads(path.read_bytes())
-        sum_ = said.pop("sha256", None)
-    except (ValueError, AttributeError, RecursionError) as error:
+        if not isinstance(said, dict):
+            raise ValueError(f"it holds a {type(said).__name__}")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    sum_ = said.pop("sha256", None)
     text = json.dumps(said, sort_keys=True)
     if check and sum_ != hashlib.sha256(text.encode()).hexdigest():
         raise ValueError(f"{path} is damaged, or was not written by write_partitions")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +153,8 @@ def _index(path: Path, x: Any, name: str | None) -> Tensor:
 
 def _loaded(path: Path) -> Any:
     try:
-        # torch_geometric saves features of edges in a defaultdict
-        with torch.serialization.safe_globals([defaultdict, dict]):
+        # torch_geometric saves features of edges in a defaultdict without a factory
+        with torch.serialization.safe_globals([(dict, "collections.defaultdict")]):
             return torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise ValueError(f"{path} is absent: the partition is not whole") from None

@@ -90,7 +90,7 @@ def ldg(graph, parts):
 
 
 @given(graphs(), st.integers(1, 9), st.integers(1, 50))
-def test_ldg_is_its_equation_in_chunks_of_any_size(graph, parts, chunk):
+def test_ldg_on_a_cpu_is_its_equation_in_chunks_of_any_size(graph, parts, chunk):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
         found = pair(partition(graph, parts, "ldg"))
@@ -99,7 +99,7 @@ def test_ldg_is_its_equation_in_chunks_of_any_size(graph, parts, chunk):
 
 
 @given(graphs(), st.integers(1, 6))
-def test_ldg_of_int64_indices_is_that_of_int32(graph, parts):
+def test_ldg_on_a_cpu_of_int64_indices_is_that_of_int32(graph, parts):
     wide = Graph(
         graph.num_rows,
         graph.num_cols,

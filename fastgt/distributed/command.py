@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from fastgt import real_graphs
 from fastgt.distributed.edge_list import edge_list_graph
@@ -32,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help="where the parts are written; an edge list is sorted there. Default: nothing is kept",
+        help="where the parts are written, and an edge list is sorted; default: nothing is kept",
     )
     parser.add_argument(
         "--width", type=up_to(2**31 - 1), default=128, help="channels; default: %(default)s"
@@ -43,22 +41,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    graph = _graph(args.file, args.output)
-    part = partition(graph, args.parts, args.method, seed=args.seed)
-    found = report(graph, part, parts=args.parts, width=args.width, network=args.network)
-    print(found, flush=True)
-    if args.output is not None:
-        write_partitions(args.output, graph, part, parts=args.parts)
-        print(f"wrote {args.parts} parts to {args.output}")
+    with tempfile.TemporaryDirectory() as scratch:
+        sorted_in = Path(scratch) if args.output is None else args.output / "graph"
+        graph = _graph(args.file, sorted_in)
+        part = partition(graph, args.parts, args.method, seed=args.seed)
+        found = report(graph, part, parts=args.parts, width=args.width, network=args.network)
+        print(found, flush=True)
+        if args.output is not None:
+            write_partitions(args.output, graph, part, parts=args.parts)
+            print(f"wrote {args.parts} parts to {args.output}")
     return 0
 
 
-def _graph(path: Path, output: Path | None) -> Graph:
+def _graph(path: Path, sorted_in: Path) -> Graph:
     if path.suffix == ".npz":
         return real_graphs.undirected_of(path)
-    if path.suffix != ".npy":
-        return Graph.load(path)
-    if output is not None:
-        return edge_list_graph(path, output / "graph")
-    edges = np.load(path, mmap_mode="c", allow_pickle=False)
-    return Graph.from_edge_index(torch.from_numpy(np.asarray(edges)))
+    if path.suffix == ".npy":
+        return edge_list_graph(path, sorted_in)
+    return Graph.load(path)

@@ -29,7 +29,11 @@ from fastgt.graph_build import check_device, size_of
 FORMAT, VERSION = "fastgt.Partition", 1
 FIELDS = "rows", "cols", "halo", "halo_ptr", "row", "col", "edge"
 _ENDS = "graph_ptr", "col_graph_ptr"
-_BITS = {1: torch.uint8, 2: torch.int16}  # what stands for dtypes that NumPy has not
+_BITS = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+}  # what stands for dtypes that NumPy has not
 
 
 class Meta(NamedTuple):
@@ -189,9 +193,9 @@ def read_tensors(
         if name not in meta.tensors:
             raise ValueError(f"{os.fspath(folder)} has no tensor {name!r}; it has {meta.tensors}")
     said = _read_said(place, meta, rank)
-    files_ = {name: f"tensors/{name}.npy" for name in chosen}
     at = Path(f"part-{rank}")
-    return {name: _read(place, at / x, said["files"][x]) for name, x in files_.items()}
+    stored = {name: f"tensors/{name}.npy" for name in chosen}
+    return {name: _read(place, at / x, said["files"][x]) for name, x in stored.items()}
 
 
 def _check_tensor(name: str, x: Any, whole: Whole, device: torch.device) -> None:
@@ -243,10 +247,10 @@ def _write_part(place: Path, partition: str, part: Part, tensors: dict[str, Tens
     content: dict[str, dict[str, Any]] = {}
 
     def add(name: str, x: Tensor) -> None:
-        sum_ = _write(folder / name, x)
+        digest = _write(folder / name, x)
         kind = str(x.dtype).removeprefix("torch.")
         size = (folder / name).stat().st_size
-        content[name] = {"bytes": size, "sha256": sum_, "dtype": kind, "shape": list(x.shape)}
+        content[name] = {"bytes": size, "sha256": digest, "dtype": kind, "shape": list(x.shape)}
 
     for name in FIELDS:
         if name != "cols" or not part.whole.square:
@@ -337,8 +341,8 @@ def _sha256(path: Path) -> str:
 def _signed(said: dict[str, Any]) -> bytes:
     """JSON with a sum of itself."""
     text = json.dumps(said, sort_keys=True)
-    sum_ = hashlib.sha256(text.encode()).hexdigest()
-    return json.dumps({**said, "sha256": sum_}, sort_keys=True, separators=(",", ":")).encode()
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps({**said, "sha256": digest}, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _json(path: Path, check: bool) -> dict[str, Any]:
@@ -348,8 +352,8 @@ def _json(path: Path, check: bool) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(said).__name__}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    sum_ = said.pop("sha256", None)
+    digest = said.pop("sha256", None)
     text = json.dumps(said, sort_keys=True)
-    if check and sum_ != hashlib.sha256(text.encode()).hexdigest():
+    if check and digest != hashlib.sha256(text.encode()).hexdigest():
         raise ValueError(f"{path} is damaged, or was not written by write_partitions")
     return said

@@ -59,6 +59,7 @@ LAYERS = {
         "prepared",
     },
     "distributed": {
+        "contract",
         "cpu",
         "files",
         "graph",
@@ -66,7 +67,9 @@ LAYERS = {
         "ops",
         "options",
         "real_graphs",
+        "reference",
         "reordering",
+        "shard",
     },
     "encodings": {"files", "graph", "ops", "plans"},
     "datasets": {"cpu", "encodings", "files", "graph", "ops", "philox", "real_graphs"},

@@ -51,6 +51,11 @@ class Exchange:
         found: tuple[Tensor, ...] = _Fetch.apply(self, *tensors)
         return found
 
+    def returned(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """``[h, ...]`` of the halo -> their sums over own columns of all ranks, ``[m, ...]``."""
+        found: tuple[Tensor, ...] = _Return.apply(self, *tensors)
+        return found
+
     def depart(self, tensors: Sequence[Tensor]) -> Journey:
         """Send own columns off; :meth:`Journey.arrive` gives the halo."""
         return Journey(self, tensors)
@@ -128,7 +133,7 @@ class _Fetch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
         given = [grad for grad, need in zip(grads, needs, strict=True) if need]
-        return (None, *_spread(_Return.apply(ctx.exchange, *given), needs))
+        return (None, *_spread(ctx.exchange.returned(given), needs))
 
 
 class _Return(torch.autograd.Function):
@@ -139,7 +144,7 @@ class _Return(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *_Fetch.apply(ctx.exchange, *grads))
+        return (None, *ctx.exchange.fetched(grads))
 
 
 class _Depart(torch.autograd.Function):

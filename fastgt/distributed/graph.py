@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgt import contract
-from fastgt.contract import Aux
+from fastgt.contract import Aux, DropoutSeed
 from fastgt.distributed.agreement import agree, described
 from fastgt.distributed.exchange import Exchange
 from fastgt.distributed.group import Group
@@ -127,6 +126,30 @@ class DistributedGraph(Shard):
         """The boundaries of the batch's graphs, for operators over the nodes of a graph."""
         return RankOffsets(self, self._ends[0])
 
+    @property
+    def row_degree(self) -> Tensor:
+        """Edges of each own row, ``[n]``."""
+        return self.part.row.bincount(minlength=self.num_rows)
+
+    @cached_property
+    def col_degree(self) -> Tensor:
+        """Edges of each own column, those of other ranks' rows too, ``[m]``. All ranks ask."""
+        width = self.num_cols + len(self.part.halo)
+        counts = self.part.col.bincount(minlength=width).double()
+        theirs = self.exchange.returned([counts[self.num_cols :]])[0]
+        return (counts[: self.num_cols] + theirs).long()
+
+    @property
+    def edge_index(self) -> Tensor:
+        """``[2, e]``, the column above the row of each edge, as :class:`Part` counts them."""
+        return torch.stack([self.part.col, self.part.row])
+
+    @cached_property
+    def sizes_of_ranks(self) -> Tensor:
+        """``[P, 3]``: own rows, own edges and graphs of each rank. All ranks ask."""
+        sizes = self.num_rows, self.num_edges, self.num_graphs
+        return self.group.gathered(torch.tensor(sizes, device=self.device))
+
     def own(self, x: Tensor, kind: Kind = "row") -> Tensor:
         """The rank's share of a tensor of the whole graph: of its rows, columns or edges."""
         part, whole = self.part, self.part.whole
@@ -232,9 +255,7 @@ class DistributedGraph(Shard):
                 done.setdefault(id(x), x[edges])
                 found[name] = done[id(x)]
         if call.get("dropout_p"):
-            found["dropout_seed"] = contract.DropoutSeed(
-                call["dropout_seed"], self.part.edge[edges]
-            )
+            found["dropout_seed"] = DropoutSeed(call["dropout_seed"], self.part.edge[edges])
         return found
 
     def _columns(

@@ -89,6 +89,16 @@ class Group:
         dist.all_gather(list(found.unbind()), x.contiguous(), group=self.processes)
         return found
 
+    def from_first(self, x: Tensor) -> None:
+        """Write what the first rank has into ``x``."""
+        if self.size > 1:
+            assert self.processes is not None
+            # a broadcast writes into memory that lies in order
+            whole = x.contiguous()
+            dist.broadcast(whole, dist.get_global_rank(self.processes, 0), self.processes)
+            if whole is not x:
+                x.copy_(whole)
+
     def told(self, x: Any) -> list[Any]:
         """What each rank says: any object that can be pickled."""
         if self.size == 1:

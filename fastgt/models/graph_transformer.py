@@ -39,6 +39,7 @@ from fastgt.ops.checks import (
     integer,
     readable,
 )
+from fastgt.ops.segment_pool import segment_mean
 
 Norm = Literal["batch", "layer"]
 _NORM = ", or take norm='layer'"
@@ -365,14 +366,7 @@ class EdgeGraphTransformer(EdgeLayers):
         In training every eigenvector gets one random sign for the whole batch.
         """
         x = self.encode(node_type, edge_type, graph, pe, suffix="_type")
-        return self.readout(_mean(x, graph))
-
-
-def _mean(x: Tensor, graph: Graph) -> Tensor:
-    """``[N, dim]`` -> its mean over every graph ``[G, dim]``, 0 for a graph without nodes."""
-    # no atomics, unlike index_add; unsafe skips checks that would wait for the device
-    total = torch.segment_reduce(x, "sum", offsets=graph.graph_ptr, unsafe=True)
-    return total / graph.graph_ptr.diff().clamp(min=1)[:, None].to(x.dtype)
+        return self.readout(segment_mean(x, graph.graph_ptr))
 
 
 def _norm(kind: Norm, dim: int) -> nn.Module:

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from fastgt.contract import Dropout, DropoutSeed
 from fastgt.graph import Graph
 from fastgt.graph_build import check_boundaries, check_index
+from fastgt.shard import Shard
 from fastgt.tiles import MAX_WIDTH
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -82,7 +83,8 @@ def integer(name: str, x: object, least: int | None = None) -> int:
 
 
 def check_graph(graph: object) -> None:
-    if not isinstance(graph, Graph):
+    """A graph, or a rank's share of one: operators run on that before they ask, models may."""
+    if not isinstance(graph, (Graph, Shard)):
         raise TypeError(
             f"graph must be a fastgt.Graph, got {type(graph).__name__}: make one, for all calls, "
             "with Graph.from_edge_index(edge_index, num_nodes), where num_nodes of a bipartite "
@@ -173,6 +175,8 @@ def check_widths(q: Tensor, v: Tensor, instead: str, widest: int = MAX_WIDTH) ->
 
 def check_offsets(offsets: object, nodes: int, device: torch.device, name: str = "offsets") -> None:
     """Boundaries of the graphs of a batch of so many nodes; values only where they are at hand."""
+    if isinstance(offsets, Shard):
+        return
     if not isinstance(offsets, Tensor):
         hint = ": its graph_ptr is" if isinstance(offsets, Graph) else ""
         raise TypeError(f"{name} must be a tensor of integers, got {type(offsets).__name__}{hint}")

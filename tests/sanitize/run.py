@@ -33,7 +33,7 @@ TESTS = (
     ),
     *("additive_attention", "additive_execution"),
     *("head_projection", "global_attention", "linear_attention", "linear_gate"),
-    *("graph_file", "graph_sample", "partition"),
+    *("graph_file", "graph_sample", "partition", "row_dropout"),
 )
 CHOSEN = "(cpp or threads or cpu) and not memory and not compil"
 FLAGS = {

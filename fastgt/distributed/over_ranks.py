@@ -1,0 +1,121 @@
+"""What in a model depends on all rows of a graph, beside its operators: batch norms and dropout."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastgt.distributed.batch_norm import RankBatchNorm
+from fastgt.distributed.graph import DistributedGraph
+from fastgt.ops.row_dropout import row_dropout
+
+Kind = Literal["row", "edge", "graph"]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def over_ranks(model: Model) -> Model:
+    """Make batch norms and dropouts of a model those of all ranks. -> the model, changed in place.
+
+    Called with a :class:`fastgt.distributed.DistributedGraph` among its arguments, the model then
+    gives, and learns, on P ranks what it does on one: a batch norm takes mean and variance over the
+    rows of all ranks, and dropout drops by the number of a row or an edge in the whole graph. Its
+    seeds come from PyTorch's generator, so ranks have to seed it alike. With a
+    :class:`fastgt.Graph` the model is what it was. Parameters and buffers keep their names.
+
+    A tensor of n rows is taken for nodes, one of e for edges and one of G for graphs. Where these
+    numbers are equal on a rank, ranks ask each other; where they are equal on all of them, for
+    nodes before edges before graphs.
+
+    Only layers that are ``nn.BatchNorm1d`` and ``nn.Dropout`` themselves are changed; a call of
+    ``torch.nn.functional.dropout`` inside a model is not.
+
+    Args:
+        model: Any module that takes a graph.
+
+    Raises:
+        TypeError: ``model`` is no module.
+
+    Example:
+        >>> import torch
+        >>> from fastgt import Graph
+        >>> from fastgt.distributed import DistributedGraph, over_ranks
+        >>> from fastgt.models import GraphTransformer, GraphTransformerConfig
+        >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 0]]))
+        >>> shard = DistributedGraph.from_graph(graph, torch.zeros(3, dtype=torch.int64))
+        >>> model = over_ranks(GraphTransformer(GraphTransformerConfig(node_types=3, out_dim=2)))
+        >>> model(torch.tensor([0, 2, 1]), shard).shape
+        torch.Size([3, 2])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    rows = Rows()
+    for layer in model.modules():
+        if type(layer) is nn.BatchNorm1d:
+            layer.__class__ = _BatchNormOfGraph
+            layer.rows = rows  # type: ignore[assignment]
+        elif type(layer) is nn.Dropout:
+            layer.__class__ = _DropoutOfGraph
+            layer.rows = rows  # type: ignore[assignment]
+    model.register_forward_pre_hook(rows.enter, with_kwargs=True)
+    model.register_forward_hook(rows.leave, always_call=True)
+    return model
+
+
+class Rows:
+    """What the rows of a tensor are, inside a call of a model on a distributed graph.
+
+    Attributes:
+        shard: The graph of the call; None outside, and where the call has none.
+    """
+
+    def __init__(self) -> None:
+        self.shard: DistributedGraph | None = None
+
+    def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, DistributedGraph)]
+        self.shard = given[0] if given else None
+
+    def leave(self, model: nn.Module, args: Any, result: Any) -> None:
+        self.shard = None
+
+    def kind(self, x: Tensor) -> Kind:
+        """Whether ``x [R, ...]`` is of nodes, of edges or of graphs: the same on all ranks."""
+        shard = self.shard
+        assert shard is not None
+        sizes = shard.sizes_of_ranks
+        fits = (sizes[shard.group.rank] == len(x)).to(torch.uint8)
+        if any(len(set(of_rank)) < len(of_rank) for of_rank in sizes.tolist()):
+            # what fits on every rank
+            fits = 1 - shard.group.largest(1 - fits)
+        for kind, fit in zip(("row", "edge", "graph"), fits.tolist(), strict=True):
+            if fit:
+                return kind  # type: ignore[return-value]
+        raise ValueError(
+            f"a tensor of {len(x)} rows is neither of the rank's {shard.num_rows} nodes nor of its "
+            f"{shard.num_edges} edges nor of {shard.num_graphs} graphs"
+        )
+
+
+class _BatchNormOfGraph(RankBatchNorm):
+    rows: Rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[R, C]`` -> the same shape. What graphs have, every rank has: it is one's own."""
+        if self.rows.shard is None or self.rows.kind(x) == "graph":
+            return nn.BatchNorm1d.forward(self, x)
+        self.group = self.rows.shard.group
+        return super().forward(x)
+
+
+class _DropoutOfGraph(nn.Dropout):
+    rows: Rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[R, ...]`` -> the same shape."""
+        shard = self.rows.shard
+        if shard is None or not (self.training and self.p):
+            return super().forward(x)
+        numbers = {"row": shard.part.rows, "edge": shard.part.edge, "graph": None}
+        return row_dropout(x, self.p, numbers=numbers[self.rows.kind(x)])

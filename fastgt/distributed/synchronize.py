@@ -1,0 +1,86 @@
+"""Parameters and gradients of a model on the ranks of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastgt.distributed.group import Group
+
+_BUCKET = 2**25  # bytes of gradients that are summed at once
+
+
+@torch.no_grad()
+def sync_parameters(model: nn.Module, group: dist.ProcessGroup | Group | None = None) -> None:
+    """Give every rank the parameters and buffers of the group's first one.
+
+    Args:
+        model: The same model on every rank.
+        group: As of :class:`fastgt.distributed.DistributedGraph`.
+
+    Raises:
+        RuntimeError: Ranks have models of different names, shapes or dtypes; names the first.
+    """
+    ranks = group if isinstance(group, Group) else Group(group)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    _check_same(ranks, tensors)
+    for x in tensors.values():
+        ranks.from_first(x.data)
+
+
+@torch.no_grad()
+def sync_gradients(model: nn.Module, group: dist.ProcessGroup | Group | None = None) -> None:
+    """Replace every parameter's gradient by its sum over the ranks: call it after ``backward()``.
+
+    A rank has the loss of its own rows, and what is trained is the sum. So a mean is a rank's
+    sum divided by the number of nodes of the whole graph. A loss of graphs, which every rank has,
+    is divided by the number of ranks. A parameter that got no gradient on some ranks got 0 there.
+
+    Beside data parallelism over other groups, ``DistributedDataParallel`` averages over those.
+
+    Args:
+        model: The same model on every rank, its parameters equal.
+        group: As of :class:`fastgt.distributed.DistributedGraph`.
+    """
+    ranks = group if isinstance(group, Group) else Group(group)
+    if ranks.size == 1:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        return
+    device = parameters[0].device
+    found = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=device)
+    anywhere = ranks.largest(found).tolist()
+    given = [p for p, there in zip(parameters, anywhere, strict=True) if there]
+    for p in given:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    for bucket in _buckets([p.grad for p in given if p.grad is not None]):
+        total = ranks.sum(torch.cat([x.flatten() for x in bucket]))
+        for x, part in zip(bucket, total.split([x.numel() for x in bucket]), strict=True):
+            x.copy_(part.view_as(x))
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order: of one dtype, together not larger than a message, or one alone."""
+    bucket: list[Tensor] = []
+    for x in tensors:
+        full = sum(y.nbytes for y in bucket) + x.nbytes > _BUCKET
+        if bucket and (full or x.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(x)
+    if bucket:
+        yield bucket
+
+
+def _check_same(ranks: Group, tensors: dict[str, Tensor]) -> None:
+    mine = {name: f"{x.dtype}{list(x.shape)}" for name, x in tensors.items()}
+    first = ranks.told(mine)[0]
+    problems = ranks.told(next((n for n in {**first, **mine} if first.get(n) != mine.get(n)), None))
+    for rank, name in enumerate(problems):
+        if name is not None:
+            raise RuntimeError(f"the model of rank {rank} differs from rank 0's in {name!r}")

@@ -1,0 +1,111 @@
+"""Models on ranks beside one process: a training step of each."""
+
+import torch
+
+from fastgt import Graph
+from fastgt.distributed import DistributedGraph, Group, over_ranks, sync_gradients
+from fastgt.models import (
+    EdgeGraphTransformer,
+    EdgeGraphTransformerConfig,
+    GraphGPS,
+    GraphGPSConfig,
+    GraphTransformer,
+    GraphTransformerConfig,
+    SGFormer,
+    SGFormerConfig,
+)
+
+
+def transformer(generator, graph):
+    config = GraphTransformerConfig(
+        node_types=3, out_dim=2, dim=8, heads=2, layers=2, pe_dim=2, in_dropout=0.2, dropout=0.3
+    )
+    n = graph.num_rows
+    tensors = {
+        "node_type": ("row", torch.randint(3, (n,), generator=generator)),
+        "pe": ("row", torch.randn(n, 2, dtype=torch.float64, generator=generator)),
+    }
+    return GraphTransformer(config), tensors, "row"
+
+
+def edge_transformer(generator, graph):
+    config = EdgeGraphTransformerConfig(
+        dim=8, heads=2, layers=2, pe_dim=2, in_dropout=0.2, dropout=0.3, last_edges=False
+    )
+    n, e = graph.num_rows, graph.num_edges
+    tensors = {
+        "node_type": ("row", torch.randint(28, (n,), generator=generator)),
+        "edge_type": ("edge", torch.randint(4, (e,), generator=generator)),
+        "pe": ("row", torch.randn(n, 2, dtype=torch.float64, generator=generator)),
+    }
+    return EdgeGraphTransformer(config), tensors, "graph"
+
+
+def gps(**settings):
+    def made(generator, graph):
+        config = GraphGPSConfig(
+            dim=8, heads=2, layers=2, walk_steps=3, walk_dim=3, dropout=0.3, **settings
+        )
+        n, e = graph.num_rows, graph.num_edges
+        tensors = {
+            "node": ("row", torch.randint(28, (n,), generator=generator)),
+            "edge": ("edge", torch.randint(4, (e,), generator=generator)),
+            "walk_pe": ("row", torch.rand(n, 3, dtype=torch.float64, generator=generator)),
+        }
+        return GraphGPS(config), tensors, "graph"
+
+    return made
+
+
+def sgformer(generator, graph):
+    config = SGFormerConfig(node_features=5, out_dim=3, dim=8, layers=2, dropout=0.3)
+    x = torch.randn(graph.num_rows, 5, dtype=torch.float64, generator=generator)
+    return SGFormer(config), {"node": ("row", x)}, "row"
+
+
+MODELS = {
+    "GraphTransformer": transformer,
+    "EdgeGraphTransformer": edge_transformer,
+    "GraphGPS with softmax": gps(attention_dropout=0.0),
+    "GraphGPS with gated convolutions": gps(local="gatedgcn", attention="linear", norm="graph"),
+    "GraphGPS with Performer": gps(local="pna", attention="performer", performer_width=4),
+    "SGFormer": sgformer,
+}
+
+
+def graph_of(seed):
+    """A batch of two graphs with a hub, self loops and isolated nodes."""
+    generator = torch.Generator().manual_seed(seed)
+    ends = torch.randint(9, (2, 31), generator=generator)
+    ends[0, ::3] = 0
+    one = Graph.from_edge_index(ends, 10)
+    return Graph.batch([one, Graph.from_edge_index(ends[:, :17].flip(0), 10)])
+
+
+def step(group, name, graph, part, seed):
+    """A step of training on this rank -> its outputs before and after, parameters and gradients."""
+    ranks = group if isinstance(group, Group) else Group(group)
+    shard = DistributedGraph.from_graph(graph, part, ranks)
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model, tensors, kind = MODELS[name](generator, graph)
+    model = over_ranks(model.double())
+    own = {key: shard.own(x, k) for key, (k, x) in tensors.items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    outputs = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        out = model(**own, graph=shard)
+        weight = torch.linspace(-1, 1, graph.num_rows, dtype=out.dtype)[:, None]
+        if kind == "row":
+            loss = (out.tanh() * shard.own(weight)).sum() / graph.num_rows
+        else:
+            loss = (out.tanh() * weight[: len(out)]).sum() / ranks.size
+        loss.backward()
+        sync_gradients(model, ranks)
+        outputs.append(out.detach())
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+    model.eval()
+    outputs.append(model(**own, graph=shard).detach())
+    return shard.part.rows, kind, outputs, grads, model.state_dict()

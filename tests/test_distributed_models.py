@@ -1,0 +1,40 @@
+"""Models on a DistributedGraph learn what they learn in one process, with dropout too."""
+
+import pytest
+import torch
+from distributed_models import MODELS, graph_of, step
+
+from fastgt.distributed import Group
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks_learn_what_one_process_learns(ranks, name, parts):
+    graph = graph_of(parts)
+    one = torch.zeros(graph.num_rows, dtype=torch.int64)
+    _, _, outputs, grads, state = step(Group(), name, graph, one, 5)
+    # rank 1 has no rows where there are four
+    part = torch.randint(parts, one.shape, generator=torch.Generator().manual_seed(parts))
+    part[part == 1] = 0 if parts == 4 else 1
+    answers = ranks.run(parts, step, name, graph, part, 5)
+    for rows, kind, theirs, their_grads, their_state in answers:
+        for mine, out in zip(outputs, theirs, strict=True):
+            assert_close(out, mine[rows] if kind == "row" else mine)
+        assert their_grads.keys() == grads.keys()
+        for key, grad in grads.items():
+            assert_close(their_grads[key], grad, key)
+        for key, value in state.items():
+            assert_close(their_state[key], value, key)
+
+
+def assert_close(found, wanted, key=""):
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10, msg=lambda m: f"{key}: {m}")
+
+
+def test_the_same_bits_every_time(ranks):
+    graph, part = graph_of(1), torch.arange(20) % 3
+    first = ranks.run(3, step, "GraphGPS with softmax", graph, part, 2)
+    again = ranks.run(3, step, "GraphGPS with softmax", graph, part, 2)
+    for a, b in zip(first, again, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a[2], b[2], strict=True))
+        assert all(torch.equal(x, b[3][key]) for key, x in a[3].items())

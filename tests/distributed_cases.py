@@ -150,7 +150,8 @@ def cut_graphs(draw, *, square=None):
     rows = draw(st.integers(1, 12))
     edges = draw(st.integers(0, 40))
     square = draw(st.booleans()) if square is None else square
-    cols = rows if square else draw(st.integers(1, 9))
+    # as many columns as rows would be the same nodes
+    cols = rows if square else rows + draw(st.integers(1, 4))
 
     def below(n, size):
         return torch.randint(n, (size,), generator=generator)

@@ -124,6 +124,7 @@ LAYERS = {
     },
     "demo": {"files", "graph", "ops", "nn", "models", "bench"},
     "training": {
+        "distributed",
         "files",
         "options",
         "graph",

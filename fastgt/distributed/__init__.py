@@ -3,6 +3,7 @@
 from fastgt.distributed.edge_list import edge_list_graph
 from fastgt.distributed.graph import DistributedGraph
 from fastgt.distributed.group import Group
+from fastgt.distributed.load import load_partition
 from fastgt.distributed.over_ranks import over_ranks
 from fastgt.distributed.partition import partition
 from fastgt.distributed.partition_files import read_part, read_tensors, write_partitions
@@ -14,6 +15,7 @@ __all__ = [
     "DistributedGraph",
     "Group",
     "edge_list_graph",
+    "load_partition",
     "over_ranks",
     "partition",
     "read_part",

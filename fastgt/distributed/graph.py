@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from fastgt.contract import Aux, DropoutSeed
 from fastgt.distributed.agreement import agree, described
@@ -16,6 +17,7 @@ from fastgt.distributed.exchange import Exchange
 from fastgt.distributed.group import Group
 from fastgt.distributed.offsets import RankOffsets
 from fastgt.distributed.part import Part, cut, graphs_of
+from fastgt.distributed.partition import check_part
 from fastgt.graph import Graph
 from fastgt.graph_build import from_pairs, with_boundaries
 from fastgt.ops.checks import dropout_key
@@ -36,10 +38,10 @@ class DistributedGraph(Shard):
     Every rank of the group calls the same operators in the same order, a rank without rows too.
 
     Args:
-        part: The rank's share, by :func:`fastgt.distributed.load_partition` or
-            :meth:`from_graph`.
-        group: The ranks, a process group of ``torch.distributed``; None for the default one, or
-            for this process alone.
+        part: The rank's share, as :func:`fastgt.distributed.load_partition` reads it and
+            :meth:`from_graph` cuts it.
+        group: The ranks, a process group of ``torch.distributed`` or a ``DeviceMesh`` of one
+            dimension; None for the default group, or for this process alone.
         overlap: Compute rows that read own columns alone while the other ranks' are on their way.
             Second derivatives need ``overlap=False``.
         check: Let ranks compare their arguments in every call, so that all of them raise where one
@@ -70,7 +72,7 @@ class DistributedGraph(Shard):
     def __init__(
         self,
         part: Part,
-        group: dist.ProcessGroup | Group | None = None,
+        group: dist.ProcessGroup | DeviceMesh | Group | None = None,
         *,
         overlap: bool = True,
         check: bool = True,
@@ -89,7 +91,7 @@ class DistributedGraph(Shard):
         cls,
         graph: Graph,
         part: Tensor | tuple[Tensor, Tensor],
-        group: dist.ProcessGroup | Group | None = None,
+        group: dist.ProcessGroup | DeviceMesh | Group | None = None,
         *,
         overlap: bool = True,
         check: bool = True,
@@ -101,9 +103,12 @@ class DistributedGraph(Shard):
             part: ``[N]``, the rank that owns each node; of a bipartite graph a pair, of rows and of
                 columns.
             group, overlap, check: As of the class.
+
+        Raises:
+            TypeError, ValueError: ``part`` does not fit the graph or the group.
         """
         ranks = group if isinstance(group, Group) else Group(group)
-        row_part, col_part = part if isinstance(part, tuple) else (part, part)
+        row_part, col_part, _ = check_part(graph, part, ranks.size)
         share = cut(graph, row_part, col_part, ranks.rank, ranks.size)
         return cls(share, ranks, overlap=overlap, check=check)
 

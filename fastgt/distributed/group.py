@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 
 class Flight:
@@ -27,8 +28,8 @@ class Group:
     """Some ranks of ``torch.distributed``, in an order that all of them know.
 
     Args:
-        processes: A process group; None for the default one or, where
-            ``init_process_group`` was not called, for this process alone.
+        processes: A process group, or a ``DeviceMesh`` of one dimension; None for the default
+            group or, where ``init_process_group`` was not called, for this process alone.
 
     Attributes:
         rank, size: This process's number among how many.
@@ -39,12 +40,12 @@ class Group:
         1
     """
 
-    def __init__(self, processes: dist.ProcessGroup | None = None):
+    def __init__(self, processes: dist.ProcessGroup | DeviceMesh | None = None):
+        if isinstance(processes, DeviceMesh):
+            processes = processes.get_group()
         if processes is not None and not isinstance(processes, dist.ProcessGroup):
-            raise TypeError(
-                f"group must be a torch.distributed.ProcessGroup, got {type(processes).__name__}"
-                + (": mesh.get_group() gives one" if hasattr(processes, "get_group") else "")
-            )
+            found = type(processes).__name__
+            raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {found}")
         alone = processes is None and not (dist.is_available() and dist.is_initialized())
         self.processes = None if alone else processes or dist.group.WORLD
         self.rank = 0 if alone else dist.get_rank(self.processes)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fastgt.distributed.group import Group
 
@@ -14,7 +15,9 @@ _BUCKET = 2**25  # bytes of gradients that are summed at once
 
 
 @torch.no_grad()
-def sync_parameters(model: nn.Module, group: dist.ProcessGroup | Group | None = None) -> None:
+def sync_parameters(
+    model: nn.Module, group: dist.ProcessGroup | DeviceMesh | Group | None = None
+) -> None:
     """Give every rank the parameters and buffers of the group's first one.
 
     Args:
@@ -32,7 +35,9 @@ def sync_parameters(model: nn.Module, group: dist.ProcessGroup | Group | None = 
 
 
 @torch.no_grad()
-def sync_gradients(model: nn.Module, group: dist.ProcessGroup | Group | None = None) -> None:
+def sync_gradients(
+    model: nn.Module, group: dist.ProcessGroup | DeviceMesh | Group | None = None
+) -> None:
     """Replace every parameter's gradient by its sum over the ranks: call it after ``backward()``.
 
     A rank has the loss of its own rows, and what is trained is the sum. So a mean is a rank's

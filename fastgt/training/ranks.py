@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
+
+from fastgt.distributed.batch_norm import RankBatchNorm
+from fastgt.distributed.group import Group
 
 
 class Ranks:
@@ -70,10 +72,10 @@ class Ranks:
         if self.size == 1:
             return model
         # a group of their own: their sums and those of gradients go in no common order
-        group = dist.new_group()
+        group = Group(dist.new_group())
         for layer in model.modules():
             if type(layer) is nn.BatchNorm1d:
-                layer.__class__ = _BatchNormOfRanks
+                layer.__class__ = RankBatchNorm
                 layer.group = group  # type: ignore[assignment]
         return DistributedDataParallel(model, broadcast_buffers=False)
 
@@ -93,42 +95,3 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         yield Ranks(dist.get_rank(), size), device
     finally:
         dist.destroy_process_group()
-
-
-class _BatchNormOfRanks(nn.BatchNorm1d):
-    """A batch norm over the rows of all processes: SyncBatchNorm takes no tensors of a CPU."""
-
-    group: Any
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        rows = x.new_tensor([x.shape[0]], dtype=torch.float32)
-        dist.all_reduce(rows, group=self.group)
-        count = float(rows)
-        if count == 1:
-            raise ValueError("a batch norm in training got 1 row in all processes together")
-        if count == 0:  # as of graphs without edges: there is no mean, and nothing to track
-            return super().forward(x)
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        mean = all_reduce(wide.sum(0), group=self.group) / count
-        centred = wide - mean
-        square = all_reduce(centred.square().sum(0), group=self.group) / count
-        if self.track_running_stats:
-            self._track(mean.detach(), square.detach() * (count / (count - 1)))
-        out = centred * torch.rsqrt(square + self.eps)
-        if self.affine:
-            out = out * self.weight + self.bias
-        return out.to(x.dtype)
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        share = self.momentum
-        if share is None:
-            share = 1 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), share)

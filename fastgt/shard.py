@@ -7,8 +7,10 @@ arguments and says which of them belong to rows, to columns and to edges.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
+
+from torch import Tensor
 
 
 class Roles(NamedTuple):
@@ -30,6 +32,15 @@ class Shard(ABC):
     @abstractmethod
     def run(self, op: Callable[..., Any], roles: Roles, arguments: Mapping[str, Any]) -> Any:
         """The operator's result for the rank's rows, with columns of other ranks fetched."""
+
+    def sending(self, x: Tensor, project: Callable[[Tensor], Sequence[Tensor]]) -> Shard:
+        """The same share for one call of an operator whose tensors of columns are ``project(x)``:
+        what other ranks fetch is x, ``[m, ...]``, and they project it themselves.
+
+        The fewer bytes x has beside what is made of it, the fewer are sent. ``project`` gives the
+        operator's different tensors of columns in the order of its arguments, row by row.
+        """
+        return self
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(

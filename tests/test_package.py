@@ -92,7 +92,7 @@ LAYERS = {
         "cpu",
         "kernels",
     },
-    "nn": {"contract", "graph", "ops"},
+    "nn": {"contract", "graph", "ops", "shard"},
     "pyg": {"contract", "graph", "nn", "ops"},
     "drop_in": {"pyg"},
     "pruning": {"contract", "graph", "ops", "nn"},

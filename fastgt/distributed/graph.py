@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -223,32 +223,53 @@ class DistributedGraph(Shard):
         both = torch.cat([own, halo])
         return both if self._column_order is None else both.index_select(0, self._column_order)
 
-    def run(self, op: Callable[..., Any], roles: Roles, arguments: Mapping[str, Any]) -> Any:
-        """An operator on the rank's rows; called by the operator itself."""
+    def sending(self, x: Tensor, project: Callable[[Tensor], Sequence[Tensor]]) -> Shard:
+        return _Sending(self, x, project)
+
+    def run(
+        self,
+        op: Callable[..., Any],
+        roles: Roles,
+        arguments: Mapping[str, Any],
+        source: _Sending | None = None,
+    ) -> Any:
+        """An operator on the rank's rows; called by the operator itself.
+
+        ``source``: what is sent in the place of the tensors of columns.
+        """
         call = {name: x for name, x in arguments.items() if name != "graph"}
         if call.get("dropout_p"):
             call["dropout_seed"] = dropout_key(call["dropout_seed"], self.device)
-        self.check_call(op, roles, call)
+        self.check_call(op, roles, call, None if source is None else source.x)
         given = {name: call[name] for name in roles.columns if call[name] is not None}
         tensors = list({id(x): x for x in given.values()}.values())
         if not tensors or not self.exchange.active:
             return op(**self._arguments(roles, call, slice(None)), graph=self.local)
+        sent = tensors if source is None else [source.x]
+        made = tuple if source is None else source.made
         if not self.overlap:
-            columns = self._columns(given, tensors, self.exchange.fetched(tensors))
+            columns = self._columns(given, tensors, made(self.exchange.fetched(sent)))
             return op(**self._arguments(roles, call, slice(None)) | columns, graph=self.local)
-        journey, inside = self.exchange.depart(tensors), self.part.interior
+        journey, inside = self.exchange.depart(sent), self.part.interior
         if inside in (0, self.num_edges):
-            columns = self._columns(given, tensors, journey.arrive())
+            columns = self._columns(given, tensors, made(journey.arrive()))
             return op(**self._arguments(roles, call, slice(None)) | columns, graph=self.local)
         inner = self._arguments(roles, call, slice(inside))
         first = op(**inner, graph=self._interior)
-        columns = self._columns(given, tensors, journey.arrive())
+        columns = self._columns(given, tensors, made(journey.arrive()))
         outer = self._arguments(roles, call, slice(inside, None)) | columns
         return self._merged(roles, first, op(**outer, graph=self._boundary))
 
-    def check_call(self, op: Callable[..., Any], roles: Roles, call: Mapping[str, Any]) -> None:
+    def check_call(
+        self,
+        op: Callable[..., Any],
+        roles: Roles,
+        call: Mapping[str, Any],
+        sent: Tensor | None = None,
+    ) -> None:
         """Raise on all ranks where one has tensors of a wrong size, or where ranks disagree."""
-        self._agree(op.__name__, _told(roles, call), self._wrong_size(roles, call))
+        told = _told(roles, call) | {"what is sent": described(sent, rows=True)}
+        self._agree(op.__name__, told, self._wrong_size(roles, call))
 
     def _arguments(self, roles: Roles, call: Mapping[str, Any], edges: slice) -> dict[str, Any]:
         """The call for some of the rank's edges."""
@@ -331,6 +352,28 @@ class DistributedGraph(Shard):
                     f"{name} is {found} but rank {self.part.rank} has {size} {kind}s{hint}"
                 )
         return None
+
+
+class _Sending(Shard):
+    """A distributed graph for one call, of whose columns x is sent and projected where it arrives.
+
+    It stands for the graph in that call alone; all else is asked of the graph.
+    """
+
+    def __init__(
+        self,
+        graph: DistributedGraph,
+        x: Tensor,
+        project: Callable[[Tensor], Sequence[Tensor]],
+    ):
+        self.graph, self.x, self._project = graph, x, project
+
+    def made(self, halos: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The tensors of columns, of the halo's x."""
+        return tuple(self._project(halos[0]))
+
+    def run(self, op: Callable[..., Any], roles: Roles, arguments: Mapping[str, Any]) -> Any:
+        return self.graph.run(op, roles, arguments, self)
 
 
 def _told(roles: Roles, call: Mapping[str, Any]) -> dict[str, str]:

@@ -95,14 +95,9 @@ class NeighborhoodAttention(GatedHeads):
         if isinstance(edge_bias, Tensor) and edge_bias.shape[1:] != (self.heads,):
             given = list(edge_bias.shape)
             raise ValueError(f"edge_bias must be [E, H] = [E, {self.heads}], got {given}")
-        attended = self.attend(
-            self.into_heads("q", x, gate),
-            self.into_heads("k", y, gate),
-            self.into_heads("v", y, gate),
-            graph,
-            edge_bias,
-            gate,
-        )
+        q, k, v = (self.into_heads(n, z, gate) for n, z in (("q", x), ("k", y), ("v", y)))
+        graph = self.sent(y, graph, gate, k, v)
+        attended = self.attend(q, k, v, graph, edge_bias, gate)
         return self.out_of_heads("out", self.dropout(gate.scaled(attended)), gate)
 
     def attend(
@@ -229,6 +224,7 @@ class EdgeGatedAttention(GatedHeads):
         _check_features("e", e, "E, edge_dim", graph.num_edges, self.edge_dim)
         gate = self.gate_of(head_gate, x)
         q, k, v = (self.into_heads(name, x, gate) for name in ("q", "k", "v"))
+        graph = self.sent(x, graph, gate, k, v)
         edge_gate = self.into_heads("gate", e, gate)
         if not q.shape[1]:
             attended = self.without_heads(q, k, v, edge_gate)

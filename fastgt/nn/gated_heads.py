@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fastgt.graph import Graph
 from fastgt.nn.sublayers import is_plain_linear, reset_sublayers
 from fastgt.ops.checks import readable
 from fastgt.ops.head_mask import check_head_gate, gated
 from fastgt.ops.head_projection import dense, head_projection
 from fastgt.ops.implementation import Impl, resolve_impl
+from fastgt.shard import Shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +144,24 @@ class GatedHeads(nn.Module):
             bias = None if bias is None else bias.index_select(0, index).flatten()
             return dense(x, weight, bias).unflatten(-1, (len(index), self.head_dim))
         return head_projection(x, weight, bias, active, impl=self.impl)
+
+    def sent(self, y: Tensor, graph: Graph, gate: Gate, k: Tensor, v: Tensor) -> Graph:
+        """The graph for an attention over keys and values of y.
+
+        Where it lies on several ranks, they fetch y itself if it has fewer bytes than both.
+        """
+        if not isinstance(graph, Shard):
+            return graph
+        bytes_of = [x.shape[1:].numel() * x.element_size() for x in (y, k, v)]
+        layers = self.get_submodule("k"), self.get_submodule("v")
+        # hooks would see two calls
+        if bytes_of[0] >= sum(bytes_of[1:]) or not all(map(is_plain_linear, layers)):
+            return graph
+        project = functools.partial(self._keys_and_values, gate)
+        return graph.sending(y, project)  # type: ignore[return-value]
+
+    def _keys_and_values(self, gate: Gate, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.into_heads("k", y, gate), self.into_heads("v", y, gate)
 
     @staticmethod
     def without_heads(q: Tensor, *others: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Graphs that lie on several machines, on ``torch.distributed``."""
 
 from fastgt.distributed.edge_list import edge_list_graph
-from fastgt.distributed.graph import DistributedGraph
+from fastgt.distributed.graph import DistributedGraph, halo_exchange
 from fastgt.distributed.group import Group
 from fastgt.distributed.load import load_partition
 from fastgt.distributed.over_ranks import over_ranks
@@ -15,6 +15,7 @@ __all__ = [
     "DistributedGraph",
     "Group",
     "edge_list_graph",
+    "halo_exchange",
     "load_partition",
     "over_ranks",
     "partition",

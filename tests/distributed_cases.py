@@ -20,7 +20,7 @@ from fastgt import (
     sgformer_attention,
     virtual_node,
 )
-from fastgt.distributed import DistributedGraph
+from fastgt.distributed import DistributedGraph, halo_exchange
 
 H, D, C = 2, 3, 2
 
@@ -288,3 +288,15 @@ def assert_equal_to_one_process(answers, wanted, which):
         torch.testing.assert_close(
             whole, wanted[key][1], rtol=1e-10, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}"
         )
+
+
+def exchanged(group, graph, part, x):
+    """-> own columns, the halo, what was exchanged, and the gradient of a weighted sum of it."""
+    shard = DistributedGraph.from_graph(graph, part, group)
+    own = shard.own(x, "column").requires_grad_()
+    found = halo_exchange(own, shard)
+    weight = torch.arange(len(found), dtype=found.dtype)[:, None] + group.rank()
+    (grad,) = torch.autograd.grad((found**2 * weight).sum(), own, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), own)
+    place = torch.cat([shard.part.cols, shard.part.halo])
+    return place, found.detach(), grad.detach(), second, weight

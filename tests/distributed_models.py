@@ -1,5 +1,6 @@
 """Models on ranks beside one process: a training step of each."""
 
+import pytest
 import torch
 
 from fastgt import Graph
@@ -14,6 +15,7 @@ from fastgt.models import (
     SGFormer,
     SGFormerConfig,
 )
+from fastgt.nn import NeighborhoodAttention
 
 
 def transformer(generator, graph):
@@ -109,3 +111,22 @@ def step(group, name, graph, part, seed):
     model.eval()
     outputs.append(model(**own, graph=shard).detach())
     return shard.part.rows, kind, outputs, grads, model.state_dict()
+
+
+def widths_sent(group, dim, context_dim):
+    """-> the channels of every row that a module's attention sends and receives, there and back."""
+    graph = Graph.from_edge_index(torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]]))
+    shard = DistributedGraph.from_graph(graph, torch.tensor([0, 1, 0, 1]), group)
+    module = NeighborhoodAttention(dim, 2, context_dim=context_dim)
+    x = torch.randn(2, dim, requires_grad=True)
+    context = torch.randn(2, context_dim, requires_grad=True)
+    widths, real = [], Group.all_to_all
+
+    def recorded(self, y, send, receive):
+        widths.append(y.shape[1])
+        return real(self, y, send, receive)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Group, "all_to_all", recorded)
+        module(x, shard, context=context).sum().backward()
+    return widths

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from distributed_models import MODELS, graph_of, step
+from distributed_models import MODELS, graph_of, step, widths_sent
 
-from fastgt import Graph
-from fastgt.distributed import DistributedGraph, Group
-from fastgt.nn import NeighborhoodAttention
+from fastgt.distributed import Group
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4])
@@ -40,25 +38,6 @@ def test_the_same_bits_every_time(ranks):
     for a, b in zip(first, again, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[2], b[2], strict=True))
         assert all(torch.equal(x, b[3][key]) for key, x in a[3].items())
-
-
-def widths_sent(group, dim, context_dim):
-    """-> the channels of every row that a module's attention sends and receives, there and back."""
-    graph = Graph.from_edge_index(torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]]))
-    shard = DistributedGraph.from_graph(graph, torch.tensor([0, 1, 0, 1]), group)
-    module = NeighborhoodAttention(dim, 2, context_dim=context_dim)
-    x = torch.randn(2, dim, requires_grad=True)
-    context = torch.randn(2, context_dim, requires_grad=True)
-    widths, real = [], Group.all_to_all
-
-    def recorded(self, y, send, receive):
-        widths.append(y.shape[1])
-        return real(self, y, send, receive)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Group, "all_to_all", recorded)
-        module(x, shard, context=context).sum().backward()
-    return widths
 
 
 @pytest.mark.parametrize(("context_dim", "width"), [(6, 6), (40, 16)])

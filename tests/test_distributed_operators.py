@@ -9,6 +9,7 @@ from distributed_cases import (
     RESULTS,
     assert_equal_to_one_process,
     cut_graphs,
+    exchanged,
     on_a_rank,
     on_one_process,
 )
@@ -16,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgt import Graph
-from fastgt.distributed import DistributedGraph, halo_exchange
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name not in OVER_GRAPHS])
@@ -42,25 +42,14 @@ def test_ranks_give_what_one_process_gives_over_graphs(ranks, name, case, seed):
     assert_equal_to_one_process(answers, grads, GRADIENTS)
 
 
-def exchanged(group, graph, part, x):
-    """-> own columns, the halo, what was exchanged, and the gradient of a weighted sum of it."""
-    shard = DistributedGraph.from_graph(graph, part, group)
-    own = shard.own(x, "column").requires_grad_()
-    found = halo_exchange(own, shard)
-    weight = torch.arange(len(found), dtype=found.dtype)[:, None] + group.rank()
-    (grad,) = torch.autograd.grad((found**2 * weight).sum(), own, create_graph=True)
-    (second,) = torch.autograd.grad(grad.sum(), own)
-    place = torch.cat([shard.part.cols, shard.part.halo])
-    return place, found.detach(), grad.detach(), second, weight
-
-
 @given(cut_graphs(square=True), st.integers(0, 2**31))
 @settings(max_examples=15)
 def test_a_halo_is_fetched_and_its_gradients_are_summed(ranks, case, seed):
     graph, part, _, parts = case
     if graph.num_graphs > 1:
         graph, part = Graph.from_edge_index(graph.edge_index, graph.num_rows), part
-    x = torch.randn(graph.num_rows, 2, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(graph.num_rows, 2, dtype=torch.float64, generator=generator)
     total = torch.zeros(graph.num_rows, 1, dtype=torch.float64)
     answers = ranks.run(parts, exchanged, graph, part, x)
     for place, found, _, _, weight in answers:

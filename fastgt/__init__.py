@@ -1,6 +1,6 @@
 """fastgt: attention kernels that graph transformers run on."""
 
-from fastgt.contract import Aux, AuxRequest, DropoutSeed
+from fastgt.contract import Aux, AuxRequest, DropoutSeed, PairDropoutSeed
 from fastgt.drop_in import accelerate, restore
 from fastgt.graph import Graph
 from fastgt.ops.additive_attention import additive_attention
@@ -25,6 +25,7 @@ __all__ = [
     "AuxRequest",
     "DropoutSeed",
     "Graph",
+    "PairDropoutSeed",
     "accelerate",
     "additive_attention",
     "aggregate",

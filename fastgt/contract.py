@@ -69,12 +69,14 @@ class Walks(NamedTuple):
 
 
 class DropoutSeed(NamedTuple):
-    """A seed of dropout for edges that are some of a larger graph's: edge e is dropped as edge
-    ``edge_numbers[e]`` of that graph is.
+    """A seed of dropout for edges or heads that are some of a larger call's: head h of edge e is
+    dropped as head ``first_head + h`` of edge ``edge_numbers[e]`` of that call is.
 
     Attributes:
         seed: As ``dropout_seed`` alone: an int, one int64, or None to draw one.
-        edge_numbers: ``[E]`` int64, none below 0: by which dropout knows the edges.
+        edge_numbers: ``[E]`` int64, none below 0: by which dropout knows the edges; None: by their
+            own numbers.
+        first_head: From 0 to 2^31 - 1.
 
     Example:
         >>> import torch
@@ -90,7 +92,39 @@ class DropoutSeed(NamedTuple):
     """
 
     seed: int | Tensor | None
-    edge_numbers: Tensor
+    edge_numbers: Tensor | None = None
+    first_head: int = 0
+
+
+class PairDropoutSeed(NamedTuple):
+    """A seed of dropout for pairs or heads that are some of a larger call's: head h of the pair of
+    query i and key j is dropped as head ``first_head + h`` of pair ``query_numbers[i] +
+    key_numbers[j]`` of that call is.
+
+    Attributes:
+        seed: As ``dropout_seed`` alone: an int, one int64, or None to draw one.
+        query_numbers: ``[N]`` int64, none below 0; None, as key_numbers: pairs have their own.
+        key_numbers: ``[M]`` int64, none below 0.
+        first_head: From 0 to 2^31 - 1.
+
+    Example:
+        >>> import torch
+        >>> from fastgt import PairDropoutSeed, global_attention
+        >>> q, k, v = torch.randn(3, 5, 4, 16)
+        >>> out = global_attention(q, k, v, dropout_p=0.5, dropout_seed=7)
+        >>> seed = PairDropoutSeed(7, torch.tensor([10]), torch.arange(5))  # of query 2
+        >>> ends = torch.tensor([0, 5])
+        >>> row = global_attention(
+        ...     q[2:3], k, v, key_offsets=ends, dropout_p=0.5, dropout_seed=seed
+        ... )
+        >>> torch.allclose(row, out[2:3], atol=1e-6)
+        True
+    """
+
+    seed: int | Tensor | None
+    query_numbers: Tensor | None = None
+    key_numbers: Tensor | None = None
+    first_head: int = 0
 
 
 class Dropout(NamedTuple):
@@ -99,13 +133,17 @@ class Dropout(NamedTuple):
     seed: Tensor | None = None  # [1] int64; None where p is 0
     numbers: Tensor | None = None  # [E] int64, by which an edge is known; None: its own
     p: float = 0.0
+    first_head: int = 0  # by which head 0 is known
 
 
 class PairDropout(NamedTuple):
-    """As :class:`Dropout`, for pairs, each of which is known by its own number."""
+    """As :class:`Dropout`, for pairs: known by the sum of the two numbers, or by their own."""
 
     seed: Tensor | None = None  # [1] int64; None where p is 0
+    query_numbers: Tensor | None = None  # [N] int64; both or none
+    key_numbers: Tensor | None = None  # [M] int64
     p: float = 0.0
+    first_head: int = 0
 
 
 class Inputs(NamedTuple):

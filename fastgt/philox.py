@@ -25,9 +25,10 @@ def kept(
     *,
     first: int = 0,
     numbers: Tensor | None = None,
+    first_head: int = 0,
 ) -> Tensor:
     """-> ``[E, H]`` bool: head h of edge e is kept with probability 1 - p. The edges are those of
-    ``numbers [E]`` int64, or those from number ``first`` on.
+    ``numbers [E]`` int64, or those from number ``first`` on. Heads count from ``first_head`` on.
 
     Word ``h % 4`` of Philox-4x32-10 at the counter ``(e mod 2^32, e // 2^32, h // 4, 0)`` with the
     64 bits of ``seed`` as its key; its upper 24 bits are compared.
@@ -35,9 +36,10 @@ def kept(
     Source:
         Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011, section 4.3.
     """
-    blocks = -(-heads // 4)
+    before, within = first_head // 4, first_head % 4
+    blocks = -(-(within + heads) // 4)
     limit, step = threshold(p), max(1, _CHUNK // max(1, blocks))
-    block = torch.arange(blocks, device=seed.device)
+    block = torch.arange(before, before + blocks, device=seed.device)
 
     def part(start: int, stop: int) -> Tensor:
         if numbers is None:
@@ -46,7 +48,8 @@ def kept(
             edge = numbers[start:stop]
         edge = edge[:, None].expand(-1, blocks)
         found = words(seed, edge & _LOW, edge >> 32, block.expand_as(edge))
-        return torch.stack([(word >> 8) >= limit for word in found], 2).flatten(1)[:, :heads]
+        bits = torch.stack([(word >> 8) >= limit for word in found], 2).flatten(1)
+        return bits[:, within : within + heads]
 
     # a compiler would unroll a loop, for one number of edges
     if torch.compiler.is_compiling() or edges <= step:

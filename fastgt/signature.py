@@ -26,13 +26,13 @@ class Signature:
     dispatcher hands over no last argument that equals its default.
 
     Example:
-        >>> from fastgt.contract import Logit, PairDropout
+        >>> from fastgt.contract import HeadMask, Logit
         >>> from fastgt.signature import Signature
-        >>> signature = Signature(Logit, PairDropout)
+        >>> signature = Signature(Logit, HeadMask)
         >>> signature.schema
-        'float scale, float low, float high, float eps, Tensor? seed=None, float p=0.0'
+        'float scale, float low, float high, float eps, Tensor? rows=None, Tensor? cols=None'
         >>> signature.split((0.5, -5.0, 5.0, 0.0))
-        [Logit(scale=0.5, low=-5.0, high=5.0, eps=0.0), PairDropout(seed=None, p=0.0)]
+        [Logit(scale=0.5, low=-5.0, high=5.0, eps=0.0), HeadMask(rows=None, cols=None)]
     """
 
     def __init__(self, *types: type):

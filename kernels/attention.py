@@ -340,7 +340,7 @@ def edge_terms(q, terms, dropout, switches, upstream):
         channels=1 if attr is None else attr.shape[1],
         align=math.gcd(16 // q.element_size(), *(x.shape[-1] for x in rows)),
         key_is_value=switches.key_is_value,
-        drop=Drop(dropout.seed, numbers),
+        drop=Drop(dropout.seed, numbers, dropout.first_head or None),
         threshold=round(dropout.p * 2**24),
     )
 

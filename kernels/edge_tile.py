@@ -38,6 +38,7 @@ class Drop(NamedTuple):
 
     seed: Any = None  # [1]; None: all are kept
     numbers: Any = None  # [E], by which edges are known; None: their own
+    first_head: Any = None  # by which head 0 is known; None: 0
 
 
 class Clamp(NamedTuple):
@@ -235,8 +236,17 @@ def kept(drop, threshold, edge, live, head, ACC: tl.constexpr):
         if drop.numbers is not None:
             number = tl.load(drop.numbers + number, mask=live, other=0)
         number = number[:, :, None] + tl.zeros([1, 1, head.shape[0]], tl.int64)
-        share = kept_share(drop.seed, threshold, number, head[None, None, :], ACC)
+        known = known_heads(drop, head)[None, None, :]
+        share = kept_share(drop.seed, threshold, number, known, ACC)
     return share
+
+
+@triton.jit
+def known_heads(drop, head):
+    """By which dropout knows heads."""
+    if drop.first_head is not None:
+        head += drop.first_head
+    return head
 
 
 @triton.jit

@@ -38,7 +38,7 @@ from .configs import (
     global_tile,
     power_of_2,
 )
-from .edge_tile import Operands, kept_share
+from .edge_tile import Operands, kept_share, known_heads
 from .linear_states import find_graph
 from .loads import dot, load_rows, rows_of, scalar, store_rows, sum_dtype
 
@@ -53,6 +53,15 @@ class Blocks(NamedTuple):
     other_ptr: Any
     pair_ptr: Any  # None where no pair is asked for its number
     mask: Any  # [G, H], ``Rows``; None: all heads are active
+
+
+class PairDrop(NamedTuple):
+    """What decides which weights dropout keeps; None where absent."""
+
+    seed: Any  # [1]; None: all are kept
+    query_numbers: Any  # [N], with key_numbers [M]; None: pairs are known by their own numbers
+    key_numbers: Any
+    first_head: Any  # by which head 0 is known; None: 0
 
 
 class Block(NamedTuple):
@@ -93,7 +102,7 @@ def _global_fwd_kernel(
     o_ptr,  # [N, H, DV]
     lse_ptr,  # [N, H]
     blocks,
-    seed_ptr,  # of dropout, None: nothing is dropped
+    drop,  # PairDrop
     threshold,
     scale: tl.float64,
     num_graphs,
@@ -106,6 +115,7 @@ def _global_fwd_kernel(
     channel = tl.program_id(1) * T.BLOCK_DV
     own = active_block(blocks, tl.program_id(0) // T.H, head, num_graphs, T)
     q = hold_rows(x.q, own.row, own.read, head, T.D, T.BLOCK_D, T)
+    counted = own_numbers(drop.query_numbers, own)
 
     top = tl.full([T.BLOCK_M], float("-inf"), ACC)
     total = tl.full([T.BLOCK_M], 0.0, ACC)
@@ -123,8 +133,9 @@ def _global_fwd_kernel(
         decay = tl.exp(top - pivot)
         p = tl.exp(s - pivot[:, None])  # [M, N]
         total = total * decay + tl.sum(p, 1)
-        if seed_ptr is not None:
-            p *= kept_share(seed_ptr, threshold, number, head, ACC)
+        if drop.seed is not None:
+            number = dropped_numbers(number, counted, drop.key_numbers, key, within)
+            p *= kept_share(drop.seed, threshold, number, known_heads(drop, head), ACC)
         acc = dot(p.to(v.dtype), v, acc * decay[:, None], T)
         top = new_top
 
@@ -271,6 +282,25 @@ def pair_numbers(own, other, QUERIES: tl.constexpr):
 
 
 @triton.jit
+def own_numbers(numbers, own):
+    """Those of this block's nodes, [M], which a program holds; None where absent."""
+    held = None
+    if numbers is not None:
+        held = tl.load(numbers + own.row, mask=own.mine, other=0)
+    return held
+
+
+@triton.jit
+def dropped_numbers(number, mine, numbers, other, within):
+    """By which dropout knows pairs of this block with ``other``, [M, N]: their own ``number``, or
+    sums of what a program holds and of what the others have."""
+    if mine is not None:
+        theirs = tl.load(numbers + other, mask=within, other=0)
+        number = mine[:, None] + theirs[None, :]
+    return number
+
+
+@triton.jit
 def finish_logits(s, bias, number, mine, key, within, head, T: tl.constexpr):
     """s + bias [M, N], queries in rows; -inf beyond the graph's keys."""
     there = mine[:, None] & within[None, :]
@@ -302,7 +332,7 @@ def global_attention_fwd(
             o,
             lse,
             blocks,
-            *drop(dropout),
+            *pair_drop(dropout),
             terms.scale,
             num_graphs,
             **meta,
@@ -341,9 +371,10 @@ def _sums(counts: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def drop(dropout: PairDropout) -> tuple[torch.Tensor | None, int]:
-    """What kernels take of it: the seed, and what 24 bits have to reach for a weight to stay."""
-    return dropout.seed, round(dropout.p * 2**24)
+def pair_drop(dropout: PairDropout) -> tuple[PairDrop, int]:
+    """What kernels take of it, and what 24 bits have to reach for a weight to stay."""
+    numbers = (None if x is None else x.contiguous() for x in dropout[1:3])
+    return PairDrop(dropout.seed, *numbers, dropout.first_head or None), round(dropout.p * 2**24)
 
 
 def slices(width: int, block: int) -> int:

@@ -22,18 +22,20 @@ import triton.language as tl
 
 from fastgt.contract import GlobalUpstream, Inputs, PairDropout, PairNeeds, PairTerms, RaggedPairs
 
-from .edge_tile import Operands, kept_share
+from .edge_tile import Operands, kept_share, known_heads
 from .global_attention import (
     COUNTS,
     active_block,
     block_table,
-    drop,
+    dropped_numbers,
     finish_logits,
     global_plan,
     head_active,
     hold_rows,
     load_slice,
+    own_numbers,
     own_rows,
+    pair_drop,
     pair_numbers,
     row_products,
     rows_where,
@@ -67,7 +69,7 @@ def _global_bwd_dq_kernel(
     lse_ptr,  # [N, H]
     out,  # RowPass
     blocks,
-    seed_ptr,
+    drop,  # PairDrop
     threshold,
     scale: tl.float64,
     num_graphs,
@@ -84,6 +86,7 @@ def _global_bwd_dq_kernel(
     # where no key counts, neither do the upstream gradients, finite or not
     alive = own.read & (lse != float("inf"))
     up = hold_rows(do, own.row, alive, head, T.DV, T.BLOCK_DV, T)
+    counted = own_numbers(drop.query_numbers, own)
     g = tl.full([T.BLOCK_M], 0.0, ACC)
     if dlse is not None:
         at_dlse = dlse.ptr + own.row * dlse.stride[0] + head.to(tl.int64) * dlse.stride[1]
@@ -93,7 +96,7 @@ def _global_bwd_dq_kernel(
     delta = tl.full([T.BLOCK_M], 0.0, ACC)
     for at in range(own.first, own.last, T.BLOCK_N):
         _k, p, dp, _number, _within = row_tile(
-            q, up, lse, alive, own, at, head, x, do, seed_ptr, threshold, scale, T
+            q, up, counted, lse, alive, own, at, head, x, do, drop, threshold, scale, T
         )
         total += tl.sum(p, 1)
         delta += tl.sum(p * dp, 1)
@@ -107,7 +110,7 @@ def _global_bwd_dq_kernel(
         dq = tl.full([T.BLOCK_M, T.BLOCK_D], 0.0, ACC)
         for at in range(own.first, own.last, T.BLOCK_N):
             k, p, dp, number, within = row_tile(
-                q, up, lse, alive, own, at, head, x, do, seed_ptr, threshold, scale, T
+                q, up, counted, lse, alive, own, at, head, x, do, drop, threshold, scale, T
             )
             ds = tl.where(alive[:, None], p * norm[:, None] * (dp - gamma[:, None]), 0.0)
             if out.dbias is not None:
@@ -126,7 +129,9 @@ def _global_bwd_dq_kernel(
 
 
 @triton.jit
-def row_tile(q, up, lse, alive, own, at, head, x, do, seed_ptr, threshold, scale, T: tl.constexpr):
+def row_tile(
+    q, up, counted, lse, alive, own, at, head, x, do, drop, threshold, scale, T: tl.constexpr
+):
     """-> k of BLOCK_N keys, p and dp of their pairs [M, N], these' numbers, which keys exist."""
     ACC: tl.constexpr = sum_dtype(T.WIDE)
     key = at + tl.arange(0, T.BLOCK_N)
@@ -139,8 +144,9 @@ def row_tile(q, up, lse, alive, own, at, head, x, do, seed_ptr, threshold, scale
     p = tl.exp(s - lse[:, None])
     upstream = own_rows(own, alive)
     dp, _v = row_products(up, do, upstream, head, x.v, key, within, kv_head, T.DV, T.BLOCK_DV, T)
-    if seed_ptr is not None:
-        dp *= kept_share(seed_ptr, threshold, number, head, ACC)
+    if drop.seed is not None:
+        known = dropped_numbers(number, counted, drop.key_numbers, key, within)
+        dp *= kept_share(drop.seed, threshold, known, known_heads(drop, head), ACC)
     return k, p, dp, number, within
 
 
@@ -152,7 +158,7 @@ def _global_bwd_dkv_kernel(
     stat_ptr,  # [N, H, 2], of the row pass
     out,  # KeyPass
     blocks,  # of keys
-    seed_ptr,
+    drop,  # PairDrop
     threshold,
     scale: tl.float64,
     num_graphs,
@@ -169,6 +175,7 @@ def _global_bwd_dkv_kernel(
     own = own_rows(own, rows_where(own, any_active))
     k = hold_rows(x.k, own.row, own.read, kv_head, T.D, T.BLOCK_D, T)  # [M, D]
     v = hold_rows(x.v, own.row, own.read, kv_head, T.DV, T.BLOCK_DV, T)
+    counted = own_numbers(drop.key_numbers, own)
     channel, channel_v = tl.program_id(1) * T.BLOCK_D, tl.program_id(1) * T.BLOCK_DV
 
     dk = tl.full([T.BLOCK_M, T.BLOCK_D], 0.0, ACC)
@@ -202,8 +209,9 @@ def _global_bwd_dkv_kernel(
             s = tl.where(there, s, float("-inf"))
             a = tl.exp(s - lse[None, :]) * norm[None, :]
             share = 1.0
-            if seed_ptr is not None:
-                share = kept_share(seed_ptr, threshold, number, head, ACC)
+            if drop.seed is not None:
+                known = dropped_numbers(number, counted, drop.query_numbers, query, within)
+                share = kept_share(drop.seed, threshold, known, known_heads(drop, head), ACC)
             dp, up = row_products(v, x.v, own, kv_head, do, query, alive, head, T.DV, T.BLOCK_DV, T)
             if out.dv is not None:
                 if T.DV > T.BLOCK_DV:
@@ -263,7 +271,7 @@ def global_attention_bwd(
             lse,
             RowPass(stat, dq, dbias if of_pairs else None),
             blocks,
-            *drop(dropout),
+            *pair_drop(dropout),
             terms.scale,
             num_graphs,
             **meta,
@@ -283,7 +291,7 @@ def global_attention_bwd(
             stat,
             out,
             blocks,
-            *drop(dropout),
+            *pair_drop(dropout),
             terms.scale,
             num_graphs,
             **meta,

@@ -28,6 +28,7 @@ class GlobalCase:
     v_width: int = 0  # 0: as wide as q
     bias: str = ""  # or key, pair
     drop: bool = False
+    numbered: bool = False  # dropout knows pairs and heads by other numbers
     masked: bool = False  # a mask of heads
 
 
@@ -56,6 +57,7 @@ GLOBAL_CASES = {
     "global_pairs_d32_fp64": GlobalCase(4, 32, torch.float64, bias="pair", drop=True),
     "global_pairs_d512_fp64": GlobalCase(1, 512, torch.float64, bias="pair", drop=True),
     "global_pairs_d512_fp32": GlobalCase(2, 512, torch.float32, bias="pair", drop=True),
+    "global_pairs_numbered_d64_bf16": GlobalCase(8, 64, torch.bfloat16, drop=True, numbered=True),
     "global_masked_d64_bf16": GlobalCase(8, 64, torch.bfloat16, bias="key", masked=True),
 }
 
@@ -70,9 +72,12 @@ def launch_global(case: GlobalCase) -> None:
         bias = torch.zeros(n if case.bias == "key" else n * n, case.heads, dtype=case.dtype)
     mask = torch.ones(1, case.heads, dtype=torch.bool) if case.masked else None
     seed = torch.zeros(1, dtype=torch.int64) if case.drop else None
+    numbers = torch.arange(n) if case.numbered else None
     inputs, terms = Inputs(q, k, v), PairTerms(1.0, bias, case.bias == "key")
     graphs = RaggedPairs(torch.tensor([0, n]), None, mask)
-    call = inputs, terms, graphs, PairDropout(seed, 0.1 if case.drop else 0.0)
+    first_head = 4 if case.numbered else 0
+    dropout = PairDropout(seed, numbers, numbers, 0.1 if case.drop else 0.0, first_head)
+    call = inputs, terms, graphs, dropout
     o, lse = global_attention_fwd(*call)
     needs = PairNeeds(True, True, True, bias is not None)
     global_attention_bwd(GlobalUpstream(o, None if case.drop else lse, lse), *call, needs)

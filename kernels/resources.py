@@ -216,6 +216,7 @@ def _designed_bytes_global(kernel: str, meta: dict, pointers: dict[str, int]) ->
     total = channels * pointers["x.k.ptr"]
     if columns:
         total += 3 * pointers["lse_ptr"]
+    total += pointers.get("drop.query_numbers", 0)  # of the other side
     if meta["PER_KEY"]:
         return total + (0 if columns else bias)
     return total + meta["BLOCK_M"] * bias

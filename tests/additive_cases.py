@@ -103,9 +103,9 @@ def case(
     if "drop" in words:
         options |= {"dropout_p": 0.3, "dropout_seed": seed}
         if "numbered" in words:
-            # as a rank knows some edges of a large graph
+            # as a rank knows some edges and heads of a large graph
             numbers = torch.randint(2**40, (e,), generator=generator).to(DEVICE)
-            options["dropout_seed"] = DropoutSeed(seed, numbers)
+            options["dropout_seed"] = DropoutSeed(seed, numbers, seed % 7)
     tensors, named = (q, k, v, weight, do, dlse), {"made_by": made_by, "plan": plan}
     return Case(seed, edge_index, graph, *tensors, options, made, **named)
 

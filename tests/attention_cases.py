@@ -144,9 +144,9 @@ def case(
     if "drop" in words or "numbered" in words:
         options |= {"dropout_p": 0.3, "dropout_seed": seed}
     if "numbered" in words:
-        # as a rank knows some edges of a large graph
+        # as a rank knows some edges and heads of a large graph
         numbers = torch.randint(2**40, (e,), generator=generator).to(DEVICE)
-        options["dropout_seed"] = DropoutSeed(seed, numbers)
+        options["dropout_seed"] = DropoutSeed(seed, numbers, seed % 7)
     dscores = tensor(e, h, d) if "scores" in words else None
     if clamped:
         wide = {name: x.double() for name, x in made.items()}
@@ -361,10 +361,11 @@ def loops(case):
 
 def dropout_of(options):
     """What an oracle takes of a call's dropout."""
-    seed, numbers = options.get("dropout_seed", 0), None
+    seed, numbers, first = options.get("dropout_seed", 0), None, 0
     if isinstance(seed, DropoutSeed):
-        seed, numbers = seed.seed, seed.edge_numbers.tolist()
-    return {"dropout": options.get("dropout_p", 0.0), "seed": seed, "numbers": numbers}
+        seed, numbers, first = seed.seed, seed.edge_numbers.tolist(), seed.first_head
+    found = {"dropout": options.get("dropout_p", 0.0), "seed": seed, "numbers": numbers}
+    return found | {"first_head": first}
 
 
 ATTENTION = OpUnderTest(

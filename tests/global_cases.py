@@ -17,7 +17,7 @@ from attention_cases import BF16, DEVICE, FP16, FP32, FP64, LAYOUTS, arrange
 from hypothesis import strategies as st
 from problems import GraphProblem, OpUnderTest
 
-from fastgt import AuxRequest, Graph, global_attention
+from fastgt import AuxRequest, Graph, PairDropoutSeed, global_attention
 
 # "blocks" is the CPU path with a few keys at a time, which are read again, and with several parts
 # to a graph of more than 64 queries
@@ -75,6 +75,7 @@ def case(
     dv=6,
     bias="",
     drop=False,
+    numbered=False,
     scale=None,
     dtype=FP64,
     index=torch.int64,
@@ -111,6 +112,10 @@ def case(
     options = {"scale": scale}
     if drop:
         options |= {"dropout_p": 0.3, "dropout_seed": seed}
+        if numbered:
+            # as a rank knows some pairs and heads of a large batch
+            numbers = (torch.randint(2**40, (x,), generator=generator).to(DEVICE) for x in (n, m))
+            options["dropout_seed"] = PairDropoutSeed(seed, *numbers, seed % 7)
     tensors = q, k, v, b, do, dlse
     return Case(seed, edge_index, graph, *tensors, offsets, key_offsets, options, made_by=made_by)
 
@@ -130,6 +135,7 @@ def cases(draw, form, **fixed):
         "dv": st.sampled_from([1, 5, 16, 17, 40]),
         "bias": st.sampled_from(["", "key", "pair"]),
         "drop": st.booleans(),
+        "numbered": st.booleans(),
         "scale": st.sampled_from([None, 0.3, -1.0]),
         "dtype": st.sampled_from([FP64, FP32, BF16, FP16]),
         "index": st.sampled_from([torch.int32, torch.int64]),
@@ -196,6 +202,10 @@ def loops(x):
     arrays = (x.q, x.k, x.v, bias, x.do, x.dlse)
     arrays = [None if t is None else t.detach().double().cpu().numpy() for t in arrays]
     scale = x.options["scale"]
+    seed, numbers, first = x.options.get("dropout_seed", 0), None, 0
+    if isinstance(seed, PairDropoutSeed):
+        seed, of_query, of_key, first = seed
+        numbers = (of_query.cpu()[target] + of_key.cpu()[source]).tolist()
     found = oracle.neighborhood_attention(
         torch.stack([source, target]).tolist(),
         *arrays,
@@ -204,7 +214,9 @@ def loops(x):
         high=math.inf,
         eps=0.0,
         dropout=x.options.get("dropout_p", 0.0),
-        seed=x.options.get("dropout_seed", 0),
+        seed=seed,
+        numbers=numbers,
+        first_head=first,
     )
     del found["scores"], found["weights"]
     found = {name: torch.from_numpy(np.asarray(t)) for name, t in found.items()}

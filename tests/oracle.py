@@ -30,6 +30,7 @@ def neighborhood_attention(
     dropout=0.0,
     seed=0,
     numbers=None,
+    first_head=0,
 ):
     """-> {name: array} of o, lse, weights, scores and the gradient of every input.
 
@@ -85,7 +86,8 @@ def neighborhood_attention(
                 raw = scores[e, h].sum()
                 inside[e] = low <= raw <= high
                 logit[e] = min(max(raw, low), high) + (0.0 if bias is None else bias[e, h])
-                kept[e] = dropout_share(seed, e if numbers is None else numbers[e], h, dropout)
+                number = e if numbers is None else numbers[e]
+                kept[e] = dropout_share(seed, number, first_head + h, dropout)
             top = max(logit.values(), default=-np.inf)
             ds = dict.fromkeys(logit, 0.0)
             if top > -np.inf:
@@ -154,6 +156,7 @@ def additive_attention(
     dropout=0.0,
     seed=0,
     numbers=None,
+    first_head=0,
 ):
     """-> {name: array} of o, lse, weights and the gradient of every input that there is."""
     (rows, heads, width), edges = q.shape, list(zip(*edge_index, strict=True))
@@ -182,7 +185,8 @@ def additive_attention(
                 logit[e] += sum(
                     weight[h, c] * (x if x > 0 else slope * x) for c, x in enumerate(t[e])
                 )
-                kept[e] = dropout_share(seed, e if numbers is None else numbers[e], h, dropout)
+                number = e if numbers is None else numbers[e]
+                kept[e] = dropout_share(seed, number, first_head + h, dropout)
             top = max(logit.values(), default=-np.inf)
             if top == -np.inf:
                 continue

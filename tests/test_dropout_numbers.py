@@ -96,6 +96,23 @@ def test_ranks_with_rows_of_a_graph_drop_what_one_rank_drops(impl, name):
     all_close(sums, {key: whole[key] for key in sums})
 
 
+@pytest.mark.parametrize("first", [1, 4, 6])
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("impl", ALL)
+def test_some_heads_drop_what_they_drop_among_all(impl, name, first):
+    op, make, _, _ = OPERATORS[name]
+    x = make(5, 7, 30, heads=9, d=4, dv=3, terms="bias drop" if name == "additive" else "drop")
+
+    def some(key, t):
+        return t.narrow(0 if key.removeprefix("d") == "weight" else 1, first, 3)
+
+    part = x.having(**{key: some(key, t) for key, t in x.tensors().items()})
+    seed = DropoutSeed(x.seed, first_head=first)
+    part = part.having(options=x.options | {"dropout_seed": seed})
+    whole = op.evaluate(x, impl)
+    all_close(op.evaluate(part, impl), {key: some(key, t) for key, t in whole.items()})
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_numbers_are_of_64_bits_and_of_any_strides(impl, name):

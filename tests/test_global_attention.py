@@ -22,6 +22,7 @@ SHAPES = [
     {"sizes": (3, 0, 7, 1), "bias": "pair"},
     {"sizes": (4, 0, 6), "keys": (2, 5, 0), "bias": "key", "drop": True},
     {"sizes": (5, 2), "keys": (3, 6), "bias": "pair", "group": 3, "drop": True},
+    {"sizes": (4, 0, 5), "keys": (3, 2, 6), "group": 3, "drop": True, "numbered": True},
     {"sizes": None, "scale": -0.7},
     {"sizes": ()},
 ]
@@ -57,10 +58,11 @@ def test_every_size_around_a_tile(form, size):
 
 
 @pytest.mark.parametrize("sizes", [(63, 95), (64, 96), (65, 97), (200,), (130, 0, 191)], ids=str)
+@pytest.mark.parametrize("numbered", [False, True])
 @pytest.mark.parametrize("form", ["cpp", "blocks"])
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU path")
-def test_every_size_around_a_block_of_the_compiled_kernel(form, sizes):
-    x = case(1, sizes, heads=2, d=20, dv=33, bias="key", drop=True)
+def test_every_size_around_a_block_of_the_compiled_kernel(form, sizes, numbered):
+    x = case(1, sizes, heads=2, d=20, dv=33, bias="key", drop=True, numbered=numbered)
     laws.equals_its_oracle(GLOBAL, form, x)
 
 
@@ -254,7 +256,7 @@ def test_every_subset_of_gradients(form, outputs, twice):
 @pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize("impl", ["reference", *FAST])
 def test_second_derivatives(impl, drop):
-    x = case(2, (3, 2), keys=(2, 3), heads=1, d=3, dv=2, bias="pair", drop=drop)
+    x = case(2, (3, 2), keys=(2, 3), heads=1, d=3, dv=2, bias="pair", drop=drop, numbered=drop)
     leaves = [t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v, x.bias)]
 
     def f(q, k, v, bias):
@@ -347,9 +349,11 @@ def test_opcheck(impl):
     fwd, bwd = torch.ops.fastgt.global_attention_fwd, torch.ops.fastgt.global_attention_bwd
     mask = torch.tensor([[True, False]], device=DEVICE)
     seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    numbers = (torch.arange(len(t), device=DEVICE) * 100 for t in (x.q, x.k))
     for bias, ends, masked, drop in (
         (x.bias, x.key_offsets, None, ()),
-        (None, x.key_offsets, mask, (seed, 0.25)),
+        (None, x.key_offsets, mask, (seed, None, None, 0.25)),
+        (None, x.key_offsets, None, (seed, *numbers, 0.25, 3)),
     ):
         call = x.q, x.k, x.v, 0.3, bias, False, x.offsets, ends, masked
         torch.library.opcheck(fwd.default, (impl, *call, *drop))

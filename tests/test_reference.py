@@ -10,7 +10,8 @@ from fastgt import reference
 
 # a Graph, a context, results and their request, and changes of modules
 MODULES = {"accelerate", "prune_heads", "restore"}
-NO_OPERATORS = {"Aux", "AuxRequest", "DropoutSeed", "Graph", "implementation", *MODULES}
+NO_OPERATORS = {"Aux", "AuxRequest", "DropoutSeed", "Graph", "PairDropoutSeed", *MODULES}
+NO_OPERATORS |= {"implementation"}
 OPERATORS = [name for name in fastgt.__all__ if name not in NO_OPERATORS]
 SEGMENTS = ["segment_sum", "segment_mean", "segment_max"]
 

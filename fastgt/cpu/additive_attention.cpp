@@ -23,6 +23,7 @@ struct AdditiveCall {
     Array key, attr, key_weight, bias;
     Array mask_rows, mask_cols;
     Array seed, numbers;  // by which dropout knows the edges; null: their own
+    int64_t first_head;   // by which it knows head 0
     int64_t threshold;  // a weight is kept where its 24 random bits are not below it
     double growth;      // of the kept weights
     Array o, lse, weights;
@@ -497,7 +498,8 @@ template <class T> class Additive {
                     const auto number = [&](int i) {
                         return numbers ? numbers[std::min(e + i, last)] : e + i;
                     };
-                    draw_heads(seed, number, uint32_t(block), uint32_t(call.threshold), bits);
+                    draw_some_heads(seed, number, call.first_head + 4 * block,
+                                    uint32_t(call.threshold), bits);
                     for (int i = 0; i < count; i++) kept_bits[(e + i) * blocks + block] = bits[i];
                 }
         });

@@ -105,6 +105,7 @@ def _call(
         *(None if x is None else _by_node(x) for x in mask),
         dropout.seed,
         None if dropout.numbers is None else dropout.numbers.contiguous(),
+        dropout.first_head,
         limit,
         LEVELS / max(1, LEVELS - limit),
     )

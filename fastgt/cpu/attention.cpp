@@ -21,6 +21,7 @@ struct AttentionCall {
     Array bias, gate, key, value, attr, attr_q;  // attr_q and its gradients are in A
     Array mask_rows, mask_cols;
     Array seed, numbers;  // by which dropout knows the edges; null: their own
+    int64_t first_head;   // by which it knows head 0
     int64_t threshold;  // a weight is kept where its 24 random bits are not below it
     double growth;      // of the kept weights
     int64_t gate_by_channel, key_is_value;
@@ -372,7 +373,8 @@ template <class T> class Attention {
                     const auto number = [&](int i) {
                         return numbers ? numbers[std::min(e + i, last)] : e + i;
                     };
-                    draw_heads(seed, number, uint32_t(block), uint32_t(call.threshold), bits);
+                    draw_some_heads(seed, number, call.first_head + 4 * block,
+                                    uint32_t(call.threshold), bits);
                     for (int i = 0; i < count; i++) kept_bits[(e + i) * blocks + block] = bits[i];
                 }
         });

@@ -33,6 +33,8 @@ struct GlobalAttentionCall {
     Array bias;  // [M, H] where per_key, else [pairs, H]
     int64_t per_key;
     Array seed;
+    Array query_numbers, key_numbers;  // by whose sums dropout knows pairs; null: their own
+    int64_t first_head;                // by which it knows head 0
     int64_t threshold;  // a weight is kept where its 24 random bits are not below it
     double growth;      // of the weights that are kept
     int64_t hold;       // keys that there is room for, a multiple of 8
@@ -201,28 +203,42 @@ template <class T> struct Worker {
                 for (int64_t r = 0; r < some; r++) f(j, i + r, from + r * step + j * of.row);
         }
     }
-    // of PHILOX pairs, one after another
-    void draw_pairs(int64_t first, int64_t head, uint8_t* bits) const {
-        draw_heads(
-            *(const uint64_t*)call.seed.data, [&](int i) { return first + i; },
-            uint32_t(head / 4), uint32_t(call.threshold), bits);
+    // by which dropout knows a head
+    int64_t known(int64_t head) const { return call.first_head + head; }
+    // of PHILOX pairs of a part, one after another
+    void draw_pairs(const Part& part, int64_t first, int64_t head, uint8_t* bits) const {
+        const uint64_t seed = *(const uint64_t*)call.seed.data;
+        const uint32_t block = uint32_t(known(head) / 4), threshold = uint32_t(call.threshold);
+        if (!call.query_numbers)
+            return draw_heads(seed, [&](int i) { return first + i; }, block, threshold, bits);
+        const int64_t* of_query = (const int64_t*)call.query_numbers.data;
+        const int64_t* of_key = (const int64_t*)call.key_numbers.data + part.keys_begin;
+        int64_t query = part.first + (first - part.pair) / part.keys;
+        int64_t key = (first - part.pair) % part.keys;
+        // asked for in order; beyond the part's last query nobody reads what is drawn
+        const auto number = [&](int) {
+            const int64_t found = of_query[std::min(query, part.end - 1)] + of_key[key];
+            if (++key == part.keys) key = 0, query++;
+            return found;
+        };
+        draw_heads(seed, number, block, threshold, bits);
     }
-    // Which weights of a part are kept: bit h of a pair's byte is that of head 4 heads_drawn + h. A
-    // part of many pairs is drawn block by block, and again for every head.
+    // Which weights of a part are kept: bit h of a pair's byte is that of the head that is known as
+    // 4 heads_drawn + h. A part of many pairs is drawn block by block, and again for every head.
     void draw_part(const Part& part, int64_t head) const {
         const int64_t first = pair(part, part.begin), count = pair(part, part.end) - first;
         if (!count || count > DRAWN) return;
-        if (first == pairs_drawn && head / 4 == heads_drawn) return;
-        pairs_drawn = first, heads_drawn = head / 4;
+        if (first == pairs_drawn && known(head) / 4 == heads_drawn) return;
+        pairs_drawn = first, heads_drawn = known(head) / 4;
         for (int64_t e = 0; e < count; e += PHILOX)
-            draw_pairs(first + e, head, drawn + e);
+            draw_pairs(part, first + e, head, drawn + e);
     }
     // what dropout makes of the weights of a block: 0, or by how much they grow
     void draw(A* keep, const Part& part, int64_t at, int64_t count, int64_t head, int64_t key,
               int64_t keys) const {
         const int64_t ld = filled(count), first = pair(part, part.begin);
         const bool there = pair(part, part.end) - first <= DRAWN;
-        const uint8_t bit = uint8_t(1 << head % 4);
+        const uint8_t bit = uint8_t(1 << known(head) % 4);
         const A growth = A(call.growth);
         uint8_t some[FILL][PHILOX] = {};
         const uint8_t* bits[FILL];
@@ -234,7 +250,7 @@ template <class T> struct Worker {
                     const int64_t number = pair(part, query) + key + j;
                     bits[r] = there ? drawn + number - first : some[r];
                     if (there || i + r >= count) continue;
-                    draw_pairs(number, head, some[r]);
+                    draw_pairs(part, number, head, some[r]);
                 }
                 const int64_t end = std::min<int64_t>(PHILOX, keys - j);
                 for (int64_t e = 0; e < end; e++) {

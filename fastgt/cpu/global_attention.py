@@ -92,6 +92,8 @@ def _run(
         terms.bias,
         int(terms.per_key),
         dropout.seed,
+        *(None if x is None else x.contiguous() for x in dropout[1:3]),
+        dropout.first_head,
         limit,
         float(LEVELS / max(1, LEVELS - limit)),
         -(-hold // 8) * 8,

@@ -45,4 +45,18 @@ void draw_heads(uint64_t seed, const F& number, uint32_t block, uint32_t thresho
                           (c2[i] >> 8 >= threshold) << 2 | (c3[i] >> 8 >= threshold) << 3);
 }
 
+// bits[i], its bit h: whether the edge `number(i)` keeps head first + h.
+template <class F>
+void draw_some_heads(uint64_t seed, const F& number, int64_t first, uint32_t threshold,
+                     uint8_t bits[PHILOX]) {
+    const uint32_t block = uint32_t(first / 4);
+    const int begin = int(first % 4);
+    draw_heads(seed, number, block, threshold, bits);
+    if (!begin) return;
+    uint8_t rest[PHILOX];
+    draw_heads(seed, number, block + 1, threshold, rest);
+    for (int i = 0; i < PHILOX; i++)
+        bits[i] = uint8_t((bits[i] >> begin | rest[i] << (4 - begin)) & 15);
+}
+
 }  // namespace fastgt

@@ -255,7 +255,7 @@ def _attend(
         of_columns = inputs[1:3] if impl == "cpp" else given[1:]
         by_column = any(x.requires_grad for x in of_columns)
         walks = Walks(rows, column_walk(graph, plan) if by_column else ())
-        call_ = _Call(graph, impl, walks, slope, dropout.p, request.weights)
+        call_ = _Call(graph, impl, walks, slope, dropout[2:], request.weights)
         o, lse, weights = _AdditiveAttention.apply(call_, *inputs, *terms, *mask, *dropout[:2])
     else:
         flat = *inputs, rows, slope, *terms, *mask, *dropout, request.weights
@@ -270,7 +270,7 @@ class _Call(NamedTuple):
     impl: Impl
     walks: Walks
     slope: float
-    dropout_p: float
+    dropout: tuple[Any, ...]  # its probability and first head
     make_weights: bool
 
 
@@ -279,7 +279,7 @@ class _AdditiveAttention(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, weight, *rest = tensors
         flat = q, k, v, weight, call.walks.row_walk, call.slope, *rest
-        o, lse, weights = _fwd(call.impl, *flat, call.dropout_p, call.make_weights)
+        o, lse, weights = _fwd(call.impl, *flat, *call.dropout, call.make_weights)
         ctx.call = call
         ctx.save_for_backward(*tensors, lse)
         ctx.mark_non_differentiable(*[] if weights is None else [weights])
@@ -303,7 +303,7 @@ class _AdditiveAttention(torch.autograd.Function):
                     active,
                     call.graph,
                     call.slope,
-                    Dropout(seed, numbers, call.dropout_p),
+                    Dropout(seed, numbers, *call.dropout),
                     AuxRequest(lse=True),
                 )
                 assert aux.lse is not None
@@ -314,7 +314,7 @@ class _AdditiveAttention(torch.autograd.Function):
             if do is None:
                 do = inputs.q.new_zeros(()).expand(*inputs.q.shape[:2], inputs.v.shape[2])
             upstream = AdditiveUpstream(do, dlse, lse)
-            flat = *upstream, *inputs, *call.walks, call.slope, *needs, *rest, call.dropout_p
+            flat = *upstream, *inputs, *call.walks, call.slope, *needs, *rest, *call.dropout
             grads = _bwd(call.impl, *flat)
         return None, *grads, None, None, None, None
 

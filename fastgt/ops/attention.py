@@ -171,7 +171,7 @@ def neighborhood_attention(
             and head (Philox): the same for every ``impl``. None draws one from PyTorch's
             generator of q's device, so that ``torch.manual_seed`` and checkpointing repeat it; a
             CPU and a GPU draw different ones, and so does code that Inductor compiled. A
-            :class:`fastgt.DropoutSeed` says besides by which numbers the mask knows the edges.
+            :class:`fastgt.DropoutSeed` says besides by which numbers it knows edges and heads.
         head_gate: ``[H]``, or ``[G, H]`` for the rows of each graph, floating point or bool. Where
             it is 0 the head is masked: neither read nor computed, in the forward and in the
             backward; a key head, where all query heads that read it are. To a masked head a row
@@ -317,7 +317,7 @@ def _attend(
         switches = Switches(
             key_is_value, request.weights, request.edge_scores, value_weight is not None
         )
-        settings = dropout.p, *switches
+        settings = *dropout[2:], *switches
     rows = row_walk(graph, plan)
     if differentiable:
         columns = column_walk(graph, plan)
@@ -342,7 +342,7 @@ class _Call(NamedTuple):
     rows: tuple[Tensor, ...]
     columns: tuple[Tensor, ...]
     logit: Logit
-    settings: tuple[Any, ...]  # dropout's probability, then Switches; empty in a plain call
+    settings: tuple[Any, ...]  # dropout's probability and first head, Switches; or nothing
 
 
 class _Attention(torch.autograd.Function):

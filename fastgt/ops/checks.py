@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
-from fastgt.contract import Dropout, DropoutSeed
+from fastgt.contract import Dropout, DropoutSeed, PairDropout, PairDropoutSeed
 from fastgt.graph import Graph
 from fastgt.graph_build import check_boundaries, check_index
 from fastgt.shard import Shard
@@ -307,12 +307,42 @@ def edge_dropout(
     p: float, seed: int | Tensor | DropoutSeed | None, edges: int, device: torch.device
 ) -> Dropout:
     """What the dropout of so many edges hangs on."""
-    numbers = None
+    numbers, first = None, 0
+    if isinstance(seed, PairDropoutSeed):
+        raise TypeError("dropout_seed of edges must be a DropoutSeed, got a PairDropoutSeed")
     if isinstance(seed, DropoutSeed):
-        seed, numbers = seed
-        check_counters("edge_numbers", numbers, edges, "the graph", "edges", device)
+        seed, numbers, first = seed
+        first = check_first_head(first)
+        if numbers is not None:
+            check_counters("edge_numbers", numbers, edges, "the graph", "edges", device)
     key = dropout_key(seed, device)
-    return Dropout(key, numbers, p) if p else Dropout(None, None, p)
+    return Dropout(key, numbers, p, first) if p else Dropout(None, None, p)
+
+
+def pair_dropout(
+    p: float, seed: int | Tensor | PairDropoutSeed | None, q: Tensor, k: Tensor
+) -> PairDropout:
+    """What the dropout of all pairs of queries and keys hangs on."""
+    queries, keys, first = None, None, 0
+    if isinstance(seed, DropoutSeed):
+        raise TypeError("dropout_seed of pairs must be a PairDropoutSeed, got a DropoutSeed")
+    if isinstance(seed, PairDropoutSeed):
+        seed, queries, keys, first = seed
+        first = check_first_head(first)
+        if queries is not None or keys is not None:
+            check_counters("query_numbers", queries, q.shape[0], "q", "nodes", q.device)
+            check_counters("key_numbers", keys, k.shape[0], "k", "nodes", q.device)
+    key = dropout_key(seed, q.device)
+    return PairDropout(key, queries, keys, p, first) if p else PairDropout()
+
+
+def check_first_head(x: object) -> int:
+    """The number by which dropout knows head 0."""
+    # an int at once, as in dropout_key
+    first = x if isinstance(x, int) and not isinstance(x, bool) else integer("first_head", x)
+    if not 0 <= first < 2**31:
+        raise ValueError(f"first_head must be from 0 to 2^31 - 1, got {first}")
+    return first
 
 
 def check_counters(

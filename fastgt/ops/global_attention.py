@@ -17,6 +17,7 @@ from fastgt.contract import (
     GlobalUpstream,
     Inputs,
     PairDropout,
+    PairDropoutSeed,
     PairNeeds,
     PairTerms,
     RaggedPairs,
@@ -31,9 +32,9 @@ from fastgt.ops.checks import (
     check_numbers,
     check_offsets,
     check_widths,
-    dropout_key,
     needs_gradient,
     number,
+    pair_dropout,
     readable,
     refuse_forward_mode,
     without_autocast,
@@ -59,7 +60,7 @@ def global_attention(
     scale: float | None = None,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
+    dropout_seed: int | Tensor | PairDropoutSeed | None = None,
     head_gate: Tensor | None = None,
     dense_gate_grad: bool = False,
     return_aux: None = None,
@@ -78,7 +79,7 @@ def global_attention(
     scale: float | None = None,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
+    dropout_seed: int | Tensor | PairDropoutSeed | None = None,
     head_gate: Tensor | None = None,
     dense_gate_grad: bool = False,
     return_aux: AuxRequest,
@@ -96,7 +97,7 @@ def global_attention(
     scale: float | None = None,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
+    dropout_seed: int | Tensor | PairDropoutSeed | None = None,
     head_gate: Tensor | None = None,
     dense_gate_grad: bool = False,
     return_aux: AuxRequest | None = None,
@@ -132,7 +133,7 @@ def global_attention(
             ``1 / (1 - dropout_p)``. Pass 0 in evaluation.
         dropout_seed: As in :func:`fastgt.neighborhood_attention`. A pair's number is its place
             among the pairs, as those of bias stand: so both operators drop the same on a complete
-            graph.
+            graph. A :class:`fastgt.PairDropoutSeed` gives other numbers.
         head_gate: ``[H]``, or ``[G, H]`` for each graph, floating point or bool. Where it is 0 the
             head is masked: neither read nor computed, in the forward and in the backward, with an
             output and gradients of 0, an LSE of -inf, and NaN there changes nothing. A gate other
@@ -198,8 +199,7 @@ def global_attention(
         dense = dense_gate_grad and head_gate.dtype != torch.bool
     dropout = PairDropout()
     if dropout_p or dropout_seed is not None:
-        seed = dropout_key(dropout_seed, q.device)
-        dropout = PairDropout(seed, dropout_p) if dropout_p else dropout
+        dropout = pair_dropout(dropout_p, dropout_seed, q, k)
     impl = resolve_impl(impl, q)
     terms = PairTerms(
         1 / math.sqrt(q.shape[2]) if scale is None else scale,
@@ -235,6 +235,8 @@ def _attend(
         ragged = RaggedPairs(offsets, None if ends is None else ends.view_as(ends), mask)
         if terms.bias is not None:
             terms = terms._replace(bias=terms.bias.view_as(terms.bias))
+        if dropout.key_numbers is not None:
+            dropout = dropout._replace(key_numbers=dropout.key_numbers.view_as(dropout.key_numbers))
     flat = *inputs, *terms, *ragged, *dropout
     attend = _GlobalAttention.apply if needs_gradient(*tensors) else _fwd
     return GlobalResults(*attend(impl, *flat))
@@ -309,18 +311,20 @@ class _GlobalAttention(torch.autograd.Function):
     def forward(ctx: Any, impl: str, *flat: Any) -> tuple[Tensor, Tensor]:
         o, lse = _fwd(impl, *flat)
         inputs, terms, ragged, dropout = FORWARD.split(flat)
-        ctx.save_for_backward(*inputs, terms.bias, *ragged, dropout.seed, lse)
-        ctx.impl, ctx.scale, ctx.per_key, ctx.p = impl, terms.scale, terms.per_key, dropout.p
+        ctx.save_for_backward(*inputs, terms.bias, *ragged, *dropout[:3], lse)
+        ctx.impl, ctx.scale, ctx.per_key = impl, terms.scale, terms.per_key
+        ctx.dropout = dropout[3:]
         ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple:
-        q, k, v, bias, *graphs, seed, lse = ctx.saved_tensors
-        terms, dropout = PairTerms(ctx.scale, bias, ctx.per_key), PairDropout(seed, ctx.p)
+        q, k, v, bias, *rest, lse = ctx.saved_tensors
+        terms = PairTerms(ctx.scale, bias, ctx.per_key)
+        dropout = PairDropout(*rest[3:], *ctx.dropout)
         given = ctx.needs_input_grad
         needs = PairNeeds(given[1], given[2], given[3], given[5])
-        ragged = RaggedPairs(*graphs)
+        ragged = RaggedPairs(*rest[:3])
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must itself be differentiable
             define = functools.partial(_definition, terms, ragged, dropout)
@@ -331,8 +335,8 @@ class _GlobalAttention(torch.autograd.Function):
             flat = do, dlse, lse, q, k, v, *terms, *ragged, *needs, *dropout
             grads = _bwd(ctx.impl, *flat)
         dq, dk, dv, dbias = grads
-        rest = [None] * (FORWARD.size - 5)
-        return (None, dq, dk, dv, None, dbias, *rest)
+        others = [None] * (FORWARD.size - 5)
+        return (None, dq, dk, dv, None, dbias, *others)
 
 
 def _definition(

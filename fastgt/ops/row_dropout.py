@@ -122,7 +122,7 @@ def _launch(impl: str, rows: _Rows, dropout: Dropout) -> Tensor:
 
 def _definition(x: Tensor, dropout: Dropout) -> Tensor:
     """In plain PyTorch, some rows at a time: no mask is as large as x."""
-    (count, width), (seed, numbers, p) = x.shape, dropout
+    (count, width), (seed, numbers, p, _) = x.shape, dropout
     assert seed is not None
     growth = LEVELS / max(1, LEVELS - threshold(p))
     y, step = x.new_empty(x.shape), max(1, _CHUNK // max(1, width))

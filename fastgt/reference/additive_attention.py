@@ -45,10 +45,10 @@ def additive_attention(  # type: ignore[misc]  # overloads leave the options unn
 ) -> Tensor | tuple[Tensor, Aux]:
     """See :func:`fastgt.additive_attention`, which has ``impl`` besides, checks its arguments and
     follows autocast."""
-    numbers = None
+    numbers, first_head = None, 0
     seed = dropout_seed
     if isinstance(seed, DropoutSeed):
-        seed, numbers = seed
+        seed, numbers, first_head = seed
     if dropout_p and seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=q.device)
     if isinstance(seed, int):
@@ -63,7 +63,7 @@ def additive_attention(  # type: ignore[misc]  # overloads leave the options unn
         None if dense else active,
         graph,
         negative_slope,
-        Dropout(seed, numbers, dropout_p),
+        Dropout(seed, numbers, dropout_p, first_head),
         AuxRequest() if return_aux is None else return_aux,
     )
     if head_gate is not None:
@@ -123,7 +123,14 @@ def masked_additive_attention(
     weights = (p / safe[row]).to(p.dtype)
     used = weights
     if dropout.p > 0 and dropout.seed is not None:
-        keep = kept(dropout.seed, graph.num_edges, heads, dropout.p, numbers=dropout.numbers)
+        keep = kept(
+            dropout.seed,
+            graph.num_edges,
+            heads,
+            dropout.p,
+            numbers=dropout.numbers,
+            first_head=dropout.first_head,
+        )
         used = weights * keep * (LEVELS / max(1, LEVELS - threshold(dropout.p)))
     out = row_sums(used[..., None] * values, row, rows).to(v.dtype)
     out = out.masked_fill(empty[..., None], 0.0)

@@ -52,10 +52,10 @@ def neighborhood_attention(  # type: ignore[misc]  # overloads leave the options
     and follows autocast."""
     low, high = bounds(logit_clamp)
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
-    numbers = None
+    numbers, first_head = None, 0
     seed = dropout_seed
     if isinstance(seed, DropoutSeed):
-        seed, numbers = seed
+        seed, numbers, first_head = seed
     if dropout_p and seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=q.device)
     if isinstance(seed, int):
@@ -73,7 +73,7 @@ def neighborhood_attention(  # type: ignore[misc]  # overloads leave the options
         None if dense else active,
         graph,
         Logit(scale, low, high, denominator_eps),
-        Dropout(seed, numbers, dropout_p),
+        Dropout(seed, numbers, dropout_p, first_head),
         AuxRequest() if return_aux is None else return_aux,
     )
     if head_gate is not None:
@@ -147,7 +147,14 @@ def masked_attention(
     weights = (p / divisor[query]).to(p.dtype)
     used = weights
     if dropout.p > 0 and dropout.seed is not None:
-        keep = kept(dropout.seed, graph.num_edges, heads, dropout.p, numbers=dropout.numbers)
+        keep = kept(
+            dropout.seed,
+            graph.num_edges,
+            heads,
+            dropout.p,
+            numbers=dropout.numbers,
+            first_head=dropout.first_head,
+        )
         used = weights * keep * (LEVELS / max(1, LEVELS - threshold(dropout.p)))
     out = row_sums(used[..., None] * values, query, rows).to(v.dtype)
     out = out.masked_fill(empty[..., None], 0.0)

@@ -8,7 +8,15 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastgt.contract import Aux, AuxRequest, Inputs, PairDropout, PairTerms, RaggedPairs
+from fastgt.contract import (
+    Aux,
+    AuxRequest,
+    Inputs,
+    PairDropout,
+    PairDropoutSeed,
+    PairTerms,
+    RaggedPairs,
+)
 from fastgt.philox import LEVELS, kept, threshold
 
 
@@ -32,14 +40,17 @@ def global_attention(  # type: ignore[misc]  # overloads leave the options unnam
     scale: float | None = None,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
+    dropout_seed: int | Tensor | PairDropoutSeed | None = None,
     head_gate: Tensor | None = None,
     dense_gate_grad: bool = False,
     return_aux: AuxRequest | None = None,
 ) -> Tensor | tuple[Tensor, Aux]:
     """See :func:`fastgt.global_attention`, which has ``impl`` besides, checks its arguments and
     follows autocast."""
+    queries, keys, first_head = None, None, 0
     seed = dropout_seed
+    if isinstance(seed, PairDropoutSeed):
+        seed, queries, keys, first_head = seed
     if dropout_p and seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=q.device)
     if isinstance(seed, int):
@@ -56,7 +67,7 @@ def global_attention(  # type: ignore[misc]  # overloads leave the options unnam
             bias is not None and bias.shape[0] == k.shape[0],
         ),
         RaggedPairs(offsets, key_offsets, None if dense else mask),
-        PairDropout(seed, dropout_p),
+        PairDropout(seed, queries, keys, dropout_p, first_head),
     )
     if head_gate is not None and mask is not None:
         nodes = _graph_of_nodes(offsets, q)
@@ -116,7 +127,19 @@ def masked_global_attention(
         safe = total.masked_fill(empty, 1.0)
         weights = p / safe[:, None]
         if dropout.p > 0 and dropout.seed is not None:
-            keep = kept(dropout.seed, n * m, heads, dropout.p, first=pairs).view(n, m, heads)
+            numbers = None
+            if dropout.query_numbers is not None and dropout.key_numbers is not None:
+                mine, theirs = dropout.query_numbers[begin:end], dropout.key_numbers[first:last]
+                numbers = (mine[:, None] + theirs).flatten()
+            keep = kept(
+                dropout.seed,
+                n * m,
+                heads,
+                dropout.p,
+                first=pairs,
+                numbers=numbers,
+                first_head=dropout.first_head,
+            ).view(n, m, heads)
             weights = weights * keep * (LEVELS / max(1, LEVELS - threshold(dropout.p)))
         out = torch.einsum("nmh,mhd->nhd", weights, vs)
         outs.append(out.masked_fill(empty[..., None], 0.0))

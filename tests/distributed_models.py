@@ -68,7 +68,7 @@ def sgformer(generator, graph):
 MODELS = {
     "GraphTransformer": transformer,
     "EdgeGraphTransformer": edge_transformer,
-    "GraphGPS with softmax": gps(attention_dropout=0.0),
+    "GraphGPS with softmax": gps(attention_dropout=0.5),
     "GraphGPS with gated convolutions": gps(local="gatedgcn", attention="linear", norm="graph"),
     "GraphGPS with Performer": gps(local="pna", attention="performer", performer_width=4),
     "SGFormer": sgformer,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastgt.ops.checks import dropout_key
 from fastgt.shard import Roles, Shard
 
 if TYPE_CHECKING:
@@ -43,6 +44,17 @@ class RankOffsets(Shard):
         x = x.expand(len(self.sizes), *x.shape[1:])
         return x.repeat_interleave(self.local.diff(), 0, output_size=self.shard.num_rows)
 
+    @cached_property
+    def pair_numbers(self) -> tuple[Tensor, Tensor]:
+        """``[n]`` of queries and ``[n]`` of keys: their sum is a pair's number in the whole batch.
+
+        Pairs are numbered graph after graph, and in each row after row.
+        """
+        begins, pairs = self.shard.part.whole.graph_ptr[:-1], self.sizes.square().cumsum(0)
+        place = self.shard.part.rows - self.of_rows(begins)
+        first = self.of_rows(pairs - self.sizes.square())
+        return first + place * self.of_rows(self.sizes), place
+
     @property
     def shape(self) -> torch.Size:
         return self.local.shape
@@ -56,5 +68,7 @@ class RankOffsets(Shard):
         from fastgt.distributed.over_graphs import OPERATORS
 
         call = {name: x for name, x in arguments.items() if name != "offsets"}
+        if call.get("dropout_p"):
+            call["dropout_seed"] = dropout_key(call["dropout_seed"], self.device)
         self.shard.check_call(op, roles, call)
         return OPERATORS[op.__name__](self, **call)

@@ -68,6 +68,11 @@ class HeadGate(nn.Module):
             like = self.mask if self.mask.is_floating_point() else self.mask.float()
             self._probe = torch.zeros_like(like).requires_grad_()
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a backward has reached the gate since it is scored, or its gradient was taken."""
+        return self._probe is not None and self._probe.grad is not None
+
     def take_gradient(self) -> Tensor:
         """Of the losses by the gate, ``[H]``, summed over all that reached it since.
 

@@ -195,8 +195,9 @@ def _like(model: Model, state_dict: Mapping[str, Tensor]) -> Model:
     return smaller
 
 
-def _has_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _has_ranks(group: dist.ProcessGroup | None) -> bool:
+    initialised = dist.is_available() and dist.is_initialized()
+    return initialised and dist.get_world_size(group) > 1
 
 
 class HeadSparsity:
@@ -218,8 +219,9 @@ class HeadSparsity:
     The gates are set in place: their masks are kept in the model's ``state_dict``.
 
     Where ``torch.distributed`` is initialised, all ranks have the same active heads, those that one
-    process with the batches of all ranks would have: rank 0 draws the first ones, and gradients of
-    gates are summed over the ranks in the steps that score. Every rank then has to make one of
+    process with the batches of all ranks would have: the first rank draws the first ones, and
+    gradients of gates are summed over the ranks in the steps that score. So it is where a graph
+    lies on several ranks, beside others that have other graphs. Every rank then has to make one of
     these and to call :meth:`step` as often as the others.
 
     Args:
@@ -228,6 +230,7 @@ class HeadSparsity:
             are drawn at random in the beginning.
         steps: Of the training, about.
         every, exchange, scored: Above.
+        group: The ranks that decide together; None for all.
 
     Raises:
         TypeError, ValueError: A setting is out of range, leaves a layer without heads, or the model
@@ -264,6 +267,7 @@ class HeadSparsity:
         every: int = 200,
         exchange: float = 0.5,
         scored: int = 10,
+        group: dist.ProcessGroup | None = None,
     ):
         if not 0 < active <= 1:
             raise ValueError(f"active must be above 0, to 1, got {active}")
@@ -277,8 +281,9 @@ class HeadSparsity:
                 f"every={every} and steps={steps}"
             )
         self.steps, self.every, self.exchange, self.scored = steps, every, exchange, scored
-        self.done = 0
+        self.group, self.done = group, 0
         self._layers: list[HeadGate] = []
+        self._names: list[str] = []
         for name, module in _gated(model):
             gate = module.head_gate
             if not isinstance(gate, HeadGate):
@@ -294,9 +299,10 @@ class HeadSparsity:
                     f"active={active} leaves {name!r} none of its {len(gate.mask)} heads"
                 )
             self._layers.append(gate)
+            self._names.append(name)
             order = torch.randperm(len(gate.mask), device=gate.mask.device)
-            if _has_ranks():
-                dist.broadcast(order, 0)
+            if _has_ranks(group):
+                dist.broadcast(order, group=group, group_src=0)
             gate.mask.zero_().index_fill_(0, order[:count], 1)
         if not self._layers:
             raise ValueError("model has no attention module with a HeadGate")
@@ -306,10 +312,7 @@ class HeadSparsity:
     def step(self) -> None:
         """After the backward of every batch."""
         if self._scoring():
-            for gate, sums in zip(self._layers, self._sums, strict=True):
-                grad = gate.take_gradient().float()
-                if _has_ranks():
-                    dist.all_reduce(grad)
+            for gate, sums, grad in zip(self._layers, self._sums, self._gradients(), strict=True):
                 # a loss that overflowed says nothing about any head
                 grad = torch.where(grad.isfinite().all(), grad, 0)
                 sums[0] += gate.mask * grad
@@ -318,6 +321,23 @@ class HeadSparsity:
         if self.done % self.every == 0:
             self._update()
         self._prepare()
+
+    def _gradients(self) -> list[Tensor]:
+        """Of the losses of all ranks by each layer's gate."""
+        if not _has_ranks(self.group):
+            return [gate.take_gradient().float() for gate in self._layers]
+        given = [gate.has_gradient for gate in self._layers]
+        everywhere = torch.tensor(given, dtype=torch.uint8, device=self._sums[0].device)
+        # a rank that raises alone would leave the others waiting
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN, self.group)
+        if not everywhere.all():
+            where = (everywhere == 0).nonzero().flatten().tolist()
+            names = ", ".join(repr(self._names[i]) for i in where)
+            raise RuntimeError(f"no backward has reached the head_gate of {names} on all ranks")
+        grads = [gate.take_gradient().float() for gate in self._layers]
+        for grad in grads:
+            dist.all_reduce(grad, group=self.group)
+        return grads
 
     def state_dict(self) -> dict[str, object]:
         """Where it stands; the masks are in the model's."""

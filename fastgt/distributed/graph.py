@@ -19,7 +19,7 @@ from fastgt.distributed.offsets import RankOffsets
 from fastgt.distributed.part import Part, cut, graphs_of
 from fastgt.distributed.partition import check_part
 from fastgt.graph import Graph
-from fastgt.graph_build import from_pairs, with_boundaries
+from fastgt.graph_build import from_pairs, size_of, with_boundaries
 from fastgt.ops.checks import dropout_key
 from fastgt.shard import Roles, Shard
 
@@ -166,6 +166,20 @@ class DistributedGraph(Shard):
         if len(x) != size:
             raise ValueError(f"x has {len(x)} rows but the whole graph has {size} {kind}s")
         return x.index_select(0, index.to(x.device))
+
+    def bytes_of_exchange(self, channels: int, dtype: torch.dtype) -> tuple[int, int]:
+        """-> bytes that the rank sends and that it receives where an operator fetches columns.
+
+        The backward is the reverse: the rank sends as many as it received, for the channels whose
+        gradient is asked for.
+
+        Args:
+            channels: Of a column in all tensors that are fetched: H (D + Dv) where attention takes
+                ``k [m, H, D]`` and ``v [m, H, Dv]``.
+            dtype: Of these tensors.
+        """
+        row = size_of(channels, "channels") * dtype.itemsize
+        return sum(self.exchange.send) * row, sum(self.exchange.receive) * row
 
     @cached_property
     def local(self) -> Graph:

@@ -4,6 +4,7 @@ from fastgt.distributed.edge_list import edge_list_graph
 from fastgt.distributed.graph import DistributedGraph, halo_exchange
 from fastgt.distributed.group import Group
 from fastgt.distributed.head_parallel import head_parallel
+from fastgt.distributed.in_turn import in_turn
 from fastgt.distributed.load import load_partition
 from fastgt.distributed.over_ranks import over_ranks
 from fastgt.distributed.partition import partition
@@ -18,6 +19,7 @@ __all__ = [
     "edge_list_graph",
     "halo_exchange",
     "head_parallel",
+    "in_turn",
     "load_partition",
     "over_ranks",
     "partition",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fastgt.contract import Aux, DropoutSeed
 from fastgt.distributed.agreement import agree, described
+from fastgt.distributed.cached import cached_property
 from fastgt.distributed.exchange import Exchange
 from fastgt.distributed.group import Group
 from fastgt.distributed.offsets import RankOffsets

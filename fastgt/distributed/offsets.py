@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastgt.ops.checks import dropout_key
+from fastgt.distributed.cached import cached_property
 from fastgt.shard import Roles, Shard
 
 if TYPE_CHECKING:

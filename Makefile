@@ -65,6 +65,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m fastgt.bench.reordering $(ORDERED:%=--problem %) \
 	  --json bench/results/reordering-cpu.json
 	$(BIN)/python -m fastgt.bench.traffic --json bench/results/traffic.json
+	$(BIN)/python -m fastgt.bench.distributed --json bench/results/distributed.json
 	$(BIN)/python tools/seeds.py
 	$(BIN)/python tools/render.py
 

@@ -74,6 +74,16 @@ def available() -> int:
     return min(free)
 
 
+def resident() -> int:
+    """Bytes of memory that this process has, on Linux: files that it has mapped and read too."""
+    return _kilobytes("/proc/self/status", "VmRSS")
+
+
+def peak_resident() -> int:
+    """The most that :func:`resident` ever was."""
+    return _kilobytes("/proc/self/status", "VmHWM")
+
+
 def _held() -> int:
     return _kilobytes("/proc/self/status", "VmData")
 

@@ -24,8 +24,6 @@ MOST = 24  # problems in one figure of bars
 def plot(rows: Rows, folder: Path) -> list[Path]:
     """-> paths of what the rows are enough for: speed-ups, memory and the roofline of every
     operator, and how time and memory grow with nodes or with edges."""
-    from matplotlib import rc_context
-
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     if len({row["device"] for row in rows}) > 1:
@@ -36,15 +34,22 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
         grown = {name for names in SCALING.values() for name in names} - {"rmat"}
         usual = [row for row in mine if row["problem"] not in grown]
         for kind, figure in _figures(operator, mine, usual):
-            for suffix in ("png", "svg"):
+            for suffix, content in png_and_svg(figure):
                 paths.append(folder / f"{operator}-{kind}.{suffix}")
-                # the same rows give the same bytes
-                with rc_context({"svg.hashsalt": "fastgt"}):
-                    date = {"Date": None} if suffix == "svg" else None
-                    buffer = io.BytesIO()
-                    figure.savefig(buffer, format=suffix, dpi=110, metadata=date)
-                files.write(paths[-1], buffer.getvalue())
+                files.write(paths[-1], content)
     return paths
+
+
+def png_and_svg(figure: Figure) -> Iterator[tuple[str, bytes]]:
+    """-> suffixes and files: the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    for suffix in ("png", "svg"):
+        with rc_context({"svg.hashsalt": "fastgt"}):
+            date = {"Date": None} if suffix == "svg" else None
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix, dpi=110, metadata=date)
+        yield suffix, buffer.getvalue()
 
 
 def _figures(operator: str, mine: Rows, usual: Rows) -> Iterator[tuple[str, Figure]]:

@@ -147,8 +147,8 @@ def ends(group, how):
     [
         ("raises", "rank 1 of 3: ValueError: no such thing"),
         ("ends", "rank 0 is in sum of torch.float32[1], and rank 2 ended without it"),
-        ("another", "rank 1 is in gathered of torch.float32[1] where rank 0 is in sum of"),
-        ("shape", "rank 1 is in sum of torch.float32[2] where rank 0 is in sum of torch.float32"),
+        ("another", "rank 1 is in gathered of torch.float32[1] where rank 2 is in sum of"),
+        ("shape", "rank 1 is in sum of torch.float32[2] where rank 2 is in sum of torch.float32"),
         ("rows", "expects 2 rows of rank 2, which sent 1"),
         ("size", "x is [2] but rank 1 has 1 rows"),
     ],

@@ -117,6 +117,8 @@ LAYERS = {
         "real_graphs",
         "testing",
         "datasets",
+        "distributed",
+        "drawn_graphs",
         "training",
         "files",
         "options",
@@ -406,6 +408,7 @@ def test_every_layer_of_pyg_has_examples_that_run():
         "fastgt.datasets.sampled_tokens",
         "fastgt.datasets.token_set",
         "fastgt.distributed.edge_list",
+        "fastgt.distributed.in_turn",
         "fastgt.distributed.partition",
         "fastgt.distributed.partition_files",
         "fastgt.distributed.pyg_partition",
@@ -498,7 +501,13 @@ def test_docstring_examples(module):
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "docs/torch-geometric.md", "docs/data-sets.md", "docs/patterns.md"],
+    [
+        "README.md",
+        "docs/torch-geometric.md",
+        "docs/data-sets.md",
+        "docs/patterns.md",
+        "docs/distributed.md",
+    ],
 )
 def test_code_of_documents_runs(document):
     pytest.importorskip("torch_geometric")  # of which a block accelerates a model

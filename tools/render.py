@@ -13,6 +13,7 @@ them, in ``bench/results/plots``:
 - ``<!-- devices -->``: targets and attention on every GPU that there is a file of;
 - ``<!-- trainings -->``: what trained models reached, from ``trainings.json``;
 - ``<!-- seeds -->``: attention of ``examples/seeds`` beside dense attention, from ``seeds.json``;
+- ``<!-- ranks KIND -->``: graphs on several ranks, from ``distributed.json``;
 - ``<!-- table FILE -->``: rows of another kind.
 """
 
@@ -27,6 +28,7 @@ from typing import Any
 
 from render_cells import Rows, machine, ms, time
 from render_gallery import gallery
+from render_ranks import of_kind
 
 from fastgt import files
 from fastgt.bench import table, targets
@@ -45,8 +47,11 @@ def run() -> None:
         if (new := rendered(text)) != text:
             files.write(page, new.encode())
             print(page)
+    from fastgt.bench import scaling
     from fastgt.bench.plots import plot
 
+    for drawn in scaling.plot(_of_ranks(), RESULTS / "plots" / "distributed"):
+        print(drawn)
     for path in sorted(RESULTS.glob("*.json")):
         rows = json.loads(path.read_text())
         mine = [row for row in rows if row.get("operator") in PLOTTED]
@@ -64,12 +69,14 @@ def rendered(readme: str) -> str:
             return f"<!-- trainings -->\n{_trainings()}\n<!-- end -->"
         if match[1] == "seeds":
             return f"<!-- seeds -->\n{_seeds()}\n<!-- end -->"
+        if match[1].startswith("ranks "):
+            return f"<!-- {match[1]} -->\n{of_kind(match[1].split()[1], _of_ranks())}\n<!-- end -->"
         kind, file, *rest = match[1].split(maxsplit=2)
         rows = json.loads((RESULTS / f"{file}.json").read_text())
         return f"<!-- {match[1]} -->\n{KINDS[kind](rows, *rest)}\n<!-- end -->"
 
     kinds = "|".join(KINDS)
-    marker = rf"<!-- (devices|trainings|seeds|(?:{kinds}) [^>]+?) -->\n.*?<!-- end -->"
+    marker = rf"<!-- (devices|trainings|seeds|ranks \w+|(?:{kinds}) [^>]+?) -->\n.*?<!-- end -->"
     return re.sub(marker, table, readme, flags=re.DOTALL)
 
 
@@ -393,6 +400,11 @@ def _seeds() -> str:
     if not path.exists():
         return "No seed has been measured."
     return gallery(json.loads(path.read_text()))
+
+
+def _of_ranks() -> Rows:
+    path = RESULTS / "distributed.json"
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def _with_deviation(value: float, deviation: float | None) -> str:

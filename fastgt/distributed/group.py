@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+GRACE = 5.0  # seconds in which ranks answer that a collective failed for them too
+_POLL = 0.02  # seconds
+Error = TypeVar("Error", bound=Exception)
+
 
 class Flight:
     """Rows that are on their way to this rank."""
 
-    def __init__(self, received: Tensor, sent: Tensor, work: dist.Work | None):
-        self._received, self._sent, self._work = received, sent, work
+    def __init__(self, group: Group, received: Tensor, sent: Tensor, work: dist.Work | None):
+        self._group, self._received, self._sent, self._work = group, received, sent, work
 
     def wait(self) -> Tensor:
         """The rows, once they are here."""
         if self._work is not None:
-            self._work.wait()
+            with self._group.watched():
+                self._work.wait()
         return self._received
 
 
 class Group:
     """Some ranks of ``torch.distributed``, in an order that all of them know.
+
+    Where a collective fails, because a rank has ended or because the group's timeout is over, the
+    others tell each other so through the group's store, and raise an error that names the ranks
+    that said nothing for ``GRACE`` seconds. It costs nothing before.
 
     Args:
         processes: A process group, or a ``DeviceMesh`` of one dimension; None for the default
@@ -33,12 +45,18 @@ class Group:
 
     Attributes:
         rank, size: This process's number among how many.
+        checked: Whether ranks compare what they are about to do before they wait for each other.
+
+    Raises:
+        TypeError, ValueError: ``processes`` is no group, or one that this process is not in.
 
     Example:
         >>> from fastgt.distributed import Group
         >>> Group().size
         1
     """
+
+    checked = True
 
     def __init__(self, processes: dist.ProcessGroup | DeviceMesh | None = None):
         if isinstance(processes, DeviceMesh):
@@ -53,32 +71,41 @@ class Group:
         if self.rank < 0:
             raise ValueError(f"this process, rank {dist.get_rank()}, is not in the group")
 
+    def unchecked(self) -> Group:
+        """The same ranks, that compare nothing."""
+        found = copy.copy(self)
+        found.checked = False
+        return found
+
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Flight:
         """``x [S, ...]``, ``send[p]`` rows of it for rank p -> ``receive[p]`` rows of each rank p.
 
         It comes back at once; :meth:`Flight.wait` gives the rows.
         """
         if self.size == 1:
-            return Flight(x, x, None)
+            return Flight(self, x, x, None)
         received = x.new_empty(sum(receive), *x.shape[1:])
         x = x.contiguous()
-        work = dist.all_to_all_single(
-            received, x, list(receive), list(send), group=self.processes, async_op=True
-        )
-        return Flight(received, x, work)
+        with self.watched():
+            work = dist.all_to_all_single(
+                received, x, list(receive), list(send), group=self.processes, async_op=True
+            )
+        return Flight(self, received, x, work)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' tensors; no gradient goes through it."""
         if self.size > 1:
             x = x.detach().clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(x, group=self.processes)
+            with self.watched():
+                dist.all_reduce(x, group=self.processes)
         return x
 
     def largest(self, x: Tensor) -> Tensor:
         """The maximum of all ranks' tensors, number by number; no gradient goes through it."""
         if self.size > 1:
             x = x.detach().clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(x, dist.ReduceOp.MAX, group=self.processes)
+            with self.watched():
+                dist.all_reduce(x, dist.ReduceOp.MAX, group=self.processes)
         return x
 
     def gathered(self, x: Tensor) -> Tensor:
@@ -87,16 +114,17 @@ class Group:
             return x[None]
         found = x.new_empty(self.size, *x.shape)
         # gloo gathers into tensors of a list, NCCL too
-        dist.all_gather(list(found.unbind()), x.contiguous(), group=self.processes)
+        with self.watched():
+            dist.all_gather(list(found.unbind()), x.contiguous(), group=self.processes)
         return found
 
     def from_first(self, x: Tensor) -> None:
         """Write what the first rank has into ``x``."""
         if self.size > 1:
-            assert self.processes is not None
             # a broadcast writes into memory that lies in order
             whole = x.contiguous()
-            dist.broadcast(whole, dist.get_global_rank(self.processes, 0), self.processes)
+            with self.watched():
+                dist.broadcast(whole, self._first(), self.processes)
             if whole is not x:
                 x.copy_(whole)
 
@@ -105,5 +133,74 @@ class Group:
         if self.size == 1:
             return [x]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, x, group=self.processes)
+        with self.watched():
+            dist.all_gather_object(found, x, group=self.processes)
         return found
+
+    def told_by_first(self, x: Any) -> Any:
+        """What the first rank says: any object that can be pickled."""
+        if self.size == 1:
+            return x
+        found = [x]
+        with self.watched():
+            dist.broadcast_object_list(found, self._first(), group=self.processes)
+        return found[0]
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A collective. Where it fails, the error names the ranks that no longer answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise on_all_ranks(RuntimeError(f"{self._failure()}: {error}")) from error
+
+    def _first(self) -> int:
+        assert self.processes is not None
+        return dist.get_global_rank(self.processes, 0)
+
+    def _failure(self) -> str:
+        """What is known of a collective that failed; the other ranks ask at the same time."""
+        silent = set(range(self.size)) - {self.rank}
+        reached = False
+        try:
+            assert self.processes is not None
+            store = dist.distributed_c10d._get_process_group_store(self.processes)
+            store.set(_key(self.rank), "failed")
+            end = time.monotonic() + GRACE
+            while silent and time.monotonic() < end:
+                time.sleep(_POLL)
+                silent = {p for p in silent if not store.check([_key(p)])}
+                reached = True
+        except RuntimeError:
+            # the process that keeps the store has ended: at the last moment, or with the collective
+            if not reached:
+                return (
+                    f"a collective of {self.size} ranks failed on rank {self.rank}, and the store "
+                    "of their process group is gone: the process that keeps it, rank 0 if not "
+                    "torchrun, has ended"
+                )
+        if not silent:
+            return f"a collective failed on all {self.size} ranks"
+        names = ", ".join(map(str, sorted(silent)))
+        which = f"rank {names} does" if len(silent) == 1 else f"ranks {names} do"
+        return (
+            f"a collective of {self.size} ranks failed, and {which} not answer within {GRACE:g} s: "
+            "killed, ended or stuck"
+        )
+
+
+def on_all_ranks(error: Error) -> Error:
+    """The error, marked: all ranks raise, so that none has to be told."""
+    error.__dict__["on_all_ranks"] = True
+    return error
+
+
+def is_on_all_ranks(error: BaseException | None) -> bool:
+    """Whether it, or what it came from, is marked so."""
+    while error is not None and "on_all_ranks" not in error.__dict__:
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _key(rank: int) -> str:
+    return f"fastgt/failed/{rank}"

@@ -26,6 +26,10 @@ class Roles(NamedTuple):
     of_edges: bool = False
 
 
+class NotOnRanks(AttributeError, TypeError):
+    """What needs a whole graph got a rank's share of one."""
+
+
 class Shard(ABC):
     """One rank's share of a graph: rows that the rank owns, with all their edges."""
 
@@ -43,7 +47,7 @@ class Shard(ABC):
         return self
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(
+        raise NotOnRanks(
             f"a {type(self).__name__} has no {name!r}: what needs it does not run on a graph that "
             "lies on several ranks"
         )

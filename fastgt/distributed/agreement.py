@@ -2,7 +2,8 @@
 
 A rank that waits for another in a collective waits until the timeout where the other one refused
 its arguments, or called something else. So every operator on a distributed graph first says what it
-is about to do, in one small collective, and all ranks go on or all raise.
+is about to do, in one small collective, and all ranks go on or all raise. So does what waits for
+other ranks in a backward.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgt.distributed.group import Group
+from fastgt.distributed.group import Group, on_all_ranks
 
 _LONGEST = 200  # characters of an argument in a message
 _MOST = 2**16  # bytes of a tensor whose numbers are compared
@@ -31,7 +32,7 @@ def agree(
     """Go on if no rank has a problem and all of them do the same; else raise on every rank.
 
     Args:
-        group: The ranks.
+        group: The ranks. Where it is not ``checked``, a rank raises its own problem and no other.
         device: Where the group's collectives take tensors.
         what: The operator.
         arguments: What must be the same on all ranks, as :func:`described`.
@@ -41,7 +42,7 @@ def agree(
         ValueError, TypeError: This rank's ``problem``.
         RuntimeError: Another rank refuses its arguments, or does something else; names it.
     """
-    if group.size == 1:
+    if group.size == 1 or not group.checked:
         if problem is not None:
             raise problem
         return
@@ -53,11 +54,12 @@ def agree(
         return
     said = group.told((what, dict(arguments), None if problem is None else str(problem)))
     if problem is not None:
-        raise problem
-    for rank, (_, _, refused) in enumerate(said):
+        raise on_all_ranks(problem)
+    for rank, (theirs, _, refused) in enumerate(said):
         if refused is not None:
-            raise RuntimeError(f"rank {rank} refuses the arguments of {what}: {refused}")
-    raise RuntimeError(_difference(group.rank, said))
+            told = f"rank {rank} refuses the arguments of {theirs}: {refused}"
+            raise on_all_ranks(RuntimeError(told))
+    raise on_all_ranks(RuntimeError(_difference(group.rank, said)))
 
 
 def described(x: Any, *, rows: bool) -> str:

@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgt.distributed.agreement import agree
 from fastgt.distributed.group import Group
 
 
 def sum_over_ranks(x: Tensor, group: Group) -> Tensor:
-    """``sum_p x_p``, the same on every rank; its gradient is the sum of all ranks' gradients."""
+    """``sum_p x_p``, the same on every rank; its gradient is the sum of all ranks' gradients.
+
+    Where the loss of a rank does not depend on it, all ranks raise in the backward.
+    """
     if group.size == 1:
         return x
     found: Tensor = _Sum.apply(group, x)
@@ -40,4 +44,6 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        told = {"gradient": f"{grad.dtype}{list(grad.shape)}"}
+        agree(ctx.group, grad.device, "the backward of a sum over ranks", told)
         return None, sum_over_ranks(grad, ctx.group)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastgt.distributed.agreement import agree
 from fastgt.distributed.group import Flight, Group
 from fastgt.distributed.part import Part
+from fastgt.distributed.part_checks import not_owned
 from fastgt.graph import Graph
 from fastgt.graph_build import from_pairs
 from fastgt.ops.aggregate import aggregate
@@ -28,20 +30,30 @@ class Exchange:
 
     A rank knows its halo, and asks each owner for it, once. So a directed graph works.
 
+    Args:
+        part, group: The rank's share, and the ranks.
+        check: Whether ranks tell each other before a backward that they are about to wait in it.
+
     Attributes:
         sent: ``[S]``, the own column of each row that is sent, rank after rank.
         send, receive: How many rows go to each rank, and come from it.
         active: Whether any two ranks exchange anything.
+
+    Raises:
+        ValueError, RuntimeError: A rank is asked for columns that it does not own.
     """
 
-    def __init__(self, part: Part, group: Group):
-        self._group, self._columns = group, len(part.cols)
+    def __init__(self, part: Part, group: Group, check: bool = True):
+        self._group = group if check else group.unchecked()
+        self._columns = len(part.cols)
         asked = part.halo_ptr.diff()
         wanted = group.gathered(asked)  # [P, P], row p: how many rank p asks each rank for
         self.receive, self.send = asked.tolist(), wanted[:, group.rank].tolist()
         self.active = bool(wanted.any())
         numbers = group.all_to_all(part.halo, self.receive, self.send).wait()
         self.sent = torch.searchsorted(part.cols, numbers)
+        problem = not_owned(part, numbers, self.sent)
+        agree(group, part.cols.device, "DistributedGraph, its halo", {}, problem)
         # an own column receives the gradient of each row that was made of it
         places = torch.arange(len(self.sent), device=self.sent.device)
         self._returned = Graph(*from_pairs(self.sent, places, self._columns, len(self.sent)))
@@ -59,6 +71,15 @@ class Exchange:
     def depart(self, tensors: Sequence[Tensor]) -> Journey:
         """Send own columns off; :meth:`Journey.arrive` gives the halo."""
         return Journey(self, tensors)
+
+    def before_backward(self, grads: Sequence[Tensor]) -> None:
+        """Raise on all ranks where one does not send gradients back now.
+
+        Its loss then does not depend on what it fetched, and it goes on without this backward.
+        """
+        told = ", ".join(f"{x.dtype}{['.', *x.shape[1:]]}" for x in grads)
+        what = "the backward of a halo exchange"
+        agree(self._group, self.sent.device, what, {"gradients": told})
 
     def _forth(self, tensors: Sequence[Tensor]) -> _Messages:
         rows = [x.detach().index_select(0, self.sent) for x in tensors]
@@ -133,6 +154,7 @@ class _Fetch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
         given = [grad for grad, need in zip(grads, needs, strict=True) if need]
+        ctx.exchange.before_backward(given)
         return (None, *_spread(ctx.exchange.returned(given), needs))
 
 
@@ -182,6 +204,7 @@ class _Arrive(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         journey = ctx.journey
         given = [grad for grad, made in zip(grads, ctx.made, strict=True) if made]
+        journey.exchange.before_backward(given)
         journey.back = journey.exchange._back(given)
         return None, None, given[0].new_zeros(0)
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgt.contract import Aux, AuxRequest, PairDropoutSeed
+from fastgt.contract import Aux, AuxRequest
+from fastgt.distributed.agreement import agree
 from fastgt.distributed.collectives import next_ranks
 from fastgt.distributed.offsets import RankOffsets
 from fastgt.ops.aux_request import check_request
@@ -147,6 +149,9 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, bias, out, lse = ctx.saved_tensors
         keys: _Keys = [k, v, bias, ring.numbers]
         grads = [None if x is None else torch.zeros_like(x, dtype=wide) for x in keys[:3]]
+        agree(ring.group, q.device, "the backward of global_attention", {})
+        keys = [x for x in (k, v, bias) if x is not None]
+        grads = [torch.zeros_like(x, dtype=wide) for x in keys]
         dq = torch.zeros_like(q, dtype=wide)
         delta = dlse - (do.to(wide) * out.to(wide)).sum(2)
         for step in range(ring.group.size):

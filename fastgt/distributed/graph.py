@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +18,9 @@ from fastgt.distributed.exchange import Exchange
 from fastgt.distributed.group import Group
 from fastgt.distributed.offsets import RankOffsets
 from fastgt.distributed.part import Part, cut, graphs_of
+from fastgt.distributed.part_checks import check_whole, identity, misfit
 from fastgt.distributed.partition import check_part
+from fastgt.distributed.partition_files import hash_of
 from fastgt.graph import Graph
 from fastgt.graph_build import from_pairs, size_of, with_boundaries
 from fastgt.ops.checks import dropout_key
@@ -44,9 +47,9 @@ class DistributedGraph(Shard):
             dimension; None for the default group, or for this process alone.
         overlap: Compute rows that read own columns alone while the other ranks' are on their way.
             Second derivatives need ``overlap=False``.
-        check: Let ranks compare their arguments in every call, so that all of them raise where one
-            does. Without, a call has one small collective less, and ranks that disagree wait for
-            each other until the timeout.
+        check: Let ranks compare their arguments in every call, and tell each other before every
+            backward, so that all of them raise where one does. Without, each has one small
+            collective less, and ranks that disagree wait for each other until the timeout.
 
     Attributes:
         part: Which rows, columns, halo and edges these are in the whole graph.
@@ -56,7 +59,8 @@ class DistributedGraph(Shard):
     Raises:
         TypeError: ``part`` or ``group`` is of another type.
         ValueError: The group has another size than the partition, or this process has another
-            rank in it; or the ranks' parts are not of one partition.
+            rank in it.
+        RuntimeError: Another rank refuses its part; or the ranks' parts are not of one partition.
 
     Example:
         >>> import torch
@@ -77,14 +81,17 @@ class DistributedGraph(Shard):
         overlap: bool = True,
         check: bool = True,
     ):
-        if not isinstance(part, Part):
-            raise TypeError(f"part must be a Part, got {type(part).__name__}")
-        self.part, self.overlap, self.check = part, overlap, check
-        self.group = group if isinstance(group, Group) else Group(group)
+        ranks = group if isinstance(group, Group) else Group(group)
+        told, device = {"overlap": repr(overlap), "check": repr(check)}, torch.device("cpu")
+        if isinstance(part, Part):
+            told, device = told | identity(part), part.rows.device
+        agree(ranks, device, "DistributedGraph", told, misfit(part, ranks))
+        self.part, self.overlap = part, overlap
+        self.group = ranks if check else ranks.unchecked()
         self.num_rows, self.num_cols = len(part.rows), len(part.cols)
         self.num_edges, self.num_graphs = len(part.edge), len(part.whole.graph_ptr) - 1
-        self._agree("DistributedGraph", _identity(part), self._misfit())
-        self.exchange = Exchange(part, self.group)
+        check_whole(part, self.sizes_of_ranks)
+        self.exchange = Exchange(part, ranks, check)
 
     @classmethod
     def from_graph(
@@ -106,10 +113,22 @@ class DistributedGraph(Shard):
 
         Raises:
             TypeError, ValueError: ``part`` does not fit the graph or the group.
+            RuntimeError: Another rank refuses its own; or ranks have other graphs or other parts.
         """
         ranks = group if isinstance(group, Group) else Group(group)
-        row_part, col_part, _ = check_part(graph, part, ranks.size)
-        share = cut(graph, row_part, col_part, ranks.rank, ranks.size)
+        told: dict[str, str] = {}
+        problem: Exception | None = None
+        share: Part | None = None
+        try:
+            row_part, col_part, _ = check_part(graph, part, ranks.size)
+            if ranks.size > 1:
+                told = {"partition": hash_of(graph, row_part, col_part, ranks.size)}
+            share = cut(graph, row_part, col_part, ranks.rank, ranks.size)
+        except (TypeError, ValueError) as error:
+            problem = error
+        device = graph.device if isinstance(graph, Graph) else torch.device("cpu")
+        agree(ranks, device, "DistributedGraph.from_graph", told, problem)
+        assert share is not None
         return cls(share, ranks, overlap=overlap, check=check)
 
     @property
@@ -139,6 +158,7 @@ class DistributedGraph(Shard):
     @cached_property
     def col_degree(self) -> Tensor:
         """Edges of each own column, those of other ranks' rows too, ``[m]``. All ranks ask."""
+        self.agree("col_degree", {})
         width = self.num_cols + len(self.part.halo)
         counts = self.part.col.bincount(minlength=width).double()
         theirs = self.exchange.returned([counts[self.num_cols :]])[0]
@@ -154,6 +174,17 @@ class DistributedGraph(Shard):
         """``[P, 3]``: own rows, own edges and graphs of each rank. All ranks ask."""
         sizes = self.num_rows, self.num_edges, self.num_graphs
         return self.group.gathered(torch.tensor(sizes, device=self.device))
+
+    @cached_property
+    def digest(self) -> str:
+        """Sixteen letters that change with the graph and with who owns what. All ranks ask."""
+        self.agree("digest", {})
+        part = self.part
+        mine = hashlib.sha256(str(tuple(part.whole[:4])).encode())
+        for x in (part.rows, part.cols, part.halo, part.row, part.col, part.edge):
+            mine.update(x.cpu().contiguous().numpy().data)
+        of_ranks = self.group.told(mine.hexdigest())
+        return hashlib.sha256(" ".join(of_ranks).encode()).hexdigest()[:16]
 
     def own(self, x: Tensor, kind: Kind = "row") -> Tensor:
         """The rank's share of a tensor of the whole graph: of its rows, columns or edges."""
@@ -247,10 +278,17 @@ class DistributedGraph(Shard):
 
         ``source``: what is sent in the place of the tensors of columns.
         """
+        problem: Exception | None = None
+        if "graph" not in arguments:
+            problem = TypeError(f"{op.__name__} takes graph.graph_ptr, got a DistributedGraph")
+            self.agree(op.__name__, {}, problem)
         call = {name: x for name, x in arguments.items() if name != "graph"}
         if call.get("dropout_p"):
-            call["dropout_seed"] = dropout_key(call["dropout_seed"], self.device)
-        self.check_call(op, roles, call, None if source is None else source.x)
+            try:
+                call["dropout_seed"] = dropout_key(call["dropout_seed"], self.device)
+            except (TypeError, ValueError) as error:
+                problem = error
+        self.check_call(op, roles, call, None if source is None else source.x, problem)
         given = {name: call[name] for name in roles.columns if call[name] is not None}
         tensors = list({id(x): x for x in given.values()}.values())
         if not tensors or not self.exchange.active:
@@ -276,10 +314,20 @@ class DistributedGraph(Shard):
         roles: Roles,
         call: Mapping[str, Any],
         sent: Tensor | None = None,
+        problem: Exception | None = None,
     ) -> None:
-        """Raise on all ranks where one has tensors of a wrong size, or where ranks disagree."""
+        """Raise on all ranks where one has tensors of a wrong size, or where ranks disagree.
+
+        ``problem``: what this rank has found already.
+        """
         told = _told(roles, call) | {"what is sent": described(sent, rows=True)}
-        self._agree(op.__name__, told, self._wrong_size(roles, call))
+        self.agree(op.__name__, told, problem or self._wrong_size(roles, call))
+
+    def agree(
+        self, what: str, arguments: Mapping[str, str], problem: Exception | None = None
+    ) -> None:
+        """Go on if all ranks call the same with these arguments and none has a problem."""
+        agree(self.group, self.device, what, arguments, problem)
 
     def _arguments(self, roles: Roles, call: Mapping[str, Any], edges: slice) -> dict[str, Any]:
         """The call for some of the rank's edges."""
@@ -320,22 +368,6 @@ class DistributedGraph(Shard):
 
     def _of_edges(self, first: Tensor, second: Tensor) -> Tensor:
         return torch.cat([first, second])
-
-    def _agree(self, what: str, arguments: Mapping[str, str], problem: Exception | None) -> None:
-        if self.check:
-            agree(self.group, self.device, what, arguments, problem)
-        elif problem is not None:
-            raise problem
-
-    def _misfit(self) -> Exception | None:
-        part, group = self.part, self.group
-        if group.size != part.parts:
-            return ValueError(
-                f"the group has {group.size} ranks but the partition has {part.parts} parts"
-            )
-        if group.rank != part.rank:
-            return ValueError(f"part {part.rank} was given to rank {group.rank} of the group")
-        return None
 
     def _wrong_size(self, roles: Roles, call: Mapping[str, Any]) -> Exception | None:
         whole = self.part.whole
@@ -426,12 +458,3 @@ def _told(roles: Roles, call: Mapping[str, Any]) -> dict[str, str]:
     """What must be the same on all ranks."""
     shared = {*roles.rows, *roles.columns, *roles.edges}
     return {name: described(x, rows=name in shared) for name, x in call.items()}
-
-
-def _identity(part: Part) -> dict[str, str]:
-    """What parts of one partition have in common."""
-    whole = part.whole
-    sizes = {"parts": part.parts, "rows": whole.rows, "cols": whole.cols, "edges": whole.edges}
-    told = {name: repr(x) for name, x in sizes.items()}
-    graphs = described(whole.graph_ptr, rows=False), described(whole.col_graph_ptr, rows=False)
-    return told | {"square": repr(whole.square), "graph_ptr": graphs[0], "col_graph_ptr": graphs[1]}

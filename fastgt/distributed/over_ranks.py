@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fastgt.distributed.agreement import described
 from fastgt.distributed.batch_norm import RankBatchNorm
 from fastgt.distributed.graph import DistributedGraph
+from fastgt.distributed.group import is_on_all_ranks
 from fastgt.ops.row_dropout import row_dropout
 
 Kind = Literal["row", "edge", "graph"]
+_KINDS: tuple[Kind, ...] = ("row", "edge", "graph")
+_GENERATOR = "the random generator's state, which torch.manual_seed makes equal,"
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -21,8 +27,9 @@ def over_ranks(model: Model) -> Model:
     Called with a :class:`fastgt.distributed.DistributedGraph` among its arguments, the model then
     gives, and learns, on P ranks what it does on one: a batch norm takes mean and variance over the
     rows of all ranks, and dropout drops by the number of a row or an edge in the whole graph. Its
-    seeds come from PyTorch's generator, so ranks have to seed it alike. With a
-    :class:`fastgt.Graph` the model is what it was. Parameters and buffers keep their names.
+    seeds come from PyTorch's generator, so ranks have to seed it alike: they compare its states in
+    every call. With a :class:`fastgt.Graph` the model is what it was. Parameters and buffers keep
+    their names.
 
     A tensor of n rows is taken for nodes, one of e for edges and one of G for graphs. Where these
     numbers are equal on a rank, ranks ask each other; where they are equal on all of them, for
@@ -58,6 +65,7 @@ def over_ranks(model: Model) -> Model:
         elif type(layer) is nn.Dropout:
             layer.__class__ = _DropoutOfGraph
             layer.rows = rows  # type: ignore[assignment]
+            rows.dropouts.append(layer)
     model.register_forward_pre_hook(rows.enter, with_kwargs=True)
     model.register_forward_hook(rows.leave, always_call=True)
     return model
@@ -68,17 +76,37 @@ class Rows:
 
     Attributes:
         shard: The graph of the call; None outside, and where the call has none.
+        dropouts: Those of the model.
     """
 
     def __init__(self) -> None:
         self.shard: DistributedGraph | None = None
+        self.dropouts: list[nn.Dropout] = []
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, DistributedGraph)]
-        self.shard = given[0] if given else None
+        shard = given[0] if given else None
+        if shard is not None:
+            told = {"training": repr(model.training)}
+            if model.training and any(layer.p for layer in self.dropouts):
+                told[_GENERATOR] = _state_of_generator(shard.device)
+            shard.agree(type(model).__name__, told)
+        self.shard = shard
 
     def leave(self, model: nn.Module, args: Any, result: Any) -> None:
-        self.shard = None
+        """Tells the other ranks, who may wait in the model, of an error that is this rank's alone.
+
+        PyTorch calls it where the model raised too, with no result, and raises the error after it.
+        """
+        shard, self.shard = self.shard, None
+        error = sys.exc_info()[1] if result is None else None
+        if shard is None or not isinstance(error, Exception) or is_on_all_ranks(error):
+            return
+        try:
+            shard.agree(type(model).__name__, {}, error)
+        except Exception as raised:
+            if raised is not error:
+                raise
 
     def kind(self, x: Tensor) -> Kind:
         """Whether ``x [R, ...]`` is of nodes, of edges or of graphs: the same on all ranks."""
@@ -86,16 +114,31 @@ class Rows:
         assert shard is not None
         sizes = shard.sizes_of_ranks
         fits = (sizes[shard.group.rank] == len(x)).to(torch.uint8)
-        if any(len(set(of_rank)) < len(of_rank) for of_rank in sizes.tolist()):
-            # what fits on every rank
-            fits = 1 - shard.group.largest(1 - fits)
-        for kind, fit in zip(("row", "edge", "graph"), fits.tolist(), strict=True):
-            if fit:
-                return kind  # type: ignore[return-value]
-        raise ValueError(
+        names = [name for name, fit in zip(_KINDS, fits.tolist(), strict=True) if fit]
+        several = any(len(set(of_rank)) < len(of_rank) for of_rank in sizes.tolist())
+        told = {"x": described(x, rows=True)}
+        if not several:
+            told["rows of x"] = " ".join(names)
+        misfit = ValueError(
             f"a tensor of {len(x)} rows is neither of the rank's {shard.num_rows} nodes nor of its "
             f"{shard.num_edges} edges nor of {shard.num_graphs} graphs"
         )
+        shard.agree("a batch norm or dropout", told, None if names else misfit)
+        if several:
+            # what fits on every rank
+            fits = 1 - shard.group.largest(1 - fits)
+            names = [name for name, fit in zip(_KINDS, fits.tolist(), strict=True) if fit]
+            if not names:
+                raise misfit
+        return names[0]
+
+
+def _state_of_generator(device: torch.device) -> str:
+    """Of the one that dropout on that device draws from."""
+    state = torch.get_rng_state()
+    if device.type == "cuda":
+        state = torch.cuda.get_rng_state(device)
+    return hashlib.blake2b(state.numpy().tobytes(), digest_size=7).hexdigest()
 
 
 class _BatchNormOfGraph(RankBatchNorm):

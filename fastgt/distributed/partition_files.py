@@ -115,7 +115,7 @@ def write_partitions(
             (place / "meta.json").unlink()
         ends = _ENDS[: 1 if whole.square else 2]
         sums = {f"{name}.npy": _write(place / f"{name}.npy", getattr(whole, name)) for name in ends}
-        found = _hash_of(graph, row_part, col_part, count)
+        found = hash_of(graph, row_part, col_part, count)
         for rank, rows in enumerate(rows_by_rank(row_part, count)):
             one = _part_of(graph, whole, row_part, col_part, rank, count, rows)
             sums[f"part-{rank}/part.json"] = _write_part(place, found, one, tensors)
@@ -323,7 +323,8 @@ def _read_said(place: Path, meta: Meta, rank: int) -> dict[str, Any]:
     return said
 
 
-def _hash_of(graph: Graph, row_part: Tensor, col_part: Tensor, parts: int) -> str:
+def hash_of(graph: Graph, row_part: Tensor, col_part: Tensor, parts: int) -> str:
+    """The SHA-256 of a graph and of the rank of each of its nodes."""
     found = hashlib.sha256(f"{graph.num_rows} {graph.num_cols} {parts}".encode())
     arrays = [graph.row_ptr, graph.col, graph.edge, graph.graph_ptr, row_part]
     if col_part is not row_part:

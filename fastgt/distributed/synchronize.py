@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fastgt.distributed.agreement import agree
 from fastgt.distributed.group import Group
 
 _BUCKET = 2**25  # bytes of gradients that are summed at once
@@ -25,11 +26,15 @@ def sync_parameters(
         group: As of :class:`fastgt.distributed.DistributedGraph`.
 
     Raises:
-        RuntimeError: Ranks have models of different names, shapes or dtypes; names the first.
+        RuntimeError: Ranks have tensors of different names, shapes or dtypes; names one.
     """
     ranks = group if isinstance(group, Group) else Group(group)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    _check_same(ranks, tensors)
+    if not tensors:
+        agree(ranks, torch.device("cpu"), "sync_parameters", {})
+        return
+    told = {name: f"{x.dtype}{list(x.shape)}" for name, x in tensors.items()}
+    agree(ranks, next(iter(tensors.values())).device, "sync_parameters", told)
     for x in tensors.values():
         ranks.from_first(x.data)
 
@@ -49,14 +54,22 @@ def sync_gradients(
     Args:
         model: The same model on every rank, its parameters equal.
         group: As of :class:`fastgt.distributed.DistributedGraph`.
+
+    Raises:
+        RuntimeError: Ranks have parameters of different names, shapes or dtypes; names one. Or a
+            rank does something else, as where its loss needed no gradient and others wait in their
+            backward.
     """
     ranks = group if isinstance(group, Group) else Group(group)
     if ranks.size == 1:
         return
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
+    device = parameters[0].device if parameters else torch.device("cpu")
+    told = {name: f"{p.dtype}{list(p.shape)}" for name, p in trained.items()}
+    agree(ranks, device, "sync_gradients", told)
     if not parameters:
         return
-    device = parameters[0].device
     found = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=device)
     anywhere = ranks.largest(found).tolist()
     given = [p for p, there in zip(parameters, anywhere, strict=True) if there]
@@ -80,12 +93,3 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(x)
     if bucket:
         yield bucket
-
-
-def _check_same(ranks: Group, tensors: dict[str, Tensor]) -> None:
-    mine = {name: f"{x.dtype}{list(x.shape)}" for name, x in tensors.items()}
-    first = ranks.told(mine)[0]
-    problems = ranks.told(next((n for n in {**first, **mine} if first.get(n) != mine.get(n)), None))
-    for rank, name in enumerate(problems):
-        if name is not None:
-            raise RuntimeError(f"the model of rank {rank} differs from rank 0's in {name!r}")

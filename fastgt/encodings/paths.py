@@ -118,7 +118,7 @@ def degrees(graph: Graph) -> Tensor:
         >>> degrees(Graph.from_edge_index(torch.tensor([[0, 0], [1, 2]]))).tolist()
         [[0, 2], [1, 0], [1, 0]]
     """
-    check_square(graph)
+    check_square(graph, shared=True)
     return torch.stack([graph.row_degree, graph.col_degree], 1).long()
 
 

@@ -314,7 +314,7 @@ class GraphGPSLayer(nn.Module):
         distance: Tensor | None,
         edge_output: bool | None,
     ) -> bool:
-        n, edges, dim = check_square(graph), graph.num_edges, self.dim
+        n, edges, dim = check_square(graph, shared=True), graph.num_edges, self.dim
         check_matrix("x", x, "N, dim", (n, dim))
         if self.local_kind in WITH_EDGES:
             check_matrix("e", e, "E, dim", (edges, edge_width(self.local_kind, dim)))

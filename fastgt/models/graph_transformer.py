@@ -322,7 +322,7 @@ class EdgeLayers(nn.Module):
         In training every eigenvector gets one random sign for the whole batch. ``suffix`` ends the
         names of node and edge in messages.
         """
-        n = check_square(graph)
+        n = check_square(graph, shared=True)
         kinds = self.embed.num_embeddings, self.embed_edge.num_embeddings
         node = check_types(f"node{suffix}", node, "N", n, kinds[0], graph)
         edge = check_types(f"edge{suffix}", edge, "E", graph.num_edges, kinds[1], graph)

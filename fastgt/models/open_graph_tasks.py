@@ -14,6 +14,7 @@ from fastgt.ops.checks import (
     check_graph,
     check_offsets,
     check_square,
+    check_whole,
     integer,
     node_ids,
     readable,
@@ -110,6 +111,7 @@ def both_sides(graph: Graph) -> Graph:
         [[2, 4, 1, 0], [1, 0, 2, 4]]
     """
     check_graph(graph)
+    check_whole(graph)
     if graph.num_graphs != 1:
         raise ValueError(f"graph must be a single one, got a batch of {graph.num_graphs}")
     source, target = graph.edge_index

@@ -181,7 +181,7 @@ class SGFormer(nn.Module):
 
     def forward(self, node: Tensor, graph: Graph) -> Tensor:
         """node ``[N, node_features]`` -> ``[N, out_dim]``."""
-        c, n = self.config, check_square(graph)
+        c, n = self.config, check_square(graph, shared=True)
         check_matrix("node", node, "N, node_features", (n, c.node_features))
         check_dtype("node", node, next(self.parameters()))
         z = self.after(self.embed(node))

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from fastgt.contract import Dropout, DropoutSeed, PairDropout, PairDropoutSeed
 from fastgt.graph import Graph
 from fastgt.graph_build import check_boundaries, check_index
-from fastgt.shard import Shard
+from fastgt.shard import NotOnRanks, Shard
 from fastgt.tiles import MAX_WIDTH
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -92,9 +92,23 @@ def check_graph(graph: object) -> None:
         )
 
 
-def check_square(graph: Graph) -> int:
-    """The number of nodes of a graph that has as many rows as columns."""
+def check_whole(graph: object) -> None:
+    """Not a rank's share of a graph, of which an encoding would be one of its own rows alone."""
+    if isinstance(graph, Shard):
+        raise NotOnRanks(
+            f"graph must be a whole fastgt.Graph, got a {type(graph).__name__}: what asks for it "
+            "does not run on a graph that lies on several ranks"
+        )
+
+
+def check_square(graph: Graph, *, shared: bool = False) -> int:
+    """The number of nodes of a graph that has as many rows as columns.
+
+    ``shared``: whether a rank's share of a graph will do, of which it is the number of own nodes.
+    """
     check_graph(graph)
+    if not shared:
+        check_whole(graph)
     n = graph.num_rows
     if n != graph.num_cols:
         raise ValueError(f"graph must be square, got {n} rows and {graph.num_cols} columns")

@@ -1,16 +1,13 @@
 """``torchrun -m fastgt train``: two processes learn what one learns."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from train_cases import assert_same_run, command, table, write
+from train_cases import assert_same_run, command, launched, table, write
 
 from fastgt import cli
 from fastgt.datasets import load
@@ -29,26 +26,6 @@ SAME = ["pe_dim=0", "epochs=2", "batch_size=33", "last_edges=false"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write(tmp_path_factory.mktemp("data"))
-
-
-def launched(args, folder, patch=""):
-    """-> status and output of two processes that torchrun starts."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    code = (
-        "import sys; from fastgt import cli; from fastgt.training import loop\n"
-        f"{patch}\nsys.exit(cli.main(sys.argv[1:]))"
-    )
-    script = folder / "two.py"
-    script.write_text(code)
-    process = subprocess.Popen(
-        [*torchrun, "--nproc-per-node", "2", str(script), *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-    )
-    out, _ = process.communicate(timeout=300)
-    return process.returncode, out
 
 
 def test_two_processes_learn_what_one_learns(data, tmp_path):

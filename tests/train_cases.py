@@ -1,5 +1,10 @@
 """Small data sets, and runs of ``fastgt train`` on molecules, for the files test_train_*.py."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -93,6 +98,26 @@ def command(data, output, *options, model="edge_graph_transformer"):
     given = {option.partition("=")[0] for option in options}
     kept = [option for option in SMALL if option.partition("=")[0] not in given]
     return [*names, "--device", "cpu", "--set", *kept, *options]
+
+
+def launched(args, folder, patch=""):
+    """-> status and output of two processes that torchrun starts."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    code = (
+        "import sys; from fastgt import cli; from fastgt.training import loop\n"
+        f"{patch}\nsys.exit(cli.main(sys.argv[1:]))"
+    )
+    script = folder / "two.py"
+    script.write_text(code)
+    process = subprocess.Popen(
+        [*torchrun, "--nproc-per-node", "2", str(script), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    out, _ = process.communicate(timeout=300)
+    return process.returncode, out
 
 
 def table(folder, metric="mae"):

@@ -40,6 +40,20 @@ def arguments(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--encodings", type=Path, help="folder that keeps them; default: OUTPUT/encodings"
     )
+    train.add_argument(
+        "--graph-parallel",
+        type=up_to(INT32_MAX),
+        metavar="P",
+        help="share the one graph of the data among the P processes that torchrun starts; default: "
+        "they share batches of graphs",
+    )
+    train.add_argument(
+        "--partition",
+        type=Path,
+        metavar="DIR",
+        help="of --graph-parallel, as fastgt partition wrote it; default: by METIS, or LDG where "
+        "pymetis is not installed",
+    )
     train.add_argument("--hours", type=hours, default=24.0, help="a run, at most; default: 24")
     settings = train.add_argument_group("settings of the run", "a folder holds one run")
     settings.add_argument(
@@ -90,6 +104,13 @@ def run(args: argparse.Namespace, device: Callable[[], torch.device]) -> int:
     # after the names: these import what they train with
     from fastgt.training import pruned, train
 
+    shared = None
+    if args.graph_parallel is not None:
+        shared = train.GraphParallel(args.graph_parallel, args.partition)
+        if args.prune is not None:
+            raise ValueError("--prune compares runs of one process: leave --graph-parallel away")
+    elif args.partition is not None:
+        raise ValueError("--partition goes with --graph-parallel P, the number of its parts")
     plan = train.Plan(
         folder=args.output or Path("runs") / f"{recipe.model}-{recipe.data}".replace(":", "-"),
         hours=args.hours,
@@ -97,6 +118,7 @@ def run(args: argparse.Namespace, device: Callable[[], torch.device]) -> int:
         splits=args.splits,
         data=args.data,
         encodings=args.encodings,
+        graph_parallel=shared,
     )
     if args.prune is not None:
         pruned.run(recipe, args.prune, plan, device=device(), impl=args.impl)

@@ -231,7 +231,7 @@ class Training:
         ) as bar:
             for chosen in p.order.split(self.batch_size)[p.batch :]:
                 loss = self._step(self.ranks.share(chosen))
-                p.loss += self.ranks.total(loss) * (len(chosen) / self.ranks.size)
+                p.loss += self.ranks.mean(loss) * len(chosen)
                 p.batch += 1
                 bar.update()
                 now = time.monotonic()
@@ -248,6 +248,7 @@ class Training:
         loss = self.task.loss(chosen)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
+        self.ranks.sum_gradients(self.model)
         if self.recipe.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)

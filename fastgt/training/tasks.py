@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastgt.datasets import Batch, GraphSet, NodeSet, TokenSet
+from fastgt.distributed import DistributedGraph
 from fastgt.models import log_likelihoods, matches
+from fastgt.shard import NotOnRanks
 from fastgt.training import optimization
-from fastgt.training.ranks import Ranks
+from fastgt.training.ranks import GraphRanks, Ranks
 from fastgt.training.recipe import Recipe
 from fastgt.training.scores import loss_terms
 
@@ -45,9 +47,8 @@ class _Task:
         self._model, self._takes_edges, self._ranks = model, takes_edges, ranks
 
     def _terms(self, output: Tensor, y: Tensor) -> Tensor:
-        total = self._ranks.total
-        loss, weight = loss_terms(self.recipe.loss, output, y, total)
-        return loss * self._ranks.size / total(weight)
+        loss, weight = loss_terms(self.recipe.loss, output, y, self._ranks.total)
+        return self._ranks.divided(loss, weight)
 
     def _output(self, batch: Batch) -> Tensor:
         inputs = (batch.node, batch.edge) if self._takes_edges else (batch.node,)
@@ -109,7 +110,10 @@ class PairTask(GraphTask):
 
 
 class NodeTask(_Task):
-    """Nodes of one graph: the only example is the graph, and a split is a mask of its nodes."""
+    """Nodes of one graph: the only example is the graph, and a split is a mask of its nodes.
+
+    With ``shard``, of its rows alone: other processes have the others.
+    """
 
     def __init__(
         self,
@@ -120,13 +124,18 @@ class NodeTask(_Task):
         model: nn.Module,
         *,
         takes_edges: bool,
+        shard: DistributedGraph | None = None,
     ):
-        super().__init__(title, recipe, model, takes_edges, Ranks())
-        graph = Batch(data.graph, data.node, data.edge, data.y, data.encodings)
-        self._graph = graph.to(self.device)
-        self._rows = {
-            name: mask.nonzero()[:, 0].to(self.device) for name, mask in data.splits[split].items()
-        }
+        ranks = Ranks() if shard is None else GraphRanks(shard.group)
+        super().__init__(title, recipe, model, takes_edges, ranks)
+        masks = data.splits[split]
+        if shard is None:
+            graph = Batch(data.graph, data.node, data.edge, data.y, data.encodings)
+            self._graph = graph.to(self.device)
+        else:
+            self._graph = _shared(data, shard)
+            masks = {name: shard.own(mask) for name, mask in masks.items()}
+        self._rows = {name: mask.nonzero()[:, 0].to(self.device) for name, mask in masks.items()}
         self.sizes = dict.fromkeys(self._rows, 1)
         self._evaluated: Tensor | None = None
 
@@ -141,6 +150,28 @@ class NodeTask(_Task):
             self._evaluated = self._output(self._graph)
         rows = self._rows[split]
         return self._evaluated[rows], self._graph.y[rows]
+
+    def _output(self, batch: Batch) -> Tensor:
+        try:
+            return super()._output(batch)
+        except NotOnRanks as error:
+            raise ValueError(
+                f"{self.recipe.model} does not run on a graph that processes share with "
+                f"--graph-parallel: {error}"
+            ) from error
+
+
+def _shared(data: NodeSet, shard: DistributedGraph) -> Batch:
+    """What this process has of the graph's nodes and edges."""
+
+    def own(x: Tensor, kind: Literal["row", "edge"] = "row") -> Tensor:
+        return shard.own(x, kind).to(shard.device)
+
+    edge = None if data.edge is None else own(data.edge, "edge")
+    encodings = {name: own(x) for name, x in data.encodings.items()}
+    # models take it where they take a Graph
+    graph: Any = shard
+    return Batch(graph, own(data.node), edge, own(data.y), encodings)
 
 
 class TokenTask(_Task):

@@ -14,15 +14,17 @@ from torch import nn
 
 from fastgt import files
 from fastgt.datasets import GraphSet, NodeSet, TokenSet, load
+from fastgt.distributed import DistributedGraph
 from fastgt.encodings import Cache
 from fastgt.ops.implementation import Impl, implementation
-from fastgt.training import optimization, results
+from fastgt.training import graph_parallel, optimization, results
 from fastgt.training.checkpoint import open_run, seed_everything
+from fastgt.training.graph_parallel import GraphParallel
 from fastgt.training.inputs import prepared
 from fastgt.training.loop import Pruning, Training
 from fastgt.training.memory import check_fits
 from fastgt.training.published_recipes import MODELS, Prune
-from fastgt.training.ranks import Ranks, joined
+from fastgt.training.ranks import GraphRanks, Ranks, joined
 from fastgt.training.recipe import Recipe
 from fastgt.training.tasks import GraphTask, NodeTask, PairTask, TokenTask
 
@@ -38,6 +40,7 @@ class Plan:
         splits: Of the nodes of one graph; None for all that the data set has.
         data: File or folder of the data; None for that which ``FASTGT_DATA`` names.
         encodings: Folder that keeps them; None for one in ``folder``.
+        graph_parallel: How the one graph is shared by processes; None for each having all.
     """
 
     folder: Path
@@ -46,6 +49,7 @@ class Plan:
     splits: Sequence[int] | None = None
     data: Path | None = None
     encodings: Path | None = None
+    graph_parallel: GraphParallel | None = None
 
     @property
     def cache(self) -> Cache:
@@ -68,15 +72,19 @@ def run(recipe: Recipe, plan: Plan, *, device: torch.device, impl: Impl | None =
 
     with ExitStack() as stack:
         ranks, device = stack.enter_context(joined(device))
-        if ranks.size > 1:
+        if ranks.size > 1 and plan.graph_parallel is None:
             recipe = without_unused_parameters(recipe)
         kind = MODELS[recipe.model]
         prune = None if kind.prune is None else kind.prune(recipe.config)
         data = load(recipe.data, plan.data)
-        if ranks.size > 1 and isinstance(data, NodeSet):
+        parallel = plan.graph_parallel
+        if parallel is not None:
+            graph_parallel.check(recipe, data, ranks.size, parallel)
+            ranks = GraphRanks(ranks.group)
+        elif ranks.size > 1 and isinstance(data, NodeSet):
             raise ValueError(
                 f"{recipe.data} is one graph, and {ranks.size} processes share batches of graphs: "
-                "train it in one process"
+                f"train it in one process, or share the graph with --graph-parallel {ranks.size}"
             )
         runs = _runs(recipe, plan, data)
         parameters = check_fits(lambda: kind.make(recipe.config), device)
@@ -86,9 +94,13 @@ def run(recipe: Recipe, plan: Plan, *, device: torch.device, impl: Impl | None =
         digest = ranks.told(data.digest())
         data = prepared(recipe, data, plan.cache)
         tokens = _tokens(recipe, data, plan.cache.folder) if kind.sampled else None
+        shard = None
+        if parallel is not None:
+            assert isinstance(data, NodeSet)
+            shard = graph_parallel.shared(data.graph.to(device), parallel, ranks.group)
         stack.enter_context(implementation(impl))
         rows = [
-            _trained(one, data, digest, parameters, plan.hours, device, ranks, prune, tokens)
+            _trained(one, data, digest, parameters, plan.hours, device, ranks, prune, tokens, shard)
             for one in runs
         ]
         if ranks.leads:
@@ -152,10 +164,13 @@ def _trained(
     ranks: Ranks,
     prune: Prune | None,
     tokens: TokenSet | None,
+    shard: DistributedGraph | None,
 ) -> dict[str, Any]:
     """Train, or go on. -> a row of results."""
     recipe, kept = one.recipe, one.recipe.kept(digest)
     kept |= {"split": one.split, "processes": ranks.size}
+    if shard is not None:
+        kept["partition"] = shard.digest
     sparsity = None
     if prune is not None:
         # what is exchanged ends with the epochs: more of them make another run
@@ -175,6 +190,7 @@ def _trained(
         split=one.split,
         sparsity=sparsity,
         tokens=tokens,
+        shard=shard,
     )
     if ranks.leads:
         print(_opening(training, parameters))
@@ -203,6 +219,7 @@ def start(
     split: int = 0,
     sparsity: Callable[[nn.Module], Pruning] | None = None,
     tokens: TokenSet | None = None,
+    shard: DistributedGraph | None = None,
 ) -> Training:
     """A training that is about to begin or to go on, with everything made that it needs.
 
@@ -213,20 +230,23 @@ def start(
         split: Of the nodes of one graph.
         sparsity: Makes what prunes the model while it trains.
         tokens: Of the nodes, for a model that is called with them.
+        shard: This process's share of the one graph, where ``ranks`` have some rows each.
     """
     ranks = ranks or Ranks()
     seed_everything(recipe.seed)
     kind = MODELS[recipe.model]
     model = kind.make(recipe.config).to(device)
     called = ranks.wrapped(model)
-    if ranks.rank:
-        seed_everything(recipe.seed + ranks.rank)  # of dropout
+    if ranks.own_seed(recipe.seed) != recipe.seed:
+        seed_everything(ranks.own_seed(recipe.seed))  # of dropout
     if isinstance(data, NodeSet) and tokens is not None:
         task: GraphTask | NodeTask | TokenTask = TokenTask(
             data.title, recipe, data, split, called, tokens
         )
     elif isinstance(data, NodeSet):
-        task = NodeTask(data.title, recipe, data, split, called, takes_edges=kind.takes_edges)
+        task = NodeTask(
+            data.title, recipe, data, split, called, takes_edges=kind.takes_edges, shard=shard
+        )
     else:
         kind_of_task = PairTask if kind.pairs else GraphTask
         task = kind_of_task(
@@ -268,6 +288,8 @@ def _opening(training: Training, parameters: int) -> str:
         of = f"{sizes} nodes of one graph"
     elif isinstance(task, NodeTask):
         of = "one graph"
+        if isinstance(training.ranks, GraphRanks):
+            of += f" in {training.ranks.size} parts"
     processes = f", {training.ranks.size} processes" if training.ranks.size > 1 else ""
     lines = [
         f"{recipe.model} on {task.title}: {of}; {parameters:,} parameters; {training.batches} "

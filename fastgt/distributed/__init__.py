@@ -1,5 +1,6 @@
 """Graphs that lie on several machines, on ``torch.distributed``."""
 
+from fastgt.distributed.checkpoint import load_checkpoint, save_checkpoint
 from fastgt.distributed.edge_list import edge_list_graph
 from fastgt.distributed.graph import DistributedGraph, halo_exchange
 from fastgt.distributed.group import Group
@@ -20,6 +21,7 @@ __all__ = [
     "halo_exchange",
     "head_parallel",
     "in_turn",
+    "load_checkpoint",
     "load_partition",
     "over_ranks",
     "partition",
@@ -27,6 +29,7 @@ __all__ = [
     "read_pyg_partition",
     "read_tensors",
     "report",
+    "save_checkpoint",
     "sync_gradients",
     "sync_parameters",
     "write_partitions",

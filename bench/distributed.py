@@ -75,11 +75,15 @@ class Counting(Group):
 
     def __init__(self, processes: dist.ProcessGroup | None = None):
         super().__init__(processes)
-        self.sent = 0
+        self._bytes = [0]  # shared with groups of the same ranks that compare nothing
+
+    @property
+    def sent(self) -> int:
+        return self._bytes[0]
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Flight:
         row = x[:1].nbytes if len(x) else 0
-        self.sent += row * (sum(send) - send[self.rank])
+        self._bytes[0] += row * (sum(send) - send[self.rank])
         return super().all_to_all(x, send, receive)
 
 

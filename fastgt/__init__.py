@@ -1,6 +1,6 @@
 """fastgt: attention kernels that graph transformers run on."""
 
-from fastgt.contract import Aux, AuxRequest, DropoutSeed, PairDropoutSeed
+from fastgt.contract import Aux, AuxRequest
 from fastgt.drop_in import accelerate, restore
 from fastgt.graph import Graph
 from fastgt.ops.additive_attention import additive_attention
@@ -15,6 +15,7 @@ from fastgt.ops.implementation import implementation
 from fastgt.ops.linear_attention import linear_attention, sgformer_attention
 from fastgt.ops.segment_pool import segment_max, segment_mean, segment_sum, virtual_node
 from fastgt.ops.segment_softmax import segment_softmax
+from fastgt.philox import DropoutSeed, PairDropoutSeed
 from fastgt.pruning import prune_heads
 
 _register_formulas()

@@ -68,65 +68,6 @@ class Walks(NamedTuple):
     column_walk: tuple[Tensor, ...]
 
 
-class DropoutSeed(NamedTuple):
-    """A seed of dropout for edges or heads that are some of a larger call's: head h of edge e is
-    dropped as head ``first_head + h`` of edge ``edge_numbers[e]`` of that call is.
-
-    Attributes:
-        seed: As ``dropout_seed`` alone: an int, one int64, or None to draw one.
-        edge_numbers: ``[E]`` int64, none below 0: by which dropout knows the edges; None: by their
-            own numbers.
-        first_head: From 0 to 2^31 - 1.
-
-    Example:
-        >>> import torch
-        >>> from fastgt import DropoutSeed, Graph, neighborhood_attention
-        >>> whole = Graph.from_edge_index(torch.tensor([[1, 0, 2, 1], [0, 1, 1, 2]]))
-        >>> q, k, v = torch.randn(3, 3, 4, 16)
-        >>> out = neighborhood_attention(q, k, v, whole, dropout_p=0.5, dropout_seed=7)
-        >>> part = Graph.from_edge_index(torch.tensor([[0, 2], [0, 0]]), (1, 3))  # of row 1
-        >>> seed = DropoutSeed(7, torch.tensor([1, 2]))
-        >>> row = neighborhood_attention(q[1:2], k, v, part, dropout_p=0.5, dropout_seed=seed)
-        >>> torch.equal(row, out[1:2])
-        True
-    """
-
-    seed: int | Tensor | None
-    edge_numbers: Tensor | None = None
-    first_head: int = 0
-
-
-class PairDropoutSeed(NamedTuple):
-    """A seed of dropout for pairs or heads that are some of a larger call's: head h of the pair of
-    query i and key j is dropped as head ``first_head + h`` of pair ``query_numbers[i] +
-    key_numbers[j]`` of that call is.
-
-    Attributes:
-        seed: As ``dropout_seed`` alone: an int, one int64, or None to draw one.
-        query_numbers: ``[N]`` int64, none below 0; None, as key_numbers: pairs have their own.
-        key_numbers: ``[M]`` int64, none below 0.
-        first_head: From 0 to 2^31 - 1.
-
-    Example:
-        >>> import torch
-        >>> from fastgt import PairDropoutSeed, global_attention
-        >>> q, k, v = torch.randn(3, 5, 4, 16)
-        >>> out = global_attention(q, k, v, dropout_p=0.5, dropout_seed=7)
-        >>> seed = PairDropoutSeed(7, torch.tensor([10]), torch.arange(5))  # of query 2
-        >>> ends = torch.tensor([0, 5])
-        >>> row = global_attention(
-        ...     q[2:3], k, v, key_offsets=ends, dropout_p=0.5, dropout_seed=seed
-        ... )
-        >>> torch.allclose(row, out[2:3], atol=1e-6)
-        True
-    """
-
-    seed: int | Tensor | None
-    query_numbers: Tensor | None = None
-    key_numbers: Tensor | None = None
-    first_head: int = 0
-
-
 class Dropout(NamedTuple):
     """Each weight is dropped with probability ``p``, as ``seed``, its edge and its head say."""
 

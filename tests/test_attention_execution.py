@@ -392,7 +392,7 @@ def test_outputs_beyond_two_to_the_31(tmp_path):
     inputs = edge_tile.Operands(*map(rows_of, (x.q, x.k, x.v, None)))
     rows = buckets.Walk(graph.row_ptr, graph.col, graph.edge, None, None, None)
     columns = buckets.Walk(columns.ptr, columns.row, columns.edge, None, None, None)
-    counts, plain = (4, 0, 0), (None, 0, None, tile)  # neither dropout nor masked heads
+    counts, plain = (4, 0, 0), (edge_tile.Drop(), 0, None, tile)  # nothing dropped, none masked
     outputs = kernels.Outputs(o, lse, norm, None, None, None, None, None)
     kernels._attention_fwd_kernel[1, 1](
         inputs, None, outputs, rows, *counts, *clamp, -math.inf, *plain

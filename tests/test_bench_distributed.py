@@ -76,9 +76,12 @@ def test_interior_edges_are_those_of_rows_that_read_own_columns():
     assert scaling.interior_edges(graph, torch.zeros(3, dtype=torch.int64), 1).tolist() == [5]
 
 
-def test_a_simulated_step_is_the_slowest_rank_of_the_equations(small):
-    graph = PROBLEMS[small].load()
-    owners = partition(graph, 4, "contiguous")
+def test_a_simulated_step_is_the_slowest_rank_of_the_equations():
+    # edges of the first nodes are cut, those of the others are not: the slowest rank hides least
+    here = torch.arange(300)
+    mixed = random_graph(0, 150, 900).edge_index
+    graph = Graph.from_edge_index(torch.cat([torch.stack([here.roll(1), here]), mixed], 1), 300)
+    owners = here * 4 // 300
     found = report(graph, owners, parts=4, width=SETTING.dim)
     inside = scaling.interior_edges(graph, owners, 4)
     network = NETWORKS["ethernet-10g"]
@@ -95,7 +98,7 @@ def test_a_simulated_step_is_the_slowest_rank_of_the_equations(small):
     seconds = scaling.step_seconds(found, inside, RATES, SETTING)
     assert seconds["step_s"] == pytest.approx(max(steps) + gradients)
     assert seconds["step_plain_s"] == pytest.approx(max(plain) + gradients)
-    assert seconds["step_s"] < seconds["step_plain_s"]
+    assert max(plain) - max(steps) < max(b - a for a, b in zip(steps, plain, strict=True)) - 1e-6
     half = RATES._replace(item=2)
     assert scaling.step_seconds(found, inside, half, SETTING)["exchange_s"] < seconds["exchange_s"]
 

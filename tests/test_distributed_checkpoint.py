@@ -31,6 +31,11 @@ def test_ranks_go_on_with_the_bits_that_they_would_have_had(ranks, tmp_path):
     assert_same_bits(rank_0(ranks, 2, trained, tmp_path, 5, resume=True), whole)
 
 
+def test_one_process_goes_on_with_the_bits_that_it_would_have_had(tmp_path):
+    whole = trained(None, tmp_path, 4, save_at=2)
+    assert_same_bits(trained(None, tmp_path, 4, resume=True), whole)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_another_number_of_ranks_goes_on(ranks, tmp_path, size):
     rank_0(ranks, 2, trained, tmp_path, 5, save_at=3)

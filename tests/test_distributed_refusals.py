@@ -254,9 +254,7 @@ NEED_A_GRAPH = {
     "draw_negatives": lambda g: draw_negatives(g, torch.tensor([0])),
     "complement": complement,
     "global_tokens": lambda g: global_tokens(g, 1),
-    "SymPointAttention": lambda g: SymPointAttention(8)(
-        torch.zeros(N, 8), torch.zeros(N, 2), g
-    ),
+    "SymPointAttention": lambda g: SymPointAttention(8)(torch.zeros(N, 8), torch.zeros(N, 2), g),
     "Graph.batch": lambda g: Graph.batch([g, g]),
     "partition": lambda g: fd.partition(g, 2, "hash"),
     "report": lambda g: fd.report(g, torch.zeros(N, dtype=torch.int64)),

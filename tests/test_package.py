@@ -66,6 +66,7 @@ LAYERS = {
         "graph_build",
         "ops",
         "options",
+        "philox",
         "real_graphs",
         "reference",
         "reordering",
@@ -156,7 +157,7 @@ LAYERS = {
     },
     "__main__": {"cli"},
     "data": set(),
-    "__init__": {"contract", "drop_in", "graph", "ops", "encodings", "pruning"},
+    "__init__": {"contract", "drop_in", "graph", "ops", "encodings", "philox", "pruning"},
 }
 MODULES = [
     *(ROOT / "fastgt").rglob("*.py"),

@@ -20,7 +20,8 @@ def collectives(group):
     second = ranks.all_to_all(letters[:, 0].long(), counts, counts)
     found = {"rows": first.wait().clone(), "numbers": second.wait().clone()}
     letters.fill_(-1)  # they have arrived
-    found |= {"sum": ranks.sum(x), "largest": ranks.largest(x), "gathered": ranks.gathered(x)}
+    found |= {"sum": ranks.sum(x.clone()), "largest": ranks.largest(x)}
+    found |= {"gathered": ranks.gathered(x)}
     found["sum"].add_(1)  # each has a tensor of its own
     mine = x.T.clone()
     ranks.from_first(mine.T)

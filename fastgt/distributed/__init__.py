@@ -2,8 +2,9 @@
 
 from fastgt.distributed.checkpoint import load_checkpoint, save_checkpoint
 from fastgt.distributed.edge_list import edge_list_graph
-from fastgt.distributed.graph import DistributedGraph, halo_exchange
+from fastgt.distributed.graph import DistributedGraph
 from fastgt.distributed.group import Group
+from fastgt.distributed.halo_exchange import halo_exchange
 from fastgt.distributed.head_parallel import head_parallel
 from fastgt.distributed.in_turn import in_turn
 from fastgt.distributed.load import load_partition

@@ -76,13 +76,14 @@ class FileMemory(TorchDispatchMode):
         try:
             # written at once: a new file that is mapped is filled page by page
             with open(handle, "wb") as file:
-                file.write(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+                file.write(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data)
             mapped = torch.UntypedStorage.from_file(path, True, storage.nbytes())
         finally:
             os.unlink(path)
         self._mapped.append(StorageWeakRef(mapped))
         new = torch.empty(0, dtype=x.dtype)
-        return new.set_(mapped, x.storage_offset(), x.shape, x.stride())
+        place = x.storage_offset(), x.shape, x.stride()
+        return new.set_(mapped, *place)  # type: ignore[arg-type]
 
 
 def _is_large(x: Tensor) -> bool:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgt.contract import Aux, AuxRequest, PairDropoutSeed
 from fastgt.contract import Aux, AuxRequest
 from fastgt.distributed.agreement import agree
 from fastgt.distributed.collectives import next_ranks
@@ -30,6 +29,7 @@ from fastgt.ops.checks import accumulator, autocast, autocasts, dropout_key, num
 from fastgt.ops.global_attention import global_attention as attention
 from fastgt.ops.head_mask import check_head_gate, gated
 from fastgt.ops.implementation import Impl, resolve_impl
+from fastgt.philox import PairDropoutSeed
 
 
 def global_attention(
@@ -150,8 +150,6 @@ class _RingAttention(torch.autograd.Function):
         keys: _Keys = [k, v, bias, ring.numbers]
         grads = [None if x is None else torch.zeros_like(x, dtype=wide) for x in keys[:3]]
         agree(ring.group, q.device, "the backward of global_attention", {})
-        keys = [x for x in (k, v, bias) if x is not None]
-        grads = [torch.zeros_like(x, dtype=wide) for x in keys]
         dq = torch.zeros_like(q, dtype=wide)
         delta = dlse - (do.to(wide) * out.to(wide)).sum(2)
         for step in range(ring.group.size):

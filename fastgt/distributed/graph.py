@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastgt.contract import Aux, DropoutSeed
+from fastgt.contract import Aux
 from fastgt.distributed.agreement import agree, described
 from fastgt.distributed.cached import cached_property
 from fastgt.distributed.exchange import Exchange
@@ -24,6 +24,7 @@ from fastgt.distributed.partition_files import hash_of
 from fastgt.graph import Graph
 from fastgt.graph_build import from_pairs, size_of, with_boundaries
 from fastgt.ops.checks import dropout_key
+from fastgt.philox import DropoutSeed
 from fastgt.shard import Roles, Shard
 
 Kind = Literal["row", "column", "edge"]
@@ -260,7 +261,8 @@ class DistributedGraph(Shard):
         graph = from_pairs(part.row[edges], col, self.num_rows, width)
         return Graph(*with_boundaries(graph, rows, cols))
 
-    def _assembled(self, own: Tensor, halo: Tensor) -> Tensor:
+    def assembled(self, own: Tensor, halo: Tensor) -> Tensor:
+        """``[m, ...]`` and ``[h, ...]`` -> ``[m + h, ...]``, the columns of ``local``."""
         both = torch.cat([own, halo])
         return both if self._column_order is None else both.index_select(0, self._column_order)
 
@@ -347,7 +349,7 @@ class DistributedGraph(Shard):
     ) -> dict[str, Tensor]:
         """Own columns and the halo's, by argument."""
         pairs = zip(tensors, halos, strict=True)
-        full = {id(own): self._assembled(own, halo) for own, halo in pairs}
+        full = {id(own): self.assembled(own, halo) for own, halo in pairs}
         return {name: full[id(x)] for name, x in given.items()}
 
     def _merged(self, roles: Roles, first: Any, second: Any) -> Any:
@@ -394,42 +396,6 @@ class DistributedGraph(Shard):
                     f"{name} is {found} but rank {self.part.rank} has {size} {kind}s{hint}"
                 )
         return None
-
-
-def halo_exchange(x: Tensor, shard: DistributedGraph) -> Tensor:
-    """``x`` of own columns with what the other ranks have of the halo.
-
-    For what operators do not do: they fetch what they need themselves. All ranks call it.
-    Differentiable, twice too: gradients go back to the ranks that own the columns, and are summed
-    there in a fixed order.
-
-    Args:
-        x: ``[m, ...]``, of any dtype.
-        shard: The rank's share of a graph.
-
-    Returns:
-        ``[m + h, ...]``, the columns of ``shard.local``, the bipartite :class:`fastgt.Graph` from
-        the rank's rows to what they read.
-
-    Raises:
-        TypeError: ``shard`` is no DistributedGraph.
-        ValueError: x has another number of rows than the rank has columns; names both.
-        RuntimeError: Ranks disagree about x, or another rank refuses its own.
-
-    Example:
-        >>> import torch
-        >>> from fastgt import Graph, aggregate
-        >>> from fastgt.distributed import DistributedGraph, halo_exchange
-        >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 0]]))
-        >>> shard = DistributedGraph.from_graph(graph, torch.zeros(3, dtype=torch.int64))
-        >>> aggregate(halo_exchange(torch.eye(3), shard), shard.local).argmax(1).tolist()
-        [2, 0, 1]
-    """
-    if not isinstance(shard, DistributedGraph):
-        hint = ": from_graph gives a rank its share" if isinstance(shard, Graph) else ""
-        raise TypeError(f"shard must be a DistributedGraph, got {type(shard).__name__}{hint}")
-    shard.check_call(halo_exchange, Roles(columns=("x",)), {"x": x})
-    return shard._assembled(x, shard.exchange.fetched([x])[0])
 
 
 class _Sending(Shard):

@@ -94,16 +94,16 @@ class Group:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' tensors; no gradient goes through it."""
+        x = x.detach().clone(memory_format=torch.contiguous_format)
         if self.size > 1:
-            x = x.detach().clone(memory_format=torch.contiguous_format)
             with self.watched():
                 dist.all_reduce(x, group=self.processes)
         return x
 
     def largest(self, x: Tensor) -> Tensor:
         """The maximum of all ranks' tensors, number by number; no gradient goes through it."""
+        x = x.detach().clone(memory_format=torch.contiguous_format)
         if self.size > 1:
-            x = x.detach().clone(memory_format=torch.contiguous_format)
             with self.watched():
                 dist.all_reduce(x, dist.ReduceOp.MAX, group=self.processes)
         return x

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastgt.contract import Aux, DropoutSeed, PairDropoutSeed
+from fastgt.contract import Aux
 from fastgt.distributed.agreement import agree, described
 from fastgt.distributed.group import Group
 from fastgt.graph import Graph
@@ -29,6 +29,7 @@ from fastgt.ops.checks import check_first_head, dropout_key
 from fastgt.ops.global_attention import global_attention
 from fastgt.ops.head_mask import check_head_gate
 from fastgt.ops.linear_attention import linear_attention
+from fastgt.philox import DropoutSeed, PairDropoutSeed
 
 
 def head_parallel(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastgt.ops.checks import dropout_key
 from fastgt.distributed.cached import cached_property
+from fastgt.ops.checks import dropout_key
 from fastgt.shard import Roles, Shard
 
 if TYPE_CHECKING:

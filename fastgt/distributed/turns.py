@@ -192,6 +192,9 @@ class TurnGroup(Group):
     def told(self, x: Any) -> list[Any]:
         return [pickle.loads(said) for said in self._all("told", pickle.dumps(x))]
 
+    def told_by_first(self, x: Any) -> Any:
+        return self.told(x)[0]
+
     def arrived(self, meeting: Meeting) -> list[Any]:
         """What every rank brought to a collective that this one came to."""
         return self._turns.all_of(self.rank, meeting, self._memory)
@@ -213,17 +216,17 @@ class _Letters(Flight):
     """Rows for this rank, which the others have brought or will bring."""
 
     def __init__(self, group: TurnGroup, meeting: Meeting, receive: Sequence[int]):
-        self._group, self._receive = group, list(receive)
+        self._ranks, self._receive = group, list(receive)
         self._meeting: Meeting | None = meeting
         self._rows: Tensor | None = None
 
     def wait(self) -> Tensor:
         if self._meeting is not None:
-            found = [letters[self._group.rank] for letters in self._group.arrived(self._meeting)]
+            found = [letters[self._ranks.rank] for letters in self._ranks.arrived(self._meeting)]
             for other, (rows, expected) in enumerate(zip(found, self._receive, strict=True)):
                 if len(rows) != expected:
                     raise RuntimeError(
-                        f"rank {self._group.rank} expects {expected} rows of rank {other}, which "
+                        f"rank {self._ranks.rank} expects {expected} rows of rank {other}, which "
                         f"sent {len(rows)}"
                     )
             self._rows, self._meeting = torch.cat(found), None

@@ -19,7 +19,6 @@ from fastgt.contract import (
     Aux,
     AuxRequest,
     Dropout,
-    DropoutSeed,
     HeadMask,
     RowWalk,
     Walks,
@@ -46,6 +45,7 @@ from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, GATHER, column_walk, row_walk
+from fastgt.philox import DropoutSeed
 from fastgt.shard import Roles, Shard
 from fastgt.signature import Signature
 

@@ -15,7 +15,6 @@ from fastgt.contract import (
     Aux,
     AuxRequest,
     Dropout,
-    DropoutSeed,
     EdgeTensors,
     EdgeTerms,
     HeadMask,
@@ -52,6 +51,7 @@ from fastgt.ops.head_mask import check_head_gate, gated, masked_aux, node_mask
 from fastgt.ops.implementation import Impl, resolve_impl
 from fastgt.ops.second_order import differentiable_gradients
 from fastgt.ops.walks import CPU, column_walk, row_walk
+from fastgt.philox import DropoutSeed
 from fastgt.plans import Plan, tallest
 from fastgt.shard import Roles, Shard
 from fastgt.signature import Signature

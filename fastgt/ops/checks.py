@@ -11,9 +11,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
-from fastgt.contract import Dropout, DropoutSeed, PairDropout, PairDropoutSeed
+from fastgt.contract import Dropout, PairDropout
 from fastgt.graph import Graph
 from fastgt.graph_build import check_boundaries, check_index
+from fastgt.philox import DropoutSeed, PairDropoutSeed
 from fastgt.shard import NotOnRanks, Shard
 from fastgt.tiles import MAX_WIDTH
 

@@ -17,7 +17,6 @@ from fastgt.contract import (
     GlobalUpstream,
     Inputs,
     PairDropout,
-    PairDropoutSeed,
     PairNeeds,
     PairTerms,
     RaggedPairs,
@@ -43,6 +42,7 @@ from fastgt.ops.head_mask import check_head_gate, gated, head_mask
 from fastgt.ops.implementation import Impl, require_triton, resolve_impl
 from fastgt.ops.registration import register
 from fastgt.ops.second_order import differentiable_gradients
+from fastgt.philox import PairDropoutSeed
 from fastgt.shard import Roles, Shard
 from fastgt.signature import Signature, results_schema
 

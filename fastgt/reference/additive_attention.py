@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu
 
-from fastgt.contract import AdditiveInputs, AdditiveTerms, Aux, AuxRequest, Dropout, DropoutSeed
+from fastgt.contract import AdditiveInputs, AdditiveTerms, Aux, AuxRequest, Dropout
 from fastgt.graph import Graph
-from fastgt.philox import LEVELS, kept, threshold
+from fastgt.philox import LEVELS, DropoutSeed, kept, threshold
 from fastgt.reference.heads import gated, masked, masked_aux, of_rows
 from fastgt.reference.sums import accumulator, einsum, row_sums
 

@@ -8,9 +8,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastgt.contract import Aux, AuxRequest, Dropout, DropoutSeed, EdgeTensors, Inputs, Logit
+from fastgt.contract import Aux, AuxRequest, Dropout, EdgeTensors, Inputs, Logit
 from fastgt.graph import Graph
-from fastgt.philox import LEVELS, kept, threshold
+from fastgt.philox import LEVELS, DropoutSeed, kept, threshold
 from fastgt.reference.clamps import bounds, clamped
 from fastgt.reference.heads import gated, masked, masked_aux, of_rows
 from fastgt.reference.sums import accumulator, einsum, row_sums

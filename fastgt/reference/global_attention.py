@@ -8,16 +8,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastgt.contract import (
-    Aux,
-    AuxRequest,
-    Inputs,
-    PairDropout,
-    PairDropoutSeed,
-    PairTerms,
-    RaggedPairs,
-)
-from fastgt.philox import LEVELS, kept, threshold
+from fastgt.contract import Aux, AuxRequest, Inputs, PairDropout, PairTerms, RaggedPairs
+from fastgt.philox import LEVELS, PairDropoutSeed, kept, threshold
 
 
 @overload

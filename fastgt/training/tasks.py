@@ -29,8 +29,8 @@ class Task(Protocol):
     sizes: dict[str, int]
 
     def loss(self, chosen: Tensor) -> Tensor:
-        """Mean loss of these training examples: in each process of its share, so weighted that the
-        mean over processes is that of all."""
+        """Mean loss of these training examples: in each process of its share, so weighted that
+        :meth:`fastgt.training.ranks.Ranks.mean` gives that of all."""
 
     def outputs(self, split: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs and labels of these examples of a split."""

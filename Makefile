@@ -17,7 +17,7 @@ BUILT = if [ -f $(NOT_BUILT) ]; then echo "the CPU kernels were not built, the s
 CHECKED = tests/test_package.py tests/test_versions.py::test_values_and_gradients \
   tests/test_versions.py::test_every_public_operator_is_here tests/test_versions.py::test_graphs_travel
 
-.PHONY: setup test-setup demo check test sanitize matrix matrix-lowest matrix-highest pyg-tests bench results gpu budget lint clean
+.PHONY: setup test-setup demo check test sanitize matrix matrix-lowest matrix-highest pyg-tests bench results docs gpu budget lint clean
 
 setup: $(VENV)/demo.stamp
 
@@ -41,6 +41,10 @@ test: $(VENV)/test.stamp
 	$(BIN)/mypy fastgt
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest tools --benchmark-disable
+
+# the site, in build/site; a link that leads nowhere ends it
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # memory, undefined behaviour and races of the compiled kernels
 sanitize: $(VENV)/test.stamp
@@ -100,6 +104,10 @@ $(BIN)/python:
 $(VENV)/demo.stamp: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[demo]'
 	@$(BUILT)
+	touch $@
+
+$(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/demo.stamp
+	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
 	touch $@
 
 # torch-scatter compiles against the torch installed before it; without a compiler its tests say so

@@ -503,30 +503,49 @@ def test_docstring_examples(module):
     assert not found.failed
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "docs/torch-geometric.md",
-        "docs/data-sets.md",
-        "docs/patterns.md",
-        "docs/distributed.md",
-    ],
-)
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("document", [page for page in PAGES if "```python" in _text(page)])
 def test_code_of_documents_runs(document):
     pytest.importorskip("torch_geometric")  # of which a block accelerates a model
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
-    assert blocks
+    blocks = re.findall(r"```python\n(.*?)```", _text(document), re.DOTALL)
     names = {"__name__": "document"}  # one session: a block uses what those above it made
     for block in blocks:
         exec(compile(block, document, "exec"), names)
 
 
-def test_readme_figures_are_those_of_the_result_files():
+@pytest.mark.parametrize("document", PAGES)
+def test_figures_of_documents_are_those_of_the_result_files(document):
     import render
 
-    readme = (ROOT / "README.md").read_text()
-    assert render.rendered(readme) == readme, "run `python tools/render.py`"
+    text = _text(document)
+    assert render.rendered(text) == text, "run `python tools/render.py`"
+
+
+def test_the_readme_is_one_page():
+    assert len(_text("README.md").splitlines()) <= 150
+
+
+def test_the_reference_has_every_public_name():
+    """Each page of docs/api has all that its package exports."""
+    told = {
+        name
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
+    }
+    for package in (
+        "",
+        ".nn",
+        ".models",
+        ".encodings",
+        ".pruning",
+        ".patterns",
+        ".datasets",
+        ".distributed",
+    ):
+        module = importlib.import_module(f"fastgt{package}")
+        assert {f"fastgt{package}.{name}" for name in module.__all__} <= told, package
 
 
 def test_packages_export_what_they_import():

@@ -1,8 +1,8 @@
 """Tables and plots of the README and the docs from result files: no figure is typed by hand.
 
 ``python tools/render.py`` rewrites, in ``README.md`` and ``docs``, what stands between a marker and
-``<!-- end -->``, from ``bench/results/FILE.json``, and draws the plots of benchmark results beside
-them, in ``bench/results/plots``:
+``<!-- end -->``, from ``bench/results/FILE.json``, and draws the plots of benchmark results for
+the docs, in ``docs/figures/plots``:
 
 - ``<!-- table FILE OPERATOR PROBLEM ... -->``: every provider on those problems;
 - ``<!-- overview FILE OPERATOR PEER; PEER; ... -->``: a line a problem, and how many times longer
@@ -37,6 +37,7 @@ from fastgt.testing import SCALING
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+PLOTS = ROOT / "docs" / "figures" / "plots"
 PLOTTED = ("attention", "transformer_conv", "performer", "masked_heads")
 
 
@@ -50,12 +51,12 @@ def run() -> None:
     from fastgt.bench import scaling
     from fastgt.bench.plots import plot
 
-    for drawn in scaling.plot(_of_ranks(), RESULTS / "plots" / "distributed"):
+    for drawn in scaling.plot(_of_ranks(), PLOTS / "distributed"):
         print(drawn)
     for path in sorted(RESULTS.glob("*.json")):
         rows = json.loads(path.read_text())
         mine = [row for row in rows if row.get("operator") in PLOTTED]
-        for drawn in plot(mine, RESULTS / "plots" / path.stem) if mine else []:
+        for drawn in plot(mine, PLOTS / path.stem) if mine else []:
             print(drawn)
 
 

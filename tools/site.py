@@ -1,7 +1,7 @@
 """What ``mkdocs build`` does beside its plugins: the front page and the links out of the site.
 
-The front page is ``README.md``. Links from a page to a file of the checkout that is no page, to an
-example for one, go to the repository.
+``README.md`` is the front page, and ``CONTRIBUTING.md`` and ``CHANGELOG.md`` are pages too. A link
+to a file of the checkout that is no page, to an example for one, becomes text.
 """
 
 from __future__ import annotations

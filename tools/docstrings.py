@@ -21,6 +21,8 @@ class Docstrings(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = readable(obj.docstring.value)
+        if obj.is_function:
+            obj.overloads = None  # type: ignore[attr-defined]  # the last signature has them all
 
 
 def readable(text: str) -> str:

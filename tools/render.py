@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from render_cells import Rows, machine, ms, time
+from render_front import front
 from render_gallery import gallery
 from render_ranks import of_kind
 
@@ -58,6 +59,8 @@ def run() -> None:
         mine = [row for row in rows if row.get("operator") in PLOTTED]
         for drawn in plot(mine, PLOTS / path.stem) if mine else []:
             print(drawn)
+    if (cpu := RESULTS / "cpu.json").exists():
+        print(front(json.loads(cpu.read_text()), PLOTS.parent / "front.png"))
 
 
 def rendered(readme: str) -> str:

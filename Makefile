@@ -31,6 +31,7 @@ check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy fastgt
+	$(BIN)/python tools/prose.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 8 $(CHECKED)
 
 # a process for each core, which has whole files (tests/conftest.py): threads of its own would stand

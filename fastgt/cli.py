@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 EPOCHS = 80
 INT32_MAX = 2**31 - 1
+WELCOME = f"""fastgt {__version__}: attention that graph transformers run on.
+
+    fastgt doctor          what runs on this machine, and why
+    fastgt demo            train a graph transformer on Debian's packages, in minutes
+    fastgt train --list    models, data sets, published results
+
+fastgt --help has all commands. Exit statuses: 0 done, 1 failed with a reason on stderr, 2 wrong
+usage, 130 interrupted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
+    if args.run is None:
+        print(WELCOME)
+        return 0
     try:
         return args.run(args)
     except BrokenPipeError:
@@ -56,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastgt", description="Attention for graph transformers.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"fastgt {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(metavar="command")
     demo = commands.add_parser(
         "demo",
         help="train a graph transformer on the dependency graph of Debian",
@@ -99,9 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="what runs on this machine, and why",
-        description="Say which compiled kernels this CPU runs, and try one. The exit status is 1 "
-        "where there are none: operators then run their slow definitions.",
+        description="Say which compiled kernels this CPU runs, and try every operator, forward and "
+        "backward. The exit status is 1 where there are no kernels, for operators then run their "
+        "slow definitions, or where one is wrong.",
     )
+    doctor.add_argument("--json", action="store_true", help="the same as JSON")
     doctor.set_defaults(run=_doctor)
     report = commands.add_parser("report", help="what is known of the kernels without a GPU")
     _add_reports(report.add_subparsers(required=True, metavar="kind"))
@@ -159,7 +173,7 @@ def _add_reports(kinds: Any) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     from fastgt import doctor
 
-    return doctor.run()
+    return doctor.run(args.json)
 
 
 def _demo(args: argparse.Namespace) -> int:

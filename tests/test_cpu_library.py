@@ -1,5 +1,6 @@
 """The compiled kernels as a library: built, found, checked, refused."""
 
+import json
 import os
 import re
 import shutil
@@ -167,7 +168,15 @@ def test_doctor_names_the_variant_and_its_width(compiled_kernels, capsys):
     said = capsys.readouterr().out
     assert f"kernels of the variant {library.variant()}" in said
     assert f"vectors of {compiled_kernels.vector_bytes} bytes" in said
-    assert "softmax by these kernels is right" in said
+    assert re.search(r"^neighborhood_attention +cpp +[\d.]+ ms, right$", said, re.MULTILINE)
+
+
+def test_doctor_tells_as_json_which_implementation_runs_every_operator(compiled_kernels, capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cpu"]["kernels"] == library.variant()
+    assert {x["impl"] for x in found["operators"].values()} == {"cpp"}
+    assert all(x["right"] for x in found["operators"].values())
 
 
 def test_doctor_says_why_there_are_none(without_kernels, capsys):
@@ -183,7 +192,7 @@ def test_doctor_tells_wrong_kernels(compiled_kernels, monkeypatch, capsys):
 
     monkeypatch.setattr(library.Library, "run", wrong)
     assert cli.main(["doctor"]) == 1
-    assert "WRONG" in capsys.readouterr().out
+    assert re.search(r"^segment_softmax +cpp +WRONG: ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_tests_that_need_kernels_are_skipped_where_there_are_none():

@@ -38,7 +38,7 @@ def batch(graphs: int):
 torch.manual_seed(0)
 model = Classifier()
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-for step in range(1, 201):
+for _ in range(200):
     x, offsets, y = batch(64)
     loss = binary_cross_entropy_with_logits(model(x, offsets), y)
     optimizer.zero_grad()

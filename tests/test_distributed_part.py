@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgt import Graph
+from fastgt.distributed import DistributedGraph
 from fastgt.distributed.part import cut, graphs_of
 
 
@@ -108,3 +109,9 @@ def test_a_rank_without_rows(parts):
     part = cut(graph, owners, owners, parts - 1, parts)
     assert len(part.edge) == (2 if parts == 1 else 0)
     assert part.halo_ptr.tolist() == [0] * (parts + 1)
+
+
+def test_a_share_prints_its_sizes():
+    graph = Graph.from_edge_index(torch.tensor([[2, 1, 0, 0], [0, 0, 1, 2]]), 3)
+    shard = DistributedGraph.from_graph(graph, torch.zeros(3, dtype=torch.int64))
+    assert repr(shard) == "DistributedGraph(rank 0 of 1, n=3, e=4, h=0, cpu)"

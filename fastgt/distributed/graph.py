@@ -132,6 +132,13 @@ class DistributedGraph(Shard):
         assert share is not None
         return cls(share, ranks, overlap=overlap, check=check)
 
+    def __repr__(self) -> str:
+        part = self.part
+        return (
+            f"DistributedGraph(rank {part.rank} of {part.parts}, n={self.num_rows}, "
+            f"e={self.num_edges}, h={len(part.halo)}, {self.device})"
+        )
+
     @property
     def device(self) -> torch.device:
         return self.part.rows.device

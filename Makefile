@@ -108,7 +108,7 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	touch $@
 
 $(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/demo.stamp
-	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m pip install -c constraints.txt --group docs
 	touch $@
 
 # torch-scatter compiles against the torch installed before it; without a compiler its tests say so

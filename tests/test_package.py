@@ -585,6 +585,7 @@ def test_make_check_runs_every_operator():
 def test_version_is_the_projects():
     text = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{fastgt.__version__}"' in text
+    assert f"\nversion: {fastgt.__version__}\n" in _text("CITATION.cff")
 
 
 def test_a_test_has_the_same_name_in_every_process(request):

@@ -108,6 +108,7 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	touch $@
 
 $(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/demo.stamp
+	$(BIN)/python -m pip install --upgrade 'pip>=25.1'  # the first that knows groups
 	$(BIN)/python -m pip install -c constraints.txt --group docs
 	touch $@
 

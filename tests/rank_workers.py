@@ -1,5 +1,6 @@
 """Ranks of torch.distributed that stay: each runs what a test sends it, among the first P."""
 
+import pickle
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -37,13 +38,13 @@ class Ranks:
     def answers(self, size, function, *args):
         """Of each rank, its result or what it Raised."""
         for end in self._ends[:size]:
-            end.send((size, function, args))
+            _send(end, (size, function, args))
         answers = []
         for rank, end in enumerate(self._ends[:size]):
             if not end.poll(PATIENCE):
                 self.close()
                 raise TimeoutError(f"rank {rank} of {size} did not answer in {PATIENCE} s")
-            answers.append(end.recv())
+            answers.append(pickle.loads(end.recv_bytes()))
         return answers
 
     def close(self):
@@ -80,9 +81,14 @@ def _serve(rank, store, end):
     )
     groups = {size: dist.new_group(range(size)) for size in range(1, SIZE + 1)}
     while True:
-        size, function, args = end.recv()
+        size, function, args = pickle.loads(end.recv_bytes())
         try:
             answer = function(groups[size], *args)
         except Exception as error:
             answer = Raised(error)
-        end.send(answer)
+        _send(end, answer)
+
+
+def _send(end, message):
+    """By value: ``end.send`` would put each tensor into a file of shared memory."""
+    end.send_bytes(pickle.dumps(message))

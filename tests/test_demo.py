@@ -132,7 +132,6 @@ def test_damaged_data_is_said(damage, monkeypatch, tmp_path, capsys):
         (["demo", "--output", "x.foo"], 1, "must end in .png, .pdf or .svg, got x.foo"),
         (["demo", "--output", "."], 1, "must end in .png"),
         (["demo", "--output", "/no/such/folder/x.png"], 1, "no such folder"),
-        ([], 2, "command"),
     ],
 )
 def test_usage_errors(arguments, status, message, capsys):

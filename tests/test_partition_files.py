@@ -272,6 +272,16 @@ def test_a_partition_of_pyg_is_the_same_part(tmp_path_factory, seed, parts):
     shutil.rmtree(root)
 
 
+def test_a_partition_of_pyg_is_read_where_its_classes_are_allowed(tmp_path):
+    graph, part, tensors = example()
+    write_like_pyg(tmp_path, graph, part, tensors["x"], tensors["edge_attr"])
+    with torch.serialization.safe_globals([defaultdict]):  # as torch_geometric does
+        before = set(torch.serialization.get_safe_globals())
+        found, features = read_pyg_partition(tmp_path, 0)
+        assert set(torch.serialization.get_safe_globals()) == before
+    assert torch.equal(features["edge_attr"], tensors["edge_attr"][found.edge])
+
+
 def test_a_partition_of_pyg_that_does_not_fit_is_refused(tmp_path):
     graph, part, tensors = example()
     with pytest.raises(ValueError, match=r"no META\.json"):

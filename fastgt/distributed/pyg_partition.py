@@ -152,8 +152,11 @@ def _index(path: Path, x: Any, name: str | None) -> Tensor:
 
 
 def _loaded(path: Path) -> Any:
+    # torch_geometric saves features of edges in a defaultdict without a factory. Where somebody has
+    # allowed the class itself, that entry would win.
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
     try:
-        # torch_geometric saves features of edges in a defaultdict without a factory
         with torch.serialization.safe_globals([(dict, "collections.defaultdict")]):
             return torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
@@ -162,3 +165,5 @@ def _loaded(path: Path) -> Any:
         raise
     except Exception as error:  # a damaged pickle may raise any
         raise ValueError(f"{path} cannot be read: {error}") from error
+    finally:
+        torch.serialization.add_safe_globals(allowed)

@@ -123,7 +123,7 @@ def _copy_kernel(x_ptr, pointers, load_by, store_by, stride, n, BLOCK: tl.conste
 
 # A row of many edges in segments, the others with up to 4. Programs take 16, 8, 4 or 2 rows.
 _BUCKETS = {"kind": "hub", "plan": "buckets"}
-_ALL = "gate key value attr-key attr-value drop scores"
+_ALL = "gate key value attr-key attr-value numbered scores"
 _ATTENTION = [
     ({"rows": 9, "edges": 24, "heads": 3, "d": 5, "dv": 9, "dtype": FP32} | _BUCKETS, ""),
     ({"rows": 17, "edges": 60, "heads": 1, "d": 7, "dv": 8, "dtype": FP32}, ""),
@@ -207,7 +207,7 @@ _LINEAR = [
 _GLOBAL = [
     ({"sizes": sizes, "d": d, "dv": dv, "dtype": dtype} | more, gate)
     for sizes, d, dv, dtype, more, gate in (
-        ((33, 7), 5, 9, FP32, {"bias": "pair", "drop": True}, ""),
+        ((33, 7), 5, 9, FP32, {"bias": "pair", "drop": True, "numbered": True}, ""),
         ((15, 0, 31), 5, 17, FP64, {"keys": (3, 9, 17), "bias": "key"}, "per graph"),
         ((65, 3), 17, 15, BF16, {"heads": 1, "group": 2}, "shared"),
         ((7, 9), 67, 129, FP64, {"heads": 1, "bias": "pair"}, ""),

@@ -99,6 +99,7 @@ REACH = {
     "channelwise_attention.py": ENDS["channelwise"][1:2],
     "channelwise_attention_backward.py": ENDS["channelwise"][:3],
     "channelwise_tile.py": ENDS["channelwise"][:3],
+    "edge_tile.py": ENDS["edge terms"][:2],
     "global_attention.py": ENDS["global"],
     "global_attention_backward.py": ENDS["global"],
     "head_projection.py": ENDS["projection"][::3],
@@ -128,6 +129,7 @@ INSIDE = {
         "tl.store(ptr + at, tl.sum(x, 2).to(ptr.dtype.element_ty), mask=live)",
     ],
     "channelwise_attention_backward.py": ["tl.load(cu_ptr + at, mask=mask, other=0.0)"],
+    "edge_tile.py": ["tl.load(drop.numbers + number, mask=live, other=0)"],
     "head_projection.py": ["tl.load(at, mask=active, other=0.0)"],
 }
 

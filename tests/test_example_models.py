@@ -1,4 +1,4 @@
-"""Scripts of examples/ train as they do for torch-geometric, which is two lines apart at most."""
+"""Scripts of examples/models train as on torch-geometric's layers, two lines apart at most."""
 
 import difflib
 import re
@@ -16,7 +16,7 @@ pytest.importorskip("torch_geometric")
 
 from fastgt.pyg import explain
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent / "examples" / "models"
 STEPS = 20
 
 

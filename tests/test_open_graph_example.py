@@ -1,4 +1,4 @@
-"""examples/open_graph.py on a small graph in the layout of Cora, and on Cora where it is."""
+"""examples/models/open_graph.py on a small graph in the layout of Cora, and on Cora where it is."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "open_graph.py"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "models" / "open_graph.py"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

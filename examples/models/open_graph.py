@@ -1,8 +1,8 @@
 """OpenGraph: classes and links of graphs that were not trained on, from their edges alone.
 
-    python examples/open_graph.py cora citeseer
-    python examples/open_graph.py cora citeseer --labels train val --draws 10
-    python examples/open_graph.py cora --pretrain amazon_computers --dim 128 --epochs 2
+    python examples/models/open_graph.py cora citeseer
+    python examples/models/open_graph.py cora citeseer --labels train val --draws 10
+    python examples/models/open_graph.py cora --pretrain amazon_computers --dim 128 --epochs 2
 
 Labels are edges to class nodes, and a node has the class whose node is nearest: nothing is fitted
 to them. Without --pretrain nothing is trained at all: embeddings are the tokens of a randomised SVD

@@ -1,6 +1,6 @@
 """Sampled mini-batches on Debian's packages: each step computes the neighbourhood of some seeds.
 
-    python examples/sampled.py --batch 1024 --channels 64
+    python examples/models/sampled.py --batch 1024 --channels 64
 
 `graph.sample` draws 15 neighbours of each seed, then 10 of each node that is there so far. It gives
 a bipartite Graph for each layer. Every epoch prints the share of its time that this took. The data

@@ -1,6 +1,6 @@
 """LargeGT beside GAT and GraphSAGE on the nodes of one graph.
 
-    python examples/large_gt.py --data debian --words 128 --epochs 10
+    python examples/models/large_gt.py --data debian --words 128 --epochs 10
 
 Nodes at one and two steps are sampled once, into a folder that a later call reads. LargeGT trains
 on batches of nodes, whose tokens another process reads ahead. torch-geometric's layers train on the

@@ -1,6 +1,6 @@
 """GAT on Cora: two layers with dropout of features and of attention weights.
 
-    python examples/gat.py --conv GATv2Conv
+    python examples/models/gat.py --conv GATv2Conv
 
 The first time, torch-geometric downloads Cora. One line makes this of a script for torch-geometric:
 the import of the layers.

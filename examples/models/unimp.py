@@ -1,6 +1,6 @@
 """UniMP on Tolokers: known labels are inputs of a transformer over the edges.
 
-    python examples/unimp.py
+    python examples/models/unimp.py
 
 The first time, torch-geometric downloads Tolokers: 11,758 nodes and 1,038,000 edges. One line makes
 this of a script for torch-geometric: the import of the layer.

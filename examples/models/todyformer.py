@@ -1,6 +1,6 @@
 """Todyformer on flights: which pairs of airports have a flight next, and against what that stands.
 
-    python examples/todyformer.py --data FOLDER
+    python examples/models/todyformer.py --data FOLDER
 
 Trains Todyformer, and the same model with means in the place of its softmaxes, on the same batches.
 A step predicts the next flights from those before them, against pairs without one. Then both are

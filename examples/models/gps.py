@@ -1,6 +1,6 @@
 """GraphGPS on ZINC: every layer has messages over bonds and attention over the whole molecule.
 
-    python examples/gps.py
+    python examples/models/gps.py
 
 The first time, torch-geometric downloads ZINC and prepares it, which takes minutes. Two lines make
 this of a script for torch-geometric: `import fastgt` and `fastgt.accelerate(model)`.

@@ -1,6 +1,6 @@
 """HGT on Debian's packages: two types of nodes, and three kinds of dependencies between them.
 
-    python examples/hgt.py --packages 10000
+    python examples/models/hgt.py --packages 10000
 
 A package is of the type "library" if its name begins with lib. Its archive section is to be found
 from the words of its description and from its dependencies. The data is a part of fastgt. Two lines

@@ -18,13 +18,13 @@ from fastgt.nn import HeadGate, NeighborhoodAttention
 
 def problem(nodes, edges):
     graph = Graph.from_edge_index(torch.randint(nodes, (2, edges)), nodes)
-    return torch.randn(nodes, 64), graph
+    return torch.randn(nodes, 256), graph
 
 
 torch.manual_seed(0)
 gate = HeadGate(torch.tensor([True, False, False, True, False, False, False, True]))
-masked = NeighborhoodAttention(64, heads=8, head_gate=gate).eval().requires_grad_(False)
-whole = NeighborhoodAttention(64, heads=8).eval().requires_grad_(False)
+masked = NeighborhoodAttention(256, heads=8, head_gate=gate).eval().requires_grad_(False)
+whole = NeighborhoodAttention(256, heads=8).eval().requires_grad_(False)
 smaller = prune_heads(masked).requires_grad_(False)
 x, graph = problem(2000, 40_000)
 for name, model in (("8 heads", whole), ("3 of 8", masked), ("3 heads", smaller)):

@@ -1,11 +1,13 @@
 """What ``mkdocs build`` does beside its plugins: the front page and the links out of the site.
 
-``README.md`` is the front page, and ``CONTRIBUTING.md`` and ``CHANGELOG.md`` are pages too. A link
-to a file of the checkout that is no page, to an example for one, becomes text.
+``README.md`` is the front page, and ``CONTRIBUTING.md`` and ``CHANGELOG.md`` are pages too, as is
+the notebook of ``examples/``. On the page of the examples, the code of each stands below the words
+on it. A link to a file of the checkout that is no page, to an example for one, becomes text.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,21 @@ def on_files(files: Any, config: Any) -> Any:
         for other, its_page in OUTSIDE.items():
             text = text.replace(f"]({other}", f"]({its_page}")
         files.append(File.generated(config, page, content=text))
+    notebook = json.loads((ROOT / "examples" / "first_steps.ipynb").read_text())
+    files.append(File.generated(config, "first-steps.md", content=_page_of(notebook)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Make text of links to files of the checkout that are no pages."""
+    """Put code below the words on an example, and make text of links to what is no page."""
+    if page.file.src_uri == "examples.md":
+        markdown = re.sub(
+            r"\]\(\.\./(examples/\w+\.py)\).*?\n\n",
+            lambda words: f"{words[0]}{_block('python', (ROOT / words[1]).read_text(), words[1])}",
+            markdown,
+            flags=re.DOTALL,
+        )
+        markdown = markdown.replace("```text\n", '```text title="prints"\n')
 
     def link(match: re.Match) -> str:
         target = match[2].partition("#")[0]
@@ -47,3 +59,19 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return match[0]
 
     return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s:]+)\)", link, markdown)
+
+
+def _page_of(notebook: dict[str, Any]) -> str:
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(_block("python", source) if cell["cell_type"] == "code" else source + "\n")
+        for output in cell.get("outputs", []):
+            said = output["text"] if "text" in output else output["data"]["text/plain"]
+            parts.append(_block("text", "".join(said)))
+    return "\n".join(parts)
+
+
+def _block(language: str, text: str, title: str = "") -> str:
+    head = f'{language} title="{title}"' if title else language
+    return f"```{head}\n{text.rstrip()}\n```\n\n"

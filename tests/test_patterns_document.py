@@ -18,13 +18,14 @@ def test_every_pattern_has_a_picture_and_is_used():
     makers = set(patterns.__all__) - HELPERS
     assert set(tool.PICTURES) == makers
     assert set(re.findall(r"!\[\w+\]\(figures/(\w+)\.png\)", PAGE)) == makers
-    assert {path.stem for path in tool.FIGURES.glob("*.png")} == makers
+    assert makers <= {path.stem for path in tool.FIGURES.glob("*.png")}
     blocks = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
     assert all(re.search(rf"\b{name}\(", blocks) for name in patterns.__all__)
 
 
 def test_pictures_are_small():
-    for path in tool.FIGURES.glob("*.png"):
+    for name in tool.PICTURES:
+        path = tool.FIGURES / f"{name}.png"
         assert path.stat().st_size < 30_000, path
 
 

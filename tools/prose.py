@@ -45,10 +45,11 @@ def problems(page: Path) -> Iterator[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """What is prose in a page: no code, tables, headings, links' targets or rendered parts."""
+    """What is prose in a page: no code, formulas, tables, headings, targets or rendered parts."""
     text = re.sub(r"```.*?```|<!-- .*?-->.*?<!-- end -->", "\n\n", text, flags=re.DOTALL)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    text = re.sub(r"`[^`]*`", "X", text)
+    text = re.sub(r"\$\$.*?\$\$", "\n\n", text, flags=re.DOTALL)
+    text = re.sub(r"`[^`]*`|\$[^$\n]+\$", "X", text)
     for block in re.split(r"\n\s*\n|\n(?=[-*] )", text):
         lines = [line for line in block.splitlines() if not re.match(r"\s*[|#>]", line)]
         prose = re.sub(r"\s+", " ", " ".join(lines)).strip("-* ")

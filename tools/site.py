@@ -1,13 +1,17 @@
-"""What ``mkdocs build`` does beside its plugins: the front page and the links out of the site.
+"""What ``mkdocs build`` does beside its plugins: the front page, links out of the site, formulas.
 
 ``README.md`` is the front page, and ``CONTRIBUTING.md`` and ``CHANGELOG.md`` are pages too, as is
 the notebook of ``examples/``. On the page of the examples, the code of each stands below the words
 on it. A link to a file of the checkout that is no page, to an example for one, becomes text.
+``README.md`` is the front page, and ``CONTRIBUTING.md`` and ``CHANGELOG.md`` are pages too. A link
+to a file of the checkout that is no page, to an example for one, becomes text. Formulas of TeX
+become MathML, which browsers draw without a script.
 """
 
 from __future__ import annotations
 
 import json
+import html
 import re
 from pathlib import Path
 from typing import Any
@@ -75,3 +79,20 @@ def _page_of(notebook: dict[str, Any]) -> str:
 def _block(language: str, text: str, title: str = "") -> str:
     head = f'{language} title="{title}"' if title else language
     return f"```{head}\n{text.rstrip()}\n```\n\n"
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Make MathML of what arithmatex found between dollars."""
+    return re.sub(
+        r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', _formula, html, flags=re.DOTALL
+    )
+
+
+def _formula(match: re.Match) -> str:
+    from latex2mathml.converter import convert
+
+    source = html.unescape(match[2]).strip()
+    block = match[1] == "div"
+    made = convert(source, display="block" if block else "inline")
+    # what the converter does not know stays there as it was
+    if unknown := re.search(r">(\\\w*|&)<", made):
+        raise ValueError(f"{unknown[1]} cannot be made MathML, in {source!r}")
+    return f'<div class="math">{made}</div>' if block else made

@@ -12,6 +12,8 @@ the docs, in ``docs/figures/plots``:
 - ``<!-- targets FILE -->``: what was set out to be reached;
 - ``<!-- devices -->``: targets and attention on every GPU that there is a file of;
 - ``<!-- trainings -->``: what trained models reached, from ``trainings.json``;
+- ``<!-- results MODEL -->``: sizes and results of one model, published and here;
+- ``<!-- sizes MODEL NAME ... -->``: parameters of published settings;
 - ``<!-- seeds -->``: attention of ``examples/seeds`` beside dense attention, from ``seeds.json``;
 - ``<!-- ranks KIND -->``: graphs on several ranks, from ``distributed.json``;
 - ``<!-- table FILE -->``: rows of another kind.
@@ -29,6 +31,7 @@ from typing import Any
 from render_cells import Rows, machine, ms, time
 from render_front import front
 from render_gallery import gallery
+from render_models import results, sizes, with_deviation
 from render_ranks import of_kind
 
 from fastgt import files
@@ -75,12 +78,19 @@ def rendered(readme: str) -> str:
             return f"<!-- seeds -->\n{_seeds()}\n<!-- end -->"
         if match[1].startswith("ranks "):
             return f"<!-- {match[1]} -->\n{of_kind(match[1].split()[1], _of_ranks())}\n<!-- end -->"
+        if match[1].startswith("results "):
+            made = results(match[1].split()[1], _trained())
+            return f"<!-- {match[1]} -->\n{made}\n<!-- end -->"
+        if match[1].startswith("sizes "):
+            _, model, *names = match[1].split()
+            return f"<!-- {match[1]} -->\n{sizes(model, names)}\n<!-- end -->"
         kind, file, *rest = match[1].split(maxsplit=2)
         rows = json.loads((RESULTS / f"{file}.json").read_text())
         return f"<!-- {match[1]} -->\n{KINDS[kind](rows, *rest)}\n<!-- end -->"
 
     kinds = "|".join(KINDS)
-    marker = rf"<!-- (devices|trainings|seeds|ranks \w+|(?:{kinds}) [^>]+?) -->\n.*?<!-- end -->"
+    named = rf"(?:{kinds}|sizes) [^>]+?"
+    marker = rf"<!-- (devices|trainings|seeds|(?:ranks|results) \w+|{named}) -->\n.*?<!-- end -->"
     return re.sub(marker, table, readme, flags=re.DOTALL)
 
 
@@ -361,10 +371,9 @@ def _devices() -> str:
 
 def _trainings() -> str:
     """A line for each model and data: what it reached, what was published, what that took."""
-    path = RESULTS / "trainings.json"
-    if not path.exists():
+    rows = _trained()
+    if not rows:
         return "No training has been run to its end."
-    rows = json.loads(path.read_text())
     lines = [
         machine(rows),
         "",
@@ -378,7 +387,7 @@ def _trainings() -> str:
         first, published = mine[0], mine[0]["published"]
         told = "none"
         if published is not None:
-            told = _with_deviation(published["value"], published["deviation"])
+            told = with_deviation(published["value"], published["deviation"])
             told += f" ({published['source']})"
         tests = [x["test"] for x in mine]
         deviation = statistics.stdev(tests) if len(tests) > 1 else None
@@ -386,7 +395,7 @@ def _trainings() -> str:
             f"`{pair[0]}`",
             first["title"],
             first["metric"],
-            _with_deviation(statistics.mean(tests), deviation),
+            with_deviation(statistics.mean(tests), deviation),
             told,
             str(len(mine)),
             str(round(statistics.mean(x["epochs"] for x in mine))),
@@ -406,13 +415,14 @@ def _seeds() -> str:
     return gallery(json.loads(path.read_text()))
 
 
-def _of_ranks() -> Rows:
-    path = RESULTS / "distributed.json"
+def _trained() -> Rows:
+    path = RESULTS / "trainings.json"
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def _with_deviation(value: float, deviation: float | None) -> str:
-    return f"{value:.4f}" if deviation is None else f"{value:.4f} ± {deviation:.4f}"
+def _of_ranks() -> Rows:
+    path = RESULTS / "distributed.json"
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 _PASSES = ("epoch", "inference")

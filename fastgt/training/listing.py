@@ -21,6 +21,9 @@ def rows() -> list[dict[str, Any]]:
             "published": None if recipe.published is None else recipe.published.value,
             "deviation": None if recipe.published is None else recipe.published.deviation,
             "source": None if recipe.published is None else recipe.published.source,
+            "published_parameters": None
+            if recipe.published is None
+            else recipe.published.parameters,
         }
         for recipe in RECIPES.values()
     ]

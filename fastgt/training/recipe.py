@@ -53,11 +53,14 @@ class Published:
         value: In the unit of the recipe's metric: shares are between 0 and 1.
         deviation: Over their seeds or splits; None where they tell none.
         source: Where it stands.
+        parameters: How many numbers their model learns, as it is written there; None where nobody
+            tells.
     """
 
     value: float
     deviation: float | None
     source: str
+    parameters: str | None = None
 
     def __str__(self) -> str:
         spread = "" if self.deviation is None else f" +- {self.deviation:.4g}"

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,6 +57,19 @@ def test_a_formula_that_cannot_be_drawn_ends_the_build():
     for source in (r"a \nosuchsign b", r"\begin{aligned} a &amp;= b \end{aligned}"):
         with pytest.raises(ValueError, match="cannot be made MathML"):
             hooks().on_page_content(f'<div class="arithmatex">\\[{source}\\]</div>', 0, 0, 0)
+
+
+def test_links_out_of_the_docs():
+    def made(source: str, text: str) -> str:
+        page = SimpleNamespace(file=SimpleNamespace(src_uri=source))
+        return hooks().on_page_markdown(text, page, None, None)
+
+    assert made("numerics.md", "[a](../CONTRIBUTING.md#b)") == "[a](contributing.md#b)"
+    assert made("api/pyg.md", "[a](../../CHANGELOG.md)") == "[a](../changelog.md)"
+    assert made("numerics.md", "[a](../examples/gat.py)") == "a"
+    assert made("numerics.md", "[a](edges.md) [b](#c)") == "[a](edges.md) [b](#c)"
+    assert made("numerics.md", "[a](../absent.md)") == "[a](../absent.md)"  # mkdocs refuses it
+    assert made("contributing.md", "[a](docs/../Makefile)") == "a"
 
 
 def test_the_search_splits_identifiers():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import html
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             flags=re.DOTALL,
         )
         markdown = markdown.replace("```text\n", '```text title="prints"\n')
+    """Make text of links to files of the checkout that are no pages."""
+    folder = (ROOT / "docs" / page.file.src_uri).parent
 
     def link(match: re.Match) -> str:
-        target = match[2].partition("#")[0]
+        target, anchor, place_in_it = match[2].partition("#")
         outside = page.file.src_uri in OUTSIDE.values()
-        place = ROOT / target if outside else (ROOT / "docs" / page.file.src_uri).parent / target
-        place = place.resolve()
+        place = ((ROOT if outside else folder) / target).resolve()
+        if place.parent == ROOT and not outside and place.name in OUTSIDE:
+            its_page = os.path.relpath(ROOT / "docs" / OUTSIDE[place.name], folder)
+            return f"[{match[1]}]({its_page}{anchor}{place_in_it})"
         # what is there, and no page; a link that leads nowhere is left for mkdocs to refuse
         if target and place.exists() and not place.is_relative_to(ROOT / "docs"):
             return match[1]

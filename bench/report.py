@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from fastgt import files
+from fastgt.terminal import STDOUT, text_on_stderr
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -25,7 +26,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=TARGETS, nargs="+", default=["sm_90"])
     parser.add_argument("--only", default="", help="configurations with this in their name")
     parser.add_argument(
-        "--json", type=Path, help="write the figures to this file, one line a kernel"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the figures to this file, one line a kernel; -: to stdout",
     )
 
 
@@ -45,8 +49,11 @@ def run(args: argparse.Namespace) -> int:
         if not found[target]:
             names = ", ".join(CASES)
             raise ValueError(f"--only {args.only}: no configuration has that in its name: {names}")
-        print(show(target, found[target]), end="\n\n", flush=True)
-    if args.json:
+        with text_on_stderr(args.json == STDOUT):
+            print(show(target, found[target]), end="\n\n", flush=True)
+    if args.json == STDOUT:
+        print(written(found), end="")
+    elif args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         files.write(args.json, written(found).encode())
     return 0
@@ -66,18 +73,24 @@ def show(target: str, kernels: dict[str, dict[str, int]]) -> str:
     from fastgt.kernels.resources import PROCESSORS
 
     most = 4 * PROCESSORS[target].warps
-    wide = max(map(len, kernels))
+    names = [name.partition("/") for name in kernels]
+    wide = max(len(kernel.removesuffix("_kernel")) for _, _, kernel in names)
     lines = [
-        f"{target:{wide}} {'bytes':>6} {'design':>6} {'ratio':>5} {'16 B':>4} {'row':>3} "
-        f"{'dots':>5} {'wgmma':>5} {'regs':>4} {'stack':>5} {'shared':>6} {'warps':>9}"
+        f"{target:{wide}}  {'bytes':>5} {'design':>6} {'ratio':>5} {'16 B':>4} {'row':>3} "
+        f"{'dots':>4} {'wgmma':>5} {'regs':>4} {'stack':>5} {'shared':>6} {'warps':>8}"
     ]
-    for name, k in kernels.items():
+    before = None
+    for (case, _, kernel), k in zip(names, kernels.values(), strict=True):
+        if case != before:
+            lines.append(case)
+        before = case
         design = k.get("step_bytes_design")
         ratio = f"{k['step_bytes'] / design:5.2f}" if design else "     "
         lines.append(
-            f"{name:{wide}} {k['step_bytes']:6} {design or '':6} {ratio} "
-            f"{k['wide_loads']:4} {k['row_load']:3} {k['tensor_core_products']:5} {k['wgmma']:5} "
-            f"{k['registers']:4} {k['stack']:5} {k['shared']:6} {k['resident_warps']:3} of {most}"
+            f" {kernel.removesuffix('_kernel'):{wide}} {k['step_bytes']:5} {design or '':6} "
+            f"{ratio} {k['wide_loads']:4} {k['row_load']:3} {k['tensor_core_products']:4} "
+            f"{k['wgmma']:5} {k['registers']:4} {k['stack']:5} {k['shared']:6} "
+            f"{k['resident_warps']:2} of {most}"
         )
     return "\n".join(lines)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fastgt.terminal import wrapped
+
 Rows = list[dict[str, Any]]
+LONGEST_NAME = 21  # what leaves figures within the columns of a terminal
 SPREAD = 0.1  # of a median, beyond which it is told
 PARTS = ("forward", "backward", "both", "epoch", "inference")
 
@@ -15,24 +18,24 @@ def table(rows: Rows) -> str:
     forward and of both; bytes a second that both move, and their share of the roofline."""
     if "batches" in rows[0]:
         return _epochs(rows)
-    wide = max(len(row["provider"]) for row in rows)
+    wide = _wide(rows)
     modelled = any("both_roofline" in row or "forward_roofline" in row for row in rows)
-    head = f"{'':{wide}} {'forward ms':>18} {'backward ms':>18} {'both ms':>18} {'peak MB':>15}"
-    lines = [head + (f" {'GB/s':>6} {'roof':>5}" if modelled else "")]
+    head = f"{'':{wide}} {'forward ms':>17} {'backward ms':>17} {'both ms':>17} {'peak MB':>13}"
+    lines = [head + (f" {'GB/s':>5} {'roof':>4}" if modelled else "")]
     for row in rows:
-        label = f"{row['provider']:{wide}}"
         if not row["match"]:
-            lines.append(_failure(label, row))
+            lines.append(_failure(row, wide))
             continue
         cells = [_time(row, part) for part in PARTS[:3]]
-        cells.append(f"{'/'.join(_memory(row, part) for part in ('forward', 'both')):>15}")
+        cells.append(f"{'/'.join(_memory(row, part) for part in ('forward', 'both')):>13}")
         if modelled:
             part = "both" if "both_s" in row else "forward"
             known = f"{part}_roofline" in row
-            cells.append(f"{row[f'{part}_bytes_per_s'] / 1e9:6.1f}" if known else f"{'-':>6}")
-            cells.append(f"{row[f'{part}_roofline']:5.0%}" if known else f"{'-':>5}")
-        lines.append(" ".join([label, *cells]))
-    return "\n".join([*lines, *_remarks(rows)])
+            speed = _digits(row[f"{part}_bytes_per_s"] / 1e9) if known else "-"
+            cells.append(f"{speed:>5}")
+            cells.append(f"{row[f'{part}_roofline']:4.0%}" if known else f"{'-':>4}")
+        lines.append(_line(row, wide, cells))
+    return "\n".join([*lines, *map(wrapped, _remarks(rows))])
 
 
 def size(row: dict[str, Any]) -> str:
@@ -79,29 +82,41 @@ def usual(rows: Rows) -> Rows:
 
 def _epochs(rows: Rows) -> str:
     """Of models: seconds of an epoch of training and of inference, and an epoch's peak memory."""
-    wide = max(len(row["provider"]) for row in rows)
+    wide = _wide(rows)
     first = rows[0]
     lines = [
         f"{first['batches']} batches, {first['layers']} layers, {first['parameters']:,} parameters",
         f"{'':{wide}} {'training epoch s':>20} {'inference s':>20} {'peak MB':>9}",
     ]
     for row in rows:
-        label = f"{row['provider']:{wide}}"
         if not row["match"]:
-            lines.append(_failure(label, row))
+            lines.append(_failure(row, wide))
             continue
-        times = (
+        times = [
             f"{row[f'{part}_s']:11.3f} "
             f"{'(' + format(row[f'{part}_x'], '.2f') + 'x)' if f'{part}_x' in row else '':>8}"
             for part in ("epoch", "inference")
-        )
-        lines.append(" ".join([label, *times, f"{_memory(row, 'epoch'):>9}"]))
-    return "\n".join([*lines, *_remarks(rows)])
+        ]
+        lines.append(_line(row, wide, [*times, f"{_memory(row, 'epoch'):>9}"]))
+    return "\n".join([*lines, *map(wrapped, _remarks(rows))])
 
 
-def _failure(label: str, row: dict[str, Any]) -> str:
+def _wide(rows: Rows) -> int:
+    """Of the column of names: longer ones have a line of their own."""
+    names = [row["provider"] for row in rows]
+    return max((len(name) for name in names if len(name) <= LONGEST_NAME), default=0)
+
+
+def _line(row: dict[str, Any], wide: int, cells: list[str]) -> str:
+    name = row["provider"]
+    if len(name) <= wide:
+        return " ".join([f"{name:{wide}}", *cells])
+    return "\n".join([name, " ".join([" " * wide, *cells])])
+
+
+def _failure(row: dict[str, Any], wide: int) -> str:
     what = "MISMATCH: " if row["match"] is False else ""
-    return f"{label} {what}{row['error'].splitlines()[0]}"
+    return wrapped(f"{row['provider']:{wide}} {what}{row['error'].splitlines()[0]}", " " * 4)
 
 
 def _remarks(rows: Rows) -> Iterator[str]:
@@ -124,11 +139,16 @@ def _remarks(rows: Rows) -> Iterator[str]:
 
 def _time(row: dict[str, Any], part: str) -> str:
     if f"{part}_s" not in row:
-        return f"{'-':>18}"
-    times = f"({row[f'{part}_x']:.2f}x)" if f"{part}_x" in row else ""
-    return f"{row[f'{part}_s'] * 1e3:9.2f} {times:>8}"
+        return f"{'-':>17}"
+    times = f"({_digits(row[f'{part}_x'], 2, 100)}x)" if f"{part}_x" in row else ""
+    return f"{_digits(row[f'{part}_s'] * 1e3, 2):>8} {times:>8}"
 
 
 def _memory(row: dict[str, Any], part: str) -> str:
     peak = row.get(f"{part}_peak_bytes")
-    return "-" if peak is None else f"{peak / 1e6:.1f}"
+    return "-" if peak is None else _digits(peak / 1e6)
+
+
+def _digits(x: float, after: int = 1, below: float = 1000) -> str:
+    """Digits after the point are for numbers below that one."""
+    return f"{x:.{after if x < below else 0}f}"

@@ -30,6 +30,7 @@ from torch import Tensor
 from fastgt import Graph, files, tiles
 from fastgt.bench.device_model import DEVICES, Device, Kernel, Visits
 from fastgt.plans import Plan
+from fastgt.terminal import STDOUT, text_on_stderr, wrapped
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = ((8, 16), (1, 128))  # heads, width
@@ -285,15 +286,16 @@ def _limit(kernel: Kernel, device: Device) -> str:
 
 
 def show(row: dict[str, Any]) -> str:
-    """One row of results as a table for a terminal."""
+    """One row of results as a table for a terminal; times in ms, with what limits them."""
     devices = list(row["predicted_ms"])
     ratio = row["ratio_to_design"]
     lines = [
-        f"{row['problem']}: N={row['rows']} E={row['edges']} rho16 {row['rho16']:.2f} "
-        f"rho64 {row['rho64']:.2f}, H={row['heads']} D={row['width']} {row['dtype']}, "
-        f"{row['path']} -> {row['plan']}",
-        f"  {'':16} {'once MB':>9} {'gathered':>9} {'again':>9} {'GFLOP':>8} {'miss':>6}"
-        + "".join(f" {name + ' ms':>17}" for name in devices),
+        wrapped(
+            f"{row['problem']}: N={row['rows']} E={row['edges']} rho16 {row['rho16']:.2f} "
+            f"rho64 {row['rho64']:.2f}, H={row['heads']} D={row['width']} {row['dtype']}, "
+            f"{row['path']} -> {row['plan']}"
+        ),
+        f"  {'':16} {'once MB':>9} {'gathered':>9} {'again':>9} {'GFLOP':>8} {'miss':>6}",
     ]
     for k in row["kernels"]:
         sizes = (k[f"{name}_bytes"] / 1e6 for name in ("once", "gathered", "again"))
@@ -301,11 +303,17 @@ def show(row: dict[str, Any]) -> str:
             f"  {k['kernel']:16}"
             + "".join(f" {size:9.3f}" for size in sizes)
             + f" {k['tensor_core_flops'] / 1e9:8.2f} {k['miss_share'][devices[0]]:6.1%}"
-            + "".join(f" {k['predicted_ms'][d]:10.5f} {k['limit'][d]:6}" for d in devices)
         )
+    lines.append(f"  {'':16}" + "".join(f" {name + ' ms':>17}" for name in devices))
+    for k in row["kernels"]:
+        times = (f" {k['predicted_ms'][d]:10.5f} {k['limit'][d]:6}" for d in devices)
+        lines.append(f"  {k['kernel']:16}{''.join(times)}".rstrip())
     lines.append(
-        f"  of the design's formula: compulsory forward {ratio['compulsory_forward']:.3f}, gathers "
-        f"forward {ratio['gathers_forward']:.3f}, backward {ratio['gathers_backward']:.3f}"
+        wrapped(
+            f"  of the design's formula: compulsory forward {ratio['compulsory_forward']:.3f}, "
+            f"gathers forward {ratio['gathers_forward']:.3f}, backward "
+            f"{ratio['gathers_backward']:.3f}"
+        )
     )
     return "\n".join(lines)
 
@@ -329,7 +337,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=DEVICES, action="append", help=several + "all; misses are the first's"
     )
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the rows to this file; -: to stdout"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -354,11 +364,14 @@ def run(args: argparse.Namespace) -> int:
                 row = measure(
                     problem, graph, path, heads=heads, width=width, dtype=dtype, devices=devices
                 )
-                print(show(row), end="\n\n", flush=True)
+                with text_on_stderr(args.json == STDOUT):
+                    print(show(row), end="\n\n", flush=True)
                 rows.append(row)
-    if args.json:
+    text = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
+    if args.json == STDOUT:
+        print(text, end="")
+    elif args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        text = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
         files.write(args.json, text.encode())
     return 0
 

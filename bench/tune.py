@@ -27,6 +27,7 @@ from fastgt import Graph, neighborhood_attention, plans, reference, tiles
 from fastgt.bench import harness, timing
 from fastgt.files import lock, write
 from fastgt.ops.implementation import Impl
+from fastgt.terminal import wrapped
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = (16, 32, 64, 128)
@@ -101,7 +102,7 @@ def plan(
         f"{date.today().isoformat()}",
     }
     shown = " ".join(f"{rho:.1f}:{ratio:.2f}" for rho, ratio in ratios)
-    print(f"{found['dtype']} {width}: from {found['rho64']} on   ({shown})")
+    print(wrapped(f"{found['dtype']} {width}: from {found['rho64']} on   ({shown})"))
     return found
 
 
@@ -177,7 +178,7 @@ def time_tiles(
     graph = _graph(3.5, rows, device)
     timed = _time_tiles(path, graph, heads, width, dtype, impl, changes or CHANGES, repeats)
     best = min(timed, key=lambda row: row.get("x", math.inf))
-    print(f"{path}, {best['dtype']} {width}: {best['change']}, {best.get('x')}x")
+    print(wrapped(f"{path}, {best['dtype']} {width}: {best['change']}, {best.get('x')}x"))
     return timed
 
 

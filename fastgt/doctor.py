@@ -17,6 +17,7 @@ from fastgt import __version__
 from fastgt.cpu import library
 from fastgt.graph import Graph
 from fastgt.ops.implementation import resolve_impl
+from fastgt.terminal import wrapped
 
 PACKAGES = "torch", "triton", "numpy", "scipy", "torch-geometric"
 
@@ -27,7 +28,7 @@ def run(as_json: bool = False) -> int:
     -> exit status: 1 where this CPU has no kernels, or where an operator is wrong.
     """
     found = examined()
-    print(json.dumps(found, indent=1) if as_json else _text(found))
+    print(json.dumps(found, indent=1) if as_json else table(found))
     right = all(x["right"] for x in found["operators"].values())
     return 0 if right and found["cpu"]["kernels"] else 1
 
@@ -56,24 +57,27 @@ def examined() -> dict[str, Any]:
     }
 
 
-def _text(found: dict[str, Any]) -> str:
+def table(found: dict[str, Any]) -> str:
+    """The same for a terminal."""
     packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
     cpu = found["cpu"]
     lines = [
-        f"fastgt {found['fastgt']}, Python {found['python']}, {packages}",
+        wrapped(f"fastgt {found['fastgt']}, Python {found['python']}, {packages}"),
         f"GPU: {found['gpu'] or 'none for this PyTorch'}",
     ]
     if cpu["kernels"]:
-        lines.append(
+        lines += [
             f"CPU: kernels of the variant {cpu['kernels']}, with vectors of {cpu['vector_bytes']} "
-            f"bytes, on {cpu['threads']} threads ({cpu['path']})"
-        )
+            f"bytes, on {cpu['threads']} threads",
+            f"  {cpu['path']}",
+        ]
     else:
-        lines.append(f"CPU: no kernels, the slow reference runs: {cpu['why']}")
+        why = f"CPU: no kernels, the slow reference runs: {cpu['why']}"
+        lines += map(wrapped, why.splitlines())
     lines += ["", f"{'operator':<24}{'runs by':<12}forward and backward"]
     for name, x in found["operators"].items():
         said = f"{1e3 * x['seconds']:.1f} ms, right" if x["right"] else f"WRONG: {x['why']}"
-        lines.append(f"{name:<24}{x['impl']:<12}{said}")
+        lines.append(wrapped(f"{name:<24}{x['impl']:<12}{said}", " " * 36))
     return "\n".join(lines)
 
 

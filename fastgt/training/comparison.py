@@ -25,6 +25,7 @@ from fastgt import files
 from fastgt.bench import harness, memory, timing
 from fastgt.nn import HeadGate
 from fastgt.pruning import prune_heads
+from fastgt.terminal import wrapped
 
 REPEATS = 3  # epochs of each
 COLUMNS = (
@@ -151,29 +152,33 @@ def _active_heads(model: nn.Module) -> list[int]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
-    lines = [
-        "",
+    said = [
         f"{first['device']}, torch {first['torch']}. Accuracy is that of the epoch best in "
         f"validation, on {first['test_examples']} examples.",
         "Timed in turns: an epoch of training steps, without those that score masked heads; the "
         "test set with gates / without the heads.",
         "Peak memory of a training step on the largest batch. In brackets: shares of the dense "
         "model's.",
+    ]
+    lines = [
         "",
-        f"{'heads pruned':>12} {'parameters':>11} {'test acc.':>10} {'epoch s':>14} "
-        f"{'inference s':>22} {'peak MB':>14} {'outputs apart':>14}",
+        *(wrapped(line, "") for line in said),
+        "",
+        f"{'heads pruned':>12} {'parameters':>10} {'test acc.':>9} {'epoch s':>14} "
+        f"{'inference s':>22} {'peak MB':>14} {'outputs apart':>13}",
     ]
     for row in rows:
         share = [row[k] / first[k] for k in ("train_epoch_s", "inference_s", "step_peak_bytes")]
         inference = f"{row['inference_s']:.2f} / {row['removed_inference_s']:.2f}"
         lines.append(
-            f"{row['pruned']:>12.0%} {row['parameters']:>11,} {row['test_accuracy']:>10.4f} "
+            f"{row['pruned']:>12.0%} {row['parameters']:>10,} {row['test_accuracy']:>9.4f} "
             f"{row['train_epoch_s']:>7.2f} ({share[0]:.2f}) {inference:>15} ({share[1]:.2f}) "
             f"{row['step_peak_bytes'] / 1e6:>7.0f} ({share[2]:.2f}) "
             f"{row['largest_difference']:>13.0e}"
         )
     heads = ", ".join(f"{row['pruned']:.0%}: {row['active_heads']}" for row in rows[1:])
-    return "\n".join([*lines, f"active heads of each layer: {heads}" if heads else ""])
+    told = [wrapped(f"active heads of each layer: {heads}")] if heads else []
+    return "\n".join([*lines, *told])
 
 
 def write(rows: list[dict[str, Any]], folder: Path, title: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastgt.terminal import wrapped
 from fastgt.training.published_recipes import MODELS, RECIPES
 from fastgt.training.recipe import Recipe
 
@@ -45,7 +46,7 @@ def table(found: list[dict[str, Any]]) -> str:
             f"{row['model']:<22} {row['data']:<20} {row['parameters']:>10,}  "
             f"{row['metric']:<17} {published:<17} {source}".rstrip()
         )
-    lines += ["", *(f"[{i}] {source}" for i, source in enumerate(sources, 1))]
+    lines += ["", *(wrapped(f"[{i}] {source}") for i, source in enumerate(sources, 1))]
     return "\n".join(lines)
 
 

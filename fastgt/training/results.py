@@ -9,6 +9,7 @@ from typing import Any
 
 from fastgt import files
 from fastgt.bench import harness
+from fastgt.terminal import wrapped
 from fastgt.training import scores
 from fastgt.training.loop import Training
 from fastgt.training.recipe import Published, Recipe
@@ -68,8 +69,8 @@ def table(rows: list[dict[str, Any]], recipe: Recipe, folder: Path) -> str:
         lines.append(
             f"{'published':24} {'':12} {_figure(recipe.published):>12}   {recipe.published.source}"
         )
-    lines += ["", f"{folder}: result.json, and of each run metrics.csv, curve.png and best.pt"]
-    return "\n".join(lines)
+    where = f"{folder}: result.json, and of each run metrics.csv, curve.png and best.pt"
+    return "\n".join([*map(wrapped, lines), "", where])
 
 
 def _label(one: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from fastgt import files
 from fastgt.bench import harness, table, targets
 from fastgt.bench.operators import EXTERNAL, OPERATORS, SHAPES, Operator
 from fastgt.options import device_named
+from fastgt.terminal import STDOUT, text_on_stderr, wrapped
 from fastgt.testing import PROBLEMS, SCALING
 
 Rows = list[dict[str, Any]]
@@ -92,7 +93,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="fewer problems, three repeats: minutes"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the rows to this file; -: to stdout, at the end",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that --json's file has, go on"
     )
@@ -112,9 +118,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    as_json = args.json == STDOUT
     if args.tune:
         from fastgt.bench import tune
 
+        if as_json:
+            raise ValueError("--tune writes tables to files: name one with --json")
         tune.run(args.device, args.json)
         return 0
     if args.plot is not None:
@@ -122,18 +131,28 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     with ExitStack() as locks:
         for path in (args.json, args.csv, args.plot):
-            if path is not None:  # another run's rows would be lost without a word
+            if path not in (None, STDOUT):  # another run's rows would be lost without a word
                 locks.enter_context(files.lock(path))
-        return _run(args)
+        with text_on_stderr(as_json):
+            found = _run(args)
+            wrong = [x for x in found if x["match"] is not True and x["provider"] in _FIRST]
+            for row in wrong:
+                where = f"{row['operator']}, {row['problem']}: {row['provider']}"
+                print(wrapped(f"{where}: {row['error']}"))
+    if as_json:
+        print(json.dumps(found, indent=1))
+    return 1 if wrong else 0
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> Rows:
+    """All rows, those that were there before too."""
     before = [] if args.compare is None else _read(args.compare, "--compare")
     where = harness.environment(device_named(args.device))
     kept = _kept(args, where)
     found = list(kept)
     chosen = [x for x in _chosen(args) if not _has(kept, x, where, args)]
-    print(", ".join([where["device"], f"torch {where['torch']}", f"commit {where['commit']}"]))
+    what = [where["device"], f"torch {where['torch']}", f"commit {where['commit']}"]
+    print(wrapped(", ".join(what)), flush=True)
     if kept:
         print(f"{args.json} has {len(kept)} rows; {len(chosen)} problems are left", flush=True)
     for number, choice in enumerate(chosen, 1):
@@ -143,24 +162,21 @@ def _run(args: argparse.Namespace) -> int:
         new = {table.key(row) for row in rows}
         found = [row for row in found if table.key(row) not in new] + rows
         _write(found, args)  # before it is told: nobody may be there to hear
-        print(f"\n{choice.operator}, {choice.problem}: {table.size(rows[0])}")
+        print("\n" + wrapped(f"{choice.operator}, {choice.problem}: {table.size(rows[0])}"))
         print(table.table(rows), flush=True)
         for line in table.compared(rows, before):
-            print(line)
+            print(wrapped(line))
     if not found:
         raise RuntimeError("nothing was measured")
     told = list(targets.lines(found, args.device.partition(":")[0]))
     if told:
-        print("\n".join(["", f"targets, of {len(found)} rows:", *told]))
+        print("\n".join(["", f"targets, of {len(found)} rows:", *map(wrapped, told)]))
     if args.plot is not None:
         from fastgt.bench.plots import plot
 
         for path in plot(found, args.plot):
             print(path)
-    wrong = [row for row in found if row["match"] is not True and row["provider"] in _FIRST]
-    for row in wrong:
-        print(f"{row['operator']}, {row['problem']}: {row['provider']}: {row['error']}")
-    return 1 if wrong else 0
+    return found
 
 
 def _measure(choice: _Choice, args: argparse.Namespace, where: str) -> Rows | None:
@@ -199,7 +215,7 @@ def _measure(choice: _Choice, args: argparse.Namespace, where: str) -> Rows | No
             why = f"does not fit: {harness.reason(error)}"
         else:
             return [{"operator": choice.operator} | row for row in rows]
-    print(f"\n{choice.operator}, {choice.problem}: {why}", flush=True)
+    print("\n" + wrapped(f"{choice.operator}, {choice.problem}: {why}"), flush=True)
     return None
 
 
@@ -221,14 +237,14 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--shapes names heads and widths: leave --heads and --width out")
     if args.scaling and args.problems:
         raise ValueError("--scaling names problems: leave --problems out")
-    if args.resume and args.json is None:
+    if args.resume and args.json in (None, STDOUT):
         raise ValueError("--resume goes on with the rows of a file: name it with --json")
     if args.peer_path is not None and not args.peer_path.is_dir():
         raise ValueError(f"--peer-path {args.peer_path}: no such folder")
     # before minutes of measuring
     for option in ("json", "csv", "plot"):
         path = getattr(args, option)
-        if path is None:
+        if path is None or path == STDOUT:
             continue
         folder = path if option == "plot" else path.parent
         try:
@@ -366,7 +382,7 @@ def _positive(x: Any) -> bool:
 
 
 def _write(rows: Rows, args: argparse.Namespace) -> None:
-    if args.json is not None:
+    if args.json not in (None, STDOUT):
         _put(args.json, json.dumps(rows, indent=1) + "\n")
     if args.csv is not None:
         columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgt import __version__
 from fastgt.options import up_to
+from fastgt.terminal import text_on_stderr
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     _add_where(demo)
     demo.add_argument("--output", type=Path, default=Path("demo.png"), help="default: %(default)s")
+    demo.add_argument("--json", action="store_true", help="the closing table as JSON")
     demo.set_defaults(run=_demo)
     train = commands.add_parser(
         "train",
@@ -184,13 +187,16 @@ def _demo(args: argparse.Namespace) -> int:
         raise ValueError(f"--output {args.output}: no such folder")
     if args.output.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--output must end in .png, .pdf or .svg, got {args.output}")
-    demo.run(
-        device=device,
-        epochs=args.epochs,
-        seed=_seed(args),
-        impl=args.impl,
-        output=args.output,
-    )
+    with text_on_stderr(args.json):
+        rows = demo.run(
+            device=device,
+            epochs=args.epochs,
+            seed=_seed(args),
+            impl=args.impl,
+            output=args.output,
+        )
+    if args.json:
+        print(json.dumps(rows, indent=1))
     return 0
 
 

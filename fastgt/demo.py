@@ -61,15 +61,20 @@ def run(
     seed: int,
     impl: Impl | None,
     output: Path,
-) -> None:
-    """Train, compare, print the table and draw ``output``."""
+) -> list[dict[str, Any]]:
+    """Train, compare, print the table and draw ``output``.
+
+    -> a row an attention: accuracy, seconds and bytes, and where it ran.
+    """
     # absent extras must show before minutes of training
     import matplotlib  # noqa: F401
     import tqdm  # noqa: F401
 
+    from fastgt.bench.harness import environment
+
     with lock(output), implementation(impl):
         data = load(device)
-        print(data.graph)
+        print(data.graph, flush=True)
         torch.manual_seed(seed)
         model = PackageClassifier(
             PackageClassifierConfig(data.vocabulary, data.edge_kinds, data.sections)
@@ -79,6 +84,8 @@ def run(
         print("\n" + table(results))
         draw(curve, results, device, output)
     print(f"\nLearning curve and bars: {output}")
+    where = environment(device)
+    return [{**vars(result), **where} for result in results]
 
 
 def load(device: torch.device) -> Packages:
@@ -124,7 +131,8 @@ def train(model: PackageClassifier, data: Packages, epochs: int) -> list[tuple[f
 
     step = _Step(model, data, epochs)
     curve = []
-    with trange(epochs, desc="training", unit="epoch") as bar:
+    # None: on a terminal alone
+    with trange(epochs, desc="training", unit="epoch", disable=None) as bar:
         for _ in bar:
             curve.append((step(), accuracy(model, data, 1)))
             bar.set_postfix(loss=f"{curve[-1][0]:.3f}", val_acc=f"{curve[-1][1]:.3f}")

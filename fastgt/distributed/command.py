@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from fastgt import real_graphs
 from fastgt.distributed.edge_list import edge_list_graph
 from fastgt.distributed.partition import METHODS, partition
 from fastgt.distributed.partition_files import write_partitions
-from fastgt.distributed.report import NETWORKS, report
+from fastgt.distributed.report import NETWORKS, Report, report
 from fastgt.graph import Graph
 from fastgt.options import up_to
+from fastgt.terminal import text_on_stderr
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--network", choices=NETWORKS, default="infiniband-ndr", help="default: %(default)s"
     )
+    parser.add_argument("--json", action="store_true", help="the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,11 +50,30 @@ def run(args: argparse.Namespace) -> int:
         graph = _graph(args.file, sorted_in)
         part = partition(graph, args.parts, args.method, seed=args.seed)
         found = report(graph, part, parts=args.parts, width=args.width, network=args.network)
-        print(found, flush=True)
-        if args.output is not None:
-            write_partitions(args.output, graph, part, parts=args.parts)
-            print(f"wrote {args.parts} parts to {args.output}")
+        with text_on_stderr(args.json):
+            print(found, flush=True)
+            if args.output is not None:
+                write_partitions(args.output, graph, part, parts=args.parts)
+                print(f"wrote {args.parts} parts to {args.output}")
+    if args.json:
+        print(json.dumps(_figures(found), indent=1))
     return 0
+
+
+def _figures(found: Report) -> dict[str, Any]:
+    names = (
+        *("rows", "cols", "edges", "halo", "sent", "cut", "peers"),
+        *("bytes_received", "bytes_sent", "seconds"),
+    )
+    columns = [getattr(found, name).tolist() for name in names]
+    ranks = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+    return {
+        "width": found.width,
+        "dtype": str(found.dtype).removeprefix("torch."),
+        "network": found.network,
+        "balance": found.balance,
+        "ranks": ranks,
+    }
 
 
 def _graph(path: Path, sorted_in: Path) -> Graph:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgt.options import hours, numbers, shares, up_to
+from fastgt.terminal import text_on_stderr
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ def arguments(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--list", action="store_true", help="models, data sets, parameters, published results"
     )
-    train.add_argument("--json", action="store_true", help="--list as JSON")
+    train.add_argument("--json", action="store_true", help="--list, or the closing table, as JSON")
     train.add_argument(
         "--data",
         type=Path,
@@ -98,8 +99,6 @@ def run(args: argparse.Namespace, device: Callable[[], torch.device]) -> int:
         rows = listing.rows()
         print(json.dumps(rows, indent=1) if args.json else listing.table(rows))
         return 0
-    if args.json:
-        raise ValueError("--json goes with --list alone; a run writes result.json")
     recipe = chosen(args.model, args.data_set, assignments(args))
     # after the names: these import what they train with
     from fastgt.training import pruned, train
@@ -120,10 +119,13 @@ def run(args: argparse.Namespace, device: Callable[[], torch.device]) -> int:
         encodings=args.encodings,
         graph_parallel=shared,
     )
-    if args.prune is not None:
-        pruned.run(recipe, args.prune, plan, device=device(), impl=args.impl)
-    else:
-        train.run(recipe, plan, device=device(), impl=args.impl)
+    with text_on_stderr(args.json):
+        if args.prune is not None:
+            told = pruned.run(recipe, args.prune, plan, device=device(), impl=args.impl)
+        else:
+            told = train.run(recipe, plan, device=device(), impl=args.impl)
+    if args.json and told:  # another process than the first of several has none
+        print(json.dumps(told, indent=1))
     return 0
 
 

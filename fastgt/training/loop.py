@@ -138,7 +138,7 @@ class Training:
                 initial=min(len(rows), epochs),
                 desc="training",
                 unit="epoch",
-                disable=not self.ranks.leads,
+                disable=None if self.ranks.leads else True,  # None: on a terminal alone
             ) as bar,
         ):
             while True:
@@ -227,7 +227,7 @@ class Training:
             desc=f"epoch {len(p.rows) + 1}",
             unit="batch",
             leave=False,
-            disable=None if self.ranks.leads and self.batches > 1 else True,  # None: on a terminal
+            disable=None if self.ranks.leads and self.batches > 1 else True,
         ) as bar:
             for chosen in p.order.split(self.batch_size)[p.batch :]:
                 loss = self._step(self.ranks.share(chosen))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,10 @@ def run(
     *,
     device: torch.device,
     impl: Impl | None = None,
-) -> None:
+) -> list[dict[str, Any]]:
     """Train the dense model and one for each share of pruned heads, or go on with them; compare.
+
+    -> the rows of ``comparison.json``.
 
     Raises:
         ValueError: The recipe is none of classes of graphs with heads that have gates, or a share
@@ -79,7 +82,8 @@ def run(
         comparison.write(rows, plan.folder, data.title)
     print(comparison.table(rows))
     print(f"majority of the classes in training: {_majority(data):.3f}")
-    print(f"{plan.folder / 'comparison.csv'}, comparison.json and comparison.png beside it")
+    print(f"{plan.folder}: comparison.csv, comparison.json and comparison.png")
+    return rows
 
 
 def train(
@@ -111,7 +115,7 @@ def train(
         resumed=open_run(folder, kept),
         sparsity=sparsity if share else None,
     )
-    print(f"{folder}: {training.task.title}; {training.batches} batches an epoch")
+    print(f"{folder}: {training.task.title}; {training.batches} batches an epoch", flush=True)
     ended = training.run(hours=hours)
     best = training.progress.best
     assert best is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from fastgt.datasets import GraphSet, NodeSet, TokenSet, load
 from fastgt.distributed import DistributedGraph
 from fastgt.encodings import Cache
 from fastgt.ops.implementation import Impl, implementation
+from fastgt.terminal import wrapped
 from fastgt.training import graph_parallel, optimization, results
 from fastgt.training.checkpoint import open_run, seed_everything
 from fastgt.training.graph_parallel import GraphParallel
@@ -57,8 +59,12 @@ class Plan:
         return Cache(self.encodings or self.folder / "encodings")
 
 
-def run(recipe: Recipe, plan: Plan, *, device: torch.device, impl: Impl | None = None) -> None:
+def run(
+    recipe: Recipe, plan: Plan, *, device: torch.device, impl: Impl | None = None
+) -> list[dict[str, Any]]:
     """Train, or go on with the runs in ``plan.folder``, and print the results.
+
+    -> the rows of ``result.json``; of several processes, on the one that writes it.
 
     Raises:
         FileNotFoundError, ValueError: The data is absent or damaged; says which.
@@ -106,6 +112,7 @@ def run(recipe: Recipe, plan: Plan, *, device: torch.device, impl: Impl | None =
         if ranks.leads:
             results.write(rows, plan.folder)
             print(results.table(rows, recipe, plan.folder))
+        return rows if ranks.leads else []
 
 
 @dataclass(frozen=True)
@@ -193,7 +200,7 @@ def _trained(
         shard=shard,
     )
     if ranks.leads:
-        print(_opening(training, parameters))
+        print(_opening(training, parameters), flush=True)
     ended = training.run(hours=hours)
     if ranks.leads:
         print(f"{one.folder}: {ended}")
@@ -274,8 +281,9 @@ def _tokens(recipe: Recipe, data: GraphSet | NodeSet, folder: Path) -> TokenSet:
     n, known, samples = data.graph.num_nodes, recipe.config.num_nodes, recipe.config.samples
     if n != known:
         raise ValueError(f"num_nodes must be {n}, the nodes of {recipe.data}, got {known}")
+    shown = sys.stderr.isatty()
     place = folder / f"tokens-{data.digest()}-{samples}"
-    return TokenSet.make(data.graph, data.node, place, samples=samples, progress=True)
+    return TokenSet.make(data.graph, data.node, place, samples=samples, progress=shown)
 
 
 def _opening(training: Training, parameters: int) -> str:
@@ -291,10 +299,11 @@ def _opening(training: Training, parameters: int) -> str:
         if isinstance(training.ranks, GraphRanks):
             of += f" in {training.ranks.size} parts"
     processes = f", {training.ranks.size} processes" if training.ranks.size > 1 else ""
-    lines = [
+    what = (
         f"{recipe.model} on {task.title}: {of}; {parameters:,} parameters; {training.batches} "
         f"batches an epoch on {training.device}{processes}"
-    ]
+    )
+    lines = [wrapped(what)]
     if p.rows or p.batch:
         lines.append(
             f"going on with {training.folder}: {len(p.rows)} epochs and {p.batch} batches done"

@@ -152,7 +152,7 @@ def _run(args: argparse.Namespace) -> Rows:
     found = list(kept)
     chosen = [x for x in _chosen(args) if not _has(kept, x, where, args)]
     what = [where["device"], f"torch {where['torch']}", f"commit {where['commit']}"]
-    print(wrapped(", ".join(what)), flush=True)
+    print(wrapped(", ".join(what)))
     if kept:
         print(f"{args.json} has {len(kept)} rows; {len(chosen)} problems are left", flush=True)
     for number, choice in enumerate(chosen, 1):

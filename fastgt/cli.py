@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastgt import __version__
 from fastgt.options import up_to
@@ -25,13 +25,28 @@ WELCOME = f"""fastgt {__version__}: attention that graph transformers run on.
     fastgt demo            train a graph transformer on Debian's packages, in minutes
     fastgt train --list    models, data sets, published results
 
-fastgt --help has all commands. Exit statuses: 0 done, 1 failed with a reason on stderr, 2 wrong
-usage, 130 interrupted."""
+fastgt --help has all commands, and what exit statuses mean."""
+STATUSES = """exit statuses:
+  0    done
+  1    failed: no memory, device, disk or package for it, or a result is wrong
+  2    refused: a wrong command line, or an input that is absent, damaged or does not fit
+  130  interrupted, by Ctrl-C; a training, by SIGTERM too
+  141  nobody reads the output any more, as after "| head"
+
+An error is one line on stderr. With --json, stdout has JSON alone."""
+# what an input is refused with; of other errors of the system, the machine is the cause
+REFUSED = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
+FAILED = (RuntimeError, OSError, ImportError, MemoryError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """-> exit status: 0 done, 1 failed with a reason on stderr, 2 usage, 130 interrupted, 141 where
-    nobody reads the output any more."""
+    """-> exit status, as ``STATUSES`` has them."""
     try:
         try:
             return _run(argv)
@@ -55,18 +70,36 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except KeyboardInterrupt as stop:
-        print(f"\nfastgt: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return 130
-    except (RuntimeError, ValueError, OSError, ImportError, MemoryError) as error:
-        # PyTorch's own may end with the frames of its C++ code
-        said = str(error).partition("\nException raised from ")[0]
-        print(f"fastgt: {said or type(error).__name__}", file=sys.stderr)
-        return 1
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the terminal's ^C stands in the line of the cursor
+        return _told(str(stop) or "interrupted", 130)
+    except REFUSED as error:
+        return _told(error, 2)
+    except FAILED as error:
+        return _told(error, 1)
+
+
+def _told(error: Exception | str, status: int) -> int:
+    """One line on stderr. -> the status."""
+    # PyTorch's own may end with the frames of its C++ code
+    said = str(error).partition("\nException raised from ")[0]
+    line = " ".join(filter(None, map(str.strip, said.splitlines()))) or type(error).__name__
+    print(f"fastgt: {line}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastgt", description="Attention for graph transformers.", allow_abbrev=False
+    parser = _Parser(
+        prog="fastgt",
+        description="Attention for graph transformers.",
+        epilog=STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fastgt {__version__}")
     parser.set_defaults(run=None)

@@ -22,7 +22,9 @@ TINY = """
 import sys
 from fastgt import cli
 from fastgt.bench import report
+from fastgt.distributed import command
 from fastgt.testing import PROBLEMS, Problem, random_graph
+command._graph = lambda *_: random_graph(0, 40, 200)
 PROBLEMS["cora"] = Problem("cora", lambda: random_graph(0, 40, 200))
 report.run = lambda args: print("a line") or 0
 sys.exit(cli.main(sys.argv[1:]))
@@ -35,6 +37,9 @@ COMMANDS = {
     "train": [sys.executable, "-c", LONG, "train", "graph_gps", "zinc12k", "--device", "cpu"],
     "train list": [*MAIN, "train", "--list"],
     "bench": [sys.executable, "-c", TINY, "bench", *BENCH],
+    "doctor": [*MAIN, "doctor"],
+    "doctor json": [*MAIN, "doctor", "--json"],
+    "partition": [sys.executable, "-c", TINY, "partition", "x", "--parts", "2", "--method", "hash"],
     "report kernels": [sys.executable, "-c", TINY, "report", "kernels"],
     "report traffic": [sys.executable, "-c", TINY, "report", "traffic", "--problem", "cora"],
 }
@@ -62,6 +67,28 @@ def test_a_closed_pipe_ends_a_command_quietly(name: str, compiled_kernels) -> No
     found = run(COMMANDS[name])
     assert found.returncode == 141, found.stderr
     assert found.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["train list", "bench", "doctor", "partition"])
+def test_who_reads_one_line_gets_it(name: str, compiled_kernels) -> None:
+    """As ``| head -1``: some of the output was written before nobody reads it any more."""
+    with subprocess.Popen(
+        COMMANDS[name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as command:
+        line = command.stdout.readline()
+        command.stdout.close()
+        errors = command.stderr.read()
+    assert line.strip()
+    assert errors == ""
+    assert command.returncode in (0, 141)  # 0: all of it was written at once
+
+
+def test_a_closed_pipe_for_json(compiled_kernels) -> None:
+    """Then the table is on stderr, and nothing comes after it."""
+    found = run([*COMMANDS["bench"], "--json", "-"])
+    assert found.returncode == 141
+    assert "attention, cora: 40 nodes" in found.stderr
+    assert "gather-scatter" in found.stderr.splitlines()[-1]
 
 
 def test_a_closed_pipe_for_errors_too() -> None:

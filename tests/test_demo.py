@@ -35,7 +35,8 @@ def small(monkeypatch):
 def test_demo_runs_and_reports(small, tmp_path, capsys):
     output = tmp_path / "demo.png"
     assert cli.main(["demo", "--epochs", "3", "--device", "cpu", "--output", str(output)]) == 0
-    text = capsys.readouterr().out
+    text, err = capsys.readouterr()
+    assert err == ""  # a bar is for a terminal
     rows = re.findall(r"^(fastgt|gather-softmax-scatter) +(0\.\d+) +(\S+) +(\S+) MB$", text, re.M)
     assert [name for name, *_ in rows] == ["fastgt", "gather-softmax-scatter"]
     # one set of weights, two ways to compute the same attention
@@ -86,7 +87,7 @@ def test_what_pytorch_says_is_told_without_its_c_frames(monkeypatch, capsys):
 
 @pytest.mark.parametrize("seed", ["9" * 26, str(2**64), str(-(2**63) - 1)])
 def test_a_seed_of_too_many_digits_is_said(seed, capsys):
-    assert cli.main(["demo", "--device", "cpu", "--seed", seed]) == 1
+    assert cli.main(["demo", "--device", "cpu", "--seed", seed]) == 2
     assert capsys.readouterr().err == f"fastgt: --seed must fit in 64 bits, got {seed}\n"
 
 
@@ -117,7 +118,7 @@ def test_damaged_data_is_said(damage, monkeypatch, tmp_path, capsys):
     elif damage == "missing array":
         np.savez(tmp_path / "debian.npz", y=np.zeros(3))
     monkeypatch.setattr(demo, "files", lambda package: tmp_path)
-    assert cli.main(["demo", "--output", str(tmp_path / "demo.png")]) == 1
+    assert cli.main(["demo", "--output", str(tmp_path / "demo.png")]) == 2
     assert "debian.npz is damaged" in capsys.readouterr().err
 
 
@@ -132,6 +133,13 @@ def test_damaged_data_is_said(damage, monkeypatch, tmp_path, capsys):
         (["demo", "--output", "x.foo"], 1, "must end in .png, .pdf or .svg, got x.foo"),
         (["demo", "--output", "."], 1, "must end in .png"),
         (["demo", "--output", "/no/such/folder/x.png"], 1, "no such folder"),
+        (["demo", "--device", "nowhere"], 2, "--device must be cpu or cuda, got nowhere"),
+        (["demo", "--device", "meta"], 2, "--device must be cpu or cuda, got meta"),
+        (["demo", "--output", "x.foo"], 2, "must end in .png, .pdf or .svg, got x.foo"),
+        (["demo", "--output", "."], 2, "must end in .png"),
+        (["demo", "--output", "/no/such/folder/x.png"], 2, "no such folder"),
+        (["nothing"], 2, "invalid choice: 'nothing'"),
+        (["report"], 2, "the following arguments are required: kind"),
     ],
 )
 def test_usage_errors(arguments, status, message, capsys):
@@ -140,7 +148,27 @@ def test_usage_errors(arguments, status, message, capsys):
     except SystemExit as error:
         found = error.code
     assert found == status
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("fastgt")
+    assert err.count("\n") == 1
+
+
+def test_the_bare_command_says_what_to_try(capsys):
+    assert cli.main([]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"fastgt {fastgt.__version__}: ")
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("    fastgt ")] == [
+        *("doctor", "demo", "train"),
+    ]
+
+
+def test_help_has_the_exit_statuses(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--help"])
+    assert done.value.code == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"^  (\d+) +\w", said, re.MULTILINE) == ["0", "1", "2", "130", "141"]
 
 
 def test_version(capsys):
@@ -184,5 +212,6 @@ def test_interrupt_leaves_a_clean_terminal(tmp_path):
     # it in the end though it was caught: shells say 130 of both
     assert run.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in err
-    assert err.endswith("\nfastgt: interrupted\n")
+    assert err.splitlines()[-1] == "fastgt: interrupted"
+    assert "\r" not in err
     assert not (tmp_path / "demo.png").exists()

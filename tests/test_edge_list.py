@@ -168,7 +168,7 @@ def test_the_command_says_what_is_wrong_with_a_file(tmp_path, capsys):
     (tmp_path / "b.npz").write_bytes(b"no archive")
     (tmp_path / "c.fastgt").write_bytes(b"no graph")
     for name, said in wrong.items():
-        assert main(["partition", str(tmp_path / name), "--parts", "2"]) == 1
+        assert main(["partition", str(tmp_path / name), "--parts", "2"]) == 2
         assert said in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["partition", "a.npz", "--parts", "0"])

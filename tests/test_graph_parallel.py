@@ -184,7 +184,7 @@ def test_the_command_refuses_what_does_not_go_together(tmp_path, capsys):
         (["--partition", "parts"], "--partition goes with --graph-parallel P"),
         (["--graph-parallel", "1", "--prune", "heads=0.5"], "leave --graph-parallel away"),
     ):
-        assert cli.main([*names, "--data", str(data), *options]) == 1
+        assert cli.main([*names, "--data", str(data), *options]) == 2
         assert said in capsys.readouterr().err
 
 
@@ -210,4 +210,4 @@ def test_torchrun_shares_the_graph_of_a_data_set(tmp_path):
     assert row["settings"]["processes"] == 2
     assert len(row["settings"]["partition"]) == 16
     # the run of two parts is not that of one
-    assert cli.main([*args, "--output", str(tmp_path / "two"), "--graph-parallel", "1"]) == 1
+    assert cli.main([*args, "--output", str(tmp_path / "two"), "--graph-parallel", "1"]) == 2

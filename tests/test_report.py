@@ -182,7 +182,7 @@ def test_traffic_command(tmp_path, capsys):
     options = ["--problem", "molecules", "--heads", "4", "--width", "32", "--device", "H200"]
     assert main(["report", "traffic", *options, "--path", "windows", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
-    assert "H=4 D=32 bfloat16, windows -> windows of 64 rows (named)" in printed
+    assert "H=4 D=32 bfloat16, windows -> windows of 64 rows (named)" in " ".join(printed.split())
     assert "bwd dkv" in printed
     (row,) = json.loads(path.read_text())
     assert [k["kernel"] for k in row["kernels"]] == ["fwd", "bwd dq", "bwd dkv"]

@@ -73,8 +73,8 @@ def test_the_loss_falls_and_the_result_is_told(data, tmp_path, capsys):
         "metrics.csv",
         "result.json",
     ]
-    assert "training: 100%" in err
-    assert "val_mae=" in err
+    assert err == ""  # a bar is for a terminal
+    assert "\r" not in out
 
 
 def test_best_weights_give_the_reported_error(straight, data):
@@ -243,7 +243,7 @@ def test_several_runs_in_the_folder_of_one_are_refused(straight, data, tmp_path,
     kept = (tmp_path / "run" / "result.json").read_bytes()
     for seeds in ("0", "1-2"):
         options = ["--epochs", "1", "--seeds", seeds]
-        assert cli.main(command(data, tmp_path / "run", *options)) == 1
+        assert cli.main(command(data, tmp_path / "run", *options)) == 2
         assert "holds one run: name another --output for several" in capsys.readouterr().err
     assert (tmp_path / "run" / "result.json").read_bytes() == kept
     assert not list((tmp_path / "run").glob("seed-*"))
@@ -299,12 +299,12 @@ def test_every_option_of_the_run_makes_another_run(straight, data, tmp_path, cap
         (["--limit", "100"], "limit None, not 100"),
         (["--precision", "bf16"], "precision fp32, not bf16"),
     ):
-        assert cli.main(command(data, straight, *options)) == 1
+        assert cli.main(command(data, straight, *options)) == 2
         err = capsys.readouterr().err
         assert f"{straight} holds a run with {message}: name another --output" in err
         assert err.count("\n") == 1
     write(tmp_path, train_y=arrays()["train_y"] + 1)
-    assert cli.main(command(tmp_path, straight)) == 1
+    assert cli.main(command(tmp_path, straight)) == 2
     assert f"{straight} holds a run with digest " in capsys.readouterr().err
 
 
@@ -342,7 +342,7 @@ def test_damaged_checkpoints_are_said_and_kept(damage, straight, data, tmp_path,
     else:
         torch.save(checkpoint.load(straight / "checkpoint.pt") | {"format": 0}, path)
     before = path.read_bytes()
-    assert cli.main(command(data, tmp_path)) == 1
+    assert cli.main(command(data, tmp_path)) == 2
     err = capsys.readouterr().err
     wanted = "has format 0" if damage == "format" else "checkpoint.pt is damaged: "
     assert wanted in err
@@ -387,7 +387,7 @@ def test_a_checkpoint_that_lacks_a_part_is_said(key, straight, data, tmp_path, c
     whole = checkpoint.load(straight / "checkpoint.pt")
     torch.save(lacking(whole, key), path)
     before = path.read_bytes()
-    assert cli.main(command(data, tmp_path, "--epochs", "3")) == 1
+    assert cli.main(command(data, tmp_path, "--epochs", "3")) == 2
     err = capsys.readouterr().err
     last = key.rpartition(".")[2]
     assert err == (
@@ -412,7 +412,7 @@ def test_a_checkpoint_of_something_else_is_said(
 ):
     content = checkpoint.load(straight / "checkpoint.pt") | {part: value}
     torch.save(content, tmp_path / "checkpoint.pt")
-    assert cli.main(command(data, tmp_path, "--epochs", "3")) == 1
+    assert cli.main(command(data, tmp_path, "--epochs", "3")) == 2
     err = capsys.readouterr().err
     assert re.match(f"fastgt: {tmp_path / 'checkpoint.pt'} (is )?{message}", err), err
     assert err.endswith("; delete it, or name another --output\n")
@@ -421,7 +421,7 @@ def test_a_checkpoint_of_something_else_is_said(
 
 def test_damaged_data_is_said(tmp_path, capsys):
     write(tmp_path, train_atom=np.full_like(arrays()["train_atom"], 28))
-    assert cli.main(command(tmp_path, tmp_path / "run")) == 1
+    assert cli.main(command(tmp_path, tmp_path / "run")) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"fastgt: {tmp_path / 'zinc12k.npz'} is damaged: train_atom has values ")
     assert err.count("\n") == 1
@@ -431,21 +431,21 @@ def test_damaged_data_is_said(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        (["--data", "nowhere"], 1, "nowhere is absent"),
-        (["--data", "."], 1, "zinc12k.npz is absent"),
-        (["--device", "tpu"], 1, "--device must be cpu or cuda, got tpu"),
-        (["heads=3"], 1, "heads must divide dim, got dim=16 and heads=3"),
-        (["depth=3"], 1, "--set depth: no such setting; known are loss, metric, optimizer, "),
-        (["layers=two"], 1, "--set layers must be a whole number, got 'two'"),
-        (["layers"], 1, "--set takes key=value, got 'layers'"),
-        (["lr=nan"], 1, "--set lr must be a number, got 'nan'"),
-        (["lr=1", "lr=2"], 1, "--set lr is there twice"),
-        (["epochs=3", "--epochs", "3"], 1, "--set epochs is there twice"),
-        (["schedule=step"], 1, "--set schedule must be 'constant' or 'plateau' or 'cosine'"),
-        (["last_edges=1"], 1, "--set last_edges must be true or false, got '1'"),
-        (["batch_size=0"], 1, "batch_size must be positive, got 0"),
-        (["schedule=cosine", "warmup=5", "epochs=5"], 1, "warmup must be below epochs=5, got 5"),
-        ([f"seed={2**64}"], 1, "seed must fit in 64 bits"),
+        (["--data", "nowhere"], 2, "nowhere is absent"),
+        (["--data", "."], 2, "zinc12k.npz is absent"),
+        (["--device", "tpu"], 2, "--device must be cpu or cuda, got tpu"),
+        (["heads=3"], 2, "heads must divide dim, got dim=16 and heads=3"),
+        (["depth=3"], 2, "--set depth: no such setting; known are loss, metric, optimizer, "),
+        (["layers=two"], 2, "--set layers must be a whole number, got 'two'"),
+        (["layers"], 2, "--set takes key=value, got 'layers'"),
+        (["lr=nan"], 2, "--set lr must be a number, got 'nan'"),
+        (["lr=1", "lr=2"], 2, "--set lr is there twice"),
+        (["epochs=3", "--epochs", "3"], 2, "--set epochs is there twice"),
+        (["schedule=step"], 2, "--set schedule must be 'constant' or 'plateau' or 'cosine'"),
+        (["last_edges=1"], 2, "--set last_edges must be true or false, got '1'"),
+        (["batch_size=0"], 2, "batch_size must be positive, got 0"),
+        (["schedule=cosine", "warmup=5", "epochs=5"], 2, "warmup must be below epochs=5, got 5"),
+        ([f"seed={2**64}"], 2, "seed must fit in 64 bits"),
         (["--epochs", "0"], 2, "positive integer, got '0'"),
         (["--hours", "-1"], 2, "positive number, got '-1'"),
         (["--hours", "nan"], 2, "positive number, got 'nan'"),
@@ -453,13 +453,13 @@ def test_damaged_data_is_said(tmp_path, capsys):
         (["--epochs", "9" * 20], 2, f"--epochs: must be at most 2147483647, got {'9' * 20}"),
         (["--precision", "fp8"], 2, "invalid choice"),
         (["--seeds", "3-1"], 2, "must be numbers as 0-3,7, got '3-1'"),
-        (["--seeds", "1,1"], 1, "--seeds has a number twice: 1, 1"),
-        (["--splits", "0"], 1, "--splits are of the nodes of one graph, and zinc12k is many"),
-        (["--prune", "heads=0.5"], 1, "heads of edge_graph_transformer are not pruned here"),
+        (["--seeds", "1,1"], 2, "--seeds has a number twice: 1, 1"),
+        (["--splits", "0"], 2, "--splits are of the nodes of one graph, and zinc12k is many"),
+        (["--prune", "heads=0.5"], 2, "heads of edge_graph_transformer are not pruned here"),
         (["--limit", "none"], 2, "positive integer, got 'none'"),
         (["--impl", "cuda"], 2, "invalid choice"),
-        (["--output", "file"], 1, "file"),
-        (["--output", "file/run"], 1, "file/run"),
+        (["--output", "file"], 2, "file"),
+        (["--output", "file/run"], 2, "file/run"),
     ],
 )
 def test_usage_errors(options, status, message, data, tmp_path, monkeypatch, capsys):
@@ -473,7 +473,7 @@ def test_usage_errors(options, status, message, data, tmp_path, monkeypatch, cap
     assert found == status
     assert message in err
     assert "Traceback" not in err
-    assert len(err.splitlines()) == 1 or err.startswith("usage: ")
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("option", ["dim=512", "layers=100"])
@@ -481,7 +481,7 @@ def test_a_model_that_fits_in_no_memory_is_refused_before_it_is_made(
     option, data, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(memory, "free_memory", lambda device: 4_000_000)
-    assert cli.main(command(data, tmp_path / "run", option)) == 1
+    assert cli.main(command(data, tmp_path / "run", option)) == 2
     err = capsys.readouterr().err
     assert re.fullmatch(
         r"fastgt: a model of [\d,]+ parameters takes 0\.\d GB in training, and 0\.0 GB are free: "
@@ -511,7 +511,7 @@ def test_a_folder_that_takes_no_files_shows_before_training(data, tmp_path, monk
 def test_data_that_is_nowhere_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FASTGT_DATA", str(tmp_path))
     names = ["train", "edge_graph_transformer", "zinc12k"]
-    assert cli.main([*names, "--output", str(tmp_path / "run")]) == 1
+    assert cli.main([*names, "--output", str(tmp_path / "run")]) == 2
     assert "zinc12k.npz is absent: set FASTGT_DATA" in capsys.readouterr().err
 
 

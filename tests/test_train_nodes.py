@@ -167,7 +167,7 @@ def test_local_epochs_come_before_global_ones(data, tmp_path, monkeypatch):
     ],
 )
 def test_what_does_not_fit_is_refused(options, message, data, tmp_path, capsys):
-    assert cli.main(command(data, tmp_path, *options)) == 1
+    assert cli.main(command(data, tmp_path, *options)) == 2
     assert re.search(message, capsys.readouterr().err)
 
 

@@ -117,5 +117,5 @@ def test_a_tiny_training_runs_and_goes_on(data, tmp_path, monkeypatch, capsys):
     assert_same_run(tmp_path / "whole", tmp_path / "parts", "matched")
     assert "at epoch" in train("half", 1, "precision=bf16")
     names = ["train", "correspondence", "drawn_lines", "--output", str(tmp_path / "odd")]
-    assert cli.main([*names, "--device", "cpu", "--limit", "7", "--set", *TINY])
+    assert cli.main([*names, "--device", "cpu", "--limit", "7", "--set", *TINY]) == 2
     assert "train has 7 graphs, and a pair has two" in capsys.readouterr().err

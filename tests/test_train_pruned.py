@@ -152,13 +152,14 @@ def test_shares_that_are_refused(data, tmp_path, capsys, option, message):
 
 
 def test_runs_that_are_refused(data, tmp_path, capsys):
-    assert cli.main(command(data, tmp_path, "--prune", "heads=0.9")) == 1
+    assert cli.main(command(data, tmp_path, "--prune", "heads=0.9")) == 2
     assert "--prune heads=0.9 leaves none of the 4 heads" in capsys.readouterr().err
-    assert cli.main(command(data, tmp_path, "--prune", "heads=0.05")) == 1
+    assert cli.main(command(data, tmp_path, "--prune", "heads=0.05")) == 2
     assert "--prune heads=0.05 leaves all of the 4 heads" in capsys.readouterr().err
-    assert cli.main(command(data, tmp_path, "--epochs", "1", "--prune", "heads=0.5")) == 0
-    capsys.readouterr()
-    assert cli.main(command(data, tmp_path, "--epochs", "2", "--prune", "heads=0.5")) == 1
+    assert cli.main(command(data, tmp_path, "--epochs", "1", "--prune", "heads=0.5", "--json")) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads((tmp_path / "comparison.json").read_text())
+    assert cli.main(command(data, tmp_path, "--epochs", "2", "--prune", "heads=0.5")) == 2
     assert "holds a run with epochs 1, not 2" in capsys.readouterr().err
 
 

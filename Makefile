@@ -14,10 +14,11 @@ NOT_BUILT = fastgt/cpu/not_built.txt
 BUILT = if [ -f $(NOT_BUILT) ]; then echo "the CPU kernels were not built, the slow reference runs:"; \
   cat $(NOT_BUILT); [ "$$CI" != true ]; fi
 
-CHECKED = tests/test_package.py tests/test_versions.py::test_values_and_gradients \
+CHECKED = tests/test_package.py tests/test_release.py tests/test_versions.py::test_values_and_gradients \
   tests/test_versions.py::test_every_public_operator_is_here tests/test_versions.py::test_graphs_travel
 
-.PHONY: setup test-setup demo check test sanitize matrix matrix-lowest matrix-highest pyg-tests bench results docs gpu budget lint clean
+.PHONY: setup test-setup demo check test sanitize matrix matrix-lowest matrix-highest pyg-tests bench results docs \
+  sdist wheels gpu budget lint clean
 
 setup: $(VENV)/demo.stamp
 
@@ -46,6 +47,17 @@ test: $(VENV)/test.stamp
 # the site, in build/site; a link that leads nowhere ends it
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What is released, in dist/: the sources, and the wheels of this kind of machine. Those of Linux are
+# built in Docker.
+sdist: $(VENV)/release.stamp
+	$(BIN)/python -m build --sdist
+	$(BIN)/twine check --strict dist/*.tar.gz
+
+wheels: $(VENV)/release.stamp
+	$(BIN)/cibuildwheel --output-dir dist
+	$(BIN)/twine check --strict dist/*.whl
+	$(BIN)/check-wheel-contents dist/*.whl
 
 # memory, undefined behaviour and races of the compiled kernels
 sanitize: $(VENV)/test.stamp
@@ -96,7 +108,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build dist
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -110,6 +122,11 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 $(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/demo.stamp
 	$(BIN)/python -m pip install --upgrade 'pip>=25.1'  # the first that knows groups
 	$(BIN)/python -m pip install -c constraints.txt --group docs
+	touch $@
+
+$(VENV)/release.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --upgrade 'pip>=25.1'  # the first that knows groups
+	$(BIN)/python -m pip install -c constraints.txt --group release
 	touch $@
 
 # torch-scatter compiles against the torch installed before it; without a compiler its tests say so

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent
 FOLDER = Path("fastgt", "cpu")
 SOURCES = sorted((ROOT / FOLDER).glob("*.cpp"))
 HEADERS = sorted((ROOT / FOLDER).glob("*.h"))
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+INIT = (ROOT / "fastgt" / "__init__.py").read_text()
+VERSION = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[0]
 NOT_BUILT = "not_built.txt"
 EXTRA = ("CXXFLAGS", "ARCHFLAGS")  # flags from outside: the second says for which Mac
 

@@ -229,8 +229,8 @@ def checkout(tmp_path) -> Path:
     """What setup.py builds from, and a library of an earlier build."""
     pytest.importorskip("setuptools", "77")
     (tmp_path / "fastgt" / "cpu").mkdir(parents=True)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastgt/__init__.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
     for file in (ROOT / "fastgt" / "cpu").glob("*.[ch]*"):
         shutil.copy(file, tmp_path / "fastgt" / "cpu")
     (tmp_path / "fastgt" / "cpu" / "kernels_baseline.so").touch()

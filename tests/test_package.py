@@ -588,12 +588,6 @@ def test_make_check_runs_every_operator():
         assert f"def {name}(" in _text("tests/test_versions.py")
 
 
-def test_version_is_the_projects():
-    text = (ROOT / "pyproject.toml").read_text()
-    assert f'version = "{fastgt.__version__}"' in text
-    assert f"\nversion: {fastgt.__version__}\n" in _text("CITATION.cff")
-
-
 def test_a_test_has_the_same_name_in_every_process(request):
     """pytest-xdist refuses a suite whose names differ, as names with an object's address do."""
     addresses = [item.nodeid for item in request.session.items if " at 0x" in item.nodeid]

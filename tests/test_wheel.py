@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
+import fastgt
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 CLIENTS = ["typed_client.py", "typed_aux.py"]
+MOST_SDIST, MOST_WHEEL = 3_000_000, 5_500_000  # bytes, of which Debian's graph has 1,870,022
 pytestmark = pytest.mark.slow
 SHIPPED = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
 SHIPPED += ("fastgt", "kernels", "bench", "tests")
@@ -101,6 +104,30 @@ def test_the_wheel_has_what_users_run_and_nothing_else(wheel):
     tests = [name for name in inside if "test_" in name or "conftest" in name]
     assert not tests
     assert not [name for name in inside if "results/" in name or "render" in name]
+
+
+def test_what_an_index_of_packages_checks(sdist, wheel, tmp_path):
+    """``twine`` reads the metadata and renders the README, the other looks at the wheel's files."""
+    for module, command in (
+        ("twine", ["twine", "check", "--strict", sdist, wheel]),
+        ("check_wheel_contents", ["check_wheel_contents", wheel]),
+    ):
+        pytest.importorskip(module)
+        ended = run([sys.executable, "-m", *command], tmp_path)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert "WARNING" not in ended.stdout + ended.stderr
+
+
+def test_sizes_and_names_of_what_is_released(sdist, wheel):
+    for path, most in ((sdist, MOST_SDIST), (wheel, MOST_WHEEL)):
+        assert path.name.startswith(f"fastgt-{fastgt.__version__}")
+        size = path.stat().st_size
+        print(f"{path.name} has {size:,} bytes, {most:,} allowed")
+        assert size <= most, path.name
+    metadata = read(wheel, f"fastgt-{fastgt.__version__}.dist-info/METADATA")
+    assert f"\nVersion: {fastgt.__version__}\n" in metadata
+    assert "\nDescription-Content-Type: text/markdown\n" in metadata
+    assert read(wheel, "fastgt/py.typed") == (ROOT / "fastgt" / "py.typed").read_text()
 
 
 def test_the_sdist_has_what_a_build_needs_and_no_build(sdist):

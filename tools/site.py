@@ -6,6 +6,8 @@ on it. A link to a file of the checkout that is no page, to an example for one, 
 ``README.md`` is the front page, and ``CONTRIBUTING.md`` and ``CHANGELOG.md`` are pages too. A link
 to a file of the checkout that is no page, to an example for one, becomes text. Formulas of TeX
 become MathML, which browsers draw without a script.
+to a file of the checkout that is no page, to an example for one, becomes text, and so does one to
+the repository's own site, as the changelog has for every version.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return match[1]
         return match[0]
 
+    markdown = re.sub(r"^\[[^\]]+\]: \.\./\.\./\S+\n?", "", markdown, flags=re.MULTILINE)
     return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s:]+)\)", link, markdown)
 
 

@@ -17,7 +17,7 @@ def wrapped(line: str, indent: str = "  ") -> str:
 
     Example:
         >>> [len(line) for line in wrapped(30 * "too large ").splitlines()]
-        [99, 99, 99]
+        [99, 95, 97, 11]
     """
     return textwrap.fill(
         line,

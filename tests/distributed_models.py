@@ -130,3 +130,24 @@ def widths_sent(group, dim, context_dim):
         patch.setattr(Group, "all_to_all", recorded)
         module(x, shard, context=context).sum().backward()
     return widths
+
+
+class Normed(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(4, **options).double()
+
+    def forward(self, x, graph):
+        return self.norm(x)
+
+
+def normed(group, graph, part, x, training, options):
+    """A batch norm of the rank's rows -> these rows' numbers, what it gives, x's gradient, and its
+    running statistics."""
+    ranks = group if isinstance(group, Group) else Group(group)
+    shard = DistributedGraph.from_graph(graph, part, ranks)
+    model = over_ranks(Normed(**options)).train(training)
+    own = shard.own(x).requires_grad_()
+    out = model(own, shard)
+    (grad,) = torch.autograd.grad(out.tanh().sum(), own)
+    return shard.part.rows, out.detach(), grad, dict(model.named_buffers())

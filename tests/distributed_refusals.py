@@ -240,6 +240,19 @@ def whole_tensor_in_a_model(group):
     net(x, graph)
 
 
+def modes_of_a_norm(group):
+    """A batch norm of one rank keeps its statistics, as one that is not fine-tuned."""
+    net = over_ranks(Dropped())
+    net.norm.train(not second(group))
+    torch.manual_seed(0)
+    net(rows(group, D), shard(group))
+
+
+def channels_of_a_norm(group):
+    torch.manual_seed(0)
+    over_ranks(Dropped())(rows(group, 1), shard(group))
+
+
 def kinds_in_a_model(group):
     """One rank drops of nodes what the other drops of edges."""
     net, graph = over_ranks(Dropped()), shard(group)

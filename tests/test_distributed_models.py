@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distributed_models import MODELS, graph_of, step, widths_sent
+from distributed_models import MODELS, graph_of, normed, step, widths_sent
 
 from fastgt.distributed import Group
 
@@ -25,6 +25,24 @@ def test_ranks_learn_what_one_process_learns(ranks, name, parts):
             assert_close(their_grads[key], grad, key)
         for key, value in state.items():
             assert_close(their_state[key], value, key)
+
+
+@pytest.mark.parametrize("shape", [(20, 4), (20, 4, 3)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("tracks", [True, False])
+def test_a_batch_norm_is_that_of_all_rows(ranks, shape, training, tracks):
+    graph, part = graph_of(1), torch.arange(20) // 13
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    args = x, training, {"track_running_stats": tracks}
+    wanted = torch.nn.BatchNorm1d(4, track_running_stats=tracks).double().train(training)
+    leaf = x.clone().requires_grad_()
+    out = wanted(leaf)
+    (grad,) = torch.autograd.grad(out.tanh().sum(), leaf)
+    for rows, theirs, their_grad, state in ranks.run(2, normed, graph, part, *args):
+        assert_close(theirs, out[rows])
+        assert_close(their_grad, grad[rows])
+        for key, value in wanted.named_buffers():
+            assert_close(state[f"norm.{key}"], value, key)
 
 
 def assert_close(found, wanted, key=""):

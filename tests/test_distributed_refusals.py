@@ -177,6 +177,7 @@ def test_a_seed_that_one_rank_refuses(ranks):
         (cases.parameters_of_models, "of sync_parameters: rank "),
         (cases.seeds_of_models, "which torch.manual_seed makes equal, of GraphTransformer: rank "),
         (cases.modes_of_models, "ranks disagree about training of GraphTransformer: rank "),
+        (cases.modes_of_a_norm, "ranks disagree about training of a batch norm or dropout: rank "),
         (cases.kinds_in_a_model, "ranks disagree about rows of x of a batch norm or dropout: "),
     ],
 )
@@ -201,6 +202,10 @@ def test_a_tensor_that_one_rank_s_model_refuses(ranks):
         second="ValueError: [8]",
     )
     refused(ranks, cases.wrong_types_in_a_model, first="TypeError: node")
+
+
+def test_a_tensor_of_other_channels_in_a_batch_norm(ranks):
+    refused(ranks, cases.channels_of_a_norm, first="ValueError: a batch norm of 4 channels got 1")
 
 
 def test_a_tensor_of_other_rows_in_a_model(ranks):

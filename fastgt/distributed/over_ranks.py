@@ -108,15 +108,18 @@ class Rows:
             if raised is not error:
                 raise
 
-    def kind(self, x: Tensor) -> Kind:
-        """Whether ``x [R, ...]`` is of nodes, of edges or of graphs: the same on all ranks."""
+    def kind(self, x: Tensor, training: bool) -> Kind:
+        """Whether ``x [R, ...]`` is of nodes, of edges or of graphs: the same on all ranks.
+
+        ``training``: of the layer, which ranks compare.
+        """
         shard = self.shard
         assert shard is not None
         sizes = shard.sizes_of_ranks
         fits = (sizes[shard.group.rank] == len(x)).to(torch.uint8)
         names = [name for name, fit in zip(_KINDS, fits.tolist(), strict=True) if fit]
         several = any(len(set(of_rank)) < len(of_rank) for of_rank in sizes.tolist())
-        told = {"x": described(x, rows=True)}
+        told = {"x": described(x, rows=True), "training": repr(training)}
         if not several:
             told["rows of x"] = " ".join(names)
         misfit = ValueError(
@@ -146,7 +149,7 @@ class _BatchNormOfGraph(RankBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[R, C]`` -> the same shape. What graphs have, every rank has: it is one's own."""
-        if self.rows.shard is None or self.rows.kind(x) == "graph":
+        if self.rows.shard is None or self.rows.kind(x, self.training) == "graph":
             return nn.BatchNorm1d.forward(self, x)
         self.group = self.rows.shard.group
         return super().forward(x)
@@ -161,4 +164,4 @@ class _DropoutOfGraph(nn.Dropout):
         if shard is None or not (self.training and self.p):
             return super().forward(x)
         numbers = {"row": shard.part.rows, "edge": shard.part.edge, "graph": None}
-        return row_dropout(x, self.p, numbers=numbers[self.rows.kind(x)])
+        return row_dropout(x, self.p, numbers=numbers[self.rows.kind(x, self.training)])

@@ -6,6 +6,7 @@ import traceback
 from dataclasses import replace
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -15,7 +16,7 @@ from fastgt.datasets import NodeSet, load
 from fastgt.distributed import Group
 from fastgt.encodings import Cache
 from fastgt.models import GraphTransformerConfig, SGFormerConfig
-from fastgt.training import loop
+from fastgt.training import graph_parallel, loop
 from fastgt.training.checkpoint import open_run
 from fastgt.training.graph_parallel import GraphParallel, shared
 from fastgt.training.inputs import prepared
@@ -132,6 +133,17 @@ def parts_of(group, graph, folder):
     """The rows of this rank, and what all ranks say that the partition is."""
     share = shared(graph, GraphParallel(2, folder), Group(group))
     return share.part.rows, share.digest
+
+
+def shared_without_a_partition(group, graph):
+    """The first rank, which finds the partition for all, has a METIS that cannot be loaded."""
+
+    def broken(*args):
+        raise ImportError("the partition 'metis' needs pymetis")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_parallel, "partition", broken)
+        shared(graph, GraphParallel(2), Group(group))
 
 
 def stop_in_epoch_3(training):

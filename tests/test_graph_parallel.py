@@ -10,6 +10,7 @@ from graph_parallel_cases import (
     N,
     data,
     parts_of,
+    shared_without_a_partition,
     train,
     train_until_stopped,
     train_with_a_rank_killed,
@@ -142,6 +143,13 @@ def test_a_partition_of_another_graph_is_refused_on_every_rank(ranks, tmp_path):
     write_partitions(tmp_path / "three", graph, torch.arange(N) % 3)
     for answer in ranks.answers(2, parts_of, graph, tmp_path / "three"):
         assert "the group has 2 ranks but" in answer.message
+
+
+def test_a_partition_that_cannot_be_found_is_named_on_every_rank(ranks):
+    graph = data("sgformer").graph
+    first, second = ranks.answers(2, shared_without_a_partition, graph)
+    assert (first.kind, second.kind) == ("ImportError", "RuntimeError")
+    assert "rank 0 refuses the arguments of --graph-parallel: the partition" in second.message
 
 
 def test_what_cannot_share_a_graph_is_refused(tmp_path):

@@ -83,7 +83,7 @@ def _found(graph: Graph, group: Group) -> Tensor:
             part = partition(graph.to("cpu"), group.size, method)  # type: ignore[arg-type]
             assert isinstance(part, Tensor)
             found = part
-        except RuntimeError as error:
+        except (ImportError, RuntimeError, ValueError) as error:
             problem = error
     agree(group, graph.device, "--graph-parallel", {}, problem)
     owners: Tensor = group.told_by_first(found)

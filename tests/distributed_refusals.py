@@ -156,6 +156,11 @@ def feature_maps(group):
     linear_attention(x, x, x, shard(group).graph_ptr, feature_map=("elu", "relu")[second(group)])
 
 
+def seeds_over_graphs(group):
+    x, seed = rows(group, H, D), "four" if second(group) else 4
+    global_attention(x, x, x, shard(group).graph_ptr, dropout_p=0.5, dropout_seed=seed)
+
+
 def generators(group):
     """No seed is given, and the ranks' generators differ."""
     torch.manual_seed(Group(group).rank)

@@ -169,6 +169,15 @@ def test_a_seed_that_one_rank_refuses(ranks):
     )
 
 
+def test_a_seed_of_an_operator_over_graphs_that_one_rank_refuses(ranks):
+    refused(
+        ranks,
+        cases.seeds_over_graphs,
+        first="RuntimeError: rank 1 refuses the arguments of global_attention: dropout_seed",
+        second="TypeError: dropout_seed",
+    )
+
+
 @pytest.mark.parametrize(
     ("function", "told"),
     [

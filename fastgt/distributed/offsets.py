@@ -67,11 +67,15 @@ class RankOffsets(Shard):
         """An operator over the graphs of a batch; called by the operator itself."""
         from fastgt.distributed.over_graphs import OPERATORS
 
+        problem: Exception | None = None
         if "offsets" not in arguments:
             problem = TypeError(f"{op.__name__} takes a graph, got its graph_ptr")
             self.shard.agree(op.__name__, {}, problem)
         call = {name: x for name, x in arguments.items() if name != "offsets"}
         if call.get("dropout_p"):
-            call["dropout_seed"] = dropout_key(call["dropout_seed"], self.device)
-        self.shard.check_call(op, roles, call)
+            try:
+                call["dropout_seed"] = dropout_key(call["dropout_seed"], self.device)
+            except (TypeError, ValueError) as error:
+                problem = error
+        self.shard.check_call(op, roles, call, problem=problem)
         return OPERATORS[op.__name__](self, **call)

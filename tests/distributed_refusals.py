@@ -2,6 +2,7 @@
 on every rank of a group of two."""
 
 import torch
+import torch.distributed as dist
 
 from fastgt import Graph, global_attention, linear_attention, neighborhood_attention, segment_sum
 from fastgt.distributed import (
@@ -126,6 +127,11 @@ def whole_tensor_over_graphs(group):
 
 def whole_tensor_to_exchange(group):
     halo_exchange(torch.randn(N, D) if second(group) else rows(group, D), shard(group))
+
+
+def not_in_the_group(group):
+    """Of what new_group gives the processes that it leaves out."""
+    DistributedGraph.from_graph(ring(), PART, dist.GroupMember.NON_GROUP_MEMBER)
 
 
 def calls(group, options):

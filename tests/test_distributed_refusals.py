@@ -52,6 +52,15 @@ def test_a_group_of_another_size_than_the_partition(ranks, tmp_path):
     )
 
 
+def test_a_process_outside_the_group(ranks):
+    refused(
+        ranks,
+        cases.not_in_the_group,
+        first="ValueError: this process, rank 0, is not in the group",
+        second="ValueError: this process, rank 1, is not in the group",
+    )
+
+
 def test_parts_of_different_partitions(ranks, tmp_path):
     told = "RuntimeError: ranks disagree about partition of DistributedGraph.from_graph: rank "
     refused(ranks, cases.other_owners, first=told)

@@ -61,6 +61,9 @@ class Group:
     def __init__(self, processes: dist.ProcessGroup | DeviceMesh | None = None):
         if isinstance(processes, DeviceMesh):
             processes = processes.get_group()
+        # what new_group gives a process that it leaves out
+        if isinstance(processes, int) and processes == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(_outside())
         if processes is not None and not isinstance(processes, dist.ProcessGroup):
             found = type(processes).__name__
             raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {found}")
@@ -69,7 +72,7 @@ class Group:
         self.rank = 0 if alone else dist.get_rank(self.processes)
         self.size = 1 if alone else dist.get_world_size(self.processes)
         if self.rank < 0:
-            raise ValueError(f"this process, rank {dist.get_rank()}, is not in the group")
+            raise ValueError(_outside())
 
     def unchecked(self) -> Group:
         """The same ranks, that compare nothing."""
@@ -200,6 +203,10 @@ def is_on_all_ranks(error: BaseException | None) -> bool:
     while error is not None and "on_all_ranks" not in error.__dict__:
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+def _outside() -> str:
+    return f"this process, rank {dist.get_rank()}, is not in the group"
 
 
 def _key(rank: int) -> str:

@@ -298,6 +298,11 @@ def test_what_needs_a_whole_graph_says_so(name):
         NEED_A_GRAPH[name](whole())
 
 
+def test_a_share_of_what_a_graph_does_not_have():
+    with pytest.raises(ValueError, match=r"kind must be one of .*'row'.*, got 'node'"):
+        whole().own(torch.zeros(N), "node")
+
+
 def test_operators_name_what_is_no_graph():
     x = torch.randn(N, 2, 4)
     with pytest.raises(TypeError, match=r"graph must be a fastgt.Graph, got Tensor"):

@@ -197,11 +197,14 @@ class DistributedGraph(Shard):
     def own(self, x: Tensor, kind: Kind = "row") -> Tensor:
         """The rank's share of a tensor of the whole graph: of its rows, columns or edges."""
         part, whole = self.part, self.part.whole
-        index, size = {
+        kinds = {
             "row": (part.rows, whole.rows),
             "column": (part.cols, whole.cols),
             "edge": (part.edge, whole.edges),
-        }[kind]
+        }
+        if kind not in kinds:
+            raise ValueError(f"kind must be one of {list(kinds)}, got {kind!r}")
+        index, size = kinds[kind]
         if len(x) != size:
             raise ValueError(f"x has {len(x)} rows but the whole graph has {size} {kind}s")
         return x.index_select(0, index.to(x.device))

@@ -9,6 +9,7 @@ from fastgt.distributed import (
     DistributedGraph,
     Group,
     halo_exchange,
+    head_parallel,
     load_partition,
     over_ranks,
     sync_gradients,
@@ -157,6 +158,18 @@ def gradients_of_one_rank(group):
     neighborhood_attention(x, x, x, shard(group))
 
 
+def one_tensor_of_one_rank(group):
+    """Keys and values of equal numbers: one rank sends them once, the other twice."""
+    x = rows(group, H, D)
+    neighborhood_attention(x, x, x.clone() if second(group) else x, shard(group))
+
+
+def autocast_of_one_rank(group, name):
+    x, graph = rows(group, H, D), shard(group)
+    with torch.autocast("cpu", torch.bfloat16, enabled=second(group)):
+        ATTENTIONS[name](x, graph)
+
+
 def feature_maps(group):
     x = rows(group, H, D)
     linear_attention(x, x, x, shard(group).graph_ptr, feature_map=("elu", "relu")[second(group)])
@@ -276,6 +289,9 @@ ATTENTIONS = {
     "halo": lambda x, graph: neighborhood_attention(x, x, x, graph),
     "ring": lambda x, graph: global_attention(x, x, x, graph.graph_ptr),
     "sum": lambda x, graph: linear_attention(x, x, x, graph.graph_ptr),
+    "heads": lambda x, graph: head_parallel(
+        neighborhood_attention, x, x, x, ring(), graph.group.processes
+    ),
 }
 
 

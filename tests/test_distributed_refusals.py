@@ -154,6 +154,21 @@ def test_ranks_that_disagree_about_their_tensors(ranks, function, name):
     refused(ranks, function, first=told)
 
 
+def test_a_rank_of_which_keys_and_values_are_one_tensor(ranks):
+    told = "RuntimeError: ranks disagree about v of neighborhood_attention: rank "
+    refused(ranks, cases.one_tensor_of_one_rank, first=told)
+
+
+@pytest.mark.parametrize("name", ["halo", "ring", "sum", "heads"])
+def test_a_rank_that_computes_in_another_dtype(ranks, name):
+    refused(
+        ranks,
+        cases.autocast_of_one_rank,
+        name,
+        first="RuntimeError: ranks disagree about autocast of ",
+    )
+
+
 def test_ranks_that_disagree_over_the_graphs_of_a_batch(ranks):
     told = "RuntimeError: ranks disagree about feature_map of linear_attention: rank "
     refused(ranks, cases.feature_maps, first=told)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgt.distributed.group import Group, on_all_ranks
+from fastgt.ops.checks import autocasts
 
 _LONGEST = 200  # characters of an argument in a message
 _MOST = 2**16  # bytes of a tensor whose numbers are compared
@@ -80,6 +81,11 @@ def described(x: Any, *, rows: bool) -> str:
         if x.numel() <= _FEW:
             content = f" = {x.tolist()}"
     return f"{x.dtype}{list(x.shape)}{grad}{content}"
+
+
+def described_autocast(device: torch.device) -> str:
+    """The dtype in which operators compute, and so exchange, whatever they are given."""
+    return repr(torch.get_autocast_dtype(device.type)) if autocasts(device.type) else "off"
 
 
 def _difference(rank: int, said: list[tuple[str, dict[str, Any], Any]]) -> str:

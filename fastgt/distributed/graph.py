@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastgt.contract import Aux
-from fastgt.distributed.agreement import agree, described
+from fastgt.distributed.agreement import agree, described, described_autocast
 from fastgt.distributed.cached import cached_property
 from fastgt.distributed.exchange import Exchange
 from fastgt.distributed.group import Group
@@ -333,6 +333,7 @@ class DistributedGraph(Shard):
         ``problem``: what this rank has found already.
         """
         told = _told(roles, call) | {"what is sent": described(sent, rows=True)}
+        told["autocast"] = described_autocast(self.device)
         self.agree(op.__name__, told, problem or self._wrong_size(roles, call))
 
     def agree(
@@ -433,4 +434,10 @@ class _Sending(Shard):
 def _told(roles: Roles, call: Mapping[str, Any]) -> dict[str, str]:
     """What must be the same on all ranks."""
     shared = {*roles.rows, *roles.columns, *roles.edges}
-    return {name: described(x, rows=name in shared) for name, x in call.items()}
+    told = {name: described(x, rows=name in shared) for name, x in call.items()}
+    first: dict[int, str] = {}
+    for name in roles.columns:
+        other = first.setdefault(id(call[name]), name)
+        if call[name] is not None and other != name:  # one tensor is sent once
+            told[name] += f", the same tensor as {other}"
+    return told

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastgt.contract import Aux
-from fastgt.distributed.agreement import agree, described
+from fastgt.distributed.agreement import agree, described, described_autocast
 from fastgt.distributed.group import Group
 from fastgt.graph import Graph
 from fastgt.ops.additive_attention import additive_attention
@@ -97,10 +97,11 @@ def head_parallel(
         problem = error
     device = q.device if isinstance(q, Tensor) else torch.device("cpu")
     rows = {name: described(x, rows=True) for name, x in {"q": q, "k": k, "v": v}.items()}
-    told = options | {"dropout_seed": None if seed is None else seed.seed}
+    told = options | {"graph": graph, "dropout_seed": None if seed is None else seed.seed}
     shared = {name: described(x, rows=False) for name, x in told.items()}
+    shared["autocast"] = described_autocast(device)
     name = f"head_parallel of {getattr(op, '__name__', op)}"
-    agree(ranks, device, name, rows | {"graph": described(graph, rows=False)} | shared, problem)
+    agree(ranks, device, name, rows | shared, problem)
 
     sizes = ranks.gathered(torch.tensor([len(q), len(k)], device=device))
     of_rows, of_columns = (tuple(x) for x in sizes.T.tolist())

@@ -303,3 +303,11 @@ def no_backward(group, name, overlap):
     loss = net(x if second(group) else out).sum()
     loss.backward()
     sync_gradients(net, group)
+
+
+def other_backward(group, name, overlap):
+    """The loss of each rank depends on another call of the operator."""
+    graph = shard(group, overlap=overlap)
+    first, other = (rows(group, H, D).requires_grad_() for _ in range(2))
+    outs = [ATTENTIONS[name](x, graph) for x in (first, other)]
+    outs[Group(group).rank].sum().backward()

@@ -250,15 +250,19 @@ def test_a_tensor_of_other_rows_in_a_model(ranks):
     )
 
 
-@pytest.mark.parametrize(
+BACKWARD = pytest.mark.parametrize(
     ("name", "overlap", "told"),
     [
         ("halo", True, "a halo exchange"),
         ("halo", False, "a halo exchange"),
         ("ring", True, "global_attention"),
         ("sum", True, "a sum over ranks"),
+        ("heads", True, "head_parallel"),
     ],
 )
+
+
+@BACKWARD
 def test_a_rank_whose_loss_needs_no_gradient_of_an_operator(ranks, name, overlap, told):
     mine, other = f"calls the backward of {told}", "calls sync_gradients"
     refused(
@@ -268,6 +272,17 @@ def test_a_rank_whose_loss_needs_no_gradient_of_an_operator(ranks, name, overlap
         overlap,
         first=f"RuntimeError: rank 0 {mine} where rank 1 {other}",
         second=f"RuntimeError: rank 1 {other} where rank 0 {mine}",
+    )
+
+
+@BACKWARD
+def test_ranks_whose_losses_need_gradients_of_different_calls(ranks, name, overlap, told):
+    refused(
+        ranks,
+        cases.other_backward,
+        name,
+        overlap,
+        first=f"RuntimeError: disagree about which call, counted from 1, of the backward of {told}",
     )
 
 

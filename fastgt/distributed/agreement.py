@@ -21,6 +21,7 @@ from fastgt.ops.checks import autocasts
 _LONGEST = 200  # characters of an argument in a message
 _MOST = 2**16  # bytes of a tensor whose numbers are compared
 _FEW = 16  # numbers of a tensor that a message shows
+_CALL = "which call, counted from 1,"
 
 
 def agree(
@@ -61,6 +62,20 @@ def agree(
             told = f"rank {rank} refuses the arguments of {theirs}: {refused}"
             raise on_all_ranks(RuntimeError(told))
     raise on_all_ranks(RuntimeError(_difference(group.rank, said)))
+
+
+def agree_on_backward(
+    group: Group, device: torch.device, what: str, call: int, arguments: Mapping[str, Any]
+) -> None:
+    """Go on if all ranks are in the backward of the same call; else raise on every rank.
+
+    The loss of a rank may depend on some calls alone, and its backward then leaves the others out.
+
+    Args:
+        group, device, what, arguments: As of :func:`agree`.
+        call: Its number by the group's ``calls``, taken in the forward.
+    """
+    agree(group, device, f"the backward of {what}", {_CALL: repr(call)} | dict(arguments))
 
 
 def described(x: Any, *, rows: bool) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgt.distributed.agreement import agree
+from fastgt.distributed.agreement import agree_on_backward
 from fastgt.distributed.group import Group
 
 
@@ -39,11 +39,11 @@ def next_ranks(tensors: Sequence[Tensor], group: Group, rows: int) -> list[Tenso
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, x: Tensor) -> Tensor:
-        ctx.group = group
+        ctx.group, ctx.call = group, next(group.calls)
         return group.sum(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         told = {"gradient": f"{grad.dtype}{list(grad.shape)}"}
-        agree(ctx.group, grad.device, "the backward of a sum over ranks", told)
+        agree_on_backward(ctx.group, grad.device, "a sum over ranks", ctx.call, told)
         return None, sum_over_ranks(grad, ctx.group)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgt.distributed.agreement import agree
+from fastgt.distributed.agreement import agree, agree_on_backward
 from fastgt.distributed.group import Flight, Group
 from fastgt.distributed.part import Part
 from fastgt.distributed.part_checks import not_owned
@@ -72,14 +72,17 @@ class Exchange:
         """Send own columns off; :meth:`Journey.arrive` gives the halo."""
         return Journey(self, tensors)
 
-    def before_backward(self, grads: Sequence[Tensor]) -> None:
+    def next_call(self) -> int:
+        """The number of an exchange whose backward is another one."""
+        return next(self._group.calls)
+
+    def before_backward(self, call: int, grads: Sequence[Tensor]) -> None:
         """Raise on all ranks where one does not send gradients back now.
 
         Its loss then does not depend on what it fetched, and it goes on without this backward.
         """
-        told = ", ".join(f"{x.dtype}{['.', *x.shape[1:]]}" for x in grads)
-        what = "the backward of a halo exchange"
-        agree(self._group, self.sent.device, what, {"gradients": told})
+        told = {"gradients": ", ".join(f"{x.dtype}{['.', *x.shape[1:]]}" for x in grads)}
+        agree_on_backward(self._group, self.sent.device, "a halo exchange", call, told)
 
     def _forth(self, tensors: Sequence[Tensor]) -> _Messages:
         rows = [x.detach().index_select(0, self.sent) for x in tensors]
@@ -105,7 +108,7 @@ class Journey:
     """
 
     def __init__(self, exchange: Exchange, tensors: Sequence[Tensor]):
-        self.exchange = exchange
+        self.exchange, self.call = exchange, exchange.next_call()
         self.forth: _Messages | None = None
         self.back: _Messages | None = None
         self._token = _Depart.apply(self, *tensors)
@@ -145,7 +148,7 @@ class _Messages:
 class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange = exchange
+        ctx.exchange, ctx.call = exchange, exchange.next_call()
         found = tuple(exchange._forth(tensors).wait())
         ctx.mark_non_differentiable(*[x for x in found if not x.is_floating_point()])
         return found
@@ -154,7 +157,7 @@ class _Fetch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
         given = [grad for grad, need in zip(grads, needs, strict=True) if need]
-        ctx.exchange.before_backward(given)
+        ctx.exchange.before_backward(ctx.call, given)
         return (None, *_spread(ctx.exchange.returned(given), needs))
 
 
@@ -204,7 +207,7 @@ class _Arrive(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         journey = ctx.journey
         given = [grad for grad, made in zip(grads, ctx.made, strict=True) if made]
-        journey.exchange.before_backward(given)
+        journey.exchange.before_backward(journey.call, given)
         journey.back = journey.exchange._back(given)
         return None, None, given[0].new_zeros(0)
 

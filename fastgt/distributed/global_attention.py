@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgt.contract import Aux, AuxRequest
-from fastgt.distributed.agreement import agree
+from fastgt.distributed.agreement import agree_on_backward
 from fastgt.distributed.collectives import next_ranks
 from fastgt.distributed.offsets import RankOffsets
 from fastgt.ops.aux_request import check_request
@@ -138,7 +138,7 @@ class _RingAttention(torch.autograd.Function):
             if step + 1 < ring.group.size:
                 keys = ring.moved(step, keys)
         out = out.to(q.dtype)
-        ctx.ring = ring
+        ctx.ring, ctx.call = ring, next(ring.group.calls)
         ctx.save_for_backward(q, k, v, bias, out, lse)
         return out, lse
 
@@ -149,7 +149,7 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, bias, out, lse = ctx.saved_tensors
         keys: _Keys = [k, v, bias, ring.numbers]
         grads = [None if x is None else torch.zeros_like(x, dtype=wide) for x in keys[:3]]
-        agree(ring.group, q.device, "the backward of global_attention", {})
+        agree_on_backward(ring.group, q.device, "global_attention", ctx.call, {})
         dq = torch.zeros_like(q, dtype=wide)
         delta = dlse - (do.to(wide) * out.to(wide)).sum(2)
         for step in range(ring.group.size):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 GRACE = 5.0  # seconds in which ranks answer that a collective failed for them too
 _POLL = 0.02  # seconds
 Error = TypeVar("Error", bound=Exception)
+# of each process group, for one call may make a Group of it, and the next one another
+_CALLS: WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = WeakKeyDictionary()
 
 
 class Flight:
@@ -46,6 +50,7 @@ class Group:
     Attributes:
         rank, size: This process's number among how many.
         checked: Whether ranks compare what they are about to do before they wait for each other.
+        calls: Numbers those calls of autograd functions that ask other ranks in their backward.
 
     Raises:
         TypeError, ValueError: ``processes`` is no group, or one that this process is not in.
@@ -71,6 +76,9 @@ class Group:
         self.processes = None if alone else processes or dist.group.WORLD
         self.rank = 0 if alone else dist.get_rank(self.processes)
         self.size = 1 if alone else dist.get_world_size(self.processes)
+        self.calls: Iterator[int] = itertools.count(1)
+        if self.processes is not None:
+            self.calls = _CALLS.setdefault(self.processes, self.calls)
         if self.rank < 0:
             raise ValueError(_outside())
 

@@ -20,7 +20,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastgt.contract import Aux
-from fastgt.distributed.agreement import agree, described, described_autocast
+from fastgt.distributed.agreement import (
+    agree,
+    agree_on_backward,
+    described,
+    described_autocast,
+)
 from fastgt.distributed.group import Group
 from fastgt.graph import Graph
 from fastgt.ops.additive_attention import additive_attention
@@ -260,7 +265,7 @@ class _Shares(NamedTuple):
 class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shares: _Shares, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.shares = shares
+        ctx.shares, ctx.call = shares, next(shares.group.calls)
         return tuple(shares.to_heads(tensors))
 
     @staticmethod
@@ -271,7 +276,7 @@ class _ToHeads(torch.autograd.Function):
 class _ToRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shares: _Shares, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.shares = shares
+        ctx.shares, ctx.call = shares, next(shares.group.calls)
         return tuple(shares.to_rows(tensors))
 
     @staticmethod
@@ -285,6 +290,7 @@ def _returned(
     """The gradients that are asked for, on all ranks the same ones."""
     found: list[Tensor | None] = [None] * len(grads)
     which = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
+    agree_on_backward(ctx.shares.group, grads[0].device, "head_parallel", ctx.call, {})
     sent = back.apply(ctx.shares.of(which), *(grads[i] for i in which))
     for i, grad in zip(which, sent, strict=True):
         found[i] = grad

@@ -7,6 +7,7 @@ turn to the next one that can go on. So ranks change at collectives alone, alway
 from __future__ import annotations
 
 import functools
+import itertools
 import pickle
 import threading
 from collections.abc import Callable, Sequence
@@ -165,7 +166,7 @@ class TurnGroup(Group):
 
     def __init__(self, turns: Turns, rank: int, memory: FileMemory):
         self.processes = None
-        self.rank, self.size = rank, turns.size
+        self.rank, self.size, self.calls = rank, turns.size, itertools.count(1)
         self._turns, self._memory = turns, memory
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Flight:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgt import Graph
+from fastgt import Graph, global_attention, neighborhood_attention
 from fastgt.distributed import DistributedGraph, Group, over_ranks, sync_gradients
 from fastgt.models import (
     EdgeGraphTransformer,
@@ -151,3 +151,31 @@ def normed(group, graph, part, x, training, options):
     out = model(own, shard)
     (grad,) = torch.autograd.grad(out.tanh().sum(), own)
     return shard.part.rows, out.detach(), grad, dict(model.named_buffers())
+
+
+class Attending(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = torch.nn.Linear(4, 8).double(), torch.nn.BatchNorm1d(8).double()
+
+    def forward(self, x, graph):
+        h = self.norm(self.linear(x)).view(-1, 2, 4)
+        near = neighborhood_attention(h, h, h, graph)
+        return near + global_attention(h, h, h, graph.graph_ptr)
+
+
+def compiled_by_some(group, graph, part, x, compiling, **options):
+    """The model's gradients where the ranks in ``compiling`` compile it, and where none does."""
+    # what takes long comes before ranks wait for each other
+    torch.compile(torch.nn.Linear(1, 1), backend="eager")(torch.ones(1, 1))
+    shard = DistributedGraph.from_graph(graph, part, group)
+    torch.manual_seed(0)
+    model = over_ranks(Attending())
+    mine = shard.group.rank in compiling
+    found = []
+    for run in (torch.compile(model, backend="eager", **options) if mine else model, model):
+        model.zero_grad()
+        run(shard.own(x), shard).tanh().sum().backward()
+        sync_gradients(model, group)
+        found.append([p.grad.clone() for p in model.parameters()])
+    return found

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distributed_models import MODELS, graph_of, normed, step, widths_sent
+from distributed_models import MODELS, compiled_by_some, graph_of, normed, step, widths_sent
 
 from fastgt.distributed import Group
 
@@ -47,6 +47,16 @@ def test_a_batch_norm_is_that_of_all_rows(ranks, shape, training, tracks):
 
 def assert_close(found, wanted, key=""):
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10, msg=lambda m: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("compiling", [[1], [0, 1]])
+def test_ranks_that_compile_wait_for_those_that_do_not(ranks, compiling):
+    graph, part = graph_of(1), torch.arange(20) // 13
+    x = torch.randn(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for compiled, eager in ranks.run(2, compiled_by_some, graph, part, x, compiling):
+        assert any(grad.abs().max() > 0.1 for grad in eager)
+        for a, b in zip(compiled, eager, strict=True):
+            assert_close(a, b)
 
 
 def test_the_same_bits_every_time(ranks):

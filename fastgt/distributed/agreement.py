@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgt.distributed.eager import eager
 from fastgt.distributed.group import Group, on_all_ranks
 from fastgt.ops.checks import autocasts
 
@@ -24,6 +25,7 @@ _FEW = 16  # numbers of a tensor that a message shows
 _CALL = "which call, counted from 1,"
 
 
+@eager
 def agree(
     group: Group,
     device: torch.device,

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fastgt.contract import Aux
 from fastgt.distributed.agreement import agree, described, described_autocast
 from fastgt.distributed.cached import cached_property
+from fastgt.distributed.eager import eager
 from fastgt.distributed.exchange import Exchange
 from fastgt.distributed.group import Group
 from fastgt.distributed.offsets import RankOffsets
@@ -279,6 +280,7 @@ class DistributedGraph(Shard):
     def sending(self, x: Tensor, project: Callable[[Tensor], Sequence[Tensor]]) -> Shard:
         return _Sending(self, x, project)
 
+    @eager
     def run(
         self,
         op: Callable[..., Any],

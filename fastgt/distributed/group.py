@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from fastgt.distributed.eager import eager
+
 GRACE = 5.0  # seconds in which ranks answer that a collective failed for them too
 _POLL = 0.02  # seconds
 Error = TypeVar("Error", bound=Exception)
@@ -28,6 +30,7 @@ class Flight:
     def __init__(self, group: Group, received: Tensor, sent: Tensor, work: dist.Work | None):
         self._group, self._received, self._sent, self._work = group, received, sent, work
 
+    @eager
     def wait(self) -> Tensor:
         """The rows, once they are here."""
         if self._work is not None:
@@ -88,6 +91,7 @@ class Group:
         found.checked = False
         return found
 
+    @eager
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Flight:
         """``x [S, ...]``, ``send[p]`` rows of it for rank p -> ``receive[p]`` rows of each rank p.
 
@@ -103,6 +107,7 @@ class Group:
             )
         return Flight(self, received, x, work)
 
+    @eager
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' tensors; no gradient goes through it."""
         x = x.detach().clone(memory_format=torch.contiguous_format)
@@ -111,6 +116,7 @@ class Group:
                 dist.all_reduce(x, group=self.processes)
         return x
 
+    @eager
     def largest(self, x: Tensor) -> Tensor:
         """The maximum of all ranks' tensors, number by number; no gradient goes through it."""
         x = x.detach().clone(memory_format=torch.contiguous_format)
@@ -119,6 +125,7 @@ class Group:
                 dist.all_reduce(x, dist.ReduceOp.MAX, group=self.processes)
         return x
 
+    @eager
     def gathered(self, x: Tensor) -> Tensor:
         """``x`` of every rank, of one shape on all of them -> ``[P, ...]``."""
         if self.size == 1:
@@ -129,6 +136,7 @@ class Group:
             dist.all_gather(list(found.unbind()), x.contiguous(), group=self.processes)
         return found
 
+    @eager
     def from_first(self, x: Tensor) -> None:
         """Write what the first rank has into ``x``."""
         if self.size > 1:
@@ -139,6 +147,7 @@ class Group:
             if whole is not x:
                 x.copy_(whole)
 
+    @eager
     def told(self, x: Any) -> list[Any]:
         """What each rank says: any object that can be pickled."""
         if self.size == 1:
@@ -148,6 +157,7 @@ class Group:
             dist.all_gather_object(found, x, group=self.processes)
         return found
 
+    @eager
     def told_by_first(self, x: Any) -> Any:
         """What the first rank says: any object that can be pickled."""
         if self.size == 1:

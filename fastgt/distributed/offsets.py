@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgt.distributed.cached import cached_property
+from fastgt.distributed.eager import eager
 from fastgt.ops.checks import dropout_key
 from fastgt.shard import Roles, Shard
 
@@ -63,6 +64,7 @@ class RankOffsets(Shard):
     def device(self) -> torch.device:
         return self.local.device
 
+    @eager
     def run(self, op: Callable[..., Any], roles: Roles, arguments: Mapping[str, Any]) -> Any:
         """An operator over the graphs of a batch; called by the operator itself."""
         from fastgt.distributed.over_graphs import OPERATORS

@@ -2,18 +2,15 @@
 
 ``README.md`` is the front page, and ``CONTRIBUTING.md`` and ``CHANGELOG.md`` are pages too, as is
 the notebook of ``examples/``. On the page of the examples, the code of each stands below the words
-on it. A link to a file of the checkout that is no page, to an example for one, becomes text.
-``README.md`` is the front page, and ``CONTRIBUTING.md`` and ``CHANGELOG.md`` are pages too. A link
-to a file of the checkout that is no page, to an example for one, becomes text. Formulas of TeX
-become MathML, which browsers draw without a script.
-to a file of the checkout that is no page, to an example for one, becomes text, and so does one to
-the repository's own site, as the changelog has for every version.
+on it. A link to a file of the checkout that is no page becomes text, and so does one to the
+repository's own site, as the changelog has for every version. Formulas of TeX become MathML, which
+browsers draw without a script.
 """
 
 from __future__ import annotations
 
-import json
 import html
+import json
 import os
 import re
 from pathlib import Path
@@ -54,7 +51,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             flags=re.DOTALL,
         )
         markdown = markdown.replace("```text\n", '```text title="prints"\n')
-    """Make text of links to files of the checkout that are no pages."""
     folder = (ROOT / "docs" / page.file.src_uri).parent
 
     def link(match: re.Match) -> str:
@@ -87,6 +83,8 @@ def _page_of(notebook: dict[str, Any]) -> str:
 def _block(language: str, text: str, title: str = "") -> str:
     head = f'{language} title="{title}"' if title else language
     return f"```{head}\n{text.rstrip()}\n```\n\n"
+
+
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     """Make MathML of what arithmatex found between dollars."""
     return re.sub(

@@ -100,7 +100,12 @@ def measured(problem: str, setting: Setting, runs: Sequence[Run]) -> Rows:
         with tempfile.TemporaryDirectory() as scratch:
             place = Path(scratch)
             if run.parts > 1:
-                owners = partition(graph, run.parts, run.method)  # type: ignore[arg-type]
+                owners = partition(
+                    graph,
+                    run.parts,
+                    run.method,  # type: ignore[arg-type]
+                    row_cost=scaling.ROW_COST,
+                )
                 write_partitions(place / "parts", graph, owners, parts=run.parts, **tensors)
             mp.spawn(_rank, (problem, setting, run, place), nprocs=run.parts)
             found = [

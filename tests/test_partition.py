@@ -15,6 +15,7 @@ from fastgt.distributed.part import cut
 
 module = sys.modules["fastgt.distributed.partition"]
 METHODS = "metis", "ldg", "contiguous", "hash"
+COSTS = st.sampled_from([0, 1, 12, 2**20])
 
 
 @st.composite
@@ -59,29 +60,29 @@ def test_every_node_gets_one_rank_and_the_same_again(graph, parts, method, seed)
     assert all(torch.equal(x, y) for x, y in zip(pair(found), pair(again), strict=True))
 
 
-def ldg(graph, parts):
-    """The equation, rank by rank: Stanton and Kliot's, with edges for nodes in the capacity."""
+def ldg(graph, parts, row_cost=0):
+    """The equation, rank by rank: Stanton and Kliot's, with costs for nodes in the capacity."""
     owner = [None] * graph.num_cols
     rows = owner if is_square(graph) else [None] * graph.num_rows
-    edges, members = [0] * parts, [0] * parts
-    capacity = 1.05 * graph.num_edges / parts
+    cost, members = [0] * parts, [0] * parts
+    capacity = 1.05 * (graph.num_edges + row_cost * graph.num_rows) / parts
     ptr = graph.row_ptr.tolist()
     for v in range(graph.num_rows):
         reads = graph.col[ptr[v] : ptr[v + 1]].tolist()
-        if reads:
+        if reads or row_cost:
             scores = []
             for p in range(parts):
                 common = sum(owner[u] == p for u in reads)
-                scores.append((-common * (1 - edges[p] / capacity), edges[p], members[p], p))
+                scores.append((-common * (1 - cost[p] / capacity), cost[p], members[p], p))
             best = min(scores)[-1]
         else:
-            best = min((members[p], edges[p], p) for p in range(parts))[-1]
+            best = min((members[p], cost[p], p) for p in range(parts))[-1]
         rows[v] = best
         if rows is not owner:
             for u in reads:
                 if owner[u] is None:
                     owner[u] = best
-        edges[best] += len(reads)
+        cost[best] += len(reads) + row_cost
         members[best] += 1
     unread = [u for u in range(graph.num_cols) if owner[u] is None]
     for i, u in enumerate(unread):
@@ -89,12 +90,12 @@ def ldg(graph, parts):
     return torch.tensor(rows, dtype=torch.int64), torch.tensor(owner, dtype=torch.int64)
 
 
-@given(graphs(), st.integers(1, 9), st.integers(1, 50))
-def test_ldg_on_a_cpu_is_its_equation_in_chunks_of_any_size(graph, parts, chunk):
+@given(graphs(), st.integers(1, 9), st.integers(1, 50), COSTS)
+def test_ldg_on_a_cpu_is_its_equation_in_chunks_of_any_size(graph, parts, chunk, row_cost):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
-        found = pair(partition(graph, parts, "ldg"))
-    expected = ldg(graph, parts)
+        found = pair(partition(graph, parts, "ldg", row_cost=row_cost))
+    expected = ldg(graph, parts, row_cost)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
@@ -110,13 +111,23 @@ def test_ldg_on_a_cpu_of_int64_indices_is_that_of_int32(graph, parts):
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-@given(graphs(), st.integers(1, 9))
-def test_ldg_and_contiguous_ranges_balance_edges_up_to_a_row(graph, parts):
-    most = int(graph.row_degree.max()) if graph.num_rows else 0
+@given(graphs(), st.integers(1, 9), COSTS)
+def test_ldg_and_contiguous_ranges_balance_costs_up_to_a_row(graph, parts, row_cost):
+    costs = graph.row_degree.long() + row_cost
+    most = int(costs.max()) if graph.num_rows else 0
     for method, slack in (("ldg", 1.05), ("contiguous", 1.0)):
-        rows = pair(partition(graph, parts, method))[0]
-        edges = torch.zeros(parts, dtype=torch.int64).index_add_(0, rows, graph.row_degree.long())
-        assert int(edges.max()) <= slack * graph.num_edges / parts + most
+        rows = pair(partition(graph, parts, method, row_cost=row_cost))[0]
+        of_ranks = torch.zeros(parts, dtype=torch.int64).index_add_(0, rows, costs)
+        assert int(of_ranks.max()) <= slack * int(costs.sum()) / parts + most
+
+
+def test_metis_balances_what_a_row_costs_beside_its_edges():
+    hub = torch.cat([torch.stack([torch.arange(1, 200), torch.zeros(199).long()])] * 2, 1)
+    path = torch.stack([torch.arange(1, 400), torch.arange(399)])
+    graph = Graph.from_edge_index(torch.cat([hub, path, path.flip(0)], 1), 400)
+    by_edges, by_both = (partition(graph, 2, row_cost=cost) for cost in (0, 1000))
+    assert abs(int(by_both.bincount()[0]) - 200) <= 6
+    assert abs(int(by_edges.bincount()[0]) - 200) > 30
 
 
 @given(graphs(), st.integers(1, 9))
@@ -222,6 +233,11 @@ def test_bad_arguments_of_a_partition_are_refused():
             partition(*bad)
     with pytest.raises(TypeError, match="seed must be an int, got float"):
         partition(graph, 2, "hash", seed=0.5)
+    with pytest.raises(TypeError, match="row_cost must be an int, got float"):
+        partition(graph, 2, row_cost=0.5)
+    for bad in (-1, 2**20 + 1):
+        with pytest.raises(ValueError, match=f"row_cost must be from 0 to 2\\^20, got {bad}"):
+            partition(graph, 2, row_cost=bad)
     with pytest.raises(RuntimeError, match="meta device"):
         partition(graph.to("meta"), 2, "hash")
 

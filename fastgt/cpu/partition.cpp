@@ -8,12 +8,13 @@ struct PartitionCall {
     int64_t rows, first;    // of this chunk: how many, and the number of the first
     int64_t parts, claims;  // whether a row's rank gets the columns that nobody owns yet
     int64_t wide;           // whether `row_ptr` and `col` have 64 bits
-    double capacity;        // edges of a rank at which it attracts no more
+    int64_t row_cost;       // edges that a row costs as much as, beside its own
+    double capacity;        // cost of a rank at which it attracts no more
     void *row_ptr, *col;    // [rows + 1], from any number on; the columns of the edges from there on
     void *row_part, *col_part;  // int32, of the whole graph, -1 where nobody owns it yet
-    void *edges, *members;      // [parts] of 64 bits, as are all below: what ranks have so far
+    void *cost, *members;       // [parts] of 64 bits, as are all below: what ranks have so far
     void *count, *touched;      // [parts] each: zeros, and memory to work in
-    void *by_edges, *by_rows;   // [2 * parts] each, memory to work in
+    void *by_cost, *by_rows;   // [2 * parts] each, memory to work in
 };
 
 constexpr int64_t AHEAD = 16;  // edges for which owners are asked for before they are needed
@@ -41,17 +42,17 @@ template <class Less> struct Least {
 template <class I> void stream(const PartitionCall& call) {
     const I *row_ptr = (const I*)call.row_ptr, *col = (const I*)call.col;
     int32_t *row_part = (int32_t*)call.row_part, *col_part = (int32_t*)call.col_part;
-    int64_t *edges = (int64_t*)call.edges, *members = (int64_t*)call.members;
+    int64_t *cost = (int64_t*)call.cost, *members = (int64_t*)call.members;
     int64_t *count = (int64_t*)call.count, *touched = (int64_t*)call.touched;
-    const auto fewer_edges = [=](int64_t p, int64_t q) {
-        if (edges[p] != edges[q]) return edges[p] < edges[q];
+    const auto less_cost = [=](int64_t p, int64_t q) {
+        if (cost[p] != cost[q]) return cost[p] < cost[q];
         return members[p] != members[q] ? members[p] < members[q] : p < q;
     };
     const auto fewer_rows = [=](int64_t p, int64_t q) {
         if (members[p] != members[q]) return members[p] < members[q];
-        return edges[p] != edges[q] ? edges[p] < edges[q] : p < q;
+        return cost[p] != cost[q] ? cost[p] < cost[q] : p < q;
     };
-    Least by_edges(call.by_edges, call.parts, fewer_edges);
+    Least by_cost(call.by_cost, call.parts, less_cost);
     Least by_rows(call.by_rows, call.parts, fewer_rows);
     const int64_t end = row_ptr[call.rows] - row_ptr[0];
     for (int64_t r = 0; r < call.rows; r++) {
@@ -63,24 +64,24 @@ template <class I> void stream(const PartitionCall& call) {
             if (owner >= 0 && count[owner]++ == 0) touched[distinct++] = owner;
         }
         // of ranks that own nothing of it, the first of these is the best
-        int64_t best = from == to ? by_rows.find() : by_edges.find();
+        int64_t best = from == to && !call.row_cost ? by_rows.find() : by_cost.find();
         const auto score = [&](int64_t p) {
-            return double(count[p]) * (1.0 - double(edges[p]) / call.capacity);
+            return double(count[p]) * (1.0 - double(cost[p]) / call.capacity);
         };
         double most = score(best);
         for (int64_t t = 0; t < distinct; t++) {
             const int64_t p = touched[t];
             const double own = score(p);
-            if (own > most || (own == most && fewer_edges(p, best))) best = p, most = own;
+            if (own > most || (own == most && less_cost(p, best))) best = p, most = own;
         }
         for (int64_t t = 0; t < distinct; t++) count[touched[t]] = 0;
         row_part[call.first + r] = int32_t(best);
         if (call.claims)
             for (int64_t e = from; e < to; e++)
                 if (col_part[col[e]] < 0) col_part[col[e]] = int32_t(best);
-        edges[best] += to - from;
+        cost[best] += to - from + call.row_cost;
         members[best]++;
-        by_edges.changed(best);
+        by_cost.changed(best);
         by_rows.changed(best);
     }
 }

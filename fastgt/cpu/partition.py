@@ -16,16 +16,18 @@ class State(NamedTuple):
     Attributes:
         row_part, col_part: ``[N_rows]`` and ``[N_cols]`` int32, the rank of each, -1 where it has
             none yet; one tensor where columns are the same nodes as rows.
-        edges, members: ``[P]`` int64, the edges and the rows of each rank.
+        cost, members: ``[P]`` int64, what the rows of each rank cost, and how many they are.
     """
 
     row_part: Tensor
     col_part: Tensor
-    edges: Tensor
+    cost: Tensor
     members: Tensor
 
 
-def stream(state: State, first: int, row_ptr: Tensor, col: Tensor, capacity: float) -> None:
+def stream(
+    state: State, first: int, row_ptr: Tensor, col: Tensor, row_cost: int, capacity: float
+) -> None:
     """Gives the next rows their ranks, in ``state``.
 
     Args:
@@ -33,12 +35,13 @@ def stream(state: State, first: int, row_ptr: Tensor, col: Tensor, capacity: flo
         first: The number of the first row.
         row_ptr, col: ``[n + 1]`` and ``[e]``, of one index type. The edges of row i stand in
             ``col`` at ``row_ptr[i] - row_ptr[0]`` and after.
-        capacity: How many edges a rank has when it attracts no more rows.
+        row_cost: Edges that a row costs as much as, beside its own.
+        capacity: The cost of a rank at which it attracts no more rows.
 
     Raises:
         RuntimeError: There are no compiled kernels; says why.
     """
-    parts = len(state.edges)
+    parts = len(state.cost)
     work = [torch.empty(n, dtype=torch.int64, device="cpu") for n in (parts, 2 * parts, 2 * parts)]
     count = torch.zeros(parts, dtype=torch.int64, device="cpu")
     arrays = row_ptr.contiguous(), col.contiguous(), *state, count, *work
@@ -50,6 +53,7 @@ def stream(state: State, first: int, row_ptr: Tensor, col: Tensor, capacity: flo
         parts,
         int(state.row_part is not state.col_part),
         int(col.dtype == torch.int64),
+        row_cost,
         float(capacity),
         *(x.data_ptr() for x in arrays),
     )

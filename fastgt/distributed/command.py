@@ -28,6 +28,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--parts", type=up_to(2**31 - 1), required=True, help="how many ranks")
     parser.add_argument("--method", choices=METHODS, default="metis", help="default: %(default)s")
+    parser.add_argument(
+        "--row-cost",
+        type=int,
+        default=0,
+        help="edges that a row costs as much as, beside its own; default: %(default)s",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
         "--output",
@@ -48,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         sorted_in = Path(scratch) if args.output is None else args.output / "graph"
         graph = _graph(args.file, sorted_in)
-        part = partition(graph, args.parts, args.method, seed=args.seed)
+        part = partition(graph, args.parts, args.method, row_cost=args.row_cost, seed=args.seed)
         found = report(graph, part, parts=args.parts, width=args.width, network=args.network)
         with text_on_stderr(args.json):
             print(found, flush=True)

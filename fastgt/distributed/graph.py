@@ -15,6 +15,7 @@ from fastgt.contract import Aux
 from fastgt.distributed.agreement import agree, described, described_autocast
 from fastgt.distributed.cached import cached_property
 from fastgt.distributed.eager import eager
+from fastgt.distributed.columns import Columns, joined
 from fastgt.distributed.exchange import Exchange
 from fastgt.distributed.group import Group
 from fastgt.distributed.offsets import RankOffsets
@@ -274,8 +275,7 @@ class DistributedGraph(Shard):
 
     def assembled(self, own: Tensor, halo: Tensor) -> Tensor:
         """``[m, ...]`` and ``[h, ...]`` -> ``[m + h, ...]``, the columns of ``local``."""
-        both = torch.cat([own, halo])
-        return both if self._column_order is None else both.index_select(0, self._column_order)
+        return joined(own, halo, self._column_order)
 
     def sending(self, x: Tensor, project: Callable[[Tensor], Sequence[Tensor]]) -> Shard:
         return _Sending(self, x, project)
@@ -304,22 +304,22 @@ class DistributedGraph(Shard):
                 problem = error
         self.check_call(op, roles, call, None if source is None else source.x, problem)
         given = {name: call[name] for name in roles.columns if call[name] is not None}
-        tensors = list({id(x): x for x in given.values()}.values())
-        if not tensors or not self.exchange.active:
+        if not given or not self.exchange.active:
             return op(**self._arguments(roles, call, slice(None)), graph=self.local)
-        sent = tensors if source is None else [source.x]
+        columns = Columns(given, len(self.part.halo), self._column_order)
+        sent = columns.tensors if source is None else [source.x]
         made = tuple if source is None else source.made
         if not self.overlap:
-            columns = self._columns(given, tensors, made(self.exchange.fetched(sent)))
-            return op(**self._arguments(roles, call, slice(None)) | columns, graph=self.local)
+            full = columns.joined(made(self.exchange.fetched(sent)))
+            return op(**self._arguments(roles, call, slice(None)) | full, graph=self.local)
         journey, inside = self.exchange.depart(sent), self.part.interior
         if inside in (0, self.num_edges):
-            columns = self._columns(given, tensors, made(journey.arrive()))
-            return op(**self._arguments(roles, call, slice(None)) | columns, graph=self.local)
-        inner = self._arguments(roles, call, slice(inside))
+            full = columns.joined(made(journey.arrive()))
+            return op(**self._arguments(roles, call, slice(None)) | full, graph=self.local)
+        inner = self._arguments(roles, call, slice(inside)) | columns.placed()
         first = op(**inner, graph=self._interior)
-        columns = self._columns(given, tensors, made(journey.arrive()))
-        outer = self._arguments(roles, call, slice(inside, None)) | columns
+        outer = self._arguments(roles, call, slice(inside, None))
+        outer |= columns.joined(made(journey.arrive()))
         return self._merged(roles, first, op(**outer, graph=self._boundary))
 
     def check_call(
@@ -356,14 +356,6 @@ class DistributedGraph(Shard):
         if call.get("dropout_p"):
             found["dropout_seed"] = DropoutSeed(call["dropout_seed"], self.part.edge[edges])
         return found
-
-    def _columns(
-        self, given: Mapping[str, Tensor], tensors: list[Tensor], halos: tuple[Tensor, ...]
-    ) -> dict[str, Tensor]:
-        """Own columns and the halo's, by argument."""
-        pairs = zip(tensors, halos, strict=True)
-        full = {id(own): self.assembled(own, halo) for own, halo in pairs}
-        return {name: full[id(x)] for name, x in given.items()}
 
     def _merged(self, roles: Roles, first: Any, second: Any) -> Any:
         """The result of interior rows and that of boundary rows as one."""

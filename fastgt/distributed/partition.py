@@ -1,4 +1,4 @@
-"""Which rank owns each node of a graph, so that edges are balanced and few are cut."""
+"""Which rank owns each node of a graph, so that costs are balanced and few edges are cut."""
 
 from __future__ import annotations
 
@@ -15,42 +15,45 @@ from fastgt.graph_build import check_device, check_index, check_range, size_of
 from fastgt.reordering import neighbour_pattern, require
 
 Method = Literal["metis", "ldg", "contiguous", "hash"]
-SLACK = 1.05  # of LDG: edges at which a rank attracts no more, in shares of the mean
+SLACK = 1.05  # of LDG: the cost at which a rank attracts no more, in shares of the mean
 CHUNK = 1 << 22  # edges that LDG takes at once
 
 
 def partition(
-    graph: Graph, parts: int, method: Method = "metis", *, seed: int = 0
+    graph: Graph, parts: int, method: Method = "metis", *, row_cost: int = 0, seed: int = 0
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The rank that owns each node. A rank has the edges of the rows that it owns.
 
     The same call gives the same ranks. In a batch graphs may be cut. With more ranks than nodes
     some ranks own none. Computed on the CPU.
 
+    What a row costs is balanced: its edges, and ``row_cost``. Layers compute on nodes too, and keep
+    what they computed. In a step of GraphTransformer a node takes the time of some 12 edges.
+
     ``"metis"``
         Few edges between ranks, by METIS: recursive bisection for up to 8 ranks, and for more its
-        k-way partition, whose ranks have up to 3 % more edges than the mean. A row weighs as much
-        as it has edges. Directions, duplicates and self loops do not matter. Needs O(N + E) memory
-        and ``pip install "fastgt[reorder]"``.
+        k-way partition, whose ranks cost up to 3 % more than the mean. Directions, duplicates and
+        self loops do not matter. Needs O(N + E) memory and ``pip install "fastgt[reorder]"``.
     ``"ldg"``
         Linear deterministic greedy: rows come in order, and row v goes to the rank P with the
-        largest ``|P & N(v)| * (1 - edges(P) / C)``. ``|P & N(v)|`` counts the edges of v to
-        columns that P owns by then. C is 1.05 times the mean of a rank's edges. Ties go to the
-        rank with the fewest edges, then rows, then to the first. A row without edges goes to the
-        rank with the fewest rows. No rank has more than C edges and those of one row. Takes
-        O(N) memory beside the graph, which may lie in a file. In a bipartite graph a column goes
-        to the rank of the first row that reads it.
+        largest ``|P & N(v)| * (1 - cost(P) / C)``. ``|P & N(v)|`` counts the edges of v to
+        columns that P owns by then. C is 1.05 times the mean cost of a rank. Ties go to the
+        rank that costs least, then to that with the fewest rows, then to the first. A row that
+        costs nothing goes to the rank with the fewest rows. No rank costs more than C and one row.
+        Takes O(N) memory beside the graph, which may lie in a file. In a bipartite graph a column
+        goes to the rank of the first row that reads it.
     ``"contiguous"``
-        Ranges of nodes of about equally many edges: node v goes to the rank
-        ``P * (before(v) + degree(v) / 2) // E``. For orders in which neighbours stand near each
+        Ranges of nodes of about equal cost: node v goes to the rank
+        ``P * (before(v) + cost(v) / 2) // total``. For orders in which neighbours stand near each
         other.
     ``"hash"``
-        A hash of the node's number and the seed: what costs nothing and cuts most.
+        A hash of the node's number and the seed: what takes no time and cuts most. Balances rows.
 
     Args:
         graph: The graph.
         parts: How many ranks.
         method: One of the four.
+        row_cost: How many edges a row costs as much as, beside its own.
         seed: Of ``"metis"`` and ``"hash"``; the others draw nothing.
 
     Returns:
@@ -58,8 +61,9 @@ def partition(
         columns.
 
     Raises:
-        TypeError: ``graph`` is no Graph, or ``parts`` or ``seed`` no int.
-        ValueError: There is no such method, or ``parts`` is less than 1.
+        TypeError: ``graph`` is no Graph, or ``parts``, ``row_cost`` or ``seed`` no int.
+        ValueError: There is no such method, ``parts`` is less than 1, or ``row_cost`` is less than
+            0 or more than 2^20.
         ImportError: METIS is not installed.
         RuntimeError: ``"ldg"`` has no compiled kernels.
 
@@ -83,10 +87,13 @@ def partition(
         raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    row_cost = size_of(row_cost, "row_cost")
+    if not 0 <= row_cost <= 2**20:
+        raise ValueError(f"row_cost must be from 0 to 2^20, got {row_cost}")
     if graph.device.type == "meta":
         raise RuntimeError("a graph on the meta device has no edges to partition")
     here = graph if graph.device.type == "cpu" else graph.to("cpu")
-    rows, cols = METHODS[method](here, parts, seed)
+    rows, cols = METHODS[method](here, parts, row_cost, seed)
     if is_square(graph):
         return rows.to(graph.device)
     return rows.to(graph.device), cols.to(graph.device)
@@ -158,27 +165,27 @@ def is_square(graph: Graph) -> bool:
     return graph.num_rows == graph.num_cols and graph.graph_ptr is graph.col_graph_ptr
 
 
-def _contiguous(graph: Graph, parts: int, seed: int) -> tuple[Tensor, Tensor]:
-    rows = _ranges(graph.row_ptr, parts)
-    return rows, rows if is_square(graph) else _ranges(graph.columns.ptr, parts)
+def _contiguous(graph: Graph, parts: int, row_cost: int, seed: int) -> tuple[Tensor, Tensor]:
+    rows = _ranges(graph.row_ptr, parts, row_cost)
+    return rows, rows if is_square(graph) else _ranges(graph.columns.ptr, parts, row_cost)
 
 
-def _ranges(ptr: Tensor, parts: int) -> Tensor:
-    """Ranges of segments of about equally many edges, of equally many segments without edges."""
-    ptr = ptr.long()
-    edges = int(ptr[-1])
-    if edges == 0:
-        ptr, edges = torch.arange(len(ptr)), len(ptr) - 1
+def _ranges(ptr: Tensor, parts: int, row_cost: int) -> Tensor:
+    """Ranges of segments of about equal cost; of equally many segments where all is free."""
+    ptr = ptr.long() + row_cost * torch.arange(len(ptr))
+    total = int(ptr[-1])
+    if total == 0:
+        ptr, total = torch.arange(len(ptr)), len(ptr) - 1
     middle = ptr[:-1] + ptr[1:]
     # P * middle may not fit in int64; a float64 may round one node to the neighbouring rank
-    if edges < 2**62 // parts:
-        found = middle * parts // (2 * edges) if edges else middle
+    if total < 2**62 // parts:
+        found = middle * parts // (2 * total) if total else middle
     else:
-        found = (middle.double() / (2 * edges) * parts).long()
+        found = (middle.double() / (2 * total) * parts).long()
     return found.clamp(max=parts - 1)
 
 
-def _hash(graph: Graph, parts: int, seed: int) -> tuple[Tensor, Tensor]:
+def _hash(graph: Graph, parts: int, row_cost: int, seed: int) -> tuple[Tensor, Tensor]:
     rows = _hashed(graph.num_rows, parts, seed)
     return rows, rows if is_square(graph) else _hashed(graph.num_cols, parts, seed)
 
@@ -194,7 +201,7 @@ def _hashed(size: int, parts: int, seed: int) -> Tensor:
     return torch.from_numpy(x.astype(np.int64))
 
 
-def _metis(graph: Graph, parts: int, seed: int) -> tuple[Tensor, Tensor]:
+def _metis(graph: Graph, parts: int, row_cost: int, seed: int) -> tuple[Tensor, Tensor]:
     pymetis = require("pymetis", "the partition 'metis'")
     square, rows, cols = is_square(graph), graph.num_rows, graph.num_cols
     ptr, col = graph.row_ptr.numpy(), graph.col.numpy()
@@ -202,8 +209,9 @@ def _metis(graph: Graph, parts: int, seed: int) -> tuple[Tensor, Tensor]:
         ptr = np.concatenate([ptr, np.full(cols, ptr[-1])])
         col = col.astype(np.int64) + rows
     if graph.num_edges == 0:
-        return _contiguous(graph, parts, seed)
+        return _contiguous(graph, parts, row_cost, seed)
     weight = np.diff(ptr)
+    weight[:rows] += row_cost  # a column of a bipartite graph computes nothing
     if parts >= len(weight):
         found = np.arange(len(weight))
     else:
@@ -217,14 +225,13 @@ def _metis(graph: Graph, parts: int, seed: int) -> tuple[Tensor, Tensor]:
     return both[:rows], both if square else both[rows:]
 
 
-def _ldg(graph: Graph, parts: int, seed: int) -> tuple[Tensor, Tensor]:
+def _ldg(graph: Graph, parts: int, row_cost: int, seed: int) -> tuple[Tensor, Tensor]:
     row_part = torch.full((graph.num_rows,), -1, dtype=torch.int32)
     col_part = row_part
     if not is_square(graph):
         col_part = torch.full((graph.num_cols,), -1, dtype=torch.int32)
-    edges, members = torch.zeros(2, parts, dtype=torch.int64)
-    state = cpu.State(row_part, col_part, edges, members)
-    capacity = SLACK * graph.num_edges / parts
+    state = cpu.State(row_part, col_part, *torch.zeros(2, parts, dtype=torch.int64))
+    capacity = SLACK * (graph.num_edges + row_cost * graph.num_rows) / parts
     first = 0
     while first < graph.num_rows:
         begin = int(graph.row_ptr[first])
@@ -232,7 +239,7 @@ def _ldg(graph: Graph, parts: int, seed: int) -> tuple[Tensor, Tensor]:
         last = int(torch.searchsorted(graph.row_ptr, begin + CHUNK, right=True)) - 1
         last = min(max(last, first + 1), graph.num_rows)
         row_ptr = graph.row_ptr[first : last + 1]
-        cpu.stream(state, first, row_ptr, graph.col[begin : int(row_ptr[-1])], capacity)
+        cpu.stream(state, first, row_ptr, graph.col[begin : int(row_ptr[-1])], row_cost, capacity)
         first = last
     unread = (col_part < 0).nonzero().flatten()
     if len(unread):  # nobody reads them: equally many for all
@@ -242,7 +249,7 @@ def _ldg(graph: Graph, parts: int, seed: int) -> tuple[Tensor, Tensor]:
     return rows, rows if is_square(graph) else col_part.long()
 
 
-METHODS: dict[str, Callable[[Graph, int, int], tuple[Tensor, Tensor]]] = {
+METHODS: dict[str, Callable[[Graph, int, int, int], tuple[Tensor, Tensor]]] = {
     "metis": _metis,
     "ldg": _ldg,
     "contiguous": _contiguous,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -23,7 +24,9 @@ def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if not disabled:  # not sooner: it imports the compiler, which takes a second
+        if "torch._dynamo" not in sys.modules:  # nothing compiles, and importing it takes a second
+            return function(*args, **kwargs)
+        if not disabled:
             reason = f"{function.__qualname__} waits for other ranks, which may not be compiled"
             disabled.append(torch.compiler.disable(function, reason=reason))
         return disabled[0](*args, **kwargs)

@@ -1,9 +1,13 @@
 """Models on ranks beside one process: a training step of each."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from fastgt import Graph, global_attention, neighborhood_attention
+from fastgt import Graph, aggregate, global_attention, neighborhood_attention
 from fastgt.distributed import DistributedGraph, Group, over_ranks, sync_gradients
 from fastgt.models import (
     EdgeGraphTransformer,
@@ -178,4 +182,50 @@ def compiled_by_some(group, graph, part, x, compiling, **options):
         run(shard.own(x), shard).tanh().sum().backward()
         sync_gradients(model, group)
         found.append([p.grad.clone() for p in model.parameters()])
+    return found
+
+
+class Checkpointed(torch.nn.Module):
+    """A part of the model is computed again in the backward, if so asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = torch.nn.Linear(4, 8).double(), torch.nn.BatchNorm1d(8).double()
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def part(self, x):
+        return self.dropout(self.norm(self.linear(x)).tanh())
+
+    def forward(self, x, graph, **how):
+        h = checkpoint(self.part, x, **how) if how else self.part(x)
+        return aggregate(h, graph)
+
+
+def computed_again(group, graph, part, x, **how):
+    """The gradients of a model that is checkpointed, and of one that is not."""
+    shard = DistributedGraph.from_graph(graph, part, group)
+    torch.manual_seed(0)
+    model = over_ranks(Checkpointed())
+    found = []
+    for options in (how, {}):
+        model.zero_grad()
+        torch.manual_seed(1)
+        own = shard.own(x).requires_grad_()
+        model(own, shard, **options).tanh().sum().backward()
+        sync_gradients(model, group)
+        found.append([own.grad, *(p.grad.clone() for p in model.parameters())])
+    return found
+
+
+def copied(group, graph, part, x):
+    """What a model gives, and copies of it that are made after it ran."""
+    shard = DistributedGraph.from_graph(graph, part, group)
+    torch.manual_seed(0)
+    model = over_ranks(Checkpointed())
+    model(shard.own(x), shard)
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    found = []
+    for one in (model, *copies):
+        torch.manual_seed(1)
+        found.append(one(shard.own(x), shard).detach())
     return found

@@ -1,8 +1,19 @@
 """Models on a DistributedGraph learn what they learn in one process, with dropout too."""
 
+import functools
+
 import pytest
 import torch
-from distributed_models import MODELS, compiled_by_some, graph_of, normed, step, widths_sent
+from distributed_models import (
+    MODELS,
+    compiled_by_some,
+    computed_again,
+    copied,
+    graph_of,
+    normed,
+    step,
+    widths_sent,
+)
 
 from fastgt.distributed import Group
 
@@ -57,6 +68,25 @@ def test_ranks_that_compile_wait_for_those_that_do_not(ranks, compiling):
         assert any(grad.abs().max() > 0.1 for grad in eager)
         for a, b in zip(compiled, eager, strict=True):
             assert_close(a, b)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_layers_that_are_computed_again_in_the_backward(ranks, use_reentrant):
+    graph, part = graph_of(1), torch.arange(20) // 13
+    x = torch.randn(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    run = functools.partial(computed_again, use_reentrant=use_reentrant)
+    for again, once in ranks.run(2, run, graph, part, x):
+        assert all(grad.abs().max() > 0.01 for grad in (once[0], once[1]))
+        for a, b in zip(again, once, strict=True):
+            assert_close(a, b)
+
+
+def test_copies_of_a_model_that_ran_on_ranks(ranks):
+    graph, part = graph_of(1), torch.arange(20) // 13
+    x = torch.randn(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for wanted, deep, unpickled in ranks.run(2, copied, graph, part, x):
+        assert torch.equal(deep, wanted)
+        assert torch.equal(unpickled, wanted)
 
 
 def test_the_same_bits_every_time(ranks):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastgt.distributed.agreement import described
 from fastgt.distributed.batch_norm import RankBatchNorm
 from fastgt.distributed.graph import DistributedGraph
-from fastgt.distributed.group import is_on_all_ranks
+from fastgt.distributed.group import Group, is_on_all_ranks
 from fastgt.ops.row_dropout import row_dropout
 
 Kind = Literal["row", "edge", "graph"]
@@ -72,16 +72,21 @@ def over_ranks(model: Model) -> Model:
 
 
 class Rows:
-    """What the rows of a tensor are, inside a call of a model on a distributed graph.
+    """What the rows of a tensor are, in a call of a model on a distributed graph.
+
+    Layers are computed after it too, where ``torch.utils.checkpoint`` does so in the backward.
 
     Attributes:
-        shard: The graph of the call; None outside, and where the call has none.
+        shard: The graph of the last call; None where that had none, and in a copy of the model.
         dropouts: Those of the model.
     """
 
     def __init__(self) -> None:
         self.shard: DistributedGraph | None = None
         self.dropouts: list[nn.Dropout] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"shard": None}
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, DistributedGraph)]
@@ -98,7 +103,7 @@ class Rows:
 
         PyTorch calls it where the model raised too, with no result, and raises the error after it.
         """
-        shard, self.shard = self.shard, None
+        shard = self.shard
         error = sys.exc_info()[1] if result is None else None
         if shard is None or not isinstance(error, Exception) or is_on_all_ranks(error):
             return
@@ -147,11 +152,16 @@ def _state_of_generator(device: torch.device) -> str:
 class _BatchNormOfGraph(RankBatchNorm):
     rows: Rows
 
+    @property
+    def group(self) -> Group:  # type: ignore[override]
+        # not kept: a copy of the model would have to copy its processes
+        assert self.rows.shard is not None
+        return self.rows.shard.group
+
     def forward(self, x: Tensor) -> Tensor:
         """x ``[R, C]`` -> the same shape. What graphs have, every rank has: it is one's own."""
         if self.rows.shard is None or self.rows.kind(x, self.training) == "graph":
             return nn.BatchNorm1d.forward(self, x)
-        self.group = self.rows.shard.group
         return super().forward(x)
 
 

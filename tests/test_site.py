@@ -10,6 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+
+from fastgt import models
+from fastgt.training.published_recipes import MODELS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -115,6 +119,16 @@ def test_the_site_needs_no_network(built):
             page.read_text(),
         )
         assert not loaded, page
+
+
+def test_the_page_of_models_has_every_model():
+    """With a link to its entry, and its sizes and results, where there are recipes."""
+    page = (DOCS / "models.md").read_text()
+    classes = {name for name in models.__all__ if isinstance(getattr(models, name), type)}
+    made = {name for name in classes if issubclass(getattr(models, name), torch.nn.Module)}
+    assert len(made) > 15
+    assert not {name for name in made if not re.search(rf"\b{name}\b", page)}
+    assert set(re.findall(r"^<!-- results (\w+) -->$", page, re.MULTILINE)) == set(MODELS)
 
 
 def test_every_picture_is_shown():

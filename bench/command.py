@@ -130,8 +130,8 @@ def run(args: argparse.Namespace) -> int:
         import matplotlib  # noqa: F401  an absent extra must show before minutes of measuring
     _check(args)
     with ExitStack() as locks:
-        for path in (args.json, args.csv, args.plot):
-            if path not in (None, STDOUT):  # another run's rows would be lost without a word
+        for path in (None if as_json else args.json, args.csv, args.plot):
+            if path is not None:  # another run's rows would be lost without a word
                 locks.enter_context(files.lock(path))
         with text_on_stderr(as_json):
             found = _run(args)
@@ -244,7 +244,7 @@ def _check(args: argparse.Namespace) -> None:
     # before minutes of measuring
     for option in ("json", "csv", "plot"):
         path = getattr(args, option)
-        if path is None or path == STDOUT:
+        if path is None or (option == "json" and path == STDOUT):
             continue
         folder = path if option == "plot" else path.parent
         try:

@@ -33,7 +33,7 @@ STATUSES = """exit statuses:
   130  interrupted, by Ctrl-C; a training, by SIGTERM too
   141  nobody reads the output any more, as after "| head"
 
-An error is one line on stderr. With --json, stdout has JSON alone."""
+An error is one line on stderr. JSON on stdout is alone there."""
 # what an input is refused with; of other errors of the system, the machine is the cause
 REFUSED = (
     ValueError,

@@ -1,5 +1,6 @@
 """The command line: exit codes, and the demo on a small version of itself."""
 
+import json
 import os
 import re
 import signal
@@ -56,6 +57,18 @@ def test_a_second_demo_with_the_same_output_is_refused(small, tmp_path, monkeypa
     assert cli.main(options) == 1
     assert output.read_bytes() == b"of the first"
     assert os.listdir(tmp_path) == ["demo.png"]
+
+
+def test_the_rows_of_the_demo_as_json(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "compare", lambda *_: [demo.Result("fastgt", 0.5, 1.0, 1)] * 2)
+    output = tmp_path / "demo.png"
+    where = ["--device", "cpu", "--output", str(output)]
+    assert cli.main(["demo", "--epochs", "1", "--json", *where]) == 0
+    out, err = capsys.readouterr()
+    row, _ = json.loads(out)
+    assert (row["name"], row["accuracy"], row["seconds_per_epoch"]) == ("fastgt", 0.5, 1.0)
+    assert {"device", "commit", "torch"} <= row.keys()
+    assert f"Learning curve and bars: {output}" in err
 
 
 def test_demo_is_the_same_for_the_same_seed(small):

@@ -1,5 +1,6 @@
 """``fastgt train``: what is learned, what interruptions cost (nothing), what is refused."""
 
+import io
 import json
 import os
 import random
@@ -75,6 +76,22 @@ def test_the_loss_falls_and_the_result_is_told(data, tmp_path, capsys):
     ]
     assert err == ""  # a bar is for a terminal
     assert "\r" not in out
+
+
+def test_json_stands_alone_and_bars_are_for_a_terminal(data, tmp_path, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    assert cli.main(command(data, tmp_path, "--epochs", "1", "--json")) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == json.loads((tmp_path / "result.json").read_text())
+    said = shown.getvalue()
+    assert "training: 100%" in said
+    assert "val_mae=" in said
+    assert "1 epochs are done" in said
 
 
 def test_best_weights_give_the_reported_error(straight, data):

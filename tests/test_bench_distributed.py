@@ -52,7 +52,7 @@ def test_bytes_that_differ_from_the_formula_are_an_error():
     one = {"seconds": [1.0], "imported": 1, "peak": 2, "sent": 8, "formula": 12, "loss": 0.5}
     graph = random_graph(0, 4, 4)
     with pytest.raises(RuntimeError, match="rank 0 sent 8 bytes in a step and the formula has 12"):
-        distributed._row("cora", graph, SETTING, Run(1), [one])
+        distributed._row("cora", graph, SETTING, Run(1), [one], [one])
 
 
 def test_partitions_say_what_report_says(small):
@@ -153,6 +153,7 @@ def test_measured_rows_are_rendered_beside_the_target():
         "method": None,
         "step_s": 2.0,
         "peak_bytes": 1e9,
+        "kept_bytes": 1.5e9,
         "sent_bytes": 0,
         "formula_bytes": 0,
         "step_x": 1.0,
@@ -162,8 +163,8 @@ def test_measured_rows_are_rendered_beside_the_target():
     worse = two | {"overlap": False, "peak_x": 0.7, "formula_bytes": 1234}
     text = render_ranks.of_kind("measured", [row, two, worse])
     assert "| 1 x 2 |  | 2.000 s | 1000 MB |" in text
-    assert "| 2 x 1 | on | 2.000 s (1.10x) | 1000 MB (60%) | at most 65%: met | 1,234 |" in text
-    assert "at most 65%: missed | 1,234 | 1,234 |" in text
+    assert "| 2 x 1 | on | 2.000 s (1.10x) | 1000 MB (60%) | at most 65%: met | 1500 MB | 1,234 |" in text
+    assert "at most 65%: missed | 1500 MB | 1,234 | 1,234 |" in text
     cut = {"parts": 8, "method": "ldg", "halo": 5000, "halo_most": 900, "cut": 0.25}
     cut |= {"balance": 1.05, "balance_rows": 1.5, "partition_s": 0.5, "kind": "partition"}
     text = render_ranks.of_kind("partition", [row | cut])

@@ -236,7 +236,7 @@ def test_bad_arguments_of_a_partition_are_refused():
     with pytest.raises(TypeError, match="row_cost must be an int, got float"):
         partition(graph, 2, row_cost=0.5)
     for bad in (-1, 2**20 + 1):
-        with pytest.raises(ValueError, match=f"row_cost must be from 0 to 2\\^20, got {bad}"):
+        with pytest.raises(ValueError, match=rf"row_cost must be from 0 to 2\^20, got {bad}"):
             partition(graph, 2, row_cost=bad)
     with pytest.raises(RuntimeError, match="meta device"):
         partition(graph.to("meta"), 2, "hash")

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from fastgt.contract import Aux
 from fastgt.distributed.agreement import agree, described, described_autocast
 from fastgt.distributed.cached import cached_property
-from fastgt.distributed.eager import eager
 from fastgt.distributed.columns import Columns, joined
+from fastgt.distributed.eager import eager
 from fastgt.distributed.exchange import Exchange
 from fastgt.distributed.group import Group
 from fastgt.distributed.offsets import RankOffsets

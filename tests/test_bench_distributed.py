@@ -163,7 +163,10 @@ def test_measured_rows_are_rendered_beside_the_target():
     worse = two | {"overlap": False, "peak_x": 0.7, "formula_bytes": 1234}
     text = render_ranks.of_kind("measured", [row, two, worse])
     assert "| 1 x 2 |  | 2.000 s | 1000 MB |" in text
-    assert "| 2 x 1 | on | 2.000 s (1.10x) | 1000 MB (60%) | at most 65%: met | 1500 MB | 1,234 |" in text
+    assert (
+        "| 2 x 1 | on | 2.000 s (1.10x) | 1000 MB (60%) | at most 65%: met | 1500 MB | 1,234 |"
+        in text
+    )
     assert "at most 65%: missed | 1500 MB | 1,234 | 1,234 |" in text
     cut = {"parts": 8, "method": "ldg", "halo": 5000, "halo_most": 900, "cut": 0.25}
     cut |= {"balance": 1.05, "balance_rows": 1.5, "partition_s": 0.5, "kind": "partition"}

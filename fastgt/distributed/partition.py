@@ -62,8 +62,8 @@ def partition(
 
     Raises:
         TypeError: ``graph`` is no Graph, or ``parts``, ``row_cost`` or ``seed`` no int.
-        ValueError: There is no such method, ``parts`` is less than 1, or ``row_cost`` is less than
-            0 or more than 2^20.
+        ValueError: There is no such method, ``parts`` is less than 1, or ``row_cost`` is
+            negative or more than 2^20.
         ImportError: METIS is not installed.
         RuntimeError: ``"ldg"`` has no compiled kernels.
 
@@ -88,8 +88,8 @@ def partition(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, got {type(seed).__name__}")
     row_cost = size_of(row_cost, "row_cost")
-    if not 0 <= row_cost <= 2**20:
-        raise ValueError(f"row_cost must be from 0 to 2^20, got {row_cost}")
+    if row_cost > 2**20:
+        raise ValueError(f"row_cost must be at most 2^20, got {row_cost}")
     if graph.device.type == "meta":
         raise RuntimeError("a graph on the meta device has no edges to partition")
     here = graph if graph.device.type == "cpu" else graph.to("cpu")

@@ -87,7 +87,7 @@ def test_what_the_page_says_bears_the_programs_out():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo and torchrun")
 def test_two_ranks_learn_what_one_learns():
-    launcher = "-m", "torch.distributed.run", "--nproc-per-node", "2"
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     found = re.findall(r"loss ([\d.]+)", example_outputs.printed("two_ranks", *launcher))
     expected = numbers(r"loss ([\d.]+)", "two_ranks")
     assert len(expected) == 5

@@ -70,7 +70,7 @@ def test_links_out_of_the_docs():
 
     assert made("numerics.md", "[a](../CONTRIBUTING.md#b)") == "[a](contributing.md#b)"
     assert made("api/pyg.md", "[a](../../CHANGELOG.md)") == "[a](../changelog.md)"
-    assert made("numerics.md", "[a](../examples/gat.py)") == "a"
+    assert made("numerics.md", "[a](../examples/attention.py)") == "a"
     assert made("numerics.md", "[a](edges.md) [b](#c)") == "[a](edges.md) [b](#c)"
     assert made("numerics.md", "[a](../absent.md)") == "[a](../absent.md)"  # mkdocs refuses it
     assert made("contributing.md", "[a](docs/../Makefile)") == "a"

@@ -68,7 +68,7 @@ def table(found: dict[str, Any]) -> str:
     if cpu["kernels"]:
         lines += [
             f"CPU: kernels of the variant {cpu['kernels']}, with vectors of {cpu['vector_bytes']} "
-            f"bytes, on {cpu['threads']} threads",
+            f"bytes, on {cpu['threads']} thread{'' if cpu['threads'] == 1 else 's'}",
             f"  {cpu['path']}",
         ]
     else:
@@ -76,7 +76,7 @@ def table(found: dict[str, Any]) -> str:
         lines += map(wrapped, why.splitlines())
     lines += ["", f"{'operator':<24}{'runs by':<12}forward and backward"]
     for name, x in found["operators"].items():
-        said = f"{1e3 * x['seconds']:.1f} ms, right" if x["right"] else f"WRONG: {x['why']}"
+        said = f"{1e3 * x['seconds']:.1f} ms, as defined" if x["right"] else f"WRONG: {x['why']}"
         lines.append(wrapped(f"{name:<24}{x['impl']:<12}{said}", " " * 36))
     return "\n".join(lines)
 

@@ -513,8 +513,9 @@ PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").g
 
 
 @pytest.mark.parametrize("document", [page for page in PAGES if "```python" in _text(page)])
-def test_code_of_documents_runs(document):
+def test_code_of_documents_runs(document, tmp_path, monkeypatch):
     pytest.importorskip("torch_geometric")  # of which a block accelerates a model
+    monkeypatch.chdir(tmp_path)  # blocks write files
     blocks = re.findall(r"```python\n(.*?)```", _text(document), re.DOTALL)
     names = {"__name__": "document"}  # one session: a block uses what those above it made
     for block in blocks:

@@ -168,7 +168,7 @@ def test_doctor_names_the_variant_and_its_width(compiled_kernels, capsys):
     said = capsys.readouterr().out
     assert f"kernels of the variant {library.variant()}" in said
     assert f"vectors of {compiled_kernels.vector_bytes} bytes" in said
-    assert re.search(r"^neighborhood_attention +cpp +[\d.]+ ms, right$", said, re.MULTILINE)
+    assert re.search(r"^neighborhood_attention +cpp +[\d.]+ ms, as defined$", said, re.MULTILINE)
 
 
 def test_doctor_tells_as_json_which_implementation_runs_every_operator(compiled_kernels, capsys):

@@ -427,7 +427,7 @@ def _check_like_q(name: str, x: object, q: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype != q.dtype:
-        raise TypeError(f"{name} is {x.dtype} but q is {q.dtype}")
+        raise TypeError(f"{name} is {x.dtype} but q is {q.dtype}: pass {name}.to(q.dtype)")
     check_float(name, x)
     if x.device != q.device:
         raise ValueError(f"{name} is on {x.device} but q is on {q.device}")

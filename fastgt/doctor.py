@@ -78,6 +78,9 @@ def table(found: dict[str, Any]) -> str:
     for name, x in found["operators"].items():
         said = f"{1e3 * x['seconds']:.1f} ms, as defined" if x["right"] else f"WRONG: {x['why']}"
         lines.append(wrapped(f"{name:<24}{x['impl']:<12}{said}", " " * 36))
+    operators = found["operators"].values()
+    agree = sum(x["right"] for x in operators)
+    lines += ["", f"{agree} of {len(operators)} operators agree with their definitions"]
     return "\n".join(lines)
 
 

@@ -175,6 +175,7 @@ def test_the_doctor():
     text = doctor.table(found)
     assert_fits(text)
     assert text.count("WRONG: ") == len(operators)
+    assert text.endswith(f"0 of {len(operators)} operators agree with their definitions")
     kernels = {"kernels": "baseline", "vector_bytes": 64, "path": "kernels_baseline.so"}
     assert_fits(doctor.table(found | {"cpu": {"threads": 192, **kernels}}))
 

@@ -46,7 +46,11 @@ def table(found: list[dict[str, Any]]) -> str:
             f"{row['model']:<22} {row['data']:<20} {row['parameters']:>10,}  "
             f"{row['metric']:<17} {published:<17} {source}".rstrip()
         )
-    lines += ["", *(wrapped(f"[{i}] {source}") for i, source in enumerate(sources, 1))]
+    lines += [
+        "",
+        "pyg: and ogb: read the files of these packages. Published: blank where there is no figure.",
+        *(wrapped(f"[{i}] {source}") for i, source in enumerate(sources, 1)),
+    ]
     return "\n".join(lines)
 
 

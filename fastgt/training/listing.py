@@ -48,7 +48,7 @@ def table(found: list[dict[str, Any]]) -> str:
         )
     lines += [
         "",
-        "pyg: and ogb: read the files of these packages. Published: blank where there is no figure.",
+        "pyg: and ogb: read files of these packages. Published: blank where there is no figure.",
         *(wrapped(f"[{i}] {source}") for i, source in enumerate(sources, 1)),
     ]
     return "\n".join(lines)

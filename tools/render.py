@@ -33,6 +33,7 @@ from render_front import front
 from render_gallery import gallery
 from render_models import results, sizes, with_deviation
 from render_ranks import of_kind
+from zinc_errors import table as by_ring
 
 from fastgt import files
 from fastgt.bench import table, targets
@@ -105,6 +106,8 @@ def _table(rows: Rows, chosen: str = "") -> str:
         return _traffic(rows)
     if "reorder_s" in rows[0]:
         return _reordering(rows)
+    if "rings" in rows[0]:
+        return by_ring(rows)
     if "microseconds" in rows[0]:
         return _launch(rows)
     return _pruned(rows)

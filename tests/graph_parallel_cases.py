@@ -138,7 +138,7 @@ def parts_of(group, graph, folder):
 def shared_without_a_partition(group, graph):
     """The first rank, which finds the partition for all, has a METIS that cannot be loaded."""
 
-    def broken(*args):
+    def broken(*args, **options):
         raise ImportError("the partition 'metis' needs pymetis")
 
     with pytest.MonkeyPatch.context() as patch:

@@ -90,7 +90,7 @@ def _found(graph: Graph, group: Group) -> Tensor:
             )
             assert isinstance(part, Tensor)
             found = part
-        except (ImportError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the others wait for it
             problem = error
     agree(group, graph.device, "--graph-parallel", {}, problem)
     owners: Tensor = group.told_by_first(found)

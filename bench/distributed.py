@@ -47,6 +47,7 @@ from fastgt.distributed import (
     write_partitions,
 )
 from fastgt.distributed.group import Flight
+from fastgt.distributed.partition import ROW_COST
 from fastgt.models import GraphTransformer, GraphTransformerConfig
 from fastgt.testing import PROBLEMS
 
@@ -109,7 +110,7 @@ def measured(problem: str, setting: Setting, runs: Sequence[Run]) -> Rows:
                     graph,
                     run.parts,
                     run.method,  # type: ignore[arg-type]
-                    row_cost=scaling.ROW_COST,
+                    row_cost=ROW_COST,
                 )
                 write_partitions(place / "parts", graph, owners, parts=run.parts, **tensors)
             found = _ran(problem, setting, run, place)

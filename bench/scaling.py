@@ -30,6 +30,7 @@ from fastgt.bench import harness
 from fastgt.bench.device_model import DEVICES
 from fastgt.bench.plots import png_and_svg
 from fastgt.distributed import partition, report
+from fastgt.distributed.partition import ROW_COST
 from fastgt.distributed.report import NETWORKS, Report
 from fastgt.drawn_graphs import rmat
 from fastgt.testing import PROBLEMS
@@ -38,7 +39,6 @@ Rows = list[dict[str, Any]]
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 WEAK = {8: 15, 32: 17, 128: 19, 512: 21}  # ranks -> levels of an R-MAT graph
 METHODS = ("metis", "ldg", "hash")
-ROW_COST = 12  # edges whose time in a step on a CPU is that of a node
 METIS_MOST = 5_000_000  # edges beyond which METIS takes minutes
 
 

@@ -38,11 +38,16 @@ def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def on_the_mesh(group, name, parts, seed):
+def placed(parts):
+    """The mesh, this rank's example, its graph, and the rank's share of it."""
     mesh = init_device_mesh("cpu", (EXAMPLES, 2), mesh_dim_names=("data", "graph"))
     example = mesh.get_local_rank("data")
     graph = graph_of(example)
-    shard = DistributedGraph.from_graph(graph, parts[example], mesh["graph"])
+    return mesh, example, graph, DistributedGraph.from_graph(graph, parts[example], mesh["graph"])
+
+
+def on_the_mesh(group, name, parts, seed):
+    mesh, example, graph, shard = placed(parts)
     model, kind = made(name, seed)
     parallel = DistributedDataParallel(model, process_group=mesh.get_group("data"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -68,10 +73,7 @@ def on_one_process(name, seed):
 
 def sharded_on_the_mesh(group, name, parts, seed):
     """As ``on_the_mesh``, with parameters that FSDP2 shards over the examples."""
-    mesh = init_device_mesh("cpu", (EXAMPLES, 2), mesh_dim_names=("data", "graph"))
-    example = mesh.get_local_rank("data")
-    graph = graph_of(example)
-    shard = DistributedGraph.from_graph(graph, parts[example], mesh["graph"])
+    mesh, example, graph, shard = placed(parts)
     model, kind = made(name, seed)
     fully_shard(model, mesh=mesh["data"])
     sync_parameters(model, mesh["graph"])

@@ -7,7 +7,6 @@ matplotlib. The figures are 3.8 inches wide, so that a phone shows their letters
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from figures import png, write_changed
 
-from fastgt import Graph, files, patterns, tiles
+from fastgt import Graph, patterns, tiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,11 +32,7 @@ HEIGHT = 16  # rows of a window
 def run() -> None:
     """Draw what is not drawn yet, or otherwise."""
     for name in DRAWINGS:
-        path, new = FIGURES / f"{name}.png", drawn(name)
-        if not path.exists() or path.read_bytes() != new:
-            path.parent.mkdir(exist_ok=True)
-            files.write(path, new)
-            print(path)
+        write_changed(FIGURES / f"{name}.png", drawn(name))
 
 
 def drawn(name: str) -> bytes:
@@ -46,9 +42,7 @@ def drawn(name: str) -> bytes:
     draw, height = DRAWINGS[name]
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     draw(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure, 200)
 
 
 def example() -> Graph:

@@ -6,15 +6,15 @@ same bytes with the same matplotlib.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from figures import png, write_changed
 from torch import Tensor
 
-from fastgt import Graph, files, patterns
+from fastgt import Graph, patterns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,11 +35,7 @@ class Picture(NamedTuple):
 def run() -> None:
     """Draw what is not drawn yet, or otherwise."""
     for name in PICTURES:
-        path, new = FIGURES / f"{name}.png", drawn(name)
-        if not path.exists() or path.read_bytes() != new:
-            path.parent.mkdir(exist_ok=True)
-            files.write(path, new)
-            print(path)
+        write_changed(FIGURES / f"{name}.png", drawn(name))
 
 
 def drawn(name: str) -> bytes:
@@ -56,9 +52,7 @@ def drawn(name: str) -> bytes:
     elif picture.points is not None:
         _points(left[0], graph, picture.points(), picture.chosen)
     _pairs(right, graph, picture.chosen)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure, 100)
 
 
 def _grid(axes: Axes, graph: Graph, shape: tuple[int, int], chosen: tuple[int, ...]) -> None:

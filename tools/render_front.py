@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
+from figures import png
 from render_cells import Rows
 
 from fastgt import files
@@ -48,10 +48,8 @@ def front(rows: Rows, path: Path) -> Path:
     panels[0].set_yticks(range(len(names)), [GRAPHS[name] for name in names])
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, buffer.getvalue())
+    files.write(path, png(figure, 160))
     return path
 
 

@@ -15,6 +15,7 @@ from fastgt.graph_build import check_device, check_index, check_range, size_of
 from fastgt.reordering import neighbour_pattern, require
 
 Method = Literal["metis", "ldg", "contiguous", "hash"]
+ROW_COST = 12  # edges whose time in a step of GraphTransformer on a CPU is that of a node
 SLACK = 1.05  # of LDG: the cost at which a rank attracts no more, in shares of the mean
 CHUNK = 1 << 22  # edges that LDG takes at once
 
@@ -28,7 +29,7 @@ def partition(
     some ranks own none. Computed on the CPU.
 
     What a row costs is balanced: its edges, and ``row_cost``. Layers compute on nodes too, and keep
-    what they computed. In a step of GraphTransformer a node takes the time of some 12 edges.
+    what they computed. In a step of GraphTransformer on a CPU a node takes the time of 12 edges.
 
     ``"metis"``
         Few edges between ranks, by METIS: recursive bisection for up to 8 ranks, and for more its

@@ -13,11 +13,10 @@ from fastgt.datasets import GraphSet, NodeSet
 from fastgt.distributed import DistributedGraph, Group, load_partition, partition
 from fastgt.distributed.agreement import agree
 from fastgt.distributed.part import Part
+from fastgt.distributed.partition import ROW_COST
 from fastgt.graph import Graph
 from fastgt.training.published_recipes import MODELS
 from fastgt.training.recipe import Recipe
-
-ROW_COST = 12  # edges whose time in a step of GraphTransformer on a CPU is that of a node
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastgt.extras import require_drawing
 from fastgt.files import lock, write
 from fastgt.graph import Graph
 from fastgt.models.package_classifier import PackageClassifier, PackageClassifierConfig
@@ -66,9 +67,7 @@ def run(
 
     -> a row an attention: accuracy, seconds and bytes, and where it ran.
     """
-    # absent extras must show before minutes of training
-    import matplotlib  # noqa: F401
-    import tqdm  # noqa: F401
+    require_drawing("fastgt demo")
 
     from fastgt.bench.harness import environment
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastgt.extras import require
 
 _PART = 16  # nodes of a METIS part: windows of 16, 32 and 64 rows are made of whole parts
 
@@ -91,7 +92,7 @@ def _rcm(ptr: np.ndarray, col: np.ndarray) -> np.ndarray:
 
 
 def _metis(ptr: np.ndarray, col: np.ndarray) -> np.ndarray:
-    pymetis = require("pymetis", "the order 'metis'")
+    pymetis = require("pymetis", "the order 'metis'", "reorder")
     pattern = neighbour_pattern(ptr, col)
     parts = pattern.shape[0] // _PART
     if parts < 2:
@@ -107,7 +108,7 @@ def _metis(ptr: np.ndarray, col: np.ndarray) -> np.ndarray:
 
 
 def _louvain(ptr: np.ndarray, col: np.ndarray) -> np.ndarray:
-    igraph = require("igraph", "the order 'louvain'")
+    igraph = require("igraph", "the order 'louvain'", "reorder")
     from scipy.sparse import triu
 
     pattern = neighbour_pattern(ptr, col)
@@ -142,10 +143,3 @@ def neighbour_pattern(ptr: np.ndarray, col: np.ndarray) -> Any:
     pattern = one_way + one_way.T
     pattern.sort_indices()
     return pattern
-
-
-def require(package: str, what: str) -> Any:
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise ImportError(f'{what} needs {package}: pip install "fastgt[reorder]"') from error

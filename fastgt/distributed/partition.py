@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastgt.cpu import partition as cpu
+from fastgt.extras import require
 from fastgt.graph import Graph
 from fastgt.graph_build import check_device, check_index, check_range, size_of
-from fastgt.reordering import neighbour_pattern, require
+from fastgt.reordering import neighbour_pattern
 
 Method = Literal["metis", "ldg", "contiguous", "hash"]
 ROW_COST = 12  # edges whose time in a step of GraphTransformer on a CPU is that of a node
@@ -203,7 +204,7 @@ def _hashed(size: int, parts: int, seed: int) -> Tensor:
 
 
 def _metis(graph: Graph, parts: int, row_cost: int, seed: int) -> tuple[Tensor, Tensor]:
-    pymetis = require("pymetis", "the partition 'metis'")
+    pymetis = require("pymetis", "the partition 'metis'", "reorder")
     square, rows, cols = is_square(graph), graph.num_rows, graph.num_cols
     ptr, col = graph.row_ptr.numpy(), graph.col.numpy()
     if not square:  # columns are nodes after the rows, which read nothing

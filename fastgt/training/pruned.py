@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastgt import files
 from fastgt.datasets import GraphSet, load
+from fastgt.extras import require_drawing
 from fastgt.ops.implementation import Impl, implementation
 from fastgt.pruning import HeadSparsity
 from fastgt.training import comparison
@@ -46,9 +47,7 @@ def run(
         ValueError: The recipe is none of classes of graphs with heads that have gates, or a share
             leaves all heads or none.
     """
-    # absent extras must show before minutes of training
-    import matplotlib  # noqa: F401
-    import tqdm  # noqa: F401
+    require_drawing("fastgt train --prune")
 
     if not hasattr(recipe.config, "gated") or recipe.loss != "cross_entropy":
         raise ValueError(

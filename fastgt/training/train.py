@@ -17,6 +17,7 @@ from fastgt import files
 from fastgt.datasets import GraphSet, NodeSet, TokenSet, load
 from fastgt.distributed import DistributedGraph
 from fastgt.encodings import Cache
+from fastgt.extras import require_drawing
 from fastgt.ops.implementation import Impl, implementation
 from fastgt.terminal import wrapped
 from fastgt.training import graph_parallel, optimization, results
@@ -72,9 +73,7 @@ def run(
         RuntimeError: Another process trains there, or a loss is no longer finite.
         KeyboardInterrupt: By Ctrl-C or SIGTERM, with a checkpoint written.
     """
-    # absent extras must show before minutes of training
-    import matplotlib  # noqa: F401
-    import tqdm  # noqa: F401
+    require_drawing("fastgt train")
 
     with ExitStack() as stack:
         ranks, device = stack.enter_context(joined(device))

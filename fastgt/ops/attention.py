@@ -275,7 +275,10 @@ def neighborhood_attention(
     return o if return_aux is None else (o, aux)
 
 
-_ROLES = Roles(("q",), ("k", "v"), EdgeTensors._fields[:5])
+# a tensor of edges is in its role, or every rank takes it for one that all have
+_ROLES = Roles(
+    ("q",), ("k", "v"), ("edge_bias", "edge_gate", "edge_key", "edge_value", "edge_attr")
+)
 
 
 _NO_MASK, _NO_DROPOUT = HeadMask(), Dropout()

@@ -1,11 +1,13 @@
 """Sets of torch-geometric's objects, and of the files that it and OGB download."""
 
+import json
 from itertools import chain
 
 import pytest
 import raw_data_sets as raw
 import torch
 
+from fastgt import cli
 from fastgt.datasets import GraphSet, NodeSet, load
 
 Data = pytest.importorskip("torch_geometric.data").Data
@@ -178,6 +180,19 @@ def test_tolokers_of_its_raw_files(tmp_path):
     assert len(data.splits) == 10
     for mine, whole in zip(data.splits, ours.splits, strict=True):
         assert all(torch.equal(x, whole[s][:500]) for s, x in mine.items())
+
+
+def test_a_model_of_nodes_trains_on_what_was_downloaded(tmp_path):
+    """SGFormer for an epoch, of Cora's raw files and of the file that was made of them."""
+    raw.write_cora(tmp_path)
+    found = []
+    for data, folder in (("pyg:Cora", ["--data", str(tmp_path)]), ("cora", [])):
+        output = tmp_path / data.replace(":", "-")
+        command = ["train", "sgformer", data, *folder, "--epochs", "1", "--output", str(output)]
+        assert cli.main([*command, "--device", "cpu"]) == 0
+        (row,) = json.loads((output / "result.json").read_text())
+        found.append((row["parameters"], row["val"], row["test"]))
+    assert found[0] == pytest.approx(found[1], abs=5e-3)
 
 
 @pytest.mark.parametrize(("name", "types"), [("PATTERN", 3), ("CLUSTER", 7)])

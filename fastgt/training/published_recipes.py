@@ -118,6 +118,10 @@ _THEIRS = {
     "pattern": "pyg:PATTERN",
     "cluster": "pyg:CLUSTER",
     "molhiv": "ogb:ogbg-molhiv",
+    "cora": "pyg:Cora",
+    "citeseer": "pyg:CiteSeer",
+    "minesweeper": "pyg:Minesweeper",
+    "tolokers": "pyg:Tolokers",
 }
 _SMALLER = [
     replace(recipe, data=f"{recipe.data}_small", published=None)
@@ -127,7 +131,9 @@ _SMALLER = [
 """Sets of the same kind, trained in the same way."""
 
 _DOWNLOADED = [
-    replace(recipe, data=_THEIRS[recipe.data]) for recipe in GRAPH_RECIPES if recipe.data in _THEIRS
+    replace(recipe, data=_THEIRS[recipe.data])
+    for recipe in (*GRAPH_RECIPES, *NODE_RECIPES)
+    if recipe.data in _THEIRS
 ]
 """Sets of torch-geometric and OGB: those that were published."""
 

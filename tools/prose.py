@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LONGEST = 30
 # one word, one meaning: docs/glossary.md
 INSTEAD = {
-    r"\bheads? mask(s)?\b": "gate of heads",
+    r"\bheads? mask(s)?\b": "head gate",
     r"\bthose that there are\b": "name them",
     r"\butiliz": "use",
     r"\bleverag": "use",

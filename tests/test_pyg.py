@@ -504,6 +504,20 @@ def test_lazy_sizes():
     torch.testing.assert_close(conv(x, index, attr), first)
 
 
+def test_lazy_sizes_draw_the_same_weights():
+    """From one seed: layers come in torch-geometric's order."""
+    x, index = wide(N, C), edges()
+    found, expected = (
+        of.PointTransformerConv(-1, 4, pos_nn=pyg.MLP([-1, 4]), attn_nn=pyg.MLP([-1, 4])).double()
+        for of in (ours, pyg)
+    )
+    for conv in (found, expected):
+        torch.manual_seed(1)
+        conv(x, x[:, :3], index)
+    for (name, p), q in zip(found.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_to_hetero():
     data = HeteroData()
     data["a"].x, data["b"].x = torch.randn(5, C), torch.randn(N, C)

@@ -63,11 +63,12 @@ class PointTransformerConv(FusedMessages, pyg.PointTransformerConv):
         graph = self.edges(edge_index, source, target).graph
         self.note("")
         column, row = graph.edge_index
+        # in torch-geometric's order, in which layers of lazy sizes draw their weights
+        key, query, value = self.lin_src(source), self.lin_dst(target), self.lin(source)
         delta = self.pos_nn(pos_target[row] - pos_source[column])
-        logits = self.lin_dst(target)[row] - self.lin_src(source)[column] + delta
+        logits = query[row] - key[column] + delta
         if self.attn_nn is not None:
             logits = self.attn_nn(logits)
-        value = self.lin(source)
         # what has one channel counts for all of them
         channels = torch.broadcast_shapes(*(x.shape[1:] for x in (delta, logits, value)))
         delta, logits, value = (x.expand(-1, *channels) for x in (delta, logits, value))

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 pytest.importorskip("torch_geometric")
@@ -86,6 +86,34 @@ def test_restore_undoes_what_was_done_to_parts(given):
         assert [type(x) for x in changed.parts] == [pyg.GATConv, pyg.TransformerConv]
         torch.testing.assert_close(changed(*given), expected)
         assert fastgt.restore(changed) is changed
+
+
+class Scripted(nn.Module):
+    """torch.jit of torch 2.13 takes this layer, and not GATConv."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = pyg.TransformerConv(6, 6)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return self.conv(x, index)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_restore_comes_before_torch_jit_and_after_it(given):
+    """torch.jit does not take our hooks; by then it has put torch-geometric's layer there."""
+    net = Scripted().double()
+    expected = net(*given)
+    fastgt.accelerate(net)
+    with pytest.raises(RuntimeError, match="_leave"):
+        torch.jit.script(net)
+    fastgt.restore(net)
+    assert not hooks(net)
+    assert type(net.conv) is pyg.TransformerConv
+    torch.testing.assert_close(net(*given), expected)
+    torch.testing.assert_close(torch.jit.script(net)(*given), expected)
+    assert list(fastgt.accelerate(net).replaced) == ["conv"]
+    torch.testing.assert_close(net(*given), expected)
 
 
 @pytest.mark.parametrize("what", [fastgt.accelerate, fastgt.restore, ours.explain])

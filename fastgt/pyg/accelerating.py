@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch_geometric.nn import MessagePassing
 
-from fastgt.pyg.fused import Fused, check_module
+from fastgt.pyg.fused import MARK, Fused, check_module
 from fastgt.pyg.gat_conv import GATConv, GATv2Conv
 from fastgt.pyg.gine_conv import GINEConv
 from fastgt.pyg.gps_conv import GPSConv
@@ -40,7 +40,6 @@ LAYERS: tuple[type[Any], ...] = (
     TransformerConv,
 )
 _OURS = {layer.PYG: layer for layer in LAYERS}
-_MARK = "_was_accelerated"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def accelerate(model: nn.Module, *, dry_run: bool = False) -> Report:
                 report.notes[name] = "padded nodes no longer count: outputs differ from PyG's"
             if not dry_run:
                 _change(layer, ours)
-                setattr(layer, _MARK, True)
+                setattr(layer, MARK, True)
         elif isinstance(layer, Fused):
             report.kept[name] = "it is fastgt's already"
         elif kind.__module__.startswith("torch_geometric.nn.conv"):
@@ -109,7 +108,7 @@ def restore(model: nn.Module) -> None:
     """Undo; see :func:`fastgt.restore`."""
     check_module(model)
     for layer in model.modules():
-        if vars(layer).get(_MARK):
+        if vars(layer).get(MARK):
             back(layer)
         # parts of the model may have been accelerated before it
         for hooks, hook in (
@@ -134,7 +133,7 @@ def back(layer: Any) -> None:
     ours = next(base for base in type(layer).__mro__ if base in LAYERS)
     theirs = layer.PYG if type(layer) is ours else _on_another(type(layer), ours, layer.PYG)
     _change(layer, theirs)
-    for name in (_MARK, "why_pyg"):
+    for name in (MARK, "why_pyg"):
         vars(layer).pop(name, None)
 
 

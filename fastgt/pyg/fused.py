@@ -26,6 +26,7 @@ _HOOKS = tuple(
     for when in ("pre_hooks", "hooks")
 )
 _METHODS = ("message", "aggregate", "message_and_aggregate", "update", "edge_update")
+MARK = "_was_accelerated"  # of a layer that fastgt.accelerate replaced
 _AUTOCAST = {torch.float16, torch.bfloat16, torch.float32}
 _told: set[tuple[str, str]] = set()
 
@@ -122,7 +123,7 @@ class Fused:
 def as_pyg(layer: Any) -> nn.Module:
     """torch-geometric's layer with the parameters, buffers and hooks of a fused one."""
     theirs = layer.PYG.__new__(layer.PYG)
-    theirs.__dict__ = {k: x for k, x in layer.__dict__.items() if k != "why_pyg"}
+    theirs.__dict__ = {k: x for k, x in layer.__dict__.items() if k not in (MARK, "why_pyg")}
     if isinstance(theirs, MessagePassing):
         theirs._set_jittable_templates()
     return theirs

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from fastgt import __version__
 from fastgt.options import up_to
@@ -47,17 +47,27 @@ FAILED = (RuntimeError, OSError, ImportError, MemoryError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """-> exit status, as ``STATUSES`` has them."""
+    status = 0
     try:
         try:
-            return _run(argv)
+            status = _run(argv)
         finally:
-            sys.stdout.flush()  # after --help too
+            if sys.stdout is not None:  # None: closed, as by `>&-`
+                sys.stdout.flush()  # after --help too
     except BrokenPipeError:  # as by `| head`
-        # what is still buffered has to go somewhere at exit
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
+        _to_nowhere(sys.stdout, sys.stderr)
         return 128 + 13  # what a shell makes of SIGPIPE
+    except OSError as error:  # as of a full disk
+        _to_nowhere(sys.stdout)
+        return status or _told(error, 1)
+    return status
+
+
+def _to_nowhere(*streams: TextIO | None) -> None:
+    """What is still buffered has to go somewhere at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in filter(None, streams):
+        os.dup2(nowhere, stream.fileno())
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -70,7 +80,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except KeyboardInterrupt as stop:
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             print(file=sys.stderr)  # the terminal's ^C stands in the line of the cursor
         return _told(str(stop) or "interrupted", 130)
     except REFUSED as error:
@@ -84,7 +94,8 @@ def _told(error: Exception | str, status: int) -> int:
     # PyTorch's own may end with the frames of its C++ code
     said = str(error).partition("\nException raised from ")[0]
     line = " ".join(filter(None, map(str.strip, said.splitlines()))) or type(error).__name__
-    print(f"fastgt: {line}", file=sys.stderr)
+    if sys.stderr is not None:  # else print takes stdout
+        print(f"fastgt: {line}", file=sys.stderr)
     return status
 
 

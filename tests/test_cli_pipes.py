@@ -101,3 +101,40 @@ def test_the_rows_that_were_measured_are_kept(tmp_path: Path) -> None:
     assert run([*COMMANDS["bench"], "--json", str(path)]).returncode == 141
     assert os.listdir(tmp_path) == ["rows.json"]  # and no lock
     assert [row["provider"] for row in json.loads(path.read_text())] == ["fastgt", "gather-scatter"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("name", ["nothing", "train list"])
+def test_a_full_disk_is_one_line(name: str, unbuffered: str, compiled_kernels) -> None:
+    with open("/dev/full", "wb") as full:
+        found = subprocess.run(
+            {"nothing": MAIN, **COMMANDS}[name],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert found.stderr == "fastgt: [Errno 28] No space left on device\n"
+    assert found.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "status", "told"),
+    [
+        (">&-", ["doctor", "--json"], 0, ""),
+        (">&-", ["train", "gps"], 2, "fastgt: name a model of "),
+        ("2>&-", ["train", "gps"], 2, ""),
+    ],
+)
+def test_a_stream_may_be_closed(
+    closed: str, arguments: list[str], status: int, told: str, compiled_kernels
+) -> None:
+    """What would go to stderr is not on stdout instead, where JSON is to be alone."""
+    command = ["sh", "-c", f'"$@" {closed}', "sh", *MAIN, *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.returncode == status
+    assert found.stdout == ""
+    assert found.stderr.startswith(told)
+    assert found.stderr.count("\n") == bool(told)

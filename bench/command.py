@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import csv
-import difflib
 import io
 import json
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 from fastgt import files
 from fastgt.bench import harness, table, targets
 from fastgt.bench.operators import EXTERNAL, OPERATORS, SHAPES, Operator
-from fastgt.options import device_named
+from fastgt.options import device_named, one_of
 from fastgt.terminal import STDOUT, text_on_stderr, wrapped
 from fastgt.testing import PROBLEMS, SCALING
 
@@ -43,14 +42,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "operators",
         nargs="*",
-        type=_one_of("operator", OPERATORS),
+        type=one_of("operator", OPERATORS),
         metavar="operator",
         help=f"{', '.join(OPERATORS)}; default: all",
     )
     parser.add_argument(
         "--problems",
         nargs="+",
-        type=_one_of("problem", [*PROBLEMS, "ragged"]),
+        type=one_of("problem", [*PROBLEMS, "ragged"]),
         metavar="NAME",
         help="real graphs are files in the folder that FASTGT_DATA names; default: those of each "
         "operator",
@@ -66,7 +65,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         nargs="+",
-        type=_one_of("peer", PEERS),
+        type=one_of("peer", PEERS),
         metavar="NAME",
         help=f"{', '.join(map(repr, PEERS))}; default: all of an operator",
     )
@@ -84,7 +83,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes",
         nargs="+",
-        type=_one_of("shape", SHAPES),
+        type=one_of("shape", SHAPES),
         metavar="NAME",
         help="heads and width of published models: "
         + ", ".join(f"{name} {h}x{d}" for name, (h, d) in SHAPES.items()),
@@ -396,14 +395,3 @@ def _write(rows: Rows, args: argparse.Namespace) -> None:
 def _put(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, text.encode())
-
-
-def _one_of(what: str, names: Collection[str]) -> Callable[[str], str]:
-    def check(text: str) -> str:
-        if text in names:
-            return text
-        near = difflib.get_close_matches(text, names, 1, 0.5)
-        hint = f": did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"
-        raise argparse.ArgumentTypeError(f"no {what} is called {text!r}{hint}")
-
-    return check

@@ -23,7 +23,14 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", choices=TARGETS, nargs="+", default=["sm_90"])
+    parser.add_argument(
+        "--target",
+        choices=TARGETS,
+        nargs="+",
+        default=["sm_90"],
+        metavar="NAME",
+        help=f"{', '.join(TARGETS)}; default: sm_90",
+    )
     parser.add_argument("--only", default="", help="configurations with this in their name")
     parser.add_argument(
         "--json",

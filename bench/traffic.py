@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastgt import Graph, files, tiles
 from fastgt.bench.device_model import DEVICES, Device, Kernel, Visits
+from fastgt.options import one_of
 from fastgt.plans import Plan
 from fastgt.terminal import STDOUT, text_on_stderr, wrapped
 
@@ -323,7 +324,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
     several = "may be given more than once; default: "
     parser.add_argument(
-        "--problem", choices=PROBLEMS, action="append", help=several + ", ".join(COMMITTED)
+        "--problem",
+        type=one_of("problem", PROBLEMS),
+        action="append",
+        metavar="NAME",
+        help=several + ", ".join(COMMITTED),
     )
     parser.add_argument("--heads", type=int, action="append", help=several + "8 and 1")
     parser.add_argument("--width", type=int, action="append", help="one for each --heads")

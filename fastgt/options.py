@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,6 +39,19 @@ def up_to(most: int) -> Callable[[str], int]:
         if len(text) >= 20 or int(text) > most:
             raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
         return int(text)
+
+    return check
+
+
+def one_of(what: str, names: Collection[str]) -> Callable[[str], str]:
+    """A reader of one of many names, which a usage line would not hold."""
+
+    def check(text: str) -> str:
+        if text in names:
+            return text
+        near = difflib.get_close_matches(text, names, 1, 0.5)
+        hint = f": did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"
+        raise argparse.ArgumentTypeError(f"no {what} is called {text!r}{hint}")
 
     return check
 

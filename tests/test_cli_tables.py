@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgt import demo, doctor
+from fastgt import cli, demo, doctor
 from fastgt.bench import report, table, targets, traffic, tune
 from fastgt.bench.operators import OPERATORS
 from fastgt.distributed.report import NETWORKS, Report
@@ -204,3 +204,23 @@ def test_what_tuning_tells(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.count("123.45") == len(tune.DENSITIES)
     assert_fits(said)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *["", "demo", "train", "bench", "partition", "doctor"],
+        *["report", "report kernels", "report traffic"],
+    ],
+)
+def test_help_fits(command: str, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    assert_fits(capsys.readouterr().out)
+
+
+def test_problems_of_traffic_are_named(capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["report", "traffic", "--problem", "coraa"])
+    assert "no problem is called 'coraa': did you mean 'cora'?" in capsys.readouterr().err

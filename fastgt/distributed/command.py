@@ -24,7 +24,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="what Graph.save wrote; an edge list .npy [2, E], sources above targets; or a .npz "
-        "with edge_index [2, E] or edges [E, 2], of which each edge is taken both ways",
+        "with edge_index [2, E] or edges [E, 2], of which each edge is taken both ways, and with "
+        "num_nodes or labels of nodes",
     )
     parser.add_argument("--parts", type=up_to(2**31 - 1), required=True, help="how many ranks")
     parser.add_argument("--method", choices=METHODS, default="metis", help="default: %(default)s")

@@ -1,5 +1,6 @@
 """Data sets of files: what is read, and what is refused."""
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import torch
 
 from fastgt import Graph
 from fastgt.datasets import DATASETS, Encoded, GraphSet, NodeSet, graph_set, load
-from fastgt.datasets.node_graphs import class_splits
+from fastgt.datasets.node_graphs import class_splits, sgformer_split
 from fastgt.real_graphs import open_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def loaded(name):
     """The set and the arrays of its file; the test is skipped where that is absent."""
     try:
-        with open_data(name.removesuffix("_drawn")) as file:
+        with open_data(re.sub("_(drawn|sgformer)$", "", name)) as file:
             return load(name), dict(file)
     except FileNotFoundError as error:
         pytest.skip(str(error))
@@ -228,6 +229,8 @@ def test_dd_is_its_file():
         ("citeseer", 9_104, [(120, 500, 1000)]),
         ("cora_drawn", 10_556, 10 * [(140, 500, 1000)]),
         ("citeseer_drawn", 9_104, 10 * [(120, 500, 1000)]),
+        ("cora_sgformer", 10_556, [(140, 500, 1000)]),
+        ("citeseer_sgformer", 9_104, None),
         ("amazon_computers", 491_722, 10 * [(8251, 2750, 2751)]),
         ("tolokers", 1_038_000, 10 * [(5879, 2939, 2940)]),
         ("minesweeper", 78_804, 10 * [(5000, 2500, 2500)]),
@@ -468,6 +471,23 @@ def test_drawn_splits_train_on_as_many_nodes_of_every_class():
     assert not torch.equal(splits[0]["test"], splits[1]["test"])
     with pytest.raises(ValueError, match=r"30 and 49 nodes .* must be left, 78 are"):
         class_splits(y, 4, 30, 49, 1)
+
+
+def test_the_split_of_sgformer_is_that_of_its_authors_draws():
+    """By Python lists and the global generator, in the order of their code."""
+    y = torch.tensor([2, 0, 1, -1, 2] * 30)
+    torch.manual_seed(123)
+    train, others = [], []
+    for label in (0, 1, 2):
+        nodes = [i for i, x in enumerate(y.tolist()) if max(x, 0) == label]
+        nodes = [nodes[i] for i in torch.randperm(len(nodes)).tolist()]
+        train, others = train + nodes[:4], others + nodes[4:]
+    others = [others[i] for i in torch.randperm(len(others)).tolist()]
+    found = sgformer_split(y, 4, 30, 40)
+    for name, part in (("train", train), ("val", others[:30]), ("test", others[30:70])):
+        assert found[name].nonzero()[:, 0].tolist() == sorted(i for i in part if y[i] >= 0)
+    with pytest.raises(ValueError, match=r"30 and 109 nodes .* must be left, 138 are"):
+        sgformer_split(y, 4, 30, 109)
 
 
 def test_random_splits_are_disjoint_and_the_same_every_time(tmp_path):

@@ -32,6 +32,8 @@ RUNS: dict[str, list[str]] = {
     "exphormer pattern_small": ["--epochs", "12", "--set", "warmup=1"],
     "sgformer cora_drawn": ["--splits", "0-4"],
     "sgformer citeseer_drawn": ["--splits", "0-4"],
+    "sgformer cora_sgformer": ["--seeds", "0-4"],
+    "sgformer citeseer_sgformer": ["--seeds", "0-4"],
     "sgformer actor": [],
     "sgformer squirrel_filtered": [],
     "polynormer minesweeper": ["--splits", "0", "--epochs", "150", "--set", "local_epochs=75"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,12 +20,18 @@ _BAG = ("x_indptr", "x_indices", "x_shape")
 
 
 def citations(
-    stem: str, title: str, classes: int, folder: Path | None, *, drawn: bool = False
+    stem: str,
+    title: str,
+    classes: int,
+    folder: Path | None,
+    *,
+    splits: Literal["public", "drawn", "sgformer"] = "public",
 ) -> NodeSet:
     """Cora or CiteSeer with the public split, of ``stem.npz``.
 
-    ``drawn``: in its place ten random splits of the same sizes, 20 nodes of each class to train on,
-    500 and 1,000. They are always the same.
+    ``"drawn"``: in its place ten random splits of the same sizes, 20 nodes of each class to train
+    on, 500 and 1,000. They are always the same. ``"sgformer"``: one such split, that of SGFormer's
+    authors.
 
     Each citation stands both ways, once, and no node has a loop, as in PyG's ``Planetoid``. Words
     are divided by their number, so that a node's features sum to 1 or 0, as in the experiments on
@@ -40,14 +47,20 @@ def citations(
         graph = undirected(arrays["edge_index"], len(y), loops=False)
         words = _bag(arrays, len(y))
         split = _integers("split_public", arrays["split_public"], len(y), -1, 2)
-        public = [{part: split == i for i, part in enumerate(SPLITS)}]
+        if splits == "public":
+            masks, told = [{x: split == i for i, x in enumerate(SPLITS)}], "public split"
+        elif splits == "drawn":
+            masks = class_splits(y, 20, 500, 1000, RANDOM_SPLITS)
+            told = "ten random splits of 20 a class"
+        else:
+            masks, told = [sgformer_split(y, 20, 500, 1000)], "SGFormer's split"
         return NodeSet(
             graph,
             words / words.sum(1, keepdim=True).clamp(min=1),
             None,
             y,
-            class_splits(y, 20, 500, 1000, RANDOM_SPLITS) if drawn else public,
-            title=f"{title}, {'ten random splits of 20 a class' if drawn else 'public split'}",
+            masks,
+            title=f"{title}, {told}",
             classes=classes,
         )
 
@@ -168,12 +181,37 @@ def class_splits(
         order = order[y[order] >= 0]
         train = torch.cat([order[y[order] == label][:each] for label in y[y >= 0].unique()])
         others = order[~torch.isin(order, train)]
-        if len(others) < val + test:
-            raise ValueError(
-                f"{val} and {test} nodes to validate and test on must be left, {len(others)} are"
-            )
+        _check_left(others, val, test)
         splits.append(_masks((train, others[:val], others[val : val + test]), len(y)))
     return splits
+
+
+def sgformer_split(y: Tensor, each: int, val: int, test: int, seed: int = 123) -> dict[str, Tensor]:
+    """The random split that SGFormer's authors train five times on: the first of this seed.
+
+    Each class is shuffled, in turn, then all that is left. A node whose class is unknown counts as
+    one of class 0 there, as torch-geometric has it. It is drawn with them here, and left out.
+
+    Source:
+        Wu et al., arXiv 2306.10759; the order of draws is that of their code.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    known, label = y >= 0, y.clamp(min=0)
+    classes = [(label == c).nonzero()[:, 0] for c in label.unique()]
+    classes = [x[torch.randperm(len(x), generator=generator)] for x in classes]
+    train = torch.cat([x[:each] for x in classes])
+    others = torch.cat([x[each:] for x in classes])
+    _check_left(others, val, test)
+    others = others[torch.randperm(len(others), generator=generator)]
+    masks = _masks((train, others[:val], others[val : val + test]), len(y))
+    return {name: mask & known for name, mask in masks.items()}
+
+
+def _check_left(others: Tensor, val: int, test: int) -> None:
+    if len(others) < val + test:
+        raise ValueError(
+            f"{val} and {test} nodes to validate and test on must be left, {len(others)} are"
+        )
 
 
 def edges_of(edge_index: np.ndarray, nodes: int) -> Tensor:

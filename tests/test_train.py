@@ -94,6 +94,17 @@ def test_json_stands_alone_and_bars_are_for_a_terminal(data, tmp_path, monkeypat
     assert "1 epochs are done" in said
 
 
+def test_a_log_gets_whole_lines(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "TELL_EVERY", 0.0)
+    assert cli.main(command(data, tmp_path, "--epochs", "2")) == 0
+    lines = capsys.readouterr().err.splitlines()
+    number = r"-?[\d.]+(e[-+]\d+)?"
+    for i, line in enumerate(lines, 1):
+        state = rf"loss {number}, val_mae {number}, best {number}, lr {number}"
+        assert re.fullmatch(rf"epoch {i} of 2: {state}", line), line
+    assert len(lines) == 2
+
+
 def test_best_weights_give_the_reported_error(straight, data):
     best = checkpoint.load(straight / "best.pt")
     model = EdgeGraphTransformer(EdgeGraphTransformerConfig(layers=2, dim=16, heads=2)).eval()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -34,6 +35,7 @@ from fastgt.training.tasks import Task
 EPOCH_EVERY = 1.0  # seconds
 SAVE_EVERY = 30.0  # seconds
 REPORT_EVERY = 10.0  # seconds: a curve takes longer to draw than a small graph's epoch
+TELL_EVERY = 30.0  # seconds between lines of a log
 SHOW_EVERY = 0.5  # seconds: reading the loss waits for the device
 
 
@@ -113,7 +115,7 @@ class Training:
         self.scaler = optimization.scaler(recipe.precision, self.device)
         self.batches = -(-task.sizes["train"] // self.batch_size)
         self.progress = Progress()
-        self._clock = self._saved = self._reported = time.monotonic()
+        self._clock = self._saved = self._reported = self._told = time.monotonic()
         self._stop = Stop()
         if resumed is None:
             self._save()  # a folder that cannot be written to must show now
@@ -151,6 +153,8 @@ class Training:
                 self._obey()
                 self._epoch()
                 bar.update()
+                if bar.disable and self.ranks.leads:
+                    self._tell()
 
     def _ended(self, hours: float) -> str | None:
         rows, recipe = self.progress.rows, self.recipe
@@ -301,16 +305,25 @@ class Training:
         self._clock = now
 
     def _describe(self, bar: Any) -> None:
+        bar.set_postfix(self._state())
+
+    def _tell(self) -> None:
+        """A line where a log is in the place of the bar."""
+        if time.monotonic() - self._told >= TELL_EVERY:
+            state = ", ".join(f"{name} {value}" for name, value in self._state().items())
+            done = f"epoch {len(self.progress.rows)} of {self.recipe.epochs}"
+            print(f"{done}: {state}", file=sys.stderr, flush=True)
+            self._told = time.monotonic()
+
+    def _state(self) -> dict[str, str]:
         row, best = self.progress.rows[-1], self.progress.best
         assert best is not None
-        bar.set_postfix(
-            {
-                "loss": f"{row['train_loss']:.4f}",
-                self._val: f"{row[self._val]:.4f}",
-                "best": f"{best[self._val]:.4f}",
-                "lr": f"{self._lr():.1e}",
-            }
-        )
+        return {
+            "loss": f"{row['train_loss']:.4f}",
+            self._val: f"{row[self._val]:.4f}",
+            "best": f"{best[self._val]:.4f}",
+            "lr": f"{self._lr():.1e}",
+        }
 
     def _save(self) -> None:
         self._count_time()

@@ -7,6 +7,7 @@ import sys
 
 import example_outputs
 import pytest
+import torch
 
 NAMES = sorted(path.stem for path in example_outputs.EXAMPLES.glob("*.py"))
 NEEDS = {"pyg_swap": "torch_geometric"}
@@ -112,6 +113,16 @@ def test_the_notebook_has_the_outputs_of_its_cells():
         if cell["cell_type"] == "code":
             assert "metadata" in cell
             assert cell["execution_count"]
+
+
+def test_what_a_notebook_sets_ends_with_it():
+    source = ["import torch\n", "torch.manual_seed(0)\n", "torch.set_printoptions(precision=2)\n"]
+    cells = [{"cell_type": "code", "source": [*source, "torch.tensor(1 / 3)"], "outputs": []}]
+    before = torch.get_rng_state()
+    done = example_outputs.executed({"cells": cells})
+    assert list(outputs(done["cells"][0])) == ["tensor(0.33)"]
+    assert repr(torch.tensor(1 / 3)) == "tensor(0.3333)"
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def outputs(cell):

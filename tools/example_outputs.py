@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 PAGE = ROOT / "docs" / "examples.md"
@@ -52,15 +54,22 @@ def printed(name: str, *launcher: str) -> str:
 
 
 def executed(notebook: dict[str, Any]) -> dict[str, Any]:
-    """The notebook with the outputs of its cells, run one after another."""
+    """The notebook with the outputs of its cells, run one after another.
+
+    What cells set of PyTorch, seeds and the form of printed tensors, ends with the notebook.
+    """
     names: dict[str, Any] = {"__name__": "__main__"}
     cells, number = [], 0
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
-            number += 1
-            found = _outputs("".join(cell["source"]), number, names)
-            cell = cell | {"execution_count": number, "outputs": found}
-        cells.append(cell)
+    try:
+        with torch.random.fork_rng():
+            for cell in notebook["cells"]:
+                if cell["cell_type"] == "code":
+                    number += 1
+                    found = _outputs("".join(cell["source"]), number, names)
+                    cell = cell | {"execution_count": number, "outputs": found}
+                cells.append(cell)
+    finally:
+        torch.set_printoptions(profile="default")
     return notebook | {"cells": cells}
 
 

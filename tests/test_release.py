@@ -40,6 +40,7 @@ def test_the_documents_have_the_version():
     assert f"\nversion: {version}\n" in text("CITATION.cff")
     assert f"\ndate-released: {date}\n" in text("CITATION.cff")
     assert f"\nVersion {version.rpartition('.')[0]}. " in text("README.md")
+    assert f"  version = {{{version}}},\n  year = {{{date[:4]}}},\n" in text("README.md")
 
 
 def test_the_changelog_keeps_to_its_form():

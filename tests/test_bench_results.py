@@ -168,16 +168,20 @@ def training(model, test, seed=0, **more):
 
 
 def test_trainings_stand_beside_what_was_published(results):
-    old = [training("a", 0.9), training("b", 0.5)]
-    found = [training("a", 0.25, 1), training("a", 0.29, 2, published=None)]
-    kept = trainings.merged(trainings.merged([], old, "--hours 1"), found, "--seeds 1-2")
-    assert [x["test"] for x in kept] == [0.25, 0.29, 0.5]
+    pruned = training("a", 0.4, way="heads", options="--set prune=heads:0.5")
+    old = [training("a", 0.9, options="--hours 1"), training("b", 0.5, options=""), pruned]
+    found = [training("a", x, seed, options="--seeds 1-2") for x, seed in ((0.25, 1), (0.29, 2))]
+    kept = trainings.merged(trainings.merged([], old), found)
+    assert [x["test"] for x in kept] == [0.25, 0.29, 0.4, 0.5]
     (results / "trainings.json").write_text(json.dumps(kept))
     lines = render.rendered("<!-- trainings -->\n<!-- end -->").splitlines()
     assert "| `a` | ZINC-12k, substitute train | mae | 0.2700 ± 0.0283 |" in lines[5]
     assert "| 0.2260 ± 0.0140 (A paper) | 2 | 40 | 9.5 s | 500 MB | 588,929 |" in lines[5]
     assert lines[5].endswith("| `a zinc12k --seeds 1-2` |")
-    assert "| mae | 0.5000 |" in lines[6]
+    assert "| mae | 0.4000 |" in lines[6]
+    assert lines[6].endswith("| `a zinc12k --set prune=heads:0.5` |")
+    assert "| mae | 0.5000 |" in lines[7]
+    assert lines[7].endswith("| `b zinc12k` |")
     (results / "trainings.json").unlink()
     assert "No training has been run" in render.rendered("<!-- trainings -->\n<!-- end -->")
 

@@ -31,7 +31,7 @@ from typing import Any
 from render_cells import Rows, machine, ms, time
 from render_front import front
 from render_gallery import gallery
-from render_models import results, sizes, with_deviation
+from render_models import results, sizes, trained_alike, with_deviation
 from render_ranks import of_kind
 from zinc_errors import table as by_ring
 
@@ -384,9 +384,8 @@ def _trainings() -> str:
         "| `fastgt train` with |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    pairs = dict.fromkeys((x["settings"]["model"], x["settings"]["data"]) for x in rows)
-    for pair in pairs:
-        mine = [x for x in rows if (x["settings"]["model"], x["settings"]["data"]) == pair]
+    for alike in dict.fromkeys(map(trained_alike, rows)):
+        mine = [x for x in rows if trained_alike(x) == alike]
         first, published = mine[0], mine[0]["published"]
         told = "none"
         if published is not None:
@@ -395,7 +394,7 @@ def _trainings() -> str:
         tests = [x["test"] for x in mine]
         deviation = statistics.stdev(tests) if len(tests) > 1 else None
         cells = [
-            f"`{pair[0]}`",
+            f"`{alike[0]}`",
             first["title"],
             first["metric"],
             with_deviation(statistics.mean(tests), deviation),
@@ -405,7 +404,7 @@ def _trainings() -> str:
             f"{statistics.median(x['epoch_s'] for x in mine):.3g} s",
             f"{max(x['peak_bytes'] for x in mine) / 1e6:.0f} MB",
             f"{first['parameters']:,}",
-            f"`{' '.join(pair)} {first['options']}`".replace(" `", "`"),
+            f"`{' '.join(alike[:2])} {first['options']}`".replace(" `", "`"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from render_cells import Rows
@@ -65,13 +65,22 @@ def with_deviation(value: float, deviation: float | None) -> str:
     return f"{value:.4f}" if deviation is None else f"{value:.4f} ± {deviation:.4f}"
 
 
+def trained_alike(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What the runs of one line share: model, data, and the way where one pair has several."""
+    return row["settings"]["model"], row["settings"]["data"], row.get("way", "")
+
+
 def _reached(recipe: Recipe, trained: Rows) -> str:
     """On the test split, with the data's own title and what made the training another one."""
-    pair = recipe.model, recipe.data
-    runs = [x for x in trained if (x["settings"]["model"], x["settings"]["data"]) == pair]
-    if not runs:
-        return ""
-    tests = [x["test"] for x in runs]
-    deviation = statistics.stdev(tests) if len(tests) > 1 else None
-    options = f", with `{runs[0]['options']}`" if runs[0]["options"] else ""
-    return f"{with_deviation(statistics.mean(tests), deviation)} ({runs[0]['title']}{options})"
+    ways: dict[tuple[str, str, str], Rows] = {}
+    for row in trained:
+        if trained_alike(row)[:2] == (recipe.model, recipe.data):
+            ways.setdefault(trained_alike(row), []).append(row)
+    told = []
+    for runs in ways.values():
+        tests = [x["test"] for x in runs]
+        deviation = statistics.stdev(tests) if len(tests) > 1 else None
+        options = f", with `{runs[0]['options']}`" if runs[0]["options"] else ""
+        reached = with_deviation(statistics.mean(tests), deviation)
+        told.append(f"{reached} ({runs[0]['title']}{options})")
+    return "; ".join(told)

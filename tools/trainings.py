@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from render_models import trained_alike
+
 from fastgt import files
 
 ROOT = Path(__file__).parent.parent
@@ -40,13 +42,15 @@ RUNS: dict[str, list[str]] = {
     "polynormer tolokers": ["--splits", "0", "--epochs", "40", "--set", "local_epochs=20"],
     "graph_gps dd": ["--epochs", "10", "--set", "warmup=1"],
     "mpnn_virtual_node dd": ["--epochs", "10", "--set", "warmup=1"],
-    "gtsp dd": HALF_AN_HOUR,
     "gtsp molhiv_small": HALF_AN_HOUR,
+    "gtsp molhiv_small heads": [*HALF_AN_HOUR, "--set", "prune=heads:0.5"],
+    "gtsp molhiv_small tokens": [*HALF_AN_HOUR, "--set", "prune=tokens:0.5"],
     "large_gt debian": HALF_AN_HOUR,
     "large_gt tolokers": ["--splits", "0", *HALF_AN_HOUR],
     "correspondence drawn_lines": HALF_AN_HOUR,
 }
-"""A model and its data, and how much of it is trained within a night on two cores."""
+"""A model, its data and, where one pair is trained in several ways, a word for that way: and the
+options by which all of them are trained within a night on two cores."""
 
 
 def main() -> None:
@@ -59,26 +63,21 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     for name in args.only or RUNS:
         folder = args.runs / name.replace(" ", "-")
-        command = [*name.split(), *RUNS[name], "--output", str(folder)]
+        model, data, *way = name.split()
+        command = [model, data, *RUNS[name], "--output", str(folder)]
         print(f"fastgt train {' '.join(command)}", flush=True)
         subprocess.run([sys.executable, "-m", "fastgt", "train", *command], check=True)
         found = json.loads((folder / "result.json").read_text())
         kept = json.loads(TRAININGS.read_text()) if TRAININGS.exists() else []
-        options = " ".join(RUNS[name])
-        files.write(TRAININGS, (json.dumps(merged(kept, found, options), indent=1) + "\n").encode())
+        found = [{**row, "way": " ".join(way), "options": " ".join(RUNS[name])} for row in found]
+        files.write(TRAININGS, (json.dumps(merged(kept, found), indent=1) + "\n").encode())
 
 
-def merged(
-    kept: list[dict[str, Any]], found: list[dict[str, Any]], options: str
-) -> list[dict[str, Any]]:
-    """``kept`` with ``found`` in the place of the same model's runs on the same data."""
-
-    def pair(row: dict[str, Any]) -> tuple[str, str]:
-        return row["settings"]["model"], row["settings"]["data"]
-
-    new = {pair(row) for row in found}
-    rows = [row for row in kept if pair(row) not in new]
-    return sorted([*rows, *({**row, "options": options} for row in found)], key=pair)
+def merged(kept: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``kept`` with ``found`` in the place of the same model's runs on the same data, that way."""
+    new = {trained_alike(row) for row in found}
+    others = [row for row in kept if trained_alike(row) not in new]
+    return sorted([*others, *found], key=trained_alike)
 
 
 if __name__ == "__main__":

@@ -359,14 +359,20 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def commit() -> str:
-    """Of the checkout that this is."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """Of the checkout that ``folder`` is in: "-dirty" where another file than results differs."""
+
+    def git(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True)
+
     try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        described = git("describe", "--always", "--exclude=*")
+        # measurements write results while others still run: those change nothing that is measured
+        same = git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)bench/results")
     except FileNotFoundError:  # no git
         return UNKNOWN
-    return run.stdout.strip() or UNKNOWN
+    name = described.stdout.strip()
+    return f"{name}-dirty" if name and same.returncode else name or UNKNOWN
 
 
 def slug_of(name: str) -> str:

@@ -1,12 +1,13 @@
 """What is made of rows of results: tables, targets, plots, and the README."""
 
 import json
+import subprocess
 
 import pytest
 import render
 import trainings
 
-from fastgt.bench import plots, table, targets
+from fastgt.bench import harness, plots, table, targets
 
 MACHINE = {
     "device": "a CPU, 2 threads",
@@ -184,6 +185,24 @@ def test_trainings_stand_beside_what_was_published(results):
     assert lines[7].endswith("| `b zinc12k` |")
     (results / "trainings.json").unlink()
     assert "No training has been run" in render.rendered("<!-- trainings -->\n<!-- end -->")
+
+
+def test_a_commit_is_dirty_by_its_code_alone(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    results, code = tmp_path / "bench" / "results" / "cpu.json", tmp_path / "bench" / "harness.py"
+    results.parent.mkdir(parents=True)
+    assert harness.commit(tmp_path) == harness.UNKNOWN
+    for file in (results, code):
+        file.write_text("[]")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "One"]):
+        subprocess.run([*git, *command], check=True)
+    name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    results.write_text("[1]")
+    assert name.startswith(harness.commit(code.parent))
+    code.write_text("x = 1")
+    assert harness.commit(code.parent).endswith("-dirty")
+    subprocess.run([*git, "add", "."], check=True)
+    assert harness.commit(code.parent).endswith("-dirty")
 
 
 def test_a_gpu_s_results_get_a_part_of_their_own(results):

@@ -222,6 +222,15 @@ def test_names_that_are_unknown_or_of_no_use(names, message, capsys):
     assert re.match(f"fastgt: {message}", capsys.readouterr().err)
 
 
+def test_a_setting_that_the_model_refuses_is_refused_before_the_data_are_read(tmp_path, capsys):
+    command = ["train", "edge_graph_transformer", "zinc12k", "--set", "dropout=2"]
+    command += ["--data", str(tmp_path / "absent.npz"), "--output", str(tmp_path / "run")]
+    assert cli.main(command) == 2
+    err = capsys.readouterr().err
+    assert "dropout" in err
+    assert "absent" not in err
+
+
 def test_a_setting_that_was_changed_is_in_the_run():
     recipe = chosen("graph_gps", "zinc12k", ["layers=2", "seed=5"])
     assert recipe == replace(ZINC, seed=5, config=replace(ZINC.config, layers=2))

@@ -81,6 +81,8 @@ def run(
             recipe = without_unused_parameters(recipe)
         kind = MODELS[recipe.model]
         prune = None if kind.prune is None else kind.prune(recipe.config)
+        # before the data: its settings may be such as PyTorch refuses, and reading takes long
+        parameters = check_fits(lambda: kind.make(recipe.config), device)
         data = load(recipe.data, plan.data)
         parallel = plan.graph_parallel
         if parallel is not None:
@@ -92,7 +94,6 @@ def run(
                 f"train it in one process, or share the graph with --graph-parallel {ranks.size}"
             )
         runs = _runs(recipe, plan, data)
-        parameters = check_fits(lambda: kind.make(recipe.config), device)
         if ranks.leads:
             plan.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(files.lock(plan.folder))
